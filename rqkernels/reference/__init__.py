@@ -1,0 +1,27 @@
+"""Plain-PyTorch definitions: slow, obvious, and what "right" means for every kernel.
+
+Each function has the name, arguments and meaning of its twin in `rqkernels`. They import only torch, so
+that a doubt about a kernel can be settled by reading one page. Those without a twin yet
+(`stochastic_residual_search`, the soft labels, `sample_logits`) are the definition their kernels will meet.
+"""
+
+from .code_statistics import code_statistics
+from .philox import OP_SAMPLE_LOGITS, OP_STOCHASTIC_RESIDUAL_SEARCH, philox_uniform
+from .residual_decode import residual_decode
+from .residual_search import ResidualCodes, residual_search, stochastic_residual_search
+from .sample_logits import sample_logits
+from .soft_label import distance_softmax, soft_label_cross_entropy
+
+__all__ = [
+    "OP_SAMPLE_LOGITS",
+    "OP_STOCHASTIC_RESIDUAL_SEARCH",
+    "ResidualCodes",
+    "code_statistics",
+    "distance_softmax",
+    "philox_uniform",
+    "residual_decode",
+    "residual_search",
+    "sample_logits",
+    "soft_label_cross_entropy",
+    "stochastic_residual_search",
+]

@@ -1,0 +1,167 @@
+"""Residual nearest-code search, in plain PyTorch: the definition of certified codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .philox import OP_STOCHASTIC_RESIDUAL_SEARCH, inverse_cdf, philox_uniform
+from .soft_label import distance_softmax
+
+_LANES = 8
+# Rows are taken in chunks, so that the float64 temporaries of one chunk stay near this many elements.
+_CHUNK_ELEMENTS = 1 << 23
+
+
+class ResidualCodes(NamedTuple):
+    """What a residual search returns. N stands for the leading shape of `x`."""
+
+    codes: Tensor
+    """int64 (..., D); -1 where the residual is not finite."""
+    quantized: Tensor
+    """(..., C) in the dtype of x: float32 sum of the chosen codes in depth order from zero, cast once."""
+    residual_norms: Tensor
+    """float32 (..., D): |r_d|^2 after each depth."""
+    residuals: Tensor | None
+    """float32 (..., D, C): r_0 .. r_{D-1}, what each depth's code was chosen for; None unless asked for."""
+    statistics: tuple[Tensor, Tensor] | None
+    """(counts, sums) of the residuals by code, see `code_statistics`; None unless asked for.
+    Shared codebook: (K,), (K, C), over all depths together. One per depth: (D, K), (D, K, C)."""
+
+
+def lane_sum(terms: Tensor) -> Tensor:
+    """Sum over the last dimension in the one fixed order that all kernels use.
+
+    Eight lanes: lane j adds the terms j, j + 8, j + 16, ... one after another, from zero; then the lanes are
+    halved: (0+4, 1+5, 2+6, 3+7), (0+2, 1+3), (0+1). A missing term is zero.
+    """
+    missing = -terms.shape[-1] % _LANES
+    terms = torch.nn.functional.pad(terms, (0, missing))
+    lanes = torch.zeros(*terms.shape[:-1], _LANES, dtype=terms.dtype, device=terms.device)
+    for start in range(0, terms.shape[-1], _LANES):
+        lanes = lanes + terms[..., start : start + _LANES]
+    for half in (4, 2, 1):
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+    return lanes[..., 0]
+
+
+def _nearest(r_nc: Tensor, codebook_kc: Tensor) -> Tensor:
+    """Lowest index among the codes with the smallest float64 squared distance. (n, C), (K, C) -> (n,)."""
+    rows = max(1, _CHUNK_ELEMENTS // max(1, codebook_kc.numel()))
+    e_kc = codebook_kc.double()
+    codes = [
+        # min() promises no index for equal values; the first True of an equality does.
+        (d := lane_sum((r.double()[:, None, :] - e_kc) ** 2)).eq(d.amin(-1, keepdim=True)).int().argmax(-1)
+        for r in r_nc.split(rows)
+    ]
+    return torch.cat(codes) if codes else r_nc.new_zeros(0, dtype=torch.int64)
+
+
+def _codebook_at(codebooks: Tensor, d: int) -> Tensor:
+    return codebooks if codebooks.dim() == 2 else codebooks[d]
+
+
+def _search(
+    x: Tensor, codebooks: Tensor, depth: int | None, choose: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+) -> tuple[ResidualCodes, Tensor]:
+    """The residual loop, paper equations (3)-(5). `choose(r_nc, rows_n, codebook_kc, d) -> codes_n` picks k_d."""
+    if codebooks.dim() == 2:
+        if depth is None:
+            raise ValueError("depth is required with a shared codebook (K, C)")
+    elif depth is None:
+        depth = codebooks.shape[0]
+    elif depth != codebooks.shape[0]:
+        raise ValueError(f"depth is {depth}, but there are {codebooks.shape[0]} codebooks")
+    if not bool(torch.isfinite(codebooks).all()):
+        raise ValueError("codebooks must be finite")
+    leading, channels = x.shape[:-1], x.shape[-1]
+    residual = x.detach().reshape(-1, channels).float().clone()
+    n = residual.shape[0]
+    quantized = torch.zeros_like(residual)
+    codes, norms, residuals = [], [], []
+    for d in range(depth):
+        codebook = _codebook_at(codebooks.detach(), d).float()
+        residuals.append(residual)
+        rows = torch.isfinite(residual).all(dim=-1).nonzero().squeeze(-1)
+        code = torch.full((n,), -1, dtype=torch.int64, device=x.device)
+        code[rows] = choose(residual[rows], rows, codebook, d)
+        chosen = torch.full_like(residual, torch.nan)
+        chosen[rows] = codebook[code[rows]]
+        residual = residual - chosen
+        quantized = quantized + chosen
+        codes.append(code)
+        norms.append(lane_sum(residual.double() ** 2).float())
+    all_residuals = torch.stack(residuals, dim=1)
+    result = ResidualCodes(
+        codes=torch.stack(codes, dim=-1).reshape(*leading, depth),
+        quantized=quantized.to(x.dtype).reshape(x.shape),
+        residual_norms=torch.stack(norms, dim=-1).reshape(*leading, depth),
+        residuals=None,
+        statistics=None,
+    )
+    return result, all_residuals.reshape(*leading, depth, channels)
+
+
+def residual_search(
+    x: Tensor,
+    codebooks: Tensor,
+    depth: int | None = None,
+    *,
+    return_residuals: bool = False,
+    return_statistics: bool = False,
+) -> ResidualCodes:
+    """Nearest codes of successive residuals (Lee et al. 2022, equations 3-5), by the definition.
+
+    `r_0 = float32(x)`; `k_d` = the lowest index among the codes with the smallest float64 sum over c of
+    `(r_{d-1,c} - e_{k,c})^2`, summed in the order of `lane_sum`; `r_d = r_{d-1} - e_{k_d}` in float32.
+    """
+    from .code_statistics import code_statistics
+
+    result, residuals = _search(x, codebooks, depth, lambda r, rows, codebook, d: _nearest(r, codebook))
+    statistics = None
+    if return_statistics:
+        num_codes = codebooks.shape[-2]
+        if codebooks.dim() == 2:
+            statistics = code_statistics(residuals, result.codes, num_codes)
+        else:
+            per_depth = [
+                code_statistics(residuals[..., d, :], result.codes[..., d], num_codes)
+                for d in range(codebooks.shape[0])
+            ]
+            statistics = (torch.stack([c for c, _ in per_depth]), torch.stack([s for _, s in per_depth]))
+    return result._replace(residuals=residuals if return_residuals else None, statistics=statistics)
+
+
+def stochastic_residual_search(
+    x: Tensor,
+    codebooks: Tensor,
+    depth: int | None = None,
+    *,
+    tau: float,
+    seed: int,
+    offset: int = 0,
+    return_residuals: bool = False,
+) -> ResidualCodes:
+    """Codes sampled at every depth: `k_d ~ Q_tau(. | r_{d-1})` (Lee et al. 2022, section 3.2.3).
+
+    One uniform per choice, from `philox_uniform(row, stream=d)` with row = offset + flattened index of the
+    row and d = 0 .. D-1, inverted through Q_tau in code order. Shapes and the rest are `residual_search`'s.
+
+    Raises:
+        ValueError: tau <= 0, or what `residual_search` raises.
+    """
+
+    def sample(r_nc: Tensor, rows: Tensor, codebook_kc: Tensor, d: int) -> Tensor:
+        uniform = philox_uniform(rows + offset, seed=seed, stream=d, op_id=OP_STOCHASTIC_RESIDUAL_SEARCH)
+        chunk = max(1, _CHUNK_ELEMENTS // codebook_kc.shape[0])
+        picks = [
+            inverse_cdf(distance_softmax(r, codebook_kc, tau, dtype=torch.float64), u)
+            for r, u in zip(r_nc.split(chunk), uniform.split(chunk), strict=True)
+        ]
+        return torch.cat(picks) if picks else rows
+
+    result, residuals = _search(x, codebooks, depth, sample)
+    return result._replace(residuals=residuals if return_residuals else None)
