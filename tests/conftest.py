@@ -1,4 +1,4 @@
-"""What every test may use: a seed, the devices of this machine, and the marker for those that need a GPU."""
+"""What every test may use: a seed, the devices of this machine, and what the marker `gpu` means."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ DEVICES = [
     pytest.param("cpu", id="cpu"),
     pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
 ]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device (run by `make gpu-check`)")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

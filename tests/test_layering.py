@@ -1,0 +1,340 @@
+"""Which way imports and includes go, and that every operator has all its files.
+
+    cli -> {training, sampling, evaluation, convert, report, integrations} -> {models, data} -> quantizers
+        -> rqkernels -> the compiled library
+
+Each rule is a function of a folder that returns what breaks it, so that the same function is tried on this
+repository (nothing may come back) and on small trees that break it in one way each (exactly that must).
+"""
+
+from __future__ import annotations
+
+import ast
+import posixpath
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SLUGS = ("residual_search", "residual_decode", "code_statistics")
+
+# A room may import rooms of a lower floor, never its own floor's or a higher one's.
+FLOORS = (
+    ("quantizers",),
+    ("models", "data"),
+    ("training", "sampling", "evaluation", "convert", "report", "integrations"),
+    ("cli",),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+BENEATH = "config"  # one module below every room: each may import it, it imports none
+FACADE = ("__init__", "__main__")  # the package's own doors, above every room
+
+FILES_OF_A_SLUG = (
+    "csrc/ops/{slug}/params.h",
+    "csrc/ops/{slug}/op.cpp",
+    "csrc/ops/{slug}/cpu.cpp",
+    "csrc/ops/{slug}/kernel.cuh",
+    "csrc/ops/{slug}/cuda.cu",
+    "rqkernels/ops/{slug}.py",
+    "rqkernels/reference/{slug}.py",
+    "tests/rqkernels/test_{slug}.py",
+    "benchmarks/bench_{slug}.py",
+)
+
+
+# --- reading sources -------------------------------------------------------------------------------------
+
+
+class Import(NamedTuple):
+    """One imported name, absolute: `from ..models import rqvae` in rqgen.sampling is rqgen.models.rqvae."""
+
+    module: str
+    line: int
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def imports_of(path: Path, package_root: Path) -> Iterator[Import]:
+    """Every import of a file, those inside functions, under TYPE_CHECKING and by import_module included."""
+    package = list(path.relative_to(package_root).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *([node.module] if node.module else [])]
+            for alias in node.names:
+                yield Import(".".join([*base, alias.name]), node.lineno)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            module = node.args[0].value
+            if name in ("import_module", "__import__") and isinstance(module, str):
+                absolute = module.lstrip(".")
+                level = len(module) - len(absolute)
+                base = package[: len(package) - level + 1] if level else []
+                yield Import(".".join([*base, absolute]), node.lineno)
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def where(path: Path, root: Path, line: int) -> str:
+    return f"{path.relative_to(root).as_posix()}:{line}"
+
+
+# --- the rules -------------------------------------------------------------------------------------------
+
+
+def room_violations(root: Path) -> list[str]:
+    """Rooms of rqgen: no import back or sideways, no folder that is no room, no torch.ops."""
+    found = []
+    source = root / "python"
+    for path in python_files(source / "rqgen"):
+        here = path.relative_to(source / "rqgen").with_suffix("").parts[0]
+        if here not in (*FLOOR_OF, BENEATH, *FACADE):
+            found.append(f"{path.relative_to(root).as_posix()}: {here} is no room of rqgen")
+            continue
+        floor = len(FLOORS) if here in FACADE else FLOOR_OF.get(here, -1)
+        for imported in imports_of(path, source):
+            at = where(path, root, imported.line)
+            if is_within(imported.module, "torch.ops"):
+                found.append(f"{at}: rqgen touches torch.ops")
+            if not is_within(imported.module, "rqgen") or floor == len(FLOORS):
+                continue
+            there = imported.module.split(".")[1] if "." in imported.module else "__init__"
+            if there in (here, BENEATH, "__version__"):
+                continue
+            if there not in FLOOR_OF:
+                # `import rqgen` or a name of its __init__: the facade stands above every room but the cli.
+                if here != "cli":
+                    found.append(f"{at}: {here} imports {imported.module} from the facade")
+            elif FLOOR_OF[there] >= floor:
+                found.append(f"{at}: {here} imports {there}")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.ops":
+                found.append(f"{where(path, root, node.lineno)}: rqgen touches torch.ops")
+    return found
+
+
+def kernel_package_violations(root: Path) -> list[str]:
+    """rqkernels never imports rqgen; its references import torch, the standard library and one another."""
+    found = []
+    for path in python_files(root / "rqkernels"):
+        in_reference = "reference" in path.relative_to(root).parts
+        for imported in imports_of(path, root):
+            at = where(path, root, imported.line)
+            top = imported.module.split(".")[0]
+            if top == "rqgen":
+                found.append(f"{at}: rqkernels imports rqgen")
+            elif (
+                in_reference
+                and top not in ("torch", *sys.stdlib_module_names)
+                and not is_within(imported.module, "rqkernels.reference")
+            ):
+                found.append(f"{at}: a reference imports {imported.module}")
+    return found
+
+
+def include_violations(root: Path) -> list[str]:
+    """No operator's folder includes another's, common/ includes none, and device code sees no torch."""
+    found = []
+    csrc = root / "csrc"
+    slugs = slugs_of(root)
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+        parts = path.relative_to(csrc).parts
+        here = parts[1] if parts[0] == "ops" else parts[0]
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            match = re.match(r'\s*#\s*include\s*[<"]([^>"]+)[>"]', line)
+            if match is None:
+                continue
+            target = posixpath.normpath(match.group(1))
+            at = where(path, root, number)
+            for other in set(target.split("/")[:-1]) & (set(slugs) - {here}):
+                if here in slugs or here == "common":
+                    found.append(f"{at}: {here} includes {other}")
+            if path.name in ("params.h", "kernel.cuh") and target.split("/")[0] in ("torch", "ATen", "c10"):
+                found.append(f"{at}: {path.name} includes {target}")
+    return found
+
+
+def slugs_of(root: Path) -> list[str]:
+    return sorted(p.name for p in (root / "csrc" / "ops").glob("*") if p.is_dir())
+
+
+def listed_names(path: Path) -> set[str]:
+    """The strings of a module's `__all__`."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and any(ast.unparse(t) == "__all__" for t in node.targets):
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def public_functions(path: Path) -> set[str]:
+    body = ast.parse(path.read_text()).body if path.exists() else []
+    return {n.name for n in body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+
+
+def inventory_violations(root: Path) -> list[str]:
+    """Every slug has all its files, a public function, and a reference of the same name."""
+    slugs = slugs_of(root)
+    found = [
+        f"{slug}: {name.format(slug=slug)} is missing"
+        for slug in slugs
+        for name in FILES_OF_A_SLUG
+        if not (root / name.format(slug=slug)).is_file()
+    ]
+    for path in sorted((root / "rqkernels" / "ops").glob("[!_]*.py")):
+        if path.stem not in slugs:
+            found.append(f"{path.stem}: rqkernels/ops/{path.name} has no folder in csrc/ops")
+    public = listed_names(root / "rqkernels" / "__init__.py")
+    for slug in slugs:
+        names = public & public_functions(root / "rqkernels" / "ops" / f"{slug}.py")
+        if not names:
+            found.append(f"{slug}: rqkernels.__all__ names no function of rqkernels/ops/{slug}.py")
+        for name in sorted(names - public_functions(root / "rqkernels" / "reference" / f"{slug}.py")):
+            found.append(f"{slug}: {name} has no twin in rqkernels/reference/{slug}.py")
+        for name in sorted(names - listed_names(root / "rqkernels" / "reference" / "__init__.py")):
+            found.append(f"{slug}: rqkernels.reference.__all__ does not name {name}")
+    return found
+
+
+RULES = (room_violations, kernel_package_violations, include_violations, inventory_violations)
+
+
+# --- this repository -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_repository_keeps_the_rule(rule) -> None:
+    assert rule(ROOT) == []
+
+
+def test_the_rules_saw_the_repository() -> None:
+    assert set(SLUGS) <= set(slugs_of(ROOT))
+    assert {"quantizers", "models", "training", "cli"} <= {
+        p.relative_to(ROOT / "python" / "rqgen").parts[0] for p in python_files(ROOT / "python" / "rqgen")
+    }
+
+
+# --- the rules can fail ----------------------------------------------------------------------------------
+
+GOOD_TREE: dict[str, str] = {
+    "python/rqgen/__init__.py": "from .models import rqvae\n__version__ = '0'\n",
+    "python/rqgen/config.py": "import dataclasses\n",
+    "python/rqgen/quantizers/residual.py": "import rqkernels\nfrom ..config import load\n",
+    "python/rqgen/models/rqvae.py": "from ..quantizers import residual\nfrom .pretrained import X\n",
+    "python/rqgen/sampling/generate.py": "from rqgen.models.rqvae import RQVAE\n",
+    "python/rqgen/cli/app.py": "import rqgen\nfrom rqgen.sampling import generate\n",
+    "rqkernels/__init__.py": "__all__ = ['search']\n",
+    "rqkernels/ops/search.py": "import torch\ndef search(x): ...\n",
+    "rqkernels/reference/__init__.py": "from .search import search\n__all__ = ['search']\n",
+    "rqkernels/reference/search.py": "import math\nimport torch.nn.functional\ndef search(x): ...\n",
+    "csrc/common/checks.h": "#include <torch/csrc/stable/tensor.h>\n",
+    "csrc/ops/search/params.h": "#include <cstdint>\n",
+    "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
+    "csrc/ops/search/cpu.cpp": '#include "params.h"\n',
+    "csrc/ops/search/kernel.cuh": '#include "../../common/philox.h"\n#include "params.h"\n',
+    "csrc/ops/search/cuda.cu": '#include "kernel.cuh"\n',
+    "tests/rqkernels/test_search.py": "",
+    "benchmarks/bench_search.py": "",
+}
+
+
+def plant(root: Path, files: Mapping[str, str | None]) -> Path:
+    """Writes the good tree with these files added or replaced; None leaves one out."""
+    for name, text in {**GOOD_TREE, **files}.items():
+        if text is not None:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_good_tree_passes(rule, tmp_path: Path) -> None:
+    assert rule(plant(tmp_path, {})) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("quantizers/a.py", "from ..models import rqvae\n", "quantizers/a.py:1: quantizers imports models"),
+        ("models/a.py", "from rqgen.sampling.generate import g\n", "models/a.py:1: models imports sampling"),
+        ("models/a.py", "import rqgen.data.folder\n", "models/a.py:1: models imports data"),
+        ("training/a.py", "def f():\n    from ..report import grid\n", "a.py:2: training imports report"),
+        ("report/a.py", "from rqgen import cli\n", "report/a.py:1: report imports cli"),
+        ("data/deep/a.py", "from ...cli import app\n", "data/deep/a.py:1: data imports cli"),
+        (
+            "models/a.py",
+            "import importlib\nimportlib.import_module('rqgen.cli')\n",
+            "a.py:2: models imports cli",
+        ),
+        ("models/a.py", "importlib.import_module('..cli', __package__)\n", "a.py:1: models imports cli"),
+        ("models/a.py", "import rqgen\n", "models/a.py:1: models imports rqgen from the facade"),
+        ("sampling/a.py", "from rqgen import RQVAE\n", "sampling imports rqgen.RQVAE from the facade"),
+        ("config.py", "from .models import rqvae\n", "config.py:1: config imports models"),
+        ("helpers/a.py", "", "python/rqgen/helpers/a.py: helpers is no room of rqgen"),
+        ("models/a.py", "import torch\ntorch.ops.rqkernels.f()\n", "a.py:2: rqgen touches torch.ops"),
+        ("models/a.py", "from torch import ops\n", "a.py:1: rqgen touches torch.ops"),
+    ],
+)
+def test_a_broken_room_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (violation,) = room_violations(plant(tmp_path, {f"python/rqgen/{file}": text}))
+    assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("ops/search.py", "import rqgen.models\n", "rqkernels/ops/search.py:1: rqkernels imports rqgen"),
+        ("reference/search.py", "import numpy\n", "a reference imports numpy"),
+        ("reference/search.py", "from ..ops import search\n", "a reference imports rqkernels.ops.search"),
+        ("reference/search.py", "import rqkernels\n", "a reference imports rqkernels"),
+    ],
+)
+def test_a_broken_kernel_package_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (violation,) = kernel_package_violations(plant(tmp_path, {f"rqkernels/{file}": text}))
+    assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("file", "include", "message"),
+    [
+        ("ops/search/cpu.cpp", '"../decode/params.h"', "csrc/ops/search/cpu.cpp:1: search includes decode"),
+        ("ops/search/cpu.cpp", "<ops/decode/params.h>", "search includes decode"),
+        ("ops/decode/kernel.cuh", '"search/kernel.cuh"', "decode includes search"),
+        ("common/checks.h", '"ops/search/params.h"', "csrc/common/checks.h:1: common includes search"),
+        ("ops/search/kernel.cuh", "<torch/csrc/stable/tensor.h>", "kernel.cuh includes torch/csrc"),
+        ("ops/search/params.h", "<torch/csrc/stable/tensor.h>", "params.h includes torch/csrc"),
+    ],
+)
+def test_a_broken_include_is_found(tmp_path: Path, file: str, include: str, message: str) -> None:
+    files = {"csrc/ops/decode/params.h": "", f"csrc/{file}": f"  #  include {include}\n"}
+    (violation,) = include_violations(plant(tmp_path, files))
+    assert message in violation
+
+
+@pytest.mark.parametrize("name", [name.format(slug="search") for name in FILES_OF_A_SLUG])
+def test_a_missing_file_is_found(tmp_path: Path, name: str) -> None:
+    assert f"search: {name} is missing" in inventory_violations(plant(tmp_path, {name: None}))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"rqkernels/ops/extra.py": ""}, "extra: rqkernels/ops/extra.py has no folder in csrc/ops"),
+        ({"rqkernels/__init__.py": "__all__ = []\n"}, "search: rqkernels.__all__ names no function of"),
+        ({"rqkernels/reference/search.py": "def other(): ...\n"}, "search: search has no twin in"),
+        ({"rqkernels/reference/__init__.py": "__all__ = []\n"}, "rqkernels.reference.__all__ does not name"),
+    ],
+)
+def test_a_broken_inventory_is_found(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    (violation,) = inventory_violations(plant(tmp_path, files))
+    assert message in violation
