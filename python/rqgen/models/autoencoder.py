@@ -1,0 +1,261 @@
+"""The convolutional encoder and decoder of VQ-GAN (Esser et al. 2021), as the published RQ-VAE uses them.
+
+Every level has ResNet blocks and, where asked, single-head attention after each; levels are joined by factors
+of two. A middle part (block, attention, block) works at the lowest resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+NORM_EPSILON = 1e-6
+
+
+class ResidualBlock(nn.Module):
+    """`x + conv(silu(norm(conv(silu(norm(x))))))`, with a 1x1 convolution on x where channels change.
+
+    Dropout stands before the second convolution. With `gradient_checkpointing` the block is recomputed in
+    backward instead of keeping its activations (train mode only).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dropout: float,
+        norm_groups: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPSILON)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPSILON)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions of a feature map, added to it."""
+
+    def __init__(self, channels: int, *, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPSILON)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key = nn.Conv2d(channels, channels, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.output = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (
+            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
+        )
+        attended_b1nc = F.scaled_dot_product_attention(q, k, v)
+        return x + self.output(attended_b1nc.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves height and width: a strided convolution, or the mean of 2x2."""
+
+    def __init__(self, channels: int, *, with_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is None:
+            return F.avg_pool2d(x, 2)
+        # Padded right and below only, as the published weights expect.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then a convolution if asked."""
+
+    def __init__(self, channels: int, *, with_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each followed by attention where `attention` is set, then `resample`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        *,
+        attention: bool,
+        resample: nn.Module,
+        dropout: float,
+        norm_groups: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(
+                in_channels if index == 0 else out_channels,
+                out_channels,
+                dropout=dropout,
+                norm_groups=norm_groups,
+                gradient_checkpointing=gradient_checkpointing,
+            )
+            for index in range(num_blocks)
+        )
+        self.attentions = nn.ModuleList(
+            AttentionBlock(out_channels, norm_groups=norm_groups)
+            for _ in range(num_blocks if attention else 0)
+        )
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attentions:
+                x = self.attentions[index](x)
+        return self.resample(x)
+
+
+def _middle(
+    channels: int, *, dropout: float, norm_groups: int, gradient_checkpointing: bool
+) -> nn.Sequential:
+    def block() -> ResidualBlock:
+        return ResidualBlock(
+            channels,
+            channels,
+            dropout=dropout,
+            norm_groups=norm_groups,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    return nn.Sequential(block(), AttentionBlock(channels, norm_groups=norm_groups), block())
+
+
+class Encoder(nn.Module):
+    """Images (B, image_channels, H, W) to features (B, z_channels, H/s, W/s), s = 2^(levels - 1).
+
+    Args:
+        channel_multipliers: one per level, from the finest; a level has base_channels * multiplier channels.
+        num_res_blocks: ResNet blocks per level.
+        attention: one flag per level, from the finest.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_channels: int,
+        z_channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int,
+        attention: Sequence[bool],
+        resample_with_conv: bool,
+        dropout: float,
+        norm_groups: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        common = {
+            "dropout": dropout,
+            "norm_groups": norm_groups,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        channels = [base_channels * multiplier for multiplier in channel_multipliers]
+        coarsest = len(channels) - 1
+        self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(
+                base_channels if index == 0 else channels[index - 1],
+                width,
+                num_res_blocks,
+                attention=attention[index],
+                resample=nn.Identity()
+                if index == coarsest
+                else Downsample(width, with_conv=resample_with_conv),
+                **common,
+            )
+            for index, width in enumerate(channels)
+        )
+        self.middle = _middle(channels[-1], **common)
+        self.norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=NORM_EPSILON)
+        self.conv_out = nn.Conv2d(channels[-1], z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.conv_in(images)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, H/s, W/s) to images (B, image_channels, H, W); the encoder's mirror.
+
+    Arguments as `Encoder`'s, in the same order from the finest level; `levels` are kept from the coarsest,
+    the order in which they run, and have one block more than the encoder's.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_channels: int,
+        z_channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int,
+        attention: Sequence[bool],
+        resample_with_conv: bool,
+        dropout: float,
+        norm_groups: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        common = {
+            "dropout": dropout,
+            "norm_groups": norm_groups,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        channels = [base_channels * multiplier for multiplier in reversed(channel_multipliers)]
+        finest = len(channels) - 1
+        self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
+        self.middle = _middle(channels[0], **common)
+        self.levels = nn.ModuleList(
+            Level(
+                channels[max(index - 1, 0)],
+                width,
+                num_res_blocks + 1,
+                attention=attention[finest - index],
+                resample=nn.Identity() if index == finest else Upsample(width, with_conv=resample_with_conv),
+                **common,
+            )
+            for index, width in enumerate(channels)
+        )
+        self.norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=NORM_EPSILON)
+        self.conv_out = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        h = self.middle(self.conv_in(features))
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,172 @@
+"""Models on disk: a folder with config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typing_extensions import Self
+
+from rqgen.config import from_dict, to_dict
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+class PretrainedModel(nn.Module):
+    """A module that is wholly described by a config dataclass and its state dict.
+
+    Subclasses set `model_type` (a name written into the folder) and `config_class`, and take the config as
+    the first argument of `__init__`; further arguments need defaults.
+    """
+
+    model_type: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"config: expected {self.config_class.__name__}, got {type(config).__name__}")
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors into `folder`, whole or not at all.
+
+        They are written to a temporary folder beside it, which then takes its name. An existing model folder
+        is replaced (and put back if that fails).
+
+        Raises:
+            FileExistsError: `folder` exists and is not a folder, or holds files that are not a saved model's.
+        """
+        target = Path(folder).absolute()
+        if target.exists():
+            if not target.is_dir():
+                raise FileExistsError(f"folder: {target} exists and is not a folder")
+            foreign = sorted({entry.name for entry in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME})
+            if foreign:
+                raise FileExistsError(
+                    f"folder: {target} holds files of no model, not replaced: {foreign[:5]}"
+                )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = target.with_name(f".{target.name}.tmp-{suffix}")
+        replaced = target.with_name(f".{target.name}.old-{suffix}")
+        description = {
+            "model_type": self.model_type,
+            "format_version": FORMAT_VERSION,
+            "config": to_dict(self.config),
+        }
+        # Clones, because safetensors refuses tensors that share memory (tied weights).
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
+        temporary.mkdir()
+        try:
+            (temporary / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            for path in temporary.iterdir():
+                _flush_to_disk(path)
+            if target.exists():
+                target.rename(replaced)
+                try:
+                    temporary.rename(target)
+                except BaseException:
+                    replaced.rename(target)
+                    raise
+                shutil.rmtree(replaced)
+            else:
+                temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
+        """Reads what `save_pretrained` wrote; the model comes back in eval mode, in float32.
+
+        Raises:
+            FileNotFoundError: no such folder, or one of its two files is missing.
+            ValueError: a file is damaged; the folder holds another model type, a newer format, an invalid
+                config, or tensors whose names or shapes do not fit the config.
+        """
+        source = Path(folder)
+        if not source.is_dir():
+            raise FileNotFoundError(f"folder: no folder {source}")
+        config_path, weights_path = source / CONFIG_NAME, source / WEIGHTS_NAME
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"folder: no file {path.name} in {source}")
+        model = cls(cls._read_config(config_path))
+        try:
+            tensors = load_file(weights_path)
+        except SafetensorError as error:
+            raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
+        load_tensors(model, tensors, where=str(weights_path))
+        return model.to(device).eval()
+
+    @classmethod
+    def _read_config(cls, path: Path) -> Any:
+        try:
+            description = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from error
+        if not isinstance(description, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(description).__name__}")
+        for key in ("model_type", "format_version", "config"):
+            if key not in description:
+                raise ValueError(f"{path}: expected the key {key!r}, which is missing")
+        if description["model_type"] != cls.model_type:
+            raise ValueError(
+                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, "
+                f"got {description['model_type']!r}"
+            )
+        if description["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: expected format_version {FORMAT_VERSION}, got {description['format_version']!r}; "
+                "written by another version of rqgen"
+            )
+        return from_dict(cls.config_class, description["config"], where=str(path))
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str) -> None:
+    """Copies `tensors` into `model`; every name and shape must match exactly.
+
+    Raises:
+        ValueError: names missing, unknown names, or shapes that differ; starts with `where`.
+    """
+    expected = model.state_dict()
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"{len(missing)} tensors missing: {', '.join(missing[:5])}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"{len(unknown)} tensors unknown: {', '.join(unknown[:5])}")
+    differing = [
+        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensors[name].shape)}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if expected[name].shape != tensors[name].shape
+    ]
+    if differing:
+        problems.append(f"{len(differing)} shapes differ: {'; '.join(differing[:5])}")
+    if problems:
+        raise ValueError(f"{where}: does not fit {type(model).__name__}: {'. '.join(problems)}")
+    model.load_state_dict(tensors)
+
+
+def _flush_to_disk(path: Path) -> None:
+    # A rename may reach the disk before the data does: after a power cut the folder would hold empty files.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

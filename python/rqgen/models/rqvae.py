@@ -1,0 +1,332 @@
+"""RQ-VAE: images to stacks of codes and back (Lee et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rqkernels
+from rqgen.models.autoencoder import Decoder, Encoder
+from rqgen.models.pretrained import PretrainedModel
+from rqgen.quantizers import QuantizerConfig, ResidualQuantizer
+
+RECONSTRUCTION_LOSSES = ("mse", "l1")
+
+
+@dataclass
+class RQVAEConfig:
+    """Everything that describes an `RQVAE`. The defaults are the published 256x256 model.
+
+    Attributes:
+        image_channels: channels of an image.
+        resolution: the side that the levels are counted from: a level's resolution is resolution / 2^level,
+            and attention stands where that number is in `attention_resolutions`.
+        image_size: [height, width] of the images where they are not resolution x resolution.
+        base_channels: channels of the finest level, before its multiplier.
+        channel_multipliers: one per level, from the finest; levels are joined by factors of two.
+        num_res_blocks: ResNet blocks per level (the decoder has one more).
+        attention_resolutions: see `resolution`.
+        z_channels: channels between encoder or decoder and the 1x1 convolutions at the quantizer.
+        embed_dim: channels of a latent.
+        dropout: inside the ResNet blocks.
+        resample_with_conv: convolutions at the joints; otherwise plain averaging and repeating.
+        norm_groups: groups of every GroupNorm; must divide all channel counts.
+        code_shape: [h, w, D] of the codes of one image. h and w divide the latents' height and width; where
+            they are smaller, a code vector covers several latents, laid one after another.
+        quantizer: see `QuantizerConfig`; its depth must be D.
+        reconstruction_loss: "mse" or "l1".
+        commitment_weight: beta of equation (6).
+        gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
+    """
+
+    image_channels: int = 3
+    resolution: int = 256
+    image_size: list[int] | None = None
+    base_channels: int = 128
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4, 4])
+    num_res_blocks: int = 2
+    attention_resolutions: list[int] = field(default_factory=lambda: [8])
+    z_channels: int = 256
+    embed_dim: int = 256
+    dropout: float = 0.0
+    resample_with_conv: bool = True
+    norm_groups: int = 32
+    code_shape: list[int] = field(default_factory=lambda: [8, 8, 4])
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    reconstruction_loss: str = "mse"
+    commitment_weight: float = 0.25
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_channels",
+            "resolution",
+            "base_channels",
+            "num_res_blocks",
+            "z_channels",
+            "embed_dim",
+            "norm_groups",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"channel_multipliers: expected one number >= 1 per level, got {self.channel_multipliers}"
+            )
+        if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
+            raise ValueError(f"image_size: expected [height, width], got {self.image_size}")
+        if len(self.code_shape) != 3 or min(self.code_shape) < 1:
+            raise ValueError(f"code_shape: expected [h, w, depth], got {self.code_shape}")
+        for name, sides in (("resolution", [self.resolution]), ("image_size", self.image_shape)):
+            if any(side % self.stride for side in sides):
+                raise ValueError(
+                    f"{name}: expected a multiple of {self.stride} "
+                    f"({len(self.channel_multipliers)} levels), got {getattr(self, name) or self.resolution}"
+                )
+        latents, codes = list(self.latent_shape[:2]), list(self.code_shape[:2])
+        if any(latent % code for latent, code in zip(latents, codes, strict=True)):
+            raise ValueError(f"code_shape: expected h and w to divide the latents' {latents}, got {codes}")
+        if self.quantizer.depth != self.code_shape[2]:
+            raise ValueError(
+                f"quantizer.depth: expected the depth of code_shape, {self.code_shape[2]}, "
+                f"got {self.quantizer.depth}"
+            )
+        for multiplier in (1, *self.channel_multipliers):
+            if (self.base_channels * multiplier) % self.norm_groups:
+                raise ValueError(
+                    f"norm_groups: expected a divisor of every level's channels, got {self.norm_groups} "
+                    f"for {self.base_channels * multiplier}"
+                )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        if not self.commitment_weight >= 0.0:
+            raise ValueError(f"commitment_weight: expected a number >= 0, got {self.commitment_weight}")
+        if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
+            raise ValueError(
+                f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
+                f"got {self.reconstruction_loss!r}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per latent, along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        height, width = self.image_size or (self.resolution, self.resolution)
+        return height, width
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(H, W, embed_dim) of the latents of an image."""
+        height, width = self.image_shape
+        return height // self.stride, width // self.stride, self.embed_dim
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Latents that one code vector covers, (down, across)."""
+        height, width, _ = self.latent_shape
+        return height // self.code_shape[0], width // self.code_shape[1]
+
+    @property
+    def code_dim(self) -> int:
+        """C of a code vector: embed_dim times the latents it covers."""
+        down, across = self.patch_shape
+        return self.embed_dim * down * across
+
+    @property
+    def attention_levels(self) -> list[bool]:
+        """For each level, from the finest, whether it has attention."""
+        levels = range(len(self.channel_multipliers))
+        return [self.resolution // 2**level in self.attention_resolutions for level in levels]
+
+
+class RQVAEOutput(NamedTuple):
+    """Result of calling an `RQVAE`."""
+
+    reconstruction: Tensor  # (B, channels, H, W)
+    commitment_loss: Tensor  # float32 scalar
+    codes: Tensor  # int64 (B, h, w, D)
+
+
+class RQVAELoss(NamedTuple):
+    """Result of `RQVAE.loss`."""
+
+    total: Tensor  # reconstruction + commitment_weight * commitment
+    reconstruction: Tensor
+    commitment: Tensor
+    output: RQVAEOutput
+
+
+class RQVAE(PretrainedModel):
+    """Encoder, residual quantizer, decoder.
+
+    Images are (B, channels, height, width) in [-1, 1], codes int64 (B, h, w, D), latents "in code shape"
+    (B, h, w, code_dim). The convolutions take any size: images of other sizes work where height and width are
+    multiples of stride * patch, and give codes of a proportional map.
+
+    `encode`, `decode`, `decode_partial` and `soft_codes` run without gradient and never change state; calling
+    the model in train mode updates the codebooks.
+    """
+
+    model_type = "rqvae"
+    config_class = RQVAEConfig
+
+    def __init__(self, config: RQVAEConfig) -> None:
+        super().__init__(config)
+        layout = {
+            "image_channels": config.image_channels,
+            "z_channels": config.z_channels,
+            "base_channels": config.base_channels,
+            "channel_multipliers": config.channel_multipliers,
+            "num_res_blocks": config.num_res_blocks,
+            "attention": config.attention_levels,
+            "resample_with_conv": config.resample_with_conv,
+            "dropout": config.dropout,
+            "norm_groups": config.norm_groups,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        }
+        self.encoder = Encoder(**layout)
+        self.to_latents = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.quantizer = ResidualQuantizer(config.quantizer, config.code_dim)
+        self.from_latents = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(**layout)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """float32 (K, code_dim) shared by all depths, or (D, K, code_dim)."""
+        return self.quantizer.codebooks
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return self.config.quantizer.codebook_size
+
+    @property
+    def depth(self) -> int:
+        """D, codes per position."""
+        return self.config.code_shape[2]
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """(h, w, D) of the codes of one image of the configured size."""
+        h, w, depth = self.config.code_shape
+        return h, w, depth
+
+    def forward(self, images: Tensor) -> RQVAEOutput:
+        """Encodes, quantizes (straight-through gradient) and decodes; in train mode updates the codebooks."""
+        quantized, codes, commitment_loss = self.quantizer(self.encode_latents(images))
+        return RQVAEOutput(self.decode_latents(quantized), commitment_loss, codes)
+
+    def loss(self, images: Tensor) -> RQVAELoss:
+        """Equation (6): `reconstruction + commitment_weight * commitment`, means over elements, in float32.
+
+        `reconstruction` is the mean of |x - x'|^2 ("mse") or |x - x'| ("l1"); `commitment` is described at
+        `ResidualQuantizer.forward`.
+        """
+        output = self(images)
+        measure = F.mse_loss if self.config.reconstruction_loss == "mse" else F.l1_loss
+        reconstruction = measure(output.reconstruction.float(), images.float())
+        total = reconstruction + self.config.commitment_weight * output.commitment_loss
+        return RQVAELoss(total, reconstruction, output.commitment_loss, output)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """What the quantizer sees: latents in code shape (B, h, w, code_dim). Differentiable.
+
+        Raises:
+            ValueError: images are not (B, image_channels, height, width), or height and width are not
+                multiples of stride * patch.
+        """
+        down, across = self.config.patch_shape
+        steps = (self.config.stride * down, self.config.stride * across)
+        if images.ndim != 4 or images.shape[1] != self.config.image_channels:
+            raise ValueError(
+                f"images: expected (B, {self.config.image_channels}, height, width), "
+                f"got shape {tuple(images.shape)}"
+            )
+        if images.shape[2] % steps[0] or images.shape[3] % steps[1] or 0 in images.shape[2:]:
+            raise ValueError(
+                f"images: expected height and width in multiples of {steps[0]} and {steps[1]}, "
+                f"got {tuple(images.shape[2:])}"
+            )
+        latents_bchw = self.to_latents(self.encoder(images))
+        b, c, height, width = latents_bchw.shape
+        h, w = height // down, width // across
+        patches = latents_bchw.reshape(b, c, h, down, w, across).permute(0, 2, 4, 3, 5, 1)
+        return patches.reshape(b, h, w, down * across * c)
+
+    def decode_latents(self, latents_bhwc: Tensor) -> Tensor:
+        """Images (B, channels, H, W) from latents in code shape (B, h, w, code_dim). Differentiable."""
+        if latents_bhwc.ndim != 4 or latents_bhwc.shape[-1] != self.config.code_dim:
+            raise ValueError(
+                f"latents_bhwc: expected (B, h, w, {self.config.code_dim}), "
+                f"got shape {tuple(latents_bhwc.shape)}"
+            )
+        down, across = self.config.patch_shape
+        b, h, w, _ = latents_bhwc.shape
+        patches = latents_bhwc.reshape(b, h, w, down, across, self.config.embed_dim)
+        latents_bchw = patches.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * down, w * across)
+        return self.decoder(self.from_latents(latents_bchw.to(self.from_latents.weight.dtype)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]."""
+        return self.quantizer.encode(self.encode_latents(images))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, channels, H, W) from codes int64 (B, h, w, D). IndexError for a code outside [0, K)."""
+        self._check_codes(codes)
+        return self.decode_latents(self.quantizer.decode(codes))
+
+    @torch.no_grad()
+    def decode_partial(self, codes: Tensor, depth: int) -> Tensor:
+        """Images from the codes of depths 1..depth only: coarse to fine (figure 5).
+
+        codes (B, h, w, D) as for `decode`; ValueError if depth is not within 1..D.
+        """
+        self._check_codes(codes)
+        return self.decode_latents(self.quantizer.decode(codes, depth))
+
+    @torch.no_grad()
+    def soft_codes(
+        self, images: Tensor, tau: float, *, stochastic: bool = False, seed: int = 0, offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Code distributions of every depth, `Q_tau(k | r_{d-1}) ~ exp(-|r_{d-1} - e(k)|^2 / tau)`.
+
+        Equation (15). For inspection: the distributions are materialised. Training computes its loss from the residuals.
+
+        Args:
+            images: (B, channels, H, W) in [-1, 1].
+            tau: temperature, > 0.
+            stochastic: draw the codes from the distributions (by `seed`, and `offset`, the index of the first
+                position) instead of taking the nearest.
+
+        Returns:
+            float32 (B, h, w, D, K) and the codes int64 (B, h, w, D).
+        """
+        latents = self.encode_latents(images).float()
+        if stochastic:
+            found = rqkernels.reference.stochastic_residual_search(
+                latents, self.codebooks, self.depth, tau=tau, seed=seed, offset=offset, return_residuals=True
+            )
+        else:
+            found = rqkernels.residual_search(latents, self.codebooks, self.depth, return_residuals=True)
+        shared = self.config.quantizer.shared_codebook
+        soft = [
+            rqkernels.reference.distance_softmax(
+                found.residuals[..., d, :], self.codebooks if shared else self.codebooks[d], tau
+            )
+            for d in range(self.depth)
+        ]
+        return torch.stack(soft, dim=-2), found.codes
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim != 4 or codes.shape[-1] != self.depth:
+            raise ValueError(f"codes: expected (B, h, w, {self.depth}), got shape {tuple(codes.shape)}")

@@ -1,0 +1,360 @@
+"""Residual quantization with codebooks learnt by exponential moving averages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rqkernels
+from rqgen.quantizers.seeding import draw_vectors, kmeans
+from rqgen.quantizers.usage import CodeUsage
+
+EMA_UPDATES = ("after_all_depths", "per_depth")
+INITIALISATIONS = ("data", "kmeans", "random")
+
+
+@dataclass
+class QuantizerConfig:
+    """Settings of a `ResidualQuantizer`.
+
+    Attributes:
+        codebook_size: K, codes per codebook.
+        depth: D, codes per vector. 1 is plain vector quantization (VQ-VAE).
+        shared_codebook: one codebook for all depths, or one per depth.
+        decay: of the moving averages; the share of the past kept at each training step.
+        epsilon: Laplace smoothing of the averaged counts.
+        restart_dead_codes: put unused codes onto vectors of the current batch.
+        dead_code_threshold: a code is dead once its averaged count (vectors per training step) is below this.
+            With fewer vectors per step than codes, 1.0 would declare nearly all codes dead: lower it then.
+        ema_update: "after_all_depths": one update per training step, from all depths together.
+            "per_depth": compatibility with the published training code, which updates after each depth, so
+            that with a shared codebook a depth searches what the depth before has just moved.
+        init: "data": codes drawn from the first training batch; "kmeans": clustered from it; "random": normal
+            numbers, no look at data.
+        kmeans_iterations: rounds of Lloyd's algorithm for init="kmeans".
+        usage_window: positions over which codes_used and perplexity are taken (see `CodeUsage`).
+    """
+
+    codebook_size: int = 16384
+    depth: int = 4
+    shared_codebook: bool = True
+    decay: float = 0.99
+    epsilon: float = 1e-5
+    restart_dead_codes: bool = True
+    dead_code_threshold: float = 1.0
+    ema_update: str = "after_all_depths"
+    init: str = "data"
+    kmeans_iterations: int = 10
+    usage_window: int = 131072
+
+    def __post_init__(self) -> None:
+        for name in ("codebook_size", "depth", "kmeans_iterations", "usage_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"decay: expected 0 <= decay < 1, got {self.decay}")
+        for name in ("epsilon", "dead_code_threshold"):
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name, allowed in (("ema_update", EMA_UPDATES), ("init", INITIALISATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+class QuantizerOutput(NamedTuple):
+    """Result of `ResidualQuantizer.forward` for vectors (..., C)."""
+
+    quantized: Tensor  # (..., C), dtype of the input; value: sum of the chosen codes; gradient: the input's
+    codes: Tensor  # int64 (..., D)
+    commitment_loss: Tensor  # float32 scalar
+
+
+class _Book(NamedTuple):
+    """Views of one codebook and its averages, written in place."""
+
+    codes: Tensor  # (K, C)
+    count: Tensor  # (K,)
+    sum: Tensor  # (K, C)
+
+
+class ResidualQuantizer(nn.Module):
+    """Residual quantizer of vectors (..., C); Lee et al. 2022, equations (3)-(7).
+
+    With `r_0 = z`: `k_d = argmin_k |r_{d-1} - e_d(k)|^2` (ties to the lowest k), `r_d = r_{d-1} - e_d(k_d)`,
+    partial sums `Z^(d) = e_1(k_1) + ... + e_d(k_d)`. Naively
+
+        for d in range(D):
+            k[..., d] = torch.cdist(r, e[d]).argmin(-1);  r = r - e[d][k[..., d]]
+
+    but the search is `rqkernels.residual_search`: exact, and no N x K tensor of distances or one-hot codes
+    is ever allocated, in training either. Search and codebooks are float32 under autocast and after
+    `.half()`/`.bfloat16()` too. A vector that is not finite gets code -1 at all depths, a NaN result, and
+    does not touch the codebook.
+
+    Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. In eval mode
+    no state ever changes. All state (codebooks, averages, usage) lies in buffers; restarts and initialisation
+    draw from torch's global generator (see `rqgen.quantizers.seeding`), so that buffers and generator
+    together resume a run bit for bit.
+
+    Args:
+        config: see `QuantizerConfig`.
+        code_dim: C.
+
+    Buffers: `codebook` float32 (K, C) shared, or (D, K, C); `ema_count` and `ema_sum`, the moving averages
+    of how many vectors chose a code in a step, and of their sum; `initialized`, a bool.
+    """
+
+    codebook: Tensor
+    ema_count: Tensor
+    ema_sum: Tensor
+    initialized: Tensor
+
+    def __init__(self, config: QuantizerConfig, code_dim: int) -> None:
+        super().__init__()
+        if code_dim < 1:
+            raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
+        self.config = config
+        self.code_dim = code_dim
+        books = () if config.shared_codebook else (config.depth,)
+        # Also what a model that never trained searches; data replaces it unless init="random".
+        codebook = torch.randn(*books, config.codebook_size, code_dim)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("ema_count", torch.ones(*books, config.codebook_size))
+        self.register_buffer("ema_sum", codebook.clone())
+        self.register_buffer("initialized", torch.tensor(config.init == "random"))
+        self.usage = CodeUsage(config.depth, config.codebook_size, config.usage_window)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """float32 (K, C) shared by all depths, or (D, K, C): what `rqkernels.residual_search` takes."""
+        return self.codebook
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantizes z (..., C); in train mode also updates codebooks and usage.
+
+        `commitment_loss = mean_d mean |z - sg[Z^(d)]|^2`, the mean over depths, vectors and features
+        (equation (7) writes the sum over depths; the published code takes this mean).
+
+        Raises:
+            ValueError: the last dimension of z is not C; or the first training batch has no finite vector.
+        """
+        self._check_vectors(z)
+        with torch.autocast(z.device.type, enabled=False):
+            z32 = z.float()
+            vectors = z32.detach()
+            if self.training and not self.initialized:
+                self.initialize(vectors)
+            if self.training and self.config.ema_update == "per_depth":
+                quantized, codes, norms, mean_residual = self._quantize_and_update_per_depth(vectors)
+            else:
+                # The residuals are needed for restarts and the loss's gradient only.
+                wanted = self.training or z.requires_grad
+                found = rqkernels.residual_search(
+                    vectors,
+                    self.codebook,
+                    self.config.depth,
+                    return_residuals=wanted,
+                    return_statistics=self.training,
+                )
+                quantized, codes, norms = found.quantized, found.codes, found.residual_norms
+                mean_residual = None
+                if wanted:
+                    last = vectors - quantized
+                    mean_residual = (found.residuals[..., 1:, :].sum(dim=-2) + last) / self.config.depth
+                if self.training:
+                    self.update_codebook(found)
+            if self.training:
+                self.usage.update(codes)
+            loss = norms.mean() / self.code_dim
+            if mean_residual is not None and torch.is_grad_enabled():
+                # d loss / d z = 2/(N C D) sum_d (z - Z^(d)), and z - Z^(d) = r_d: a term of value zero
+                # carries this gradient, so that no partial sum has to be kept for backward.
+                carrier = 2.0 * (z32 * mean_residual).mean()
+                loss = loss + (carrier - carrier.detach())
+            # z - z is exactly zero, so the value is exactly what `decode` gives for these codes.
+            straight_through = quantized.to(z.dtype) + (z - z.detach())
+        return QuantizerOutput(straight_through, codes, loss)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Codes int64 (..., D) of vectors (..., C). Changes no state in any mode."""
+        self._check_vectors(z)
+        return rqkernels.residual_search(z.float(), self.codebook, self.config.depth).codes
+
+    def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
+        """Sum of the codes, float32 (..., C); of the first `depth` codes only if given.
+
+        `decode(encode(z))` equals `forward(z).quantized` bit for bit (in float32).
+
+        Raises:
+            ValueError: codes are not (..., D), or depth is not within 1..D.
+            IndexError: a code outside [0, K).
+        """
+        self._check_codes(codes)
+        if depth is not None and not 1 <= depth <= self.config.depth:
+            raise ValueError(f"depth: expected 1..{self.config.depth}, got {depth}")
+        return rqkernels.residual_decode(codes, self.codebook, depth)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """The code vectors themselves, float32 (..., D, C), not summed.
+
+        Raises:
+            ValueError: codes are not (..., D).
+            IndexError: a code outside [0, K).
+        """
+        self._check_codes(codes)
+        size = self.config.codebook_size
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise IndexError(
+                f"codes: expected 0 <= code < {size}, got {int(codes.min())}..{int(codes.max())}"
+            )
+        if self.config.shared_codebook:
+            return F.embedding(codes, self.codebook)
+        depths = torch.arange(self.config.depth, device=codes.device)
+        return self.codebook[depths, codes]
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor) -> None:
+        """Sets codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
+
+        A codebook per depth is drawn (or clustered) from that depth's residuals. A shared one has an equal
+        share of its codes drawn from the residuals of every depth, each after quantization with the shares
+        before it: later depths meet much smaller vectors than the first, and need codes of their size.
+        """
+        self._check_vectors(z)
+        residual = z.detach().float().reshape(-1, self.code_dim)
+        residual = residual[residual.isfinite().all(dim=1)]
+        config = self.config
+        books = self._books()
+        for d in range(config.depth):
+            if config.shared_codebook:
+                start = config.codebook_size * d // config.depth
+                stop = config.codebook_size * (d + 1) // config.depth
+            else:
+                start, stop = 0, config.codebook_size
+            if stop > start:
+                count = stop - start
+                book = books[0 if config.shared_codebook else d]
+                codes = (
+                    kmeans(residual, count, config.kmeans_iterations)
+                    if config.init == "kmeans"
+                    else draw_vectors(residual, count)
+                )
+                book.codes[start:stop] = codes
+                book.sum[start:stop] = codes
+                book.count[start:stop] = 1.0
+                residual = residual - rqkernels.residual_search(residual, codes, 1).quantized
+        self.usage.reset()
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def update_codebook(self, found: rqkernels.ResidualCodes) -> None:
+        """One step of the moving averages, of restarts, and of the codebooks, from all depths together.
+
+        With `n_k` vectors of sum `s_k` assigned to code k: `N_k = decay N_k + (1 - decay) n_k`,
+        `S_k = decay S_k + (1 - decay) s_k`, `e(k) = S_k / N'_k` with
+        `N'_k = (N_k + epsilon) sum(N) / (sum(N) + K epsilon)` (van den Oord et al. 2017, appendix A.1). With
+        restarts, a code with `N_k < dead_code_threshold` first gets `N_k = 1` and `S_k` = a drawn vector.
+
+        Args:
+            found: of `rqkernels.residual_search` in this codebook, with residuals and statistics.
+
+        Raises:
+            ValueError: found has no residuals or no statistics.
+        """
+        if found.residuals is None or found.statistics is None:
+            raise ValueError("found: expected a search with return_residuals=True and return_statistics=True")
+        counts, sums = found.statistics
+        books = self._books()
+        if self.config.shared_codebook:
+            vectors_nc = found.residuals.reshape(-1, self.code_dim)
+            self._update_book(books[0], vectors_nc, found.codes.reshape(-1), counts, sums)
+            return
+        for d, book in enumerate(books):
+            vectors_nc = found.residuals[..., d, :].reshape(-1, self.code_dim)
+            self._update_book(book, vectors_nc, found.codes[..., d].reshape(-1), counts[d], sums[d])
+
+    def _quantize_and_update_per_depth(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The compatibility mode: search one depth, update its codebook, go on with the next.
+
+        Returns quantized (..., C), codes (..., D), residual norms (..., D), mean of r_1..r_D (..., C).
+        """
+        books = self._books()
+        residual = vectors
+        quantized, residual_sum = torch.zeros_like(vectors), torch.zeros_like(vectors)
+        codes, norms = [], []
+        for d in range(self.config.depth):
+            book = books[0 if self.config.shared_codebook else d]
+            found = rqkernels.residual_search(residual, book.codes, 1, return_statistics=True)
+            vectors_nc = residual.reshape(-1, self.code_dim)
+            self._update_book(book, vectors_nc, found.codes.reshape(-1), *found.statistics)
+            residual = residual - found.quantized
+            quantized = quantized + found.quantized
+            residual_sum = residual_sum + residual
+            codes.append(found.codes)
+            norms.append(found.residual_norms)
+        return quantized, torch.cat(codes, -1), torch.cat(norms, -1), residual_sum / self.config.depth
+
+    def _update_book(
+        self, book: _Book, vectors_nc: Tensor, codes_n: Tensor, counts: Tensor, sums: Tensor
+    ) -> None:
+        config = self.config
+        # Several processes must leave here with the same averages: the sum of `counts` and `sums` over them
+        # belongs on this line and nowhere else.
+        book.count.mul_(config.decay).add_(counts, alpha=1.0 - config.decay)
+        book.sum.mul_(config.decay).add_(sums, alpha=1.0 - config.decay)
+        if config.restart_dead_codes:
+            self._restart_dead_codes(book, vectors_nc, codes_n)
+        total = book.count.sum()
+        smoothed = (book.count + config.epsilon) * (total / (total + config.codebook_size * config.epsilon))
+        book.codes.copy_(book.sum / smoothed.unsqueeze(1))
+
+    def _restart_dead_codes(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor) -> None:
+        threshold = self.config.dead_code_threshold
+        if vectors_nc.shape[0] < threshold * self.config.codebook_size:
+            warnings.warn(
+                f"{vectors_nc.shape[0]} vectors per step cannot keep {self.config.codebook_size} codes above "
+                f"dead_code_threshold={threshold}: most codes restart at every step. Lower the threshold or "
+                "codebook_size, or enlarge the batch.",
+                stacklevel=2,
+            )
+        dead = book.count < threshold
+        num_dead = int(dead.sum())
+        finite = vectors_nc[codes_n >= 0] if num_dead else vectors_nc
+        if num_dead == 0 or finite.shape[0] == 0:
+            return
+        # The averages restart with the code: stale ones would pull it back to where it died.
+        book.count[dead] = 1.0
+        book.sum[dead] = draw_vectors(finite, num_dead)
+
+    def _books(self) -> list[_Book]:
+        if self.config.shared_codebook:
+            return [_Book(self.codebook, self.ema_count, self.ema_sum)]
+        return [_Book(*views) for views in zip(self.codebook, self.ema_count, self.ema_sum, strict=True)]
+
+    def _check_vectors(self, z: Tensor) -> None:
+        if z.ndim == 0 or z.shape[-1] != self.code_dim:
+            raise ValueError(f"z: expected (..., {self.code_dim}), got shape {tuple(z.shape)}")
+        if not z.is_floating_point():
+            raise TypeError(f"z: expected a floating-point tensor, got {z.dtype}")
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim == 0 or codes.shape[-1] != self.config.depth:
+            raise ValueError(f"codes: expected (..., {self.config.depth}), got shape {tuple(codes.shape)}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ResidualQuantizer:
+        # `.half()`, `.bfloat16()` and `.to(dtype)` move the buffers but leave them float32: averages with a
+        # decay of 0.99 stand still in bfloat16.
+        kept = {name: self._buffers[name] for name in ("codebook", "ema_count", "ema_sum")}
+        super()._apply(fn, *args, **kwargs)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after.dtype != torch.float32:
+                self._buffers[name] = before.to(after.device)
+        return self
