@@ -1,0 +1,64 @@
+"""Keys and values of the positions a transformer has already seen, as an explicit object."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Preallocated keys and values of every layer of one stack, written in place.
+
+    The caller owns it and passes it in; the stack writes behind `length` and moves `length` on. Nothing is
+    concatenated, and `length` is a Python int, so a step never waits for the device.
+
+    Attributes:
+        keys, values: (layers, batch, heads, capacity, head_dim); only the first `length` are in use.
+        length: positions seen so far.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, batch, heads, capacity, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def write(self, layer: int, k_bhnd: Tensor, v_bhnd: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores n new positions of one layer; returns its keys and values of all positions, as views.
+
+        `length` stays as it is, because every layer of a pass writes to the same positions: call `advance`
+        after the last one.
+
+        Raises:
+            ValueError: another batch size than the cache's, or more positions than its capacity.
+        """
+        end = self.length + k_bhnd.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"cache: {end} positions do not fit, its capacity is {self.capacity}")
+        if k_bhnd.shape[0] != self.keys.shape[1]:
+            raise ValueError(f"cache: made for {self.keys.shape[1]} rows, got {k_bhnd.shape[0]}")
+        self.keys[layer, :, :, self.length : end] = k_bhnd
+        self.values[layer, :, :, self.length : end] = v_bhnd
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Counts the positions that all layers have written."""
+        self.length += positions
+
+    def reset(self) -> None:
+        """Forgets every position; the memory is kept."""
+        self.length = 0

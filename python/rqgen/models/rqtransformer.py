@@ -1,0 +1,529 @@
+"""RQ-Transformer: an autoregressive prior over stacks of residual codes (Lee et al., arXiv 2203.01941)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+import rqkernels
+
+from .kv_cache import KVCache
+from .pretrained import PretrainedModel
+from .transformer import Transformer, TransformerConfig
+
+_INIT_STD = 0.02
+# name -> width, spatial layers, depth layers, heads
+_PRESETS = {
+    "90M": (512, 24, 4, 8),
+    "350M": (1024, 24, 4, 16),
+    "480M": (1536, 12, 4, 24),
+    "800M": (1536, 24, 4, 24),
+    "1.4B": (1536, 42, 6, 24),
+}
+# One code per position leaves the depth transformer nothing to attend to: its layers go to the other stack.
+_PRESETS_DEPTH_ONE = {**_PRESETS, "1.4B": (1536, 48, 0, 24)}
+
+
+def _default_spatial() -> TransformerConfig:
+    return TransformerConfig(layers=12, heads=8)
+
+
+def _default_depth() -> TransformerConfig:
+    return TransformerConfig(layers=4, heads=8)
+
+
+@dataclass
+class RQTransformerConfig:
+    """Everything that defines an `RQTransformer` but its weights.
+
+    Attributes:
+        code_shape: (h, w, D) of a code map; T = h * w positions of D codes each.
+        codebook_size: K.
+        code_dim: C, the length of a code vector; 0 for a prior that carries no codebooks (then both
+            embeddings must be "table", and soft labels need the codebooks passed in).
+        shared_codebook: codebooks are (K, C) for all depths, else (D, K, C).
+        embed_dim: width W of both transformers.
+        spatial, depth: the stack over positions and the stack over the codes of one position.
+        spatial_embedding, depth_embedding: what stands for a code in the inputs of each stack: "codebook",
+            its code vector through a linear layer, or "table", a learned vector of width W. One table
+            serves both stacks where both ask for it.
+        shared_table: one table (K, W) for all depths, else (D * K, W), depth d at rows d * K onwards.
+        depth_context: input d of the depth stack holds the sum of the codes before it ("cumulative",
+            equation 12) or only the last of them ("previous").
+        shared_classifier: one output layer for all depths, else one per depth.
+        condition: "none", "class" (one label) or "tokens" (a sequence, itself predicted by the prior).
+        condition_vocab_size: number of classes or of token ids.
+        condition_length: tokens in a condition; 1 unless condition is "tokens".
+        condition_dropout: probability of replacing an image's condition by the null condition in training.
+            Above 0 the prior has a null condition, which classifier-free guidance needs.
+        embedding_dropout: on the inputs of the spatial stack.
+    """
+
+    code_shape: tuple[int, int, int]
+    codebook_size: int
+    code_dim: int
+    shared_codebook: bool = True
+    embed_dim: int = 512
+    spatial: TransformerConfig = field(default_factory=_default_spatial)
+    depth: TransformerConfig = field(default_factory=_default_depth)
+    spatial_embedding: str = "codebook"
+    depth_embedding: str = "codebook"
+    shared_table: bool = True
+    depth_context: str = "cumulative"
+    shared_classifier: bool = True
+    condition: str = "none"
+    condition_vocab_size: int = 0
+    condition_length: int = 1
+    condition_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
+        self.code_shape = tuple(self.code_shape)  # type: ignore[assignment]
+        if len(self.code_shape) != 3 or min(self.code_shape) < 1:
+            raise ValueError(f"code_shape must be three numbers >= 1 (h, w, D), got {self.code_shape}")
+        for name, lowest in (("codebook_size", 1), ("code_dim", 0), ("embed_dim", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be >= {lowest}, got {getattr(self, name)}")
+        for name, allowed in (
+            ("spatial_embedding", ("codebook", "table")),
+            ("depth_embedding", ("codebook", "table")),
+            ("depth_context", ("cumulative", "previous")),
+            ("condition", ("none", "class", "tokens")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.code_dim == 0 and "codebook" in (self.spatial_embedding, self.depth_embedding):
+            raise ValueError('code_dim is 0, but an embedding is "codebook": give the codebooks\' code_dim')
+        for name in ("spatial", "depth"):
+            if self.embed_dim % getattr(self, name).heads:
+                raise ValueError(f"embed_dim ({self.embed_dim}) must be divisible by {name}.heads")
+        for name in ("condition_dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        self._check_condition()
+
+    def _check_condition(self) -> None:
+        vocab_size, length = self.condition_vocab_size, self.condition_length
+        if self.condition == "none":
+            if vocab_size != 0 or length != 1 or self.condition_dropout > 0:
+                raise ValueError(
+                    'condition is "none": condition_vocab_size, condition_length and condition_dropout must '
+                    f"keep their defaults 0, 1 and 0, got {vocab_size}, {length} and {self.condition_dropout}"
+                )
+        elif vocab_size < 1:
+            raise ValueError(f"condition_vocab_size must be >= 1 with a condition, got {vocab_size}")
+        elif self.condition == "class" and length != 1:
+            raise ValueError(f'condition_length must be 1 where condition is "class", got {length}')
+        elif self.condition == "tokens" and length < 2:
+            raise ValueError(f'condition_length must be >= 2 where condition is "tokens", got {length}')
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        *,
+        code_shape: tuple[int, int, int],
+        codebook_size: int,
+        code_dim: int,
+        **settings: Any,
+    ) -> Self:
+        """A published size: "90M", "350M", "480M", "800M", "1.4B" (48+0 layers with one code per position).
+
+        `settings` are further fields of the config (condition, embeddings, dropouts).
+
+        Raises:
+            ValueError: an unknown name, or a setting that the preset itself decides.
+        """
+        presets = _PRESETS_DEPTH_ONE if code_shape[2] == 1 else _PRESETS
+        if name not in presets:
+            raise ValueError(f"name must be one of {', '.join(presets)}, got {name!r}")
+        if decided := sorted({"embed_dim", "spatial", "depth"} & settings.keys()):
+            raise ValueError(f"preset {name!r} decides {', '.join(decided)}: change what it returns instead")
+        width, spatial_layers, depth_layers, heads = presets[name]
+        return cls(
+            code_shape=code_shape,
+            codebook_size=codebook_size,
+            code_dim=code_dim,
+            embed_dim=width,
+            spatial=TransformerConfig(layers=spatial_layers, heads=heads),
+            depth=TransformerConfig(layers=depth_layers, heads=heads),
+            **settings,
+        )
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether the prior learns the unconditional distribution too."""
+        return self.condition_dropout > 0
+
+
+class RQTransformerOutput(NamedTuple):
+    """What a prior returns for whole code maps."""
+
+    logits: Tensor
+    """float32 (B, h, w, D, K): `p(S_td | S_{<t}, S_{t,<d})` before the softmax."""
+    condition_logits: Tensor | None = None
+    """float32 (B, L - 1, V): predictions of condition tokens 2..L; only with a token condition."""
+    condition_dropped: Tensor | None = None
+    """bool (B,): rows whose condition the prior replaced by the null condition; None outside that."""
+
+
+class PriorLoss(NamedTuple):
+    """Terms of a prior's loss, float32."""
+
+    total: Tensor
+    codes: Tensor
+    """Mean over all T * D codes."""
+    per_depth: Tensor
+    """(D,): the same, depth by depth."""
+    condition: Tensor | None
+    """Mean over the predicted condition tokens; None without a token condition."""
+
+
+class CodeClassifier(nn.Module):
+    """LayerNorm, then a linear layer to K logits: one for all depths (K, W), or one per depth (D, K, W)."""
+
+    def __init__(self, width: int, codebook_size: int, depth: int, shared: bool) -> None:
+        super().__init__()
+        leading = () if shared else (depth,)
+        self.norm = nn.LayerNorm(width)
+        self.weight = nn.Parameter(torch.empty(*leading, codebook_size, width))
+        self.bias = nn.Parameter(torch.zeros(*leading, codebook_size))
+        nn.init.normal_(self.weight, std=_INIT_STD)
+
+    def forward(self, x: Tensor, d: int | None = None) -> Tensor:
+        """(N, D, W) -> (N, D, K) float32; with `d`, the states of that one depth: (N, W) -> (N, K)."""
+        x = self.norm(x)
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias).float()
+        if d is not None:
+            return F.linear(x, self.weight[d], self.bias[d]).float()
+        return (torch.einsum("ndw,dkw->ndk", x, self.weight) + self.bias).float()
+
+
+class RQTransformer(PretrainedModel):
+    """Spatial transformer over positions, depth transformer over the D codes of one position.
+
+    With S_td the code at position t and depth d and e its embedding (equations 8-14 of the paper):
+
+        u_1 = condition,  u_t = PE_T(t) + sum_d e(S_{t-1,d})      h = SpatialTransformer(u)
+        v_t1 = PE_D(1) + h_t,  v_td = PE_D(d) + sum_{d'<d} e(S_td')
+        p(S_td | ...) = softmax(classifier(DepthTransformer(v_t1 .. v_td)))
+
+    A condition of several tokens stands before the positions; h_1 is the output at its last token, and the
+    earlier outputs predict the tokens that follow them.
+
+    Args:
+        config: sizes and layout.
+        codebooks: (K, C) or (D, K, C), as `config.shared_codebook` says; kept as a buffer and saved with the
+            model. Without them the buffer holds NaN until `set_codebooks` or loaded weights fill it.
+    """
+
+    model_type: ClassVar[str] = "rqtransformer"
+    config_class: ClassVar[type] = RQTransformerConfig
+    config: RQTransformerConfig
+    codebooks: Tensor | None
+
+    def __init__(self, config: RQTransformerConfig, codebooks: Tensor | None = None) -> None:
+        super().__init__(config)
+        height, width, depth = config.code_shape
+        channels = config.embed_dim
+        self.depth = depth
+        self.positions = height * width
+
+        # The last row is the null condition, where there is one.
+        rows = max(config.condition_vocab_size, 1) + config.has_null_condition
+        self.condition_embedding = nn.Embedding(rows, channels)
+        self.condition_positions = nn.Parameter(torch.empty(config.condition_length, channels))
+        # The first position has no stack before it: the condition stands in its place.
+        self.spatial_positions = nn.Parameter(torch.empty(self.positions - 1, channels))
+        self.depth_positions = nn.Parameter(torch.empty(depth, channels))
+        embeddings = (config.spatial_embedding, config.depth_embedding)
+        if "table" in embeddings:
+            self.table = nn.Embedding(config.codebook_size * (1 if config.shared_table else depth), channels)
+        if config.spatial_embedding == "codebook":
+            self.spatial_projection = nn.Linear(config.code_dim, channels)
+        if config.depth_embedding == "codebook":
+            self.depth_projection = nn.Linear(config.code_dim, channels)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.spatial_transformer = Transformer(config.spatial, channels)
+        self.depth_transformer = Transformer(config.depth, channels)
+        self.classifier = CodeClassifier(channels, config.codebook_size, depth, config.shared_classifier)
+        if config.condition == "tokens":
+            self.condition_classifier = nn.Sequential(
+                nn.LayerNorm(channels), nn.Linear(channels, config.condition_vocab_size)
+            )
+        self._initialise()
+
+        leading = () if config.shared_codebook else (depth,)
+        shape = (*leading, config.codebook_size, config.code_dim)
+        self.register_buffer("codebooks", torch.full(shape, torch.nan) if config.code_dim else None)
+        if codebooks is not None:
+            self.set_codebooks(codebooks)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for positions in (self.condition_positions, self.spatial_positions, self.depth_positions):
+            nn.init.normal_(positions, std=_INIT_STD)
+
+    def set_codebooks(self, codebooks: Tensor) -> None:
+        """Copies the tokenizer's codebooks into the buffer this prior embeds with.
+
+        Raises:
+            ValueError: a shape other than the config's, values that are not finite, or no buffer for them.
+        """
+        if self.codebooks is None:
+            raise ValueError("codebooks: this prior carries none (code_dim is 0)")
+        if codebooks.shape != self.codebooks.shape:
+            raise ValueError(
+                f"codebooks: expected shape {tuple(self.codebooks.shape)}, got {tuple(codebooks.shape)}"
+            )
+        if not bool(torch.isfinite(codebooks).all()):
+            raise ValueError("codebooks must be finite")
+        self.codebooks.copy_(codebooks)
+
+    def forward(self, codes: Tensor, condition: Tensor | None = None) -> RQTransformerOutput:
+        """Logits of every code given all codes before it.
+
+        Args:
+            codes: int64 (B, h, w, D) in [0, K).
+            condition: as `condition_ids`. In training mode each row's condition is replaced by the null
+                condition with probability `config.condition_dropout` (torch's global generator).
+
+        Raises:
+            TypeError, ValueError, IndexError: wrong dtype, shape or device; a code or condition out of range
+                (on CUDA the embedding kernel checks the range: reading it back here would stall training).
+        """
+        batch = codes.shape[0] if isinstance(codes, Tensor) and codes.dim() else 0
+        self.check_codes(codes, self.config.code_shape)
+        self.check_codebooks()
+        condition_bl = self.condition_ids(condition, batch)
+        dropped = None
+        if self.config.has_null_condition and condition is not None and self.training:
+            dropped = torch.rand(batch, device=codes.device) < self.config.condition_dropout
+            condition_bl = torch.where(dropped[:, None], self.config.condition_vocab_size, condition_bl)
+
+        codes_btd = codes.reshape(batch, self.positions, self.depth)
+        outputs_bnw = self.spatial_outputs(codes_btd[:, :-1], condition_bl)
+        last = self.config.condition_length - 1
+        states_ndw = self.depth_transformer(self._depth_inputs(outputs_bnw[:, last:], codes_btd))
+        logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
+        if self.config.condition != "tokens" or condition is None:
+            return RQTransformerOutput(logits, None, dropped)
+        return RQTransformerOutput(logits, self.condition_classifier(outputs_bnw[:, :last]).float(), dropped)
+
+    def condition_ids(self, condition: Tensor | None, batch: int) -> Tensor:
+        """The condition as int64 (B, L) ids of the condition embedding.
+
+        Args:
+            condition: None; class labels (B,) or (B, 1); token ids (B, L). None means no condition at all for
+                an unconditional prior, and the null condition for one that has it.
+            batch: B.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `forward`; a condition missing, or given in vain.
+        """
+        config = self.config
+        shape = (batch, config.condition_length)
+        if condition is None:
+            if config.condition != "none" and not config.has_null_condition:
+                raise ValueError(
+                    f"condition: this prior needs one ({config.condition}); it has no null condition, "
+                    "because its config.condition_dropout is 0"
+                )
+            return torch.full(shape, config.condition_vocab_size, dtype=torch.int64, device=self.device)
+        if config.condition == "none":
+            raise ValueError("condition: this prior is unconditional, expected None")
+        if not isinstance(condition, Tensor):
+            raise TypeError(f"condition: expected a tensor, got {type(condition).__name__}")
+        if condition.dtype != torch.int64:
+            raise TypeError(f"condition: expected int64, got {condition.dtype}")
+        if condition.shape != shape and (config.condition != "class" or condition.shape != (batch,)):
+            expected = f"({batch},) or ({batch}, 1)" if config.condition == "class" else f"{shape}"
+            raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")
+        self._check_device(condition, "condition")
+        _check_range(condition, config.condition_vocab_size, "condition")
+        return condition.reshape(shape)
+
+    def check_codes(self, codes: Tensor, code_shape: tuple[int, int, int], name: str = "codes") -> None:
+        """Raises the errors of `forward` unless codes are int64 (B, *code_shape), in [0, K) and here."""
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(codes).__name__}")
+        if codes.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {codes.dtype}")
+        if codes.dim() != 4 or codes.shape[1:] != code_shape:
+            expected = ", ".join(map(str, code_shape))
+            raise ValueError(f"{name}: expected shape (B, {expected}), got {tuple(codes.shape)}")
+        self._check_device(codes, name)
+        _check_range(codes, self.config.codebook_size, name)
+
+    def check_codebooks(self) -> None:
+        """Raises ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
+        if self.codebooks is None or self.codebooks.is_cuda or torch.compiler.is_compiling():
+            return
+        if bool(self.codebooks.flatten()[0].isnan()):
+            raise ValueError("prior: it has no codebooks yet; call set_codebooks(tokenizer.codebooks) first")
+
+    def _check_device(self, tensor: Tensor, name: str) -> None:
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: expected on {self.device}, where the prior is, got {tensor.device}")
+
+    def spatial_outputs(
+        self, codes_bnd: Tensor, condition_bl: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Outputs of the spatial transformer at the condition's tokens and at the n given stacks.
+
+        The output at a stack (or at the condition's last token) is the context h of the position after it.
+
+        Args:
+            codes_bnd: int64 (B, n, D): the stacks after those the cache has seen; from the first one without.
+            condition_bl: int64 (B, L) from `condition_ids`, for the first call of a sequence alone.
+            cache: keys and values of what came before, see `new_caches`; moved on by this call.
+
+        Returns:
+            (B, L + n, W), or (B, n, W) without a condition.
+        """
+        first = 0 if condition_bl is not None else cache.length - self.config.condition_length
+        e_bnc = self._embed(self.config.spatial_embedding, codes_bnd).sum(dim=-2)
+        if self.config.spatial_embedding == "codebook":
+            e_bnc = self.spatial_projection(e_bnc)
+        u_bnw = e_bnc + self.spatial_positions[first : first + codes_bnd.shape[1]]
+        if condition_bl is not None:
+            condition_blw = self.condition_embedding(condition_bl) + self.condition_positions
+            u_bnw = torch.cat([condition_blw, u_bnw], dim=1)
+        return self.spatial_transformer(self.embedding_dropout(u_bnw), cache)
+
+    def sample_stack(
+        self, context_bw: Tensor, draw: Callable[[Tensor, int], Tensor], cache: KVCache
+    ) -> Tensor:
+        """Draws the D codes of one position, one after another.
+
+        Args:
+            context_bw: (B, W), the position's context from `spatial_outputs`.
+            draw: from float32 logits (B, K) and d = 0 .. D-1 to codes int64 (B,).
+            cache: the depth cache of `new_caches`; its former content is forgotten.
+
+        Returns:
+            int64 (B, D).
+        """
+        cache.reset()
+        codes: list[Tensor] = []
+        x_bw, sum_bc = context_bw, None
+        for d in range(self.depth):
+            state_bw = self.depth_transformer((x_bw + self.depth_positions[d])[:, None], cache)[:, 0]
+            codes.append(draw(self.classifier(state_bw, d), d))
+            if d + 1 < self.depth:
+                e_bc = self._embed(self.config.depth_embedding, codes[d][:, None], first_depth=d)[:, 0]
+                cumulative = sum_bc is not None and self.config.depth_context == "cumulative"
+                sum_bc = sum_bc + e_bc if cumulative else e_bc
+                x_bw = self.depth_projection(sum_bc) if self.config.depth_embedding == "codebook" else sum_bc
+        return torch.stack(codes, dim=-1)
+
+    def new_caches(self, batch: int) -> tuple[KVCache, KVCache]:
+        """Empty caches of the spatial and the depth transformer for sampling `batch` code maps."""
+        device = self.device
+        dtype = self.depth_positions.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        capacity = self.config.condition_length + self.positions - 1
+        return (
+            self.spatial_transformer.new_cache(batch, capacity, dtype=dtype, device=device),
+            self.depth_transformer.new_cache(batch, self.depth, dtype=dtype, device=device),
+        )
+
+    def _depth_inputs(self, contexts_btw: Tensor, codes_btd: Tensor) -> Tensor:
+        """v_td of whole maps: (B * T, D, W)."""
+        context_n1w = contexts_btw.reshape(-1, 1, self.config.embed_dim)
+        e_ndc = self._embed(self.config.depth_embedding, codes_btd.reshape(-1, self.depth)[:, :-1])
+        if self.config.depth_context == "cumulative":
+            e_ndc = e_ndc.cumsum(dim=-2)
+        if self.config.depth_embedding == "codebook":
+            e_ndc = self.depth_projection(e_ndc)
+        return torch.cat([context_n1w, e_ndc], dim=1) + self.depth_positions
+
+    def _embed(self, kind: str, codes: Tensor, first_depth: int = 0) -> Tensor:
+        """e(S) of codes (..., d) from depth first_depth on: (..., d, C), or (..., d, W) from the table."""
+        vectors = self.codebooks.flatten(0, -2) if kind == "codebook" else self.table.weight
+        if vectors.shape[0] > self.config.codebook_size:
+            depths = torch.arange(first_depth, first_depth + codes.shape[-1], device=codes.device)
+            codes = codes + depths * self.config.codebook_size
+        return F.embedding(codes, vectors)
+
+
+def prior_loss(
+    output: RQTransformerOutput,
+    *,
+    codes: Tensor | None = None,
+    residuals: Tensor | None = None,
+    codebooks: Tensor | None = None,
+    tau: float | None = None,
+    condition: Tensor | None = None,
+    condition_weight: float = 0.1,
+) -> PriorLoss:
+    """Negative log-likelihood of all T * D codes (equation 14), with hard or soft labels (equation 15).
+
+        hard: -log softmax(logits)[code]           soft: -sum_k Q_tau(k | r_{d-1}) log softmax(logits)[k]
+
+    With a token condition: total = (1 - condition_weight) * codes + condition_weight * condition.
+
+    Args:
+        output: of `RQTransformer.forward`.
+        codes: hard labels, int64 (B, h, w, D). Give these, or the next three.
+        residuals: (B, h, w, D, C): what each depth quantized, r_0 .. r_{D-1} of the search.
+        codebooks: (K, C) or (D, K, C), see `RQTransformer.codebooks`.
+        tau: temperature of the soft labels, > 0.
+        condition: the token ids (B, L) that `output` was computed with; a row whose condition was dropped
+            does not count in their loss.
+        condition_weight: in [0, 1].
+
+    Raises:
+        ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ.
+    """
+    soft = (residuals, codebooks, tau)
+    if (codes is None) == (residuals is None) or any((part is None) != (residuals is None) for part in soft):
+        raise ValueError("prior_loss: give either codes, or residuals with codebooks and tau")
+    if not 0 <= condition_weight <= 1:
+        raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
+    if codes is not None:
+        if codes.shape != output.logits.shape[:-1]:
+            expected = tuple(output.logits.shape[:-1])
+            raise ValueError(f"codes: expected shape {expected}, got {tuple(codes.shape)}")
+        per_code = F.cross_entropy(output.logits.flatten(0, -2), codes.flatten(), reduction="none")
+    else:
+        per_code = rqkernels.reference.soft_label_cross_entropy(
+            output.logits, residuals, codebooks, tau, reduction="none"
+        )
+    per_depth = per_code.reshape(-1, output.logits.shape[-2]).mean(dim=0)
+    codes_loss = per_depth.mean()
+    if output.condition_logits is None:
+        return PriorLoss(codes_loss, codes_loss, per_depth.detach(), None)
+
+    if condition is None:
+        raise ValueError("condition: the output has condition_logits, so the token ids are needed")
+    batch, predicted, _ = output.condition_logits.shape
+    if condition.shape != (batch, predicted + 1):
+        raise ValueError(f"condition: expected shape {(batch, predicted + 1)}, got {tuple(condition.shape)}")
+    per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:], reduction="none")
+    kept = per_token.new_ones(batch) if output.condition_dropped is None else ~output.condition_dropped
+    condition_loss = (per_token.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
+    total = (1 - condition_weight) * codes_loss + condition_weight * condition_loss
+    return PriorLoss(total, codes_loss, per_depth.detach(), condition_loss)
+
+
+def _check_range(ids: Tensor, size: int, name: str) -> None:
+    # Reading the values back would make every training step wait for the device, or break a compiled graph.
+    if ids.is_cuda or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    lowest, highest = (int(value) for value in ids.aminmax())
+    if lowest < 0 or highest >= size:
+        raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")

@@ -1,0 +1,136 @@
+"""Causal pre-norm transformer stacks, with and without a cache through the same code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kv_cache import KVCache
+
+ACTIVATIONS = ("gelu", "quick_gelu")
+
+
+@dataclass
+class TransformerConfig:
+    """One stack of causal self-attention blocks.
+
+    Attributes:
+        layers: number of blocks; 0 makes the stack the identity.
+        heads: attention heads; must divide the width.
+        activation: "gelu" (exact) or "quick_gelu", `x * sigmoid(1.702 x)`.
+        attention_bias, mlp_bias: whether the linear layers of attention and MLP have biases.
+        attention_dropout: on attention weights.
+        residual_dropout: on what attention and MLP add to the residual stream.
+    """
+
+    layers: int
+    heads: int
+    activation: str = "gelu"
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.layers < 0:
+            raise ValueError(f"layers must be >= 0, got {self.layers}")
+        if self.heads < 1:
+            raise ValueError(f"heads must be >= 1, got {self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for name in ("attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+class QuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`, the sigmoid approximation of GELU (Hendrycks and Gimpel 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before."""
+
+    def __init__(self, config: TransformerConfig, width: int) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=config.attention_bias)
+        self.out = nn.Linear(width, width, bias=config.attention_bias)
+
+    def forward(self, x_bnw: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        batch, new, width = x_bnw.shape
+        qkv = self.qkv(x_bnw).view(batch, new, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        seen = 0
+        if cache is not None:
+            seen = cache.length
+            k, v = cache.write(layer, k, v)
+        mask = None
+        if seen and new > 1:
+            # is_causal aligns the mask to the first key, so it is right only where nothing was seen before.
+            mask = torch.ones(new, seen + new, dtype=torch.bool, device=x_bnw.device).tril(seen)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=seen == 0 and new > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(y.transpose(1, 2).reshape(batch, new, width))
+
+
+class TransformerBlock(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: TransformerConfig, width: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = CausalSelfAttention(config, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width, bias=config.mlp_bias),
+            nn.GELU() if config.activation == "gelu" else QuickGELU(),
+            nn.Linear(4 * width, width, bias=config.mlp_bias),
+        )
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x_bnw: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x_bnw = x_bnw + self.dropout(self.attention(self.attention_norm(x_bnw), cache, layer))
+        return x_bnw + self.dropout(self.mlp(self.mlp_norm(x_bnw)))
+
+
+class Transformer(nn.Module):
+    """A stack of causal pre-norm blocks; no norm after the last one.
+
+    Args:
+        config: layers, heads, dropouts.
+        width: of the residual stream; divisible by `config.heads`.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int) -> None:
+        super().__init__()
+        if width % config.heads:
+            raise ValueError(f"heads ({config.heads}) must divide the width ({width})")
+        self.width = width
+        self.heads = config.heads
+        self.blocks = nn.ModuleList([TransformerBlock(config, width) for _ in range(config.layers)])
+
+    def forward(self, x_bnw: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, n, width) -> (B, n, width). With a cache, x holds only the positions it has not seen yet."""
+        for layer, block in enumerate(self.blocks):
+            x_bnw = block(x_bnw, cache, layer)
+        if cache is not None:
+            cache.advance(x_bnw.shape[1])
+        return x_bnw
+
+    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` positions."""
+        head_dim = self.width // self.heads
+        return KVCache(len(self.blocks), batch, self.heads, capacity, head_dim, dtype=dtype, device=device)
