@@ -1,6 +1,17 @@
 """Models: RQ-VAE and RQ-Transformer."""
 
-from rqgen.models.pretrained import PretrainedModel
-from rqgen.models.rqvae import RQVAE, RQVAEConfig, RQVAELoss, RQVAEOutput
+from .pretrained import PretrainedModel
+from .rqtransformer import RQTransformer, RQTransformerConfig, RQTransformerOutput, prior_loss
+from .rqvae import RQVAE, RQVAEConfig, RQVAELoss, RQVAEOutput
 
-__all__ = ["RQVAE", "PretrainedModel", "RQVAEConfig", "RQVAELoss", "RQVAEOutput"]
+__all__ = [
+    "RQVAE",
+    "PretrainedModel",
+    "RQTransformer",
+    "RQTransformerConfig",
+    "RQTransformerOutput",
+    "RQVAEConfig",
+    "RQVAELoss",
+    "RQVAEOutput",
+    "prior_loss",
+]

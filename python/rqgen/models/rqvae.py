@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
-from rqgen.models.autoencoder import Decoder, Encoder
-from rqgen.models.pretrained import PretrainedModel
 from rqgen.quantizers import QuantizerConfig, ResidualQuantizer
+
+from .autoencoder import Decoder, Encoder
+from .pretrained import PretrainedModel
 
 RECONSTRUCTION_LOSSES = ("mse", "l1")
 
@@ -300,7 +301,8 @@ class RQVAE(PretrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Code distributions of every depth, `Q_tau(k | r_{d-1}) ~ exp(-|r_{d-1} - e(k)|^2 / tau)`.
 
-        Equation (15). For inspection: the distributions are materialised. Training computes its loss from the residuals.
+        Equation (15). For inspection: the distributions are materialised, while training computes its loss
+        from the residuals.
 
         Args:
             images: (B, channels, H, W) in [-1, 1].

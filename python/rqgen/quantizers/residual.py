@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
-from rqgen.quantizers.seeding import draw_vectors, kmeans
-from rqgen.quantizers.usage import CodeUsage
+
+from .seeding import draw_vectors, kmeans
+from .usage import CodeUsage
 
 EMA_UPDATES = ("after_all_depths", "per_depth")
 INITIALISATIONS = ("data", "kmeans", "random")
@@ -57,8 +58,8 @@ class QuantizerConfig:
         for name in ("codebook_size", "depth", "kmeans_iterations", "usage_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"decay: expected 0 <= decay < 1, got {self.decay}")
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"decay: expected a number within 0..1, got {self.decay}")
         for name in ("epsilon", "dead_code_threshold"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")

@@ -1,0 +1,90 @@
+"""The published RQ-VAE and RQ-Transformer of Lee et al. 2022 (kakaobrain/rq-vae-transformer)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from rqgen.models import RQVAE, RQTransformer
+from rqgen.models.pretrained import CONFIG_NAME
+
+from .checkpoint import Checkpoint, read_checkpoint
+from .rqvae import build_rqvae
+
+__all__ = ["load_kakaobrain"]
+
+PathLike = str | os.PathLike[str]
+
+
+def load_kakaobrain(
+    path: PathLike, tokenizer: RQVAE | PathLike | None = None, *, ema: bool = False
+) -> RQVAE | RQTransformer:
+    """Reads a published checkpoint, with the config.yaml beside it, into an `RQVAE` or an `RQTransformer`.
+
+    The pickle is read with `torch.load(weights_only=True)`. The model comes back in eval mode, on the CPU. An
+    RQ-VAE's codebooks train in the compatibility mode `ema_update="per_depth"`, as published.
+
+    Args:
+        path: the checkpoint ("model.pt"), or its folder.
+        tokenizer: for a prior only: the RQ-VAE whose codes it models, or the path of one (a published
+            checkpoint or a folder of ours). None: the config's `vqvae.ckpt`, relative to the config file.
+        ema: take "state_dict_ema" instead of "state_dict". The published sampling scripts take "state_dict"
+            unless told otherwise, and so do we.
+
+    Raises:
+        FileNotFoundError: the checkpoint, its config.yaml or the tokenizer is missing.
+        ValueError: a damaged file, a pickle with anything but tensors and plain values, an option of `arch`
+            that is unknown or cannot be reproduced (named), or tensors that do not fit the config (named).
+    """
+    checkpoint = read_checkpoint(path, ema=ema)
+    arch_type = checkpoint.arch["type"]
+    if arch_type == "rq-vae":
+        if tokenizer is not None:
+            raise ValueError(f"tokenizer: only a prior takes one, and {checkpoint.path} holds an RQ-VAE")
+        return build_rqvae(checkpoint.arch, checkpoint.state_dict, where=str(checkpoint.path)).eval()
+    if arch_type != "rq-transformer":
+        raise ValueError(
+            f"{checkpoint.config_path}: arch.type: expected 'rq-vae' or 'rq-transformer', got {arch_type!r}"
+        )
+    from .rqtransformer import build_rqtransformer
+
+    codebooks = _find_codebooks(checkpoint, tokenizer)
+    try:
+        return build_rqtransformer(checkpoint.arch, checkpoint.state_dict, codebooks).eval()
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def _find_codebooks(checkpoint: Checkpoint, tokenizer: RQVAE | PathLike | None) -> Tensor | None:
+    """The codebooks a prior embeds with; None where it embeds with its own tables and names no tokenizer."""
+    if isinstance(tokenizer, RQVAE):
+        return tokenizer.codebooks.clone()
+    if tokenizer is not None:
+        return _load_tokenizer(Path(tokenizer)).codebooks
+    needed = any(checkpoint.arch.get(key, False) for key in ("input_emb_vqvae", "head_emb_vqvae"))
+    named = (checkpoint.config.get("vqvae") or {}).get("ckpt")
+    if named is not None:
+        candidate = checkpoint.config_path.parent / named
+        if candidate.exists():
+            return _load_tokenizer(candidate).codebooks
+        if needed:
+            raise FileNotFoundError(
+                f"{checkpoint.config_path}: vqvae.ckpt: no file {candidate}; give the RQ-VAE as `tokenizer`"
+            )
+    elif needed:
+        raise ValueError(
+            f"{checkpoint.config_path}: the prior embeds codes with an RQ-VAE's codebook, but names none "
+            "under vqvae.ckpt; give the RQ-VAE as `tokenizer`"
+        )
+    return None
+
+
+def _load_tokenizer(path: Path) -> RQVAE:
+    if (path / CONFIG_NAME).is_file():
+        return RQVAE.from_pretrained(path)
+    model = load_kakaobrain(path)
+    if not isinstance(model, RQVAE):
+        raise ValueError(f"tokenizer: expected an RQ-VAE, but {path} holds a prior")
+    return model
