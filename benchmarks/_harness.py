@@ -1,0 +1,348 @@
+"""What every benchmark here does the same way.
+
+A benchmark hands over contenders that do the same work in the same process. `compare` first looks whether
+they agree, then times them in turns (one call of each per round, the peers in rotating order), so that a slow
+minute of the machine hits all of them alike. Reported: median, 20th and 80th percentile, peak memory, ratios
+per row of work, and the floor of this device for that work: max(bytes / copy bandwidth, operations / matmul
+rate), both measured here and now. A GPU is timed by events, with its L2 cache flushed before each call.
+
+A bench_<slug>.py is a pytest file for pytest-benchmark (`make bench`) and a script (`python
+benchmarks/bench_<slug>.py --device cuda`) that needs torch alone.
+
+    RQK_BENCH_QUICK=1     tiny shapes, two rounds: does it run at all
+    RQK_BENCH_OUT=DIR     where the JSON goes (benchmarks/results)
+    RQK_BENCH_THREADS=N   torch threads (torch's own default)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = os.environ.get("RQK_BENCH_QUICK") == "1"
+WARM_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+_SECONDS_PER_CASE = 20.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work. `call` does `rows` rows of it and returns what `check` compares."""
+
+    name: str
+    call: Callable[[], object]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What no implementation can avoid: bytes in and out of memory, and multiplications plus additions."""
+
+    bytes: int
+    operations: int
+
+
+# --- the machine -----------------------------------------------------------------------------------------
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*args: str) -> str | None:
+    try:
+        return subprocess.run(
+            ["git", *args], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a number comes from: without it, the number says nothing."""
+    import rqkernels
+
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    packages = ("rqkernels", "torch", "numpy", "vector-quantize-pytorch", "faiss-cpu")
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "versions": {name: version for name in packages if (version := _version(name))},
+        "rqkernels": rqkernels.info(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "warm_heap": all(os.environ.get(name) == value for name, value in WARM_HEAP.items()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@functools.cache
+def peaks(device: torch.device) -> dict[str, Any]:
+    """Measured copy bandwidth (bytes read and written) and matmul rate (float32 on CPU, bfloat16 on CUDA)."""
+    cuda = device.type == "cuda"
+    size = 1 << 20 if QUICK else (1 << 30 if cuda else 1 << 28)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    side = 256 if QUICK else (8192 if cuda else 2048)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    copy = _median_seconds(lambda: target.copy_(source), device)
+    matmul = _median_seconds(lambda: a @ b, device)
+    return {
+        "device": device.type,
+        "copy_bytes_per_s": 2 * size / copy,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+        "matmul_flop_per_s": 2 * side**3 / matmul,
+    }
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    call()
+    return statistics.median(time_call(call, device)[0] for _ in range(3 if QUICK else 9)) / 1e9
+
+
+# --- one call --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _l2_flush(device: torch.device) -> torch.Tensor:
+    return torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times any L2 there is
+
+
+def time_call(call: Callable[[], object], device: torch.device) -> tuple[int, object]:
+    """(nanoseconds, result) of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter_ns()
+        result = call()
+        return time.perf_counter_ns() - start, result
+    _l2_flush(device).zero_()
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    result = call()
+    end_event.record()
+    torch.cuda.synchronize(device)
+    return round(start_event.elapsed_time(end_event) * 1e6), result
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that one call needs beyond what stood before it, its result included; None where nobody tells.
+
+    On a GPU torch's allocator knows. On Linux the high-water mark of the process is reset and read, which
+    sees every allocation that was touched, whoever made it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left on the warm heap goes back first
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _proc_status("VmRSS")
+        result = call()
+        peak = _proc_status("VmHWM")
+        del result
+    except (OSError, AttributeError):
+        return None
+    return max(0, peak - before)
+
+
+def _proc_status(key: str) -> int:
+    match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"{key} not in /proc/self/status")
+    return int(match.group(1)) * 1024
+
+
+# --- one case --------------------------------------------------------------------------------------------
+
+
+def compare(
+    name: str,
+    shape: Mapping[str, object],
+    device: torch.device,
+    contenders: Sequence[Contender],
+    work: Work,
+    check: Callable[[Mapping[str, object]], Mapping[str, float]],
+    benchmark: Any = None,
+) -> dict[str, Any]:
+    """Checks, times and describes one case; contenders[0] is ours.
+
+    Args:
+        check: gets each contender's result by name, raises AssertionError where they did not do the same
+            work, and returns each one's agreement with the definition (1.0: equal).
+        benchmark: pytest-benchmark's fixture. It times our rounds, and runs the peers' as the setup of each.
+    """
+    ours, *peers = contenders
+    # The first call compiles, packs and warms; the second tells how many rounds there is time for.
+    agreement = check({c.name: c.call() for c in contenders})
+    memory = {c.name: peak_memory(c.call, device) for c in contenders}
+    one_round = sum(time_call(c.call, device)[0] for c in contenders) / 1e9
+    rounds = 2 if QUICK else max(5, min(60, int(_SECONDS_PER_CASE / one_round)))
+
+    samples: dict[str, list[int]] = {c.name: [] for c in contenders}
+
+    def peers_in_turn() -> None:
+        first = len(samples[ours.name]) % max(1, len(peers))
+        for contender in [*peers[first:], *peers[:first]]:
+            samples[contender.name].append(time_call(contender.call, device)[0])
+
+    def our_turn() -> None:
+        samples[ours.name].append(time_call(ours.call, device)[0])
+
+    if benchmark is None:
+        for _ in range(rounds):
+            peers_in_turn()
+            our_turn()
+    else:
+        benchmark.pedantic(our_turn, setup=peers_in_turn, rounds=rounds, iterations=1)
+
+    peak = peaks(device)
+    seconds = {
+        "memory bandwidth": work.bytes / peak["copy_bytes_per_s"],
+        "matrix unit": work.operations / peak["matmul_flop_per_s"],
+    }
+    unit = max(seconds, key=lambda k: seconds[k])
+    our_median = statistics.median(samples[ours.name])
+    record = {
+        "case": name,
+        "shape": dict(shape),
+        "rounds": rounds,
+        "contenders": [
+            {
+                "name": c.name,
+                "rows": c.rows,
+                "agreement": agreement[c.name],
+                **_summary(samples[c.name]),
+                "times_ours_per_row": statistics.median(samples[c.name]) / c.rows / (our_median / ours.rows),
+                "peak_bytes": memory[c.name],
+                "samples_ns": samples[c.name],
+            }
+            for c in contenders
+        ],
+        "floor": {
+            "bytes": work.bytes,
+            "operations": work.operations,
+            "limit": unit,
+            "ns": seconds[unit] * 1e9,
+            "percent_of_floor": 100 * seconds[unit] * 1e9 / our_median,
+        },
+    }
+    if benchmark is not None:
+        benchmark.extra_info.update({key: record[key] for key in ("shape", "floor")})
+        benchmark.extra_info["times_ours"] = {
+            c["name"]: c["times_ours_per_row"] for c in record["contenders"]
+        }
+    return record
+
+
+def _summary(samples_ns: Sequence[int]) -> dict[str, float]:
+    quantiles = statistics.quantiles(samples_ns, n=10, method="inclusive")
+    return {"median_ns": statistics.median(samples_ns), "p20_ns": quantiles[1], "p80_ns": quantiles[7]}
+
+
+# --- one run ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The cases of one slug on one device, written as one JSON file."""
+
+    slug: str
+    device: torch.device
+    cases: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self) -> Path:
+        folder = Path(os.environ.get("RQK_BENCH_OUT", ROOT / "benchmarks" / "results"))
+        folder.mkdir(parents=True, exist_ok=True)
+        device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
+        path = folder / f"{device}-{self.slug}.json"
+        content = {
+            "slug": self.slug,
+            "environment": environment(self.device),
+            "peaks": peaks(self.device),
+            "cases": self.cases,
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+        return path
+
+
+def set_threads() -> None:
+    if "RQK_BENCH_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["RQK_BENCH_THREADS"]))
+
+
+def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]]) -> None:
+    """`python benchmarks/bench_<slug>.py [--device cuda] [--out DIR]`, without pytest."""
+    if any(os.environ.get(name) != value for name, value in WARM_HEAP.items()):
+        # The allocator reads its settings when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WARM_HEAP})
+    parser = argparse.ArgumentParser(description=f"Benchmark of {slug}.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, help="folder of the JSON (benchmarks/results)")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device")
+    if args.out is not None:
+        os.environ["RQK_BENCH_OUT"] = str(args.out)
+    set_threads()
+    run = Run(slug, torch.device(args.device))
+    for case in cases:
+        record = run_case(case, run.device)
+        run.cases.append(record)
+        print(describe(record), flush=True)
+    print(run.write())
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """One case in a few lines, for the terminal."""
+    floor = record["floor"]
+    lines = [f"{record['case']}: {floor['percent_of_floor']:.1f} % of the floor ({floor['limit']})"]
+    for c in record["contenders"]:
+        lines.append(
+            f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours"
+        )
+    return "\n".join(lines)

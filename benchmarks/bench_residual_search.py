@@ -1,0 +1,135 @@
+"""residual_search against the definition, the published formulation (eager, compiled) and two libraries."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import _harness
+import pytest
+import torch
+from _harness import QUICK, Contender, Work
+from _shapes import SHAPES, Shape, codebook_at
+from torch import Tensor
+
+import rqkernels
+
+# The float64 reference takes seconds for what others do in milliseconds: it gets the first rows only, and its
+# time is compared per row.
+REFERENCE_ELEMENTS = 1 << 16 if QUICK else 1 << 28
+
+
+def published_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """As published: |r|^2 + |e|^2 - 2 r.e as an N x K matrix, argmin, gather, subtract."""
+    residual, total, codes = x_nc, torch.zeros_like(x_nc), []
+    for d in range(depth):
+        codebook = codebook_at(codebooks, d)
+        squares = residual.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        code = torch.addmm(squares, residual, codebook.t(), alpha=-2.0).argmin(1)
+        chosen = codebook[code]
+        residual, total = residual - chosen, total + chosen
+        codes.append(code)
+    return torch.stack(codes, 1), total
+
+
+def residual_vq(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
+    """vector-quantize-pytorch's ResidualVQ in eval mode, holding our codebooks."""
+    from vector_quantize_pytorch import ResidualVQ
+
+    model = ResidualVQ(
+        dim=x_nc.shape[1],
+        num_quantizers=depth,
+        codebook_size=codebooks.shape[-2],
+        shared_codebook=codebooks.dim() == 2,
+    ).to(x_nc.device)
+    for d, layer in enumerate(model.layers):
+        layer._codebook.embed.data.copy_(codebook_at(codebooks, d))
+    model.eval()
+
+    @torch.no_grad()
+    def search() -> tuple[Tensor, Tensor]:
+        quantized, codes, _ = model(x_nc[None])
+        return codes[0], quantized[0]
+
+    return search
+
+
+def faiss_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
+    """One IndexFlatL2 per depth, the residual between them in numpy."""
+    import faiss
+    import numpy as np
+
+    x = x_nc.numpy()
+    tables = [codebook_at(codebooks, d).numpy() for d in range(depth)]
+    indexes = []
+    for table in tables:
+        index = faiss.IndexFlatL2(x.shape[1])
+        index.add(table)
+        indexes.append(index)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def search() -> tuple[Tensor, Tensor]:
+        residual, total, codes = x, np.zeros_like(x), []
+        for index, table in zip(indexes, tables, strict=True):
+            code = index.search(residual, 1)[1][:, 0]
+            chosen = table[code]
+            residual, total = residual - chosen, total + chosen
+            codes.append(code)
+        return torch.from_numpy(np.stack(codes, 1)), torch.from_numpy(total)
+
+    return search
+
+
+def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
+    rows, depth = case.rows(device), case.depth
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, case.channels, generator=generator).to(device)
+    codebooks = case.codebooks(generator).to(device)
+    reference_rows = max(1, min(rows, REFERENCE_ELEMENTS // (case.codes * case.channels * depth)))
+
+    contenders = [
+        Contender("rqkernels", lambda: rqkernels.residual_search(x, codebooks, depth)[:2], rows),
+        Contender("published, eager", lambda: published_search(x, codebooks, depth), rows),
+        Contender(
+            "reference (float64)",
+            lambda: rqkernels.reference.residual_search(x[:reference_rows], codebooks, depth)[:2],
+            reference_rows,
+        ),
+    ]
+    if not QUICK:
+        torch.compiler.reset()  # a cache of few shapes, else the later cases would run eagerly
+        compiled = torch.compile(published_search, mode="max-autotune", fullgraph=True, dynamic=False)
+        contenders.append(Contender("published, torch.compile", lambda: compiled(x, codebooks, depth), rows))
+    if importlib.util.find_spec("vector_quantize_pytorch"):
+        contenders.append(Contender("vector-quantize-pytorch", residual_vq(x, codebooks, depth), rows))
+    if device.type == "cpu" and importlib.util.find_spec("faiss"):
+        contenders.append(Contender("faiss IndexFlatL2", faiss_search(x, codebooks, depth), rows))
+
+    def check(results: Mapping[str, Any]) -> dict[str, float]:
+        truth = results["reference (float64)"][0]
+        agreement = {
+            name: (codes[:reference_rows] == truth).all(1).double().mean().item()
+            for name, (codes, _) in results.items()
+        }
+        assert agreement["rqkernels"] == 1.0, f"our codes differ from the definition: {agreement}"
+        # float32 scores may lose a near tie; more than that would be other work.
+        assert min(agreement.values()) > 0.9, f"a contender does not do the same work: {agreement}"
+        return agreement
+
+    n_codebooks = 1 if case.shared else depth
+    work = Work(
+        bytes=rows * (2 * 4 * case.channels + 8 * depth) + 4 * n_codebooks * case.codes * case.channels,
+        operations=2 * rows * case.codes * case.channels * depth,
+    )
+    with torch.no_grad():
+        return _harness.compare(case.name, case.described(device), device, contenders, work, check, benchmark)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_residual_search(run: _harness.Run, case: Shape, benchmark: Any) -> None:
+    run.cases.append(run_case(case, run.device, benchmark))
+
+
+if __name__ == "__main__":
+    _harness.main("residual_search", SHAPES, run_case)

@@ -1,0 +1,84 @@
+"""Writes the tables of benchmarks/README.md from the JSON of benchmarks/results, between its two markers.
+
+python benchmarks/render.py [--results DIR] [--readme FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def duration(ns: float) -> str:
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
+        if ns >= size:
+            return f"{ns / size:.3g} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def size(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**20:.3g} MiB"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """One JSON file as markdown."""
+    env, peak = result["environment"], result["peaks"]
+    copy, matmul = (peak[key] / 1e9 for key in ("copy_bytes_per_s", "matmul_flop_per_s"))
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    commit = (env["commit"] or "unknown")[:12] + (" with uncommitted changes" if env["dirty"] else "")
+    lines = [
+        f"### {result['slug']}: {env['device']}",
+        "",
+        f"{env['threads']} threads, {'warm' if env['warm_heap'] else 'COLD'} heap, Python {env['python']}, "
+        f"{versions}, commit {commit}, {env['time']}. Measured here: copy {copy:.3g} GB/s, "
+        f"{peak['matmul_dtype']} matmul {matmul:.4g} GFLOP/s.",
+        "",
+        "| shape | contender | median | p20 - p80 | x ours | peak memory | agrees |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        shape = ", ".join(f"{key}={value}" for key, value in case["shape"].items())
+        rows = case["shape"]["N"]
+        floor = case["floor"]
+        for c in case["contenders"]:
+            part = "" if c["rows"] == rows else f" ({c['rows']} rows)"
+            lines.append(
+                f"| {case['case']}: {shape} | {c['name']}{part} | {duration(c['median_ns'])} "
+                f"| {duration(c['p20_ns'])} - {duration(c['p80_ns'])} | {c['times_ours_per_row']:.3g} "
+                f"| {size(c['peak_bytes'])} | {100 * c['agreement']:.4g} % |"
+            )
+        lines.append(
+            f"| {case['case']} | floor: {floor['limit']} | {duration(floor['ns'])} "
+            f"| ours is at {floor['percent_of_floor']:.3g} % of it | | | |"
+        )
+    return "\n".join(lines)
+
+
+def render(results: Path, readme: Path) -> None:
+    """Replaces what stands between the markers.
+
+    Raises:
+        ValueError: the file does not hold both markers, in their order.
+    """
+    text = readme.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme} must hold {BEGIN} and after it {END}")
+    contents = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    tables = [table(content) for content in contents if "slug" in content]
+    readme.write_text(before + begin + "\n\n" + "\n\n".join(tables) + "\n\n" + end + after)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Render the benchmark tables.")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    args = parser.parse_args()
+    render(args.results, args.readme)

@@ -1,0 +1,120 @@
+"""The benchmarks run, in their smallest shapes, and what they write can be drawn as tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def quick(*command: object, out: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "RQK_BENCH_OUT": str(out)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What one quick run of all benchmarks wrote on the CPU, by slug."""
+    out = tmp_path_factory.mktemp("results")
+    command = ("-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
+    run = quick(*command, out=out)
+    assert run.returncode == 0, run.stdout + run.stderr
+    contents = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    return {content["slug"]: content for content in contents if content["peaks"]["device"] == "cpu"}
+
+
+def test_every_benchmark_wrote_its_results(results: dict[str, dict]) -> None:
+    assert set(results) == {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+
+
+@pytest.mark.parametrize("slug", ["residual_search", "residual_decode", "code_statistics"])
+def test_a_result_says_what_was_measured_and_where(results: dict[str, dict], slug: str) -> None:
+    result = results[slug]
+    environment = result["environment"]
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["threads"] >= 1
+    assert {"device", "commit", "dirty", "warm_heap", "rqkernels"} <= set(environment)
+    assert result["peaks"]["copy_bytes_per_s"] > 0
+    assert result["peaks"]["matmul_flop_per_s"] > 0
+    for case in result["cases"]:
+        ours, *peers = case["contenders"]
+        assert ours["name"] == "rqkernels"
+        assert ours["times_ours_per_row"] == 1.0
+        assert peers
+        for contender in case["contenders"]:
+            assert len(contender["samples_ns"]) == case["rounds"] == 2
+            assert contender["p20_ns"] <= contender["median_ns"] <= contender["p80_ns"]
+        floor = case["floor"]
+        assert floor["percent_of_floor"] == pytest.approx(100 * floor["ns"] / ours["median_ns"])
+
+
+def test_the_search_benchmark_holds_the_published_formulation(results: dict[str, dict]) -> None:
+    for case in results["residual_search"]["cases"]:
+        agreement = {c["name"]: c["agreement"] for c in case["contenders"]}
+        assert agreement["rqkernels"] == 1.0
+        assert {"published, eager", "reference (float64)"} <= set(agreement)
+
+
+def test_as_a_script_and_drawn_into_a_readme(tmp_path: Path) -> None:
+    script = BENCHMARKS / "bench_code_statistics.py"
+    run = quick(script, "--out", tmp_path, out=tmp_path / "unused")
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*-code_statistics.json")
+    # A script starts itself again with the warm heap's settings.
+    assert json.loads(path.read_text())["environment"]["warm_heap"] is True
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    command = (BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme)
+    for _ in range(2):  # drawing twice changes nothing
+        assert quick(*command, out=tmp_path).returncode == 0
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n")
+        assert "old" not in text
+        assert text.count("### code_statistics") == 1
+        assert "index_add and bincount" in text
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here\n")
+    run = quick(BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme, out=tmp_path)
+    assert run.returncode != 0
+    assert "must hold <!-- results: begin -->" in run.stderr
+    assert readme.read_text() == "nothing here\n"
+
+
+def test_a_wrong_result_is_never_timed(tmp_path: Path) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text(
+        "import bench_residual_decode as bench, rqkernels, torch\n"
+        "right = rqkernels.residual_decode\n"
+        "rqkernels.residual_decode = lambda *a: right(*a) + 1e-3\n"
+        "bench.run_case(bench.SHAPES[0], torch.device('cpu'))\n"
+    )
+    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "our sums differ from the definition" in run.stderr
+
+
+def test_gpu_check_without_a_gpu_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    script, out = BENCHMARKS / "gpu_check.py", tmp_path / "out"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, script, "--out", out], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 3
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("gpu-check: no GPU: ")
+    assert not out.exists()
