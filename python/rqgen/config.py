@@ -52,7 +52,8 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> 
 
 
 def to_dict(instance: Any) -> dict[str, Any]:
-    """The dataclass instance as dictionaries, lists, strings, numbers, booleans and None, as JSON and YAML hold."""
+    """The dataclass instance as dictionaries, lists, strings, numbers, booleans and None, as JSON and YAML
+    hold."""
     if isinstance(instance, type) or not dataclasses.is_dataclass(instance):
         raise TypeError(f"instance: expected an instance of a dataclass, got {instance!r}")
     return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}

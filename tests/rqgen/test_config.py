@@ -48,7 +48,10 @@ def test_round_trip_through_plain_data():
 @pytest.mark.parametrize(
     ("mapping", "words"),
     [
-        ({"steps": 1, "optimizer": {"warmup_step": 5}}, ["'optimizer.warmup_step'", "'optimizer.warmup_steps'"]),
+        (
+            {"steps": 1, "optimizer": {"warmup_step": 5}},
+            ["'optimizer.warmup_step'", "'optimizer.warmup_steps'"],
+        ),
         ({"steps": 1, "warmup_steps": 5}, ["'warmup_steps'", "'optimizer.warmup_steps'"]),
         ({"steps": 1, "ema": {"betax": 5}}, ["'ema.betax'", "'ema.betas'"]),
         ({"steps": 1, "zzzzzz": 5}, ["'zzzzzz'", "known here: steps, optimizer, ema, kind, folder"]),

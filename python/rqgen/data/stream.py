@@ -1,0 +1,99 @@
+"""The endless, resumable stream of training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Batch(NamedTuple):
+    """Inputs (B, ...) and labels int64 (B,), -1 for "no class". ``first_row`` counts the items that went
+    before in the whole run: a random draw keyed by it is never repeated."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    first_row: int
+
+
+class Items(Protocol):
+    """What a stream reads from: an `rqgen.data.ImageDataset`, or anything else indexed the same way."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]: ...
+
+
+class TensorItems:
+    """Items that lie in memory: inputs (N, ...) with labels (N,)."""
+
+    def __init__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        if len(inputs) != len(labels):
+            raise ValueError(f"labels: expected one for each of {len(inputs)} inputs, got {len(labels)}")
+        self.inputs, self.labels = inputs, labels
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
+        return self.inputs[index], int(self.labels[index])
+
+
+class BatchStream:
+    """Batches number ``start``, ``start + 1``, ... of an endless sequence.
+
+    Epoch e is a permutation drawn from (seed, e) and cut into batches, the incomplete last one left out.
+    Batch number b is therefore a function of (seed, b) alone: its number is all the state that a resumed run
+    needs. Raises ValueError when there are fewer items than one batch.
+    """
+
+    def __init__(self, items: Items, batch_size: int, *, seed: int, start: int = 0, workers: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if len(items) < batch_size:
+            raise ValueError(
+                f"batch_size: expected at most the {len(items)} items there are, got {batch_size}"
+            )
+        self._items, self._batch_size, self._seed = items, batch_size, seed
+        self._start, self._workers = start, workers
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = _NumberedBatches(len(self._items), self._batch_size, self._seed, self._start)
+        loader = DataLoader(
+            _Items(self._items),
+            batch_sampler=sampler,  # type: ignore[arg-type]
+            num_workers=self._workers,
+            # The loader draws a base seed for its workers: from here and not from the global generator, whose
+            # state belongs to the model.
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+        for number, (inputs, labels) in enumerate(loader, start=self._start):
+            yield Batch(inputs, labels, number * self._batch_size)
+
+
+class _NumberedBatches:
+    def __init__(self, count: int, batch_size: int, seed: int, start: int) -> None:
+        self._count, self._batch_size, self._seed, self._start = count, batch_size, seed, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch = self._count // self._batch_size
+        epoch, position = divmod(self._start, per_epoch)
+        while True:
+            order = np.random.default_rng((self._seed, epoch)).permutation(self._count)
+            for batch in range(position, per_epoch):
+                chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+                yield [(int(index), epoch) for index in chosen]
+            epoch, position = epoch + 1, 0
+
+
+class _Items(Dataset[tuple[torch.Tensor, int]]):
+    """`Items` in the form a DataLoader asks for."""
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        return self._items.item(*key)

@@ -1,0 +1,203 @@
+"""Digits, photographs and folders of images."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rqgen.data import DataConfig, open_dataset
+from rqgen.data.datasets import stratified_split
+
+
+def write_image(path, width=40, height=36, value=128, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = value if mode == "L" else (value, 0, 255 - value)
+    Image.new(mode, (width, height), colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, value in (("cats", 0), ("dogs", 255)):
+        for number in range(6):
+            write_image(tmp_path / name / f"{number}.png", value=value)
+    return tmp_path
+
+
+def folder_config(folder, **settings):
+    return DataConfig(source="folder", folder=folder, resolution=32, channels=3, **settings)
+
+
+def test_digits_are_split_once_stratified_and_shuffled():
+    train, held_out = (open_dataset(DataConfig(), split) for split in ("train", "held_out"))
+    assert len(train) + len(held_out) == 1797 and 290 <= len(held_out) <= 310
+    assert train.class_names == tuple("0123456789")
+    counts = torch.bincount(held_out.labels)
+    assert counts.min() >= 28 and counts.max() <= 32
+    image, label = train.item(0, 0)
+    assert image.shape == (1, 32, 32) and image.dtype == torch.float32 and 0 <= label < 10
+    assert image.min() >= -1 and image.max() <= 1 and image.max() > 0.5
+
+    both = torch.cat([train.images, held_out.images]).flatten(1)
+    everything = open_dataset(DataConfig(), "all")
+    assert len(everything) == 1797
+    # No digit is in both parts: as multisets, the parts together are the whole.
+    assert torch.equal(both.double().sum(1).sort()[0], everything.images.flatten(1).double().sum(1).sort()[0])
+    again = open_dataset(DataConfig(), "held_out")
+    other = open_dataset(DataConfig(split_seed=1), "held_out")
+    assert torch.equal(held_out.images, again.images)
+    assert not torch.equal(held_out.images, other.images)
+    # Shuffled: the held-out ones are not a run of neighbours in the file.
+    indices = stratified_split([0] * 100, 0.2, 0, "held_out")
+    assert len(indices) == 20 and max(indices) - min(indices) > 40
+
+
+def test_enlarged_digits_average_back_to_the_original_pixels():
+    from sklearn.datasets import load_digits
+
+    everything = open_dataset(DataConfig(), "all")
+    small = torch.nn.functional.avg_pool2d(everything.images, 4).squeeze(1)
+    original = torch.from_numpy(load_digits().images).float() / 8 - 1
+    assert (small - original).abs().mean() < 0.1
+    assert torch.equal(everything.labels, torch.from_numpy(load_digits().target))
+
+
+def test_colour_digits_and_chosen_classes():
+    dataset = open_dataset(DataConfig(channels=3, classes=["7", "2"], resolution=16), "train")
+    image, _ = dataset.item(3, 0)
+    assert image.shape == (3, 16, 16) and torch.equal(image[0], image[2])
+    assert dataset.class_names == ("7", "2") and set(dataset.labels.tolist()) == {0, 1}
+    sevens = open_dataset(DataConfig(channels=3, classes=["7"], resolution=16), "train")
+    assert torch.equal(dataset.images[dataset.labels == 0], sevens.images)
+
+
+def test_split_parts_cover_everything():
+    labels = [0] * 9 + [1] * 3 + [2]
+    train, held_out = (stratified_split(labels, 1 / 3, 5, split) for split in ("train", "held_out"))
+    assert sorted(train + held_out) == stratified_split(labels, 1 / 3, 5, "all") == list(range(13))
+    assert sorted(labels[i] for i in held_out) == [0, 0, 0, 1]
+    assert stratified_split(labels, 0.0, 5, "held_out") == []
+
+
+def test_photo_crops_are_random_but_repeatable():
+    config = DataConfig(source="photos", channels=3, resolution=48, crops_per_epoch=6)
+    train = open_dataset(config, "train")
+    assert len(train) == 6 and train.class_names == ("china", "flower")
+    first, label = train.item(2, epoch=0)
+    assert first.shape == (3, 48, 48) and label == 0 and first.abs().max() <= 1
+    assert torch.equal(first, open_dataset(config, "train").item(2, epoch=0)[0])
+    assert not torch.equal(first, train.item(2, epoch=1)[0])
+    assert not torch.equal(first, train.item(4, epoch=0)[0])
+    with pytest.raises(IndexError, match="index"):
+        train.item(6, 0)
+    with pytest.raises(ValueError, match="resolution: the held_out part of photograph 'china'"):
+        open_dataset(DataConfig(source="photos", resolution=200), "held_out")
+
+
+def test_folder_classes_sizes_and_ranges(folder):
+    dataset = open_dataset(folder_config(folder), "all")
+    assert dataset.class_names == ("cats", "dogs") and len(dataset) == 12
+    image, label = dataset.item(0, 0)
+    assert image.shape == (3, 32, 32) and label == 0
+    assert torch.equal(image[:, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
+    assert dataset.item(11, 0)[1] == 1
+    held_out = open_dataset(folder_config(folder), "held_out")
+    assert sorted(label for _, label in held_out.files) == [0, 1]
+    only = open_dataset(folder_config(folder, classes=["dogs"]), "all")
+    assert len(only) == 6 and only.item(0, 0)[1] == 0
+
+
+def test_folder_without_classes(tmp_path):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    dataset = open_dataset(folder_config(tmp_path), "all")
+    assert len(dataset) == 1 and dataset.class_names == () and dataset.item(0, 0)[1] == -1
+    with pytest.raises(ValueError, match=r"classes: .* no class folders"):
+        open_dataset(folder_config(tmp_path, classes=["a"]), "all")
+
+
+def test_centre_crop_keeps_the_centre(tmp_path):
+    pixels = np.zeros((32, 96, 3), dtype=np.uint8)
+    pixels[:, 32:64] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    image, _ = open_dataset(folder_config(tmp_path), "all").item(0, 0)
+    assert torch.equal(image, torch.ones(3, 32, 32))
+
+
+def test_flips_touch_training_images_only(tmp_path):
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, :16] = 255
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    config = folder_config(tmp_path, horizontal_flip=True, held_out_fraction=0)
+    train = open_dataset(config, "train")
+    left = [bool(train.item(0, epoch)[0][0, 0, 0] > 0) for epoch in range(32)]
+    assert 4 < sum(left) < 28
+    assert left == [bool(train.item(0, epoch)[0][0, 0, 0] > 0) for epoch in range(32)]
+    whole = open_dataset(config, "all")
+    assert all(whole.item(0, epoch)[0][0, 0, 0] > 0 for epoch in range(32))
+
+
+def test_broken_images_fail_by_name_or_are_skipped_by_name(folder, caplog):
+    broken = folder / "cats" / "broken.png"
+    broken.write_bytes(b"no image")
+    truncated = folder / "dogs" / "truncated.png"
+    whole = (folder / "dogs" / "0.png").read_bytes()
+    truncated.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"broken\.png: broken image file .*on_broken=skip"):
+        open_dataset(folder_config(folder), "all")
+    with caplog.at_level(logging.WARNING):
+        dataset = open_dataset(folder_config(folder, on_broken="skip"), "all")
+    assert len(dataset) == 12
+    assert "broken.png" in caplog.text and "truncated.png" in caplog.text
+    for path in folder.rglob("?.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="none of its image files can be read"):
+        open_dataset(folder_config(folder, on_broken="skip"), "all")
+
+
+def test_wrong_sizes(tmp_path):
+    write_image(tmp_path / "small.png", 20, 40)
+    with pytest.raises(ValueError, match=r"small\.png: image is 20x40 pixels, smaller than 32x32"):
+        open_dataset(folder_config(tmp_path), "all")
+    with pytest.raises(ValueError, match=r"small\.png: image is 20x40 pixels, expected exactly 32x32"):
+        open_dataset(folder_config(tmp_path, fit="exact"), "all")
+    image, _ = open_dataset(folder_config(tmp_path, fit="enlarge"), "all").item(0, 0)
+    assert image.shape == (3, 32, 32)
+
+
+def test_missing_empty_and_mixed_folders(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="image folder not found"):
+        open_dataset(folder_config(tmp_path / "nowhere"), "all")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="no image files found"):
+        open_dataset(folder_config(empty), "all")
+    write_image(folder / "loose.png")
+    with pytest.raises(ValueError, match=r"both class folders and loose images \(loose\.png"):
+        open_dataset(folder_config(folder), "all")
+
+
+def test_unknown_classes_suggest_the_nearest(folder):
+    with pytest.raises(ValueError, match=r"unknown class 'cat' in .*did you mean 'cats'"):
+        open_dataset(folder_config(folder, classes=["cat"]), "all")
+    with pytest.raises(ValueError, match="unknown class '12' in digits"):
+        open_dataset(DataConfig(classes=["12"]), "all")
+    with pytest.raises(ValueError, match="list of different class names"):
+        open_dataset(DataConfig(classes=["1", "1"]), "all")
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"resolution": 0}, "resolution"),
+        ({"channels": 2}, "channels"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction"),
+        ({"crops_per_epoch": 0}, "crops_per_epoch"),
+        ({"source": "folder"}, "folder"),
+        ({"folder": "x"}, "folder"),
+    ],
+)
+def test_bad_data_settings(settings, word):
+    with pytest.raises(ValueError, match=word):
+        DataConfig(**settings)
