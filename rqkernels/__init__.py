@@ -1,2 +1,20 @@
+"""Residual-quantization kernels for PyTorch: CPU and CUDA twins of every op, and a plain-PyTorch reference.
+
+Importing this loads the compiled libraries; `info()` says which, and why one was not.
+"""
+
 from . import reference
-from .reference import code_statistics, residual_decode, residual_search, ResidualCodes
+from ._info import info
+from .ops.code_statistics import code_statistics
+from .ops.residual_decode import residual_decode
+from .ops.residual_search import residual_search
+from .reference.residual_search import ResidualCodes
+
+__all__ = [
+    "ResidualCodes",
+    "code_statistics",
+    "info",
+    "reference",
+    "residual_decode",
+    "residual_search",
+]

@@ -52,11 +52,8 @@ def _nearest(r_nc: Tensor, codebook_kc: Tensor) -> Tensor:
     """Lowest index among the codes with the smallest float64 squared distance. (n, C), (K, C) -> (n,)."""
     rows = max(1, _CHUNK_ELEMENTS // max(1, codebook_kc.numel()))
     e_kc = codebook_kc.double()
-    codes = [
-        # min() promises no index for equal values; the first True of an equality does.
-        (d := lane_sum((r.double()[:, None, :] - e_kc) ** 2)).eq(d.amin(-1, keepdim=True)).int().argmax(-1)
-        for r in r_nc.split(rows)
-    ]
+    # argmin promises the first index of equal values.
+    codes = [lane_sum((r.double()[:, None, :] - e_kc) ** 2).argmin(dim=-1) for r in r_nc.split(rows)]
     return torch.cat(codes) if codes else r_nc.new_zeros(0, dtype=torch.int64)
 
 

@@ -1,0 +1,106 @@
+// rqkernels::residual_search: schema, argument checks, tensors to params.
+#include "common/tensors.h"
+#include "ops/residual_search/params.h"
+
+namespace {
+
+using rqk::ScalarType;
+using rqk::Tensor;
+
+constexpr const char* kOp = "residual_search";
+
+
+int64_t resolve_depth(const Tensor& codebooks, std::optional<int64_t> depth) {
+  if (codebooks.dim() != 2 && codebooks.dim() != 3) {
+    rqk::value_error(kOp, ": codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; got ",
+                     rqk::shape_of(codebooks));
+  }
+  if (depth.has_value() && *depth < 1) rqk::value_error(kOp, ": depth must be >= 1, got ", *depth);
+  if (codebooks.dim() == 2) {
+    if (!depth.has_value()) rqk::value_error(kOp, ": depth is required with a shared codebook (K, C)");
+    return *depth;
+  }
+  if (depth.has_value() && *depth != codebooks.size(0)) {
+    rqk::value_error(kOp, ": depth is ", *depth, ", but codebooks ", rqk::shape_of(codebooks), " hold ",
+                     codebooks.size(0), " depths; leave depth out or slice the codebooks");
+  }
+  return codebooks.size(0);
+}
+
+void check(const Tensor& x, const Tensor& codebooks) {
+  if (x.dim() < 1) rqk::value_error(kOp, ": x must be (..., C), got a scalar");
+  const int64_t channels = x.size(x.dim() - 1);
+  if (codebooks.size(codebooks.dim() - 1) != channels) {
+    rqk::value_error(kOp, ": x ", rqk::shape_of(x), " has ", channels, " channels, codebooks ",
+                     rqk::shape_of(codebooks), " have ", codebooks.size(codebooks.dim() - 1));
+  }
+  if (codebooks.numel() == 0) rqk::value_error(kOp, ": codebooks must not be empty, got ", rqk::shape_of(codebooks));
+  if (codebooks.size(codebooks.dim() - 2) > INT32_MAX) {
+    rqk::value_error(kOp, ": codebooks may hold at most 2^31 - 1 codes, got ", rqk::shape_of(codebooks));
+  }
+  rqk::check_same_device(kOp, "x", x, "codebooks", codebooks);
+}
+
+#ifndef RQK_CUDA_LIBRARY
+void check_finite(const Tensor& codebooks) {
+  const float* values = codebooks.const_data_ptr<float>();
+  const int64_t num_codes = codebooks.size(codebooks.dim() - 2), channels = codebooks.size(codebooks.dim() - 1);
+  bool finite = true;
+  for (int64_t i = 0; i < codebooks.numel(); ++i) finite &= values[i] - values[i] == 0.0f;
+  for (int64_t i = 0; !finite; ++i) {
+    if (values[i] - values[i] == 0.0f) continue;
+    rqk::value_error(kOp, ": codebooks must be finite, got ", values[i], " in code ", i / channels % num_codes,
+                     codebooks.dim() == 3 ? " of depth " + std::to_string(i / channels / num_codes) : "");
+  }
+}
+#endif
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor codebooks, std::optional<int64_t> depth_,
+                                                           bool return_residuals) {
+  const int64_t depth = resolve_depth(codebooks, depth_);
+  check(x, codebooks);
+  rqk::LaunchScope scope(x);
+
+  const Tensor x_float = rqk::as_float(x);
+  const Tensor codebooks_float = rqk::as_float(codebooks);
+#ifndef RQK_CUDA_LIBRARY
+  // On a GPU this would have to wait for the device: there a bad code is never chosen.
+  check_finite(codebooks_float);
+#endif
+
+  std::vector<int64_t> leading = rqk::sizes_of(x);
+  const int64_t channels = leading.back();
+  leading.pop_back();
+  auto with = [&leading](std::initializer_list<int64_t> more) {
+    std::vector<int64_t> sizes = leading;
+    sizes.insert(sizes.end(), more);
+    return sizes;
+  };
+  const Tensor codes = rqk::empty(with({depth}), ScalarType::Long, x);
+  const Tensor quantized = rqk::empty(with({channels}), ScalarType::Float, x);
+  const Tensor norms = rqk::empty(with({depth}), ScalarType::Float, x);
+  const Tensor residuals = return_residuals ? rqk::empty(with({depth, channels}), ScalarType::Float, x)
+                                            : rqk::empty({0}, ScalarType::Float, x);
+
+  rqk::ResidualSearchParams params{};
+  params.x = x_float.const_data_ptr<float>();
+  params.codebooks = codebooks_float.const_data_ptr<float>();
+  params.rows = x.numel() / channels;
+  params.channels = channels;
+  params.num_codes = codebooks.size(codebooks.dim() - 2);
+  params.depth = depth;
+  params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
+  params.codes = codes.mutable_data_ptr<int64_t>();
+  params.quantized = quantized.mutable_data_ptr<float>();
+  params.residual_norms = norms.mutable_data_ptr<float>();
+  params.residuals = return_residuals ? residuals.mutable_data_ptr<float>() : nullptr;
+  if (params.rows > 0) rqk::launch(params, scope.stream());
+  return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
+}
+
+}  // namespace
+
+RQK_REGISTER("residual_search",
+             "residual_search(Tensor x, Tensor codebooks, int? depth, bool return_residuals)"
+             " -> (Tensor codes, Tensor quantized, Tensor residual_norms, Tensor residuals)",
+             residual_search)

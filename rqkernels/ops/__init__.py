@@ -1,0 +1,1 @@
+"""One module per operator: its public function, its fake kernel and its gradient."""

@@ -1,0 +1,46 @@
+"""Counts and sums of vectors by code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import FLOAT_DTYPES, check_tensor
+
+
+def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """How many vectors chose each code, and their sum: what an EMA codebook is updated with.
+
+        counts_k = #{n : k_n = k}        sums_k = sum of x_n over k_n = k
+
+    Naively `one_hot(codes).T.float() @ x`, with a one-hot of rows x codes; here it is a scatter. Sums run in float64 in
+    row order and are rounded once, so they do not depend on threads. (Lee et al. 2022, section 3.1: the codebook is the
+    exponential moving average of these sums over these counts.)
+
+    Not differentiable: x is taken detached.
+
+    Args:
+        x: (..., C), float32, float16 or bfloat16.
+        codes: int64 (...): the shape of x without its last dimension. -1 counts nowhere.
+        num_codes: K >= 1.
+
+    Returns:
+        counts float32 (K,), exact up to 2^24 per code; sums float32 (K, C).
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices that do not fit.
+        IndexError: on a CPU, a code outside [-1, K). On CUDA such a code makes all counts and sums NaN instead, since
+            raising would have to wait for the device.
+    """
+    check_tensor("code_statistics", "x", x, FLOAT_DTYPES)
+    check_tensor("code_statistics", "codes", codes, (torch.int64,))
+    return torch.ops.rqkernels.code_statistics(x.detach(), codes, num_codes)
+
+
+@torch.library.register_fake("rqkernels::code_statistics")
+def _fake(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty((num_codes,), dtype=torch.float32),
+        x.new_empty((num_codes, x.shape[-1]), dtype=torch.float32),
+    )

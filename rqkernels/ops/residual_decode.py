@@ -1,0 +1,73 @@
+"""Sum of codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import FLOAT_DTYPES, check_depth, check_tensor
+from .code_statistics import code_statistics
+
+
+def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, *, check: bool = True) -> Tensor:
+    """The vector that codes stand for: `sum_{d < depth} e_d(k_d)` (Lee et al. 2022, equation 5).
+
+    Naively `codebook.float()[codes[..., :depth]].sum(-2)`; here the (..., D, C) gather is never formed. The sum runs in
+    float32, in depth order from zero, and is cast once, so for codes of `residual_search` it equals its `.quantized`.
+
+    Differentiable in codebooks.
+
+    Args:
+        codes: int64 (..., D).
+        codebooks: (K, C), shared by all depths, or (D', K, C), one per depth, with D' >= D; float32, float16 or
+            bfloat16.
+        depth: use only the first `depth` codes, 1 <= depth <= D; None for all.
+        check: raise where a code is outside [0, K). On CUDA this reads one flag back from the device; False is for
+            graph capture, and turns a row with such a code into NaN.
+
+    Returns:
+        (..., C) in the dtype of codebooks.
+
+    Raises:
+        TypeError: codes not int64, codebooks not of those dtypes.
+        ValueError: shapes or devices that do not fit, depth out of range.
+        IndexError: a code outside [0, K), with its row and depth.
+    """
+    check_tensor("residual_decode", "codes", codes, (torch.int64,))
+    check_tensor("residual_decode", "codebooks", codebooks, FLOAT_DTYPES)
+    check_depth("residual_decode", depth)
+    return torch.ops.rqkernels.residual_decode(codes, codebooks, depth, check)
+
+
+@torch.library.register_fake("rqkernels::residual_decode")
+def _fake(codes: Tensor, codebooks: Tensor, depth: int | None, check: bool) -> Tensor:
+    return codebooks.new_empty((*codes.shape[:-1], codebooks.shape[-1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, bool], output: Tensor) -> None:
+    codes, codebooks, depth, _ = inputs
+    ctx.save_for_backward(codes)
+    ctx.codebooks_shape, ctx.codebooks_dtype = codebooks.shape, codebooks.dtype
+    ctx.depth = codes.shape[-1] if depth is None else depth
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
+    if not ctx.needs_input_grad[1]:
+        return None, None, None, None
+    (codes,) = ctx.saved_tensors
+    num_codes = ctx.codebooks_shape[-2]
+    # Only check=False lets a bad code come this far; its row is NaN, and no code had a part in it.
+    codes = codes.masked_fill((codes < 0) | (codes >= num_codes), -1)
+    # A depth at a time: the gradient of one row belongs to each of its codes, and is not copied D times.
+    per_depth = [code_statistics(grad, codes[..., d], num_codes)[1] for d in range(ctx.depth)]
+    if len(ctx.codebooks_shape) == 2:
+        total = torch.stack(per_depth).sum(0)
+    else:
+        unused = ctx.codebooks_shape[0] - ctx.depth
+        total = torch.stack(per_depth + [torch.zeros_like(per_depth[0])] * unused)
+    return None, total.to(ctx.codebooks_dtype), None, None
+
+
+torch.library.register_autograd("rqkernels::residual_decode", _backward, setup_context=_setup_context)
