@@ -12,7 +12,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := requirements/constraints.txt
 INSTALL := $(PIP) install -c $(CONSTRAINTS)
 # Torch and what the build runs on: there before the project, which is built against them without isolation.
-BUILD_TOOLS := torch numpy setuptools wheel cmake ninja
+BUILD_TOOLS := torch numpy setuptools cmake ninja
+WITH_EXTRAS := -e '.[gen,test]'
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := $(filter csrc/%,$(SOURCES))
 
@@ -48,7 +49,7 @@ $(VENV)/.tools: $(CONSTRAINTS) $(VENV)/.made
 # The compiled library itself is no prerequisite with a time of its own: without one, build.
 $(VENV)/.built: $(SOURCES) setup.py pyproject.toml $(VENV)/.tools $(if $(wildcard rqkernels/_C*.so),,FORCE)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(INSTALL) --no-build-isolation \
-		$(if $(filter-out $(SOURCES) FORCE,$?),-e '.[gen,test]',--no-deps -e .)
+		$(if $(filter-out $(SOURCES) FORCE,$?),$(WITH_EXTRAS),--no-deps -e .)
 	@touch $@
 
 $(VENV)/.lint: $(CONSTRAINTS) $(VENV)/.made
