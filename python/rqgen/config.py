@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 ConfigT = TypeVar("ConfigT")
 
-__all__ = ["from_dict", "load", "to_dict"]
+__all__ = ["from_dict", "load", "read_yaml", "to_dict"]
 
 
 def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> ConfigT:
@@ -48,7 +48,9 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> 
         at = f" at '{error.full_key}'" if error.full_key else ""
         raise ValueError(f"{where}: wrong value{at}: {reason}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        # OmegaConf appends lines about itself to what a dataclass said.
+        reason = str(error).split("\n    full_key:")[0]
+        raise ValueError(f"{where}: {reason}") from error
 
 
 def to_dict(instance: Any) -> dict[str, Any]:
@@ -59,17 +61,25 @@ def to_dict(instance: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(instance, field.name)) for field in dataclasses.fields(instance)}
 
 
-def load(cls: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -> ConfigT:
+def load(
+    cls: type[ConfigT],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> ConfigT:
     """Reads the YAML file at ``path`` (None: only defaults), then applies overrides written ``a.b=value``.
 
+    ``defaults`` (plain data) stand before the dataclass's own and below the file: both are merged key by key.
     The value of an override is YAML (``null``, ``1e-4``, ``[1, 2]``, ``true``). A list replaces a list whole.
     Raises FileNotFoundError for a missing file, otherwise as `from_dict`.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(defaults or {})
     if path is not None:
-        settings = _read_yaml(Path(path))
+        content = read_yaml(Path(path))
         # Checked on its own first, so that an error names the file and not the command line.
-        _refuse_unknown_keys(cls, settings, root=cls, where=str(path))
+        _refuse_unknown_keys(cls, content, root=cls, where=str(path))
+        settings = _merge(settings, content)
     where = str(path) if path is not None else "command line"
     for override in overrides:
         settings = _apply_override(cls, settings, override)
@@ -78,7 +88,8 @@ def load(cls: type[ConfigT], path: Path | None, overrides: Sequence[str] = ()) -
     return from_dict(cls, settings, where=where)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, as plain data. Raises FileNotFoundError, or ValueError for anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"config file not found: {path}")
     try:
@@ -98,10 +109,14 @@ def _apply_override(cls: type, settings: dict[str, Any], override: str) -> dict[
         change = OmegaConf.from_dotlist([override])
         plain_change = typing.cast("dict[str, Any]", OmegaConf.to_container(change))
         _refuse_unknown_keys(cls, plain_change, root=cls, where=f"override {override!r}")
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(settings), change))
+        return _merge(settings, plain_change)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from error
-    return typing.cast("dict[str, Any]", merged)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = OmegaConf.merge(OmegaConf.create(dict(below)), OmegaConf.create(dict(above)))
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(merged))
 
 
 def _refuse_unknown_keys(

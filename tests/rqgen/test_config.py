@@ -87,6 +87,14 @@ def test_load_applies_file_then_overrides(tmp_path):
     assert config.load(Settings, None, ["steps=2", "optimizer.lr=1e-4"]).optimizer.lr == 1e-4
 
 
+def test_defaults_stand_below_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 5\noptimizer:\n  lr: 0.5\n")
+    defaults = {"steps": 1, "kind": "photos", "optimizer": {"lr": 0.1, "warmup_steps": 77}}
+    settings = config.load(Settings, path, ["optimizer.lr=0.6"], defaults=defaults)
+    assert settings == Settings(5, Optimizer(lr=0.6, warmup_steps=77), kind="photos")
+
+
 @pytest.mark.parametrize("override", ["steps", "=3", "steps=[1", "optimizer.lrr=1", "steps.x=1"])
 def test_bad_overrides(override, tmp_path):
     path = tmp_path / "run.yaml"

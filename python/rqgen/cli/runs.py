@@ -1,0 +1,174 @@
+"""Training runs as the command line sees them: a configuration, a folder, a model at the end."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from rqgen.config import to_dict
+from rqgen.data import DataConfig, ImageDataset, image_grid, open_dataset, read_codes
+from rqgen.models.rqtransformer import RQTransformer
+from rqgen.models.rqvae import RQVAE, RQVAEConfig
+from rqgen.sampling import generate
+from rqgen.training import (
+    LoopConfig,
+    PriorConfig,
+    PriorStage,
+    TokenizerStage,
+    TrainingResult,
+    latest_checkpoint,
+    prior_data,
+    train,
+)
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_COLUMNS = 8
+
+
+@dataclass
+class TokenizerRun:
+    """`rqgen train tokenizer`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: RQVAEConfig = field(default_factory=RQVAEConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass
+class PriorRun:
+    """`rqgen train prior`."""
+
+    tokenizer: Path = Path("runs/tokenizer/model")
+    """The folder of the trained tokenizer."""
+    codes: Path | None = None
+    """Learn from codes that `rqgen encode` wrote and not from images; ``data`` is then not read."""
+    data: DataConfig = field(default_factory=DataConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def shipped_config(name: str) -> Path:
+    """A configuration that comes with the package, by its name without ".yaml"."""
+    folder = Path(str(resources.files("rqgen.cli"))) / "configs"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"shipped ones: {', '.join(names)}"
+        raise FileNotFoundError(f"config: no file and no shipped configuration is called '{name}'; {hint}")
+    return folder / f"{name}.yaml"
+
+
+def find_config(given: str) -> Path:
+    """A path to a YAML file, or the name of a shipped configuration."""
+    path = Path(given)
+    return path if path.is_file() or path.suffix in (".yaml", ".yml") else shipped_config(given)
+
+
+def check_images_fit(data: DataConfig, model: RQVAEConfig) -> None:
+    """Raises ValueError where images of ``data`` are not what ``model`` takes."""
+    if model.image_shape != (data.resolution, data.resolution):
+        raise ValueError(
+            f"data.resolution: {data.resolution}, but the tokenizer is for images of "
+            f"{model.image_shape[0]}x{model.image_shape[1]}"
+        )
+    if data.channels != model.image_channels:
+        raise ValueError(
+            f"data.channels: {data.channels}, but the tokenizer is for images of "
+            f"{model.image_channels} channels"
+        )
+
+
+def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
+    """Trains a tokenizer and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration."""
+    check_images_fit(run.data, run.model)
+    checkpoint = _prepare_folder(out, to_dict(run), resume)
+    result = fit_tokenizer(run, out, resume=checkpoint, console=console)
+    result.model.save_pretrained(out / "model")
+
+
+def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
+    """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
+    vae = RQVAE.from_pretrained(run.tokenizer)
+    if run.codes is None:
+        check_images_fit(run.data, vae.config)
+    checkpoint = _prepare_folder(out, to_dict(run), resume)
+    result = fit_prior(run, vae, out, resume=checkpoint, console=console)
+    result.model.save_pretrained(out / "model")
+
+
+def fit_tokenizer(
+    run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
+) -> TrainingResult[RQVAE]:
+    """Trains from scratch, or from the checkpoint ``resume``; writes what ``run.loop`` asks for to
+    ``folder``."""
+    images = open_dataset(run.data, "train")
+    set_seed(run.loop.seed)
+    stage = TokenizerStage(RQVAE(run.model), _examples(run.data, images))
+    return train(stage, images, run.loop, folder, description=to_dict(run), resume=resume, console=console)
+
+
+def fit_prior(
+    run: PriorRun,
+    vae: RQVAE,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    console: Console | None = None,
+) -> TrainingResult[RQTransformer]:
+    """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
+    source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
+    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size)
+    if prepared.tau is not None:
+        logger.info("temperature of soft labels: %.4g", prepared.tau)
+    set_seed(run.loop.seed)
+    stage = PriorStage(
+        run.prior.build(vae, len(source.class_names)),
+        vae,
+        run.prior,
+        kind=prepared.kind,
+        tau=prepared.tau,
+        seed=run.loop.seed,
+        preview=_samples,
+    )
+    return train(
+        stage, prepared.items, run.loop, folder, description=to_dict(run), resume=resume, console=console
+    )
+
+
+def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Path | None:
+    """Writes ``out/config.yaml``. Returns the checkpoint to go on from, None for a new run."""
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if checkpoint is not None and not resume:
+        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
+    if checkpoint is None and resume:
+        raise FileNotFoundError(f"--resume: no checkpoint in {out / 'checkpoints'}")
+    out.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(description), out / "config.yaml")
+    return checkpoint
+
+
+def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:
+    """A few images to watch: held-out ones, where there are any."""
+    held_out = open_dataset(data, "held_out") if data.held_out_fraction else training_images
+    images = held_out if len(held_out) else training_images
+    return torch.stack([images.item(index, 0)[0] for index in range(min(PREVIEW_COLUMNS, len(images)))])
+
+
+def _samples(prior: RQTransformer, vae: RQVAE) -> dict[str, Tensor]:
+    """The same few draws at every call, so that progress can be seen."""
+    classes = prior.config.condition_vocab_size if prior.config.condition == "class" else 0
+    condition = torch.arange(4 * PREVIEW_COLUMNS, device=prior.device) % classes if classes else None
+    drawn = generate(prior, vae, condition, None if classes else 4 * PREVIEW_COLUMNS, seed=0)
+    return {"samples": image_grid(drawn.images, columns=PREVIEW_COLUMNS)}

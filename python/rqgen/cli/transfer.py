@@ -1,0 +1,130 @@
+"""`rqgen encode`, `rqgen sample` and `rqgen convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from rqgen.config import load, to_dict
+from rqgen.convert import load_kakaobrain
+from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
+from rqgen.data.codes import codebook_fingerprint
+from rqgen.models.rqtransformer import RQTransformer
+from rqgen.models.rqvae import RQVAE
+from rqgen.sampling import generate
+from rqgen.training import encode_dataset
+
+from .runs import check_images_fit
+
+
+def encode_images(
+    tokenizer: Path, out: Path, overrides: Sequence[str], *, split: str, batch_size: int
+) -> EncodedImages:
+    """Encodes every image of a split and writes the codes. ``overrides`` are `DataConfig` settings;
+    resolution and channels are the tokenizer's unless given."""
+    if split not in get_args(Split):
+        raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got '{split}'")
+    vae = RQVAE.from_pretrained(tokenizer, device=_device())
+    data = load(
+        DataConfig,
+        None,
+        overrides,
+        defaults={"resolution": vae.config.resolution, "channels": vae.config.image_channels},
+    )
+    check_images_fit(data, vae.config)
+    images = open_dataset(data, split)  # type: ignore[arg-type]
+    codes_nhwd, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True)
+    info = {"tokenizer": str(tokenizer), "split": split, "data": to_dict(data)}
+    encoded = EncodedImages(
+        codes_nhwd,
+        labels,
+        vae.codebook_size,
+        codebook_fingerprint(vae.codebooks),
+        images.class_names,
+        info,
+    )
+    write_codes(out, encoded)
+    return encoded
+
+
+@dataclass
+class SampleRequest:
+    """``num`` images of every class in ``classes`` (None: of all classes), or ``num`` images without
+    classes."""
+
+    classes: list[int] | None
+    num: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    cfg_scale: float | None
+    seed: int
+    batch_size: int
+
+
+def sample_images(
+    prior_folder: Path, tokenizer: Path, request: SampleRequest, out: Path, codes_file: Path | None
+) -> int:
+    """Draws images onto one sheet, a row per class, and optionally writes their codes. Returns how many."""
+    prior = RQTransformer.from_pretrained(prior_folder, device=_device())
+    vae = RQVAE.from_pretrained(tokenizer, device=_device())
+    if codebook_fingerprint(prior.codebooks) != codebook_fingerprint(vae.codebooks):
+        raise ValueError(f"tokenizer: {tokenizer} has other codebooks than the prior {prior_folder}")
+    labels = _labels(prior, request)
+    drawn = generate(
+        prior,
+        vae,
+        labels,
+        None if labels is not None else request.num,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        cfg_scale=request.cfg_scale,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        progress=True,
+    )
+    save_png(image_grid(drawn.images, columns=request.num), out, scale=2)
+    if codes_file is not None:
+        unlabelled = torch.full((len(drawn.codes),), -1)
+        encoded = EncodedImages(
+            drawn.codes,
+            unlabelled if labels is None else labels.cpu(),
+            vae.codebook_size,
+            codebook_fingerprint(vae.codebooks),
+            (),
+            {"prior": str(prior_folder), "tokenizer": str(tokenizer), "seed": request.seed},
+        )
+        write_codes(codes_file, encoded)
+    return len(drawn.images)
+
+
+def convert_published(source: Path, destination: Path, tokenizer: Path | None) -> str:
+    """Reads a published checkpoint and writes our format. Returns the name of the model's kind."""
+    given = RQVAE.from_pretrained(tokenizer) if tokenizer is not None and tokenizer.is_dir() else tokenizer
+    model = load_kakaobrain(source, tokenizer=given)
+    model.save_pretrained(destination)
+    return model.model_type
+
+
+def _labels(prior: RQTransformer, request: SampleRequest) -> torch.Tensor | None:
+    if prior.config.condition == "tokens":
+        raise ValueError("prior: it is conditioned on tokens; draw from it in Python with rqgen.generate")
+    if prior.config.condition == "none":
+        if request.classes is not None:
+            raise ValueError("--class: this prior knows no classes")
+        return None
+    classes = prior.config.condition_vocab_size
+    chosen = list(range(classes)) if request.classes is None else request.classes
+    for label in chosen:
+        if not 0 <= label < classes:
+            raise ValueError(f"--class: expected 0..{classes - 1}, got {label}")
+    return torch.tensor(chosen, device=prior.device).repeat_interleave(request.num)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

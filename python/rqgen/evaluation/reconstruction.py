@@ -1,0 +1,51 @@
+"""What a tokenizer keeps of images it has not learnt from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rqgen.data.datasets import ImageDataset
+from rqgen.models.rqvae import RQVAE
+
+
+@dataclass
+class ReconstructionQuality:
+    """``mse``: mean squared error over all pixels, images in [-1, 1]. ``code_counts`` int64 (D, K): how often
+    each code was chosen at each depth. ``codes_used`` and ``perplexity`` (exp of the entropy) per depth."""
+
+    mse: float
+    code_counts: Tensor
+    codes_used: list[int]
+    perplexity: list[float]
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    vae: RQVAE, images: ImageDataset, *, batch_size: int = 128
+) -> ReconstructionQuality:
+    """Encodes and decodes every image once. Raises ValueError for an empty dataset."""
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
+    vae.eval()
+    squared_error, pixels = 0.0, 0
+    counts_dk = torch.zeros(vae.depth, vae.codebook_size, dtype=torch.int64)
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        images_nchw = torch.stack([images.item(index, 0)[0] for index in indices]).to(vae.device)
+        codes_nhwd = vae.encode(images_nchw)
+        error = vae.decode(codes_nhwd).double() - images_nchw.double()
+        squared_error += error.square().sum().item()
+        pixels += error.numel()
+        for d in range(vae.depth):
+            counts_dk[d] += torch.bincount(codes_nhwd[..., d].flatten().cpu(), minlength=vae.codebook_size)
+    share_dk = counts_dk.double() / counts_dk.sum(1, keepdim=True)
+    entropy_d = -torch.special.xlogy(share_dk, share_dk).sum(1)
+    return ReconstructionQuality(
+        mse=squared_error / pixels,
+        code_counts=counts_dk,
+        codes_used=(counts_dk > 0).sum(1).tolist(),
+        perplexity=entropy_d.exp().tolist(),
+    )

@@ -1,0 +1,124 @@
+"""The figures of a run. Each function writes one PNG, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rqgen.data.grid import image_grid, save_png
+from rqgen.models.rqvae import RQVAE
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+
+
+def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *, columns: int = 10) -> None:
+    """Rows of images, each above a row of their reconstructions; both (N, channels, H, W) in [-1, 1]."""
+    if images.shape != reconstructions.shape:
+        raise ValueError(
+            f"reconstructions: expected shape {tuple(images.shape)}, got {tuple(reconstructions.shape)}"
+        )
+    count = len(images)
+    rows = [
+        (image_grid(part, columns=len(part)), label)
+        for start in range(0, count, columns)
+        for part, label in (
+            (images[start : start + columns], "image"),
+            (reconstructions[start : start + columns], "reconstruction"),
+        )
+    ]
+    _stack_rows(rows, "Held-out images and their reconstructions", path)
+
+
+@torch.no_grad()
+def draw_coarse_to_fine(vae: RQVAE, images: Tensor, path: Path) -> None:
+    """Each image decoded from depths 1..1, 1..2, ... 1..D, then the image itself (the paper's figure 5)."""
+    codes_nhwd = vae.encode(images)
+    rows = [
+        (image_grid(vae.decode_partial(codes_nhwd, depth), columns=len(images)), f"depths 1..{depth}")
+        for depth in range(1, vae.depth + 1)
+    ]
+    rows.append((image_grid(images, columns=len(images)), "image"))
+    _stack_rows(rows, "Decoded from more and more depths", path)
+
+
+def draw_code_usage(counts_dk: Tensor, path: Path) -> None:
+    """How often each code is used at each depth, most used first (the paper's figure 6); counts (D, K)."""
+    depths = len(counts_dk)
+    figure = Figure(figsize=(8, 1.7 * depths + 0.6), layout="constrained")
+    axes = figure.subplots(depths, 1, sharex=True, squeeze=False)[:, 0]
+    for d, (axis, counts_k) in enumerate(zip(axes, counts_dk, strict=True)):
+        share_k = (counts_k.double() / counts_k.sum().clamp(min=1)).sort(descending=True).values
+        axis.bar(range(len(share_k)), (100 * share_k).tolist(), width=1.0, color=_COLOURS[d % len(_COLOURS)])
+        used = int((counts_k > 0).sum())
+        _tidy(axis, f"depth {d + 1}: {used} of {len(counts_k)} codes used")
+        axis.set_ylabel("% of uses")
+    axes[-1].set_xlabel("codes, most used first")
+    _save(figure, path)
+
+
+def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """A panel for each training run: its logged loss terms against the step. ``histories`` maps a run's name
+    to its records (see `rqgen.training.TrainingResult`)."""
+    figure = Figure(figsize=(5.5 * len(histories), 4), layout="constrained")
+    axes = figure.subplots(1, len(histories), squeeze=False)[0]
+    for axis, (name, records) in zip(axes, histories.items(), strict=True):
+        terms = [key for key in records[-1] if _is_loss(key)] if records else []
+        for term, colour in zip(terms, cycle(_COLOURS), strict=False):
+            values = [record[term] for record in records]
+            label = term.removeprefix("loss/").replace("_", " ")
+            axis.plot(
+                [record["step"] for record in records], values, label=label, color=colour, linewidth=1.5
+            )
+        if terms and min(record[term] for record in records for term in terms) > 0:
+            axis.set_yscale("log")
+        _tidy(axis, name)
+        axis.set_xlabel("step")
+        axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_samples(images: Tensor, path: Path, *, columns: int) -> None:
+    """Samples (N, channels, H, W) in [-1, 1], ``columns`` per row: a class per row reads best."""
+    save_png(image_grid(images, columns=columns), path, scale=2)
+
+
+def _is_loss(key: str) -> bool:
+    return key not in ("step", "learning_rate") and not key.startswith(("codes_used", "perplexity"))
+
+
+def _stack_rows(rows: Sequence[tuple[Tensor, str]], title: str, path: Path) -> None:
+    """Sheets of equal height below each other, each with its label at the left."""
+    height, width = rows[0][0].shape[1:]
+    figure = Figure(figsize=(1.4 + 8, 0.4 + 8 * len(rows) * height / width), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (sheet_chw, label) in zip(axes, rows, strict=True):
+        pixels = sheet_chw.expand(3, -1, -1).permute(1, 2, 0).numpy()
+        axis.imshow(pixels, interpolation="nearest", aspect="equal")
+        axis.set_ylabel(label, rotation=0, horizontalalignment="right", verticalalignment="center")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def _tidy(axis: Axes, title: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Agg without pyplot: no window system, no global state.
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(110)
+    canvas.draw()
+    pixels = torch.from_numpy(canvas.buffer_rgba().__array__().copy())[:, :, :3].permute(2, 0, 1)
+    save_png(pixels, path)

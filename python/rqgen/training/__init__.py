@@ -1,0 +1,23 @@
+"""Training of both stages: one loop, two sets of step functions."""
+
+from .checkpoint import latest_checkpoint
+from .loop import LoopConfig, StepResult, TrainingResult, train
+from .optim import OptimizerConfig
+from .prior import PriorConfig, PriorData, PriorStage, encode_dataset, measure_tau, prior_data
+from .tokenizer import TokenizerStage
+
+__all__ = [
+    "LoopConfig",
+    "OptimizerConfig",
+    "PriorConfig",
+    "PriorData",
+    "PriorStage",
+    "StepResult",
+    "TokenizerStage",
+    "TrainingResult",
+    "encode_dataset",
+    "latest_checkpoint",
+    "measure_tau",
+    "prior_data",
+    "train",
+]

@@ -1,0 +1,227 @@
+"""Stage 2: the prior learns the tokenizer's codes, with soft labels and stochastic codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rqkernels
+from rqgen.data.codes import EncodedImages, codebook_fingerprint
+from rqgen.data.datasets import ImageDataset
+from rqgen.data.stream import Batch, TensorItems
+from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, prior_loss
+from rqgen.models.rqvae import RQVAE
+from rqgen.models.transformer import TransformerConfig
+
+from .loop import StepResult
+
+# Enough to measure a temperature by.
+TAU_IMAGES = 1024
+
+
+def _spatial() -> TransformerConfig:
+    return TransformerConfig(layers=6, heads=4)
+
+
+def _depth() -> TransformerConfig:
+    return TransformerConfig(layers=2, heads=4)
+
+
+@dataclass
+class PriorConfig:
+    """The prior's size, its condition, and what it learns from; shapes and codebooks are the tokenizer's."""
+
+    preset: str | None = None
+    """A published size, see `RQTransformerConfig.preset`; then ``embed_dim``, ``spatial`` and ``depth`` do
+    not count."""
+    embed_dim: int = 256
+    spatial: TransformerConfig = field(default_factory=_spatial)
+    depth: TransformerConfig = field(default_factory=_depth)
+    condition: Literal["none", "class"] = "class"
+    condition_dropout: float = 0.1
+    """How often a label is replaced by the null label; 0: no guidance when sampling."""
+    embedding_dropout: float = 0.0
+    soft_labels: bool = True
+    """Learn Q_tau(k | r_{d-1}) of every depth's residual (equation 15) and not its one nearest code."""
+    stochastic_codes: bool = True
+    """Draw the codes from Q_tau, anew each time an image is seen."""
+    tau: float | None = None
+    """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of what is left
+    after the last depth, measured on the training images."""
+    cache_latents: bool = True
+    """Encode every training image once, before the first step; off: at every step, as augmentation needs."""
+
+    def __post_init__(self) -> None:
+        if self.tau is not None and not self.tau > 0:
+            raise ValueError(f"tau: expected a positive number or null, got {self.tau}")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout: expected 0 <= dropout < 1, got {self.condition_dropout}")
+
+    def build(self, vae: RQVAE, num_classes: int) -> RQTransformer:
+        """A prior for the codes of ``vae``. Raises ValueError for a class condition without classes."""
+        conditional = self.condition == "class"
+        if conditional and num_classes < 1:
+            raise ValueError("condition: 'class' needs images with classes; set condition=none")
+        shape = {
+            "code_shape": vae.code_shape,
+            "codebook_size": vae.codebook_size,
+            "code_dim": vae.codebooks.shape[-1],
+        }
+        common = {
+            "shared_codebook": vae.codebooks.ndim == 2,
+            "condition": self.condition,
+            "condition_vocab_size": num_classes if conditional else 0,
+            "condition_dropout": self.condition_dropout if conditional else 0.0,
+            "embedding_dropout": self.embedding_dropout,
+        }
+        if self.preset is not None:
+            config = RQTransformerConfig.preset(self.preset, **shape, **common)
+        else:
+            config = RQTransformerConfig(
+                **shape, **common, embed_dim=self.embed_dim, spatial=self.spatial, depth=self.depth
+            )
+        return RQTransformer(config, vae.codebooks)
+
+
+@torch.no_grad()
+def encode_dataset(
+    vae: RQVAE, images: ImageDataset, *, batch_size: int, codes: bool, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Every image once (or the first ``count``), in order: codes (N, h, w, D) or latents (N, h, w, C), and
+    labels (N,), on the CPU."""
+    vae.eval()
+    encoded, labels = [], []
+    count = len(images) if count is None else count
+    for start in range(0, count, batch_size):
+        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
+        images_nchw = torch.stack([image for image, _ in batch]).to(vae.device)
+        encoded.append((vae.encode(images_nchw) if codes else vae.encode_latents(images_nchw).float()).cpu())
+        labels += [label for _, label in batch]
+    if not encoded:
+        raise ValueError("images: expected at least one, got an empty dataset")
+    return torch.cat(encoded), torch.tensor(labels)
+
+
+class PriorData(NamedTuple):
+    """What a prior learns from. ``kind`` says what a batch of ``items`` holds; ``tau`` is None where nothing
+    needs it (hard labels of the nearest codes)."""
+
+    items: ImageDataset | TensorItems
+    kind: Literal["images", "latents", "codes"]
+    tau: float | None
+
+
+def prior_data(
+    config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int
+) -> PriorData:
+    """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
+
+    Raises ValueError for codes of another tokenizer, and for soft labels or stochastic codes from codes
+    alone: those are made of residuals, which codes on disk do not have.
+    """
+    if isinstance(source, EncodedImages):
+        if source.codebook_id != codebook_fingerprint(vae.codebooks):
+            raise ValueError("codes: they were written by another tokenizer than the given one")
+        if config.soft_labels or config.stochastic_codes:
+            raise ValueError(
+                "codes on disk have no residuals: set prior.soft_labels=false and "
+                "prior.stochastic_codes=false, or train from images"
+            )
+        return PriorData(TensorItems(source.codes_nhwd, source.labels), "codes", None)
+    needs_tau = config.soft_labels or config.stochastic_codes
+    if config.cache_latents:
+        latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False)
+        tau = (config.tau or measure_tau(vae, latents)) if needs_tau else None
+        return PriorData(TensorItems(latents, labels), "latents", tau)
+    tau = config.tau
+    if needs_tau and tau is None:
+        count = min(len(source), TAU_IMAGES)
+        latents, _ = encode_dataset(vae, source, batch_size=batch_size, codes=False, count=count)
+        tau = measure_tau(vae, latents)
+    return PriorData(source, "images", tau if needs_tau else None)
+
+
+@torch.no_grad()
+def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
+    """Half the mean of |r_D|^2: labels then spread over the codes that quantization itself can hardly tell
+    apart, whatever the scale of the latents."""
+    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), vae.codebooks, vae.depth).residual_norms
+    tau = 0.5 * norms[..., -1].mean().item()
+    if not 0 < tau < float("inf"):
+        raise ValueError(f"tau: cannot be measured, half the mean of |r_D|^2 is {tau}; give a number")
+    return tau
+
+
+class PriorStage:
+    """Cross-entropy over all codes, with soft labels or hard ones, from stochastic codes or nearest ones.
+
+    ``kind`` says what a batch holds. The codes of a batch and the residuals of its soft labels come from one
+    search. Every draw has its own counter (seed, position in the run), so a resumed run draws the same codes.
+    """
+
+    name = "prior"
+
+    def __init__(
+        self,
+        model: RQTransformer,
+        vae: RQVAE,
+        config: PriorConfig,
+        *,
+        kind: Literal["images", "latents", "codes"],
+        tau: float | None,
+        seed: int,
+        preview: Callable[[RQTransformer, RQVAE], dict[str, Tensor]] | None = None,
+    ) -> None:
+        if (config.soft_labels or config.stochastic_codes) and (tau is None or not tau > 0):
+            raise ValueError(f"tau: expected a positive number, got {tau}")
+        self.model = model
+        self._vae = vae.eval().requires_grad_(False)
+        self._config, self._kind, self._tau, self._seed, self._preview = config, kind, tau, seed, preview
+
+    def to(self, device: torch.device) -> None:
+        self._vae.to(device)
+
+    def step(self, batch: Batch) -> StepResult:
+        codes_bhwd, residuals_bhwdc = self._codes(batch)
+        condition = batch.labels if self._config.condition == "class" else None
+        output = self.model(codes_bhwd, condition)
+        if self._config.soft_labels:
+            loss = prior_loss(output, residuals=residuals_bhwdc, codebooks=self._vae.codebooks, tau=self._tau)
+        else:
+            loss = prior_loss(output, codes=codes_bhwd)
+        return StepResult(loss.total, {f"loss/depth_{d + 1}": term for d, term in enumerate(loss.per_depth)})
+
+    @torch.no_grad()
+    def _codes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if self._kind == "codes":
+            return batch.inputs, None
+        latents_bhwc = self._vae.encode_latents(batch.inputs) if self._kind == "images" else batch.inputs
+        soft = self._config.soft_labels
+        if not self._config.stochastic_codes:
+            found = rqkernels.residual_search(
+                latents_bhwc, self._vae.codebooks, self._vae.depth, return_residuals=soft
+            )
+        else:
+            height, width, _ = self._vae.code_shape
+            found = rqkernels.reference.stochastic_residual_search(
+                latents_bhwc,
+                self._vae.codebooks,
+                self._vae.depth,
+                tau=self._tau,
+                seed=self._seed,
+                offset=batch.first_row * height * width,
+                return_residuals=soft,
+            )
+        return found.codes, found.residuals
+
+    def usage(self) -> dict[str, Tensor]:
+        return {}
+
+    def pictures(self, model: RQTransformer) -> dict[str, Tensor]:
+        if self._preview is None:
+            return {}
+        return self._preview(model, self._vae)

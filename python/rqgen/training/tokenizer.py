@@ -1,0 +1,44 @@
+"""Stage 1: the tokenizer learns to reconstruct."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rqgen.data.grid import image_grid
+from rqgen.data.stream import Batch
+from rqgen.models.rqvae import RQVAE
+
+from .loop import StepResult
+
+
+class TokenizerStage:
+    """Reconstruction and commitment (Lee et al. 2022, equations 6-7); the codebook learns by moving averages
+    inside the model.
+
+    ``examples`` (N, channels, H, W), if given, are drawn beside their reconstructions while training.
+    """
+
+    name = "tokenizer"
+
+    def __init__(self, model: RQVAE, examples: Tensor | None = None) -> None:
+        self.model = model
+        self._examples = examples
+
+    def to(self, device: torch.device) -> None:
+        if self._examples is not None:
+            self._examples = self._examples.to(device)
+
+    def step(self, batch: Batch) -> StepResult:
+        loss = self.model.loss(batch.inputs)
+        return StepResult(loss.total, {"reconstruction": loss.reconstruction, "commitment": loss.commitment})
+
+    def usage(self) -> dict[str, Tensor]:
+        usage = self.model.quantizer.usage
+        return {"codes_used": usage.codes_used(), "perplexity": usage.perplexity()}
+
+    def pictures(self, model: RQVAE) -> dict[str, Tensor]:
+        if self._examples is None:
+            return {}
+        both = torch.cat([self._examples, model(self._examples).reconstruction.float()])
+        return {"reconstructions": image_grid(both, columns=len(self._examples))}
