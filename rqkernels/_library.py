@@ -25,7 +25,9 @@ def _load_cpu() -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise ImportError(f"rqkernels: {path.name} could not be loaded into torch {torch.__version__}: {error}") from error
+        raise ImportError(
+            f"rqkernels: {path.name} could not be loaded into torch {torch.__version__}: {error}"
+        ) from error
     # Decides the level once; raises ValueError where RQK_CPU_CAPABILITY asks for what is not there.
     return torch.ops.rqkernels.cpu_capability()
 
@@ -62,7 +64,9 @@ def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, 
         raise TypeError(f"{op}: {name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
     device = tensor.device.type
     if device == "cuda" and CUDA_UNAVAILABLE is not None:
-        raise RuntimeError(f"{op}: {name} is on {tensor.device}, but the CUDA library is not loaded: {CUDA_UNAVAILABLE}")
+        raise RuntimeError(
+            f"{op}: {name} is on {tensor.device}, but the CUDA library is not loaded: {CUDA_UNAVAILABLE}"
+        )
     if device not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{op}: {name} must be on cpu or cuda, got {tensor.device}")
 

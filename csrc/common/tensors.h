@@ -52,11 +52,10 @@ inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& l
 }
 
 // The tensor as contiguous float32; itself where it already is.
-inline Tensor as_float(const Tensor& t) {
-  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
-}
+inline Tensor as_float(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float)); }
 
-inline void check_same_device(const char* op, const char* name_a, const Tensor& a, const char* name_b, const Tensor& b) {
+inline void check_same_device(const char* op, const char* name_a, const Tensor& a, const char* name_b,
+                              const Tensor& b) {
   if (a.device() != b.device()) {
     value_error(op, ": ", name_a, " and ", name_b, " must be on the same device, got ", a.is_cuda() ? "cuda:" : "cpu",
                 a.is_cuda() ? std::to_string(a.get_device_index()) : "", " and ", b.is_cuda() ? "cuda:" : "cpu",
@@ -93,7 +92,7 @@ class LaunchScope {
 #define RQK_REGISTER(name, schema, function) \
   STABLE_TORCH_LIBRARY_IMPL(rqkernels, CUDA, m) { m.impl(name, TORCH_BOX(&function)); }
 #else
-#define RQK_REGISTER(name, schema, function)                      \
+#define RQK_REGISTER(name, schema, function)                     \
   STABLE_TORCH_LIBRARY_FRAGMENT(rqkernels, m) { m.def(schema); } \
   STABLE_TORCH_LIBRARY_IMPL(rqkernels, CPU, m) { m.impl(name, TORCH_BOX(&function)); }
 #endif

@@ -5,7 +5,8 @@
 namespace rqk {
 
 void launch(const CodeStatisticsParams& p, void* stream) {
-  code_statistics::gather<<<grid_for(p.num_codes), code_statistics::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  code_statistics::gather<<<grid_for(p.num_codes), code_statistics::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      p);
   check_launch("code_statistics");
 }
 

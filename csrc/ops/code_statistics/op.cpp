@@ -60,5 +60,4 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor codes, int64_t num_c
 }  // namespace
 
 RQK_REGISTER("code_statistics",
-             "code_statistics(Tensor x, Tensor codes, int num_codes) -> (Tensor counts, Tensor sums)",
-             code_statistics)
+             "code_statistics(Tensor x, Tensor codes, int num_codes) -> (Tensor counts, Tensor sums)", code_statistics)

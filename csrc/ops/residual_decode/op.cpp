@@ -74,6 +74,5 @@ Tensor residual_decode(Tensor codes, Tensor codebooks, std::optional<int64_t> de
 
 }  // namespace
 
-RQK_REGISTER("residual_decode",
-             "residual_decode(Tensor codes, Tensor codebooks, int? depth, bool check) -> Tensor",
+RQK_REGISTER("residual_decode", "residual_decode(Tensor codes, Tensor codebooks, int? depth, bool check) -> Tensor",
              residual_decode)

@@ -3,7 +3,8 @@
 // The definition asks for the code with the smallest float64 distance. A float32 scan finds the few that could be it,
 // float64 decides among them, so the codes do not depend on the instruction set or on how rows are grouped.
 //
-//   scan     score_k = |e_k|^2/2 - <r, e_k> in float32, row_tile rows x panel_width codes in registers; a panel stays in
+//   scan     score_k = |e_k|^2/2 - <r, e_k> in float32, row_tile rows x panel_width codes in registers; a panel stays
+//   in
 //            the cache while all rows of the chunk pass over it. 2*C operations per row and code, and nothing of size
 //            rows x codes is kept: a row remembers the codes whose score came within `slack` of its best.
 //   decide   float64 distances of those codes, in the definition's summation order; strictly smaller wins, and

@@ -9,7 +9,6 @@ using rqk::Tensor;
 
 constexpr const char* kOp = "residual_search";
 
-
 int64_t resolve_depth(const Tensor& codebooks, std::optional<int64_t> depth) {
   if (codebooks.dim() != 2 && codebooks.dim() != 3) {
     rqk::value_error(kOp, ": codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; got ",

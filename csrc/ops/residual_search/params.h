@@ -9,11 +9,11 @@ struct ResidualSearchParams {
   const float* x;          // (rows, channels)
   const float* codebooks;  // (num_codes, channels), or one such block per depth
   int64_t rows, channels, num_codes, depth;
-  int64_t codebook_stride;   // in elements, from one depth's codebook to the next; 0 where all depths share one
-  int64_t* codes;            // (rows, depth)
-  float* quantized;          // (rows, channels)
-  float* residual_norms;     // (rows, depth)
-  float* residuals;          // (rows, depth, channels), or null
+  int64_t codebook_stride;  // in elements, from one depth's codebook to the next; 0 where all depths share one
+  int64_t* codes;           // (rows, depth)
+  float* quantized;         // (rows, channels)
+  float* residual_norms;    // (rows, depth)
+  float* residuals;         // (rows, depth, channels), or null
 };
 
 // Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).

@@ -8,11 +8,11 @@ namespace rqk {
 // One depth's codebook, prepared for the scan: codes in panels of `panel_width`, channel by channel, so that one
 // vector load takes the same channel of neighbouring codes. Codes missing in the last panel never win.
 struct PackedCodebook {
-  const float* codes_kc;      // the original, which decides
-  const float* panels;        // (num_panels, channels, panel_width)
-  const float* half_norms;    // (num_panels, panel_width): |e_k|^2 / 2, rounded to float; +inf past the last code
+  const float* codes_kc;    // the original, which decides
+  const float* panels;      // (num_panels, channels, panel_width)
+  const float* half_norms;  // (num_panels, panel_width): |e_k|^2 / 2, rounded to float; +inf past the last code
   int64_t num_codes, channels;
-  double max_norm;            // max_k |e_k|
+  double max_norm;  // max_k |e_k|
 };
 
 // What one row needs while it is scanned.

@@ -1,0 +1,72 @@
+"""What loads, what does not, and what a tired person is told about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rqkernels as rqk
+from rqkernels import _library
+
+
+def test_info_says_what_is_there() -> None:
+    info = rqk.info()
+    assert info["torch"] == torch.__version__
+    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+    assert info["cpu_library"] == "loaded"
+    if not torch.cuda.is_available():
+        assert info["cuda_library"] == "not loaded: torch.cuda.is_available() is False"
+
+
+def test_info_on_the_command_line() -> None:
+    printed = subprocess.run([sys.executable, "-m", "rqkernels"], capture_output=True, text=True, check=True).stdout
+    for name, value in rqk.info().items():
+        assert f"{name}  {value}" in printed
+
+
+def test_every_public_function_has_a_reference_of_the_same_name() -> None:
+    for name in set(rqk.__all__) - {"info", "reference"}:
+        assert hasattr(rqk.reference, name)
+
+
+def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    with pytest.raises(ImportError, match=r"_C.abi3.so is not in .* Build it with 'pip install --no-build-isolation"):
+        _library._load_cpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "was not built" in _library._load_cuda()
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    for name in ("_C", "_cuda"):
+        (tmp_path / f"{name}.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    with pytest.raises(ImportError, match="could not be loaded into torch"):
+        _library._load_cpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "could not be loaded into torch" in _library._load_cuda()
+
+
+def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    with pytest.raises(ImportError, match=r"needs torch >= 2.11, found 2.10.1\+cu128"):
+        _library._load_cpu()
+
+
+def test_a_device_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.Tensor):
+        device = torch.device("mps")
+
+    x = torch.zeros(2, 4).as_subclass(Elsewhere)
+    with pytest.raises(ValueError, match="x must be on cpu or cuda, got mps"):
+        rqk.residual_search(x, torch.zeros(3, 4), 1)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(_library, "CUDA_UNAVAILABLE", "it was not built")
+    with pytest.raises(RuntimeError, match="x is on cuda:0, but the CUDA library is not loaded: it was not built"):
+        rqk.residual_search(torch.zeros(2, 4).as_subclass(OnGpu), torch.zeros(3, 4), 1)
