@@ -11,6 +11,7 @@ from rqgen.models import RQVAE, RQTransformer
 from rqgen.models.pretrained import CONFIG_NAME
 
 from .checkpoint import Checkpoint, read_checkpoint
+from .rqtransformer import build_rqtransformer
 from .rqvae import build_rqvae
 
 __all__ = ["load_kakaobrain"]
@@ -48,8 +49,6 @@ def load_kakaobrain(
         raise ValueError(
             f"{checkpoint.config_path}: arch.type: expected 'rq-vae' or 'rq-transformer', got {arch_type!r}"
         )
-    from .rqtransformer import build_rqtransformer
-
     codebooks = _find_codebooks(checkpoint, tokenizer)
     try:
         return build_rqtransformer(checkpoint.arch, checkpoint.state_dict, codebooks).eval()

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rqgen.models.pretrained as pretrained
+from rqgen.models import PretrainedModel
+
+
+@dataclass
+class ToyConfig:
+    width: int = 3
+    rate: float = 0.5
+
+
+class Toy(PretrainedModel):
+    model_type = "toy"
+    config_class = ToyConfig
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.first = nn.Linear(config.width, config.width)
+        self.tied = nn.Linear(config.width, config.width)
+        self.tied.weight = self.first.weight
+        self.register_buffer("steps", torch.tensor(7))
+        self.register_buffer("strided", torch.randn(4, config.width).t())
+
+
+class Other(Toy):
+    model_type = "other"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    Toy(ToyConfig(width=4)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = Toy(ToyConfig(width=4, rate=0.25))
+    model.save_pretrained(tmp_path / "deep" / "model")
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["model"]
+    assert sorted(p.name for p in (tmp_path / "deep" / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    loaded = Toy.from_pretrained(str(tmp_path / "deep" / "model"))
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert loaded.first.weight is loaded.tied.weight
+    assert loaded.device == torch.device("cpu")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_the_folder_names_model_and_format(saved: Path) -> None:
+    assert json.loads((saved / "config.json").read_text()) == {
+        "model_type": "toy",
+        "format_version": 1,
+        "config": {"width": 4, "rate": 0.5},
+    }
+
+
+def test_an_existing_model_is_replaced(saved: Path) -> None:
+    Toy(ToyConfig(width=2)).save_pretrained(saved)
+    assert Toy.from_pretrained(saved).config.width == 2
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", ["write", "rename"])
+def test_a_failed_save_leaves_the_old_model(
+    saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Toy.from_pretrained(saved).state_dict()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    if failing == "write":
+        monkeypatch.setattr(pretrained, "save_file", fail)
+    else:
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda p, to: fail() if ".tmp-" in p.name else rename(p, to))
+    with pytest.raises(OSError, match="disk full"):
+        Toy(ToyConfig(width=2)).save_pretrained(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+    for name, tensor in Toy.from_pretrained(saved).state_dict().items():
+        assert torch.equal(before[name], tensor)
+
+
+def test_a_failed_first_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pretrained, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Toy(ToyConfig()).save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_model_is_not_overwritten(tmp_path: Path, saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        Toy(ToyConfig()).save_pretrained(saved)
+    assert Toy.from_pretrained(saved).config.width == 4
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="not a folder"):
+        Toy(ToyConfig()).save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    Toy(ToyConfig()).save_pretrained(tmp_path / "model")
+    assert Toy.from_pretrained(tmp_path / "model").config == ToyConfig()
+
+
+def test_wrong_config_type() -> None:
+    with pytest.raises(TypeError, match="config: expected ToyConfig, got dict"):
+        Toy({"width": 3})  # type: ignore[arg-type]
+
+
+def test_missing_files(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Toy.from_pretrained(tmp_path / "nowhere")
+    for name in ("model.safetensors", "config.json"):
+        (saved / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            Toy.from_pretrained(saved)
+
+
+def test_another_model_or_format(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: expected model_type 'other' for Other, got 'toy'"):
+        Other.from_pretrained(saved)
+    edit_config(saved, format_version=2)
+    with pytest.raises(ValueError, match="expected format_version 1, got 2"):
+        Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("key", ["model_type", "format_version", "config"])
+def test_config_without_a_key(saved: Path, key: str) -> None:
+    description = json.loads((saved / "config.json").read_text())
+    del description[key]
+    (saved / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=key):
+        Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), ("[]", "expected a JSON object"), ("\xff", "not valid JSON")],
+)
+def test_damaged_config(saved: Path, text: str, message: str) -> None:
+    (saved / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        Toy.from_pretrained(saved)
+
+
+def test_unknown_setting_is_named_with_the_nearest(saved: Path) -> None:
+    edit_config(saved, config={"widht": 4})
+    with pytest.raises(ValueError, match=r"widht.*width"):
+        Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("length", [0, 5, 60])
+def test_damaged_weights(saved: Path, length: int) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        Toy.from_pretrained(saved)
+
+
+def test_tensors_that_do_not_fit_are_named(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    changed = {**tensors, "steps": torch.zeros(2, dtype=torch.int64), "extra": torch.zeros(1)}
+    del changed["first.bias"]
+    save_file(changed, path)
+    with pytest.raises(ValueError) as caught:
+        Toy.from_pretrained(saved)
+    message = str(caught.value)
+    assert "1 tensors missing: first.bias" in message
+    assert "1 tensors unknown: extra" in message
+    assert "steps: expected (), got (2,)" in message
+    edit_config(saved, config={"width": 5})
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"first\.bias: expected \(5,\), got \(4,\)"):
+        Toy.from_pretrained(saved)
