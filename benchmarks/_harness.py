@@ -79,9 +79,7 @@ def device_name(device: torch.device) -> str:
 
 def _git(*args: str) -> str | None:
     try:
-        return subprocess.run(
-            ["git", *args], cwd=ROOT, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -271,9 +269,7 @@ def compare(
     }
     if benchmark is not None:
         benchmark.extra_info.update({key: record[key] for key in ("shape", "floor")})
-        benchmark.extra_info["times_ours"] = {
-            c["name"]: c["times_ours_per_row"] for c in record["contenders"]
-        }
+        benchmark.extra_info["times_ours"] = {c["name"]: c["times_ours_per_row"] for c in record["contenders"]}
     return record
 
 
@@ -342,7 +338,5 @@ def describe(record: Mapping[str, Any]) -> str:
     floor = record["floor"]
     lines = [f"{record['case']}: {floor['percent_of_floor']:.1f} % of the floor ({floor['limit']})"]
     for c in record["contenders"]:
-        lines.append(
-            f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours"
-        )
+        lines.append(f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours")
     return "\n".join(lines)

@@ -67,9 +67,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         ),
         Contender(
             "reference (float64)",
-            lambda: rqkernels.reference.code_statistics(
-                x[:reference_rows], codes[:reference_rows], case.codes
-            ),
+            lambda: rqkernels.reference.code_statistics(x[:reference_rows], codes[:reference_rows], case.codes),
             reference_rows,
         ),
     ]
@@ -82,9 +80,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
             counts, sums = results[contender.name]
             truth = torch.zeros(case.codes, case.channels, dtype=torch.float64, device=device)
             truth.index_add_(0, codes[:n], x[:n].double())
-            assert torch.equal(counts, torch.bincount(codes[:n], minlength=case.codes).float()), (
-                contender.name
-            )
+            assert torch.equal(counts, torch.bincount(codes[:n], minlength=case.codes).float()), contender.name
             scale = torch.zeros_like(truth).index_add_(0, codes[:n], x[:n].abs().double()).clamp_min(1.0)
             error = (sums.double() - truth).abs() / scale
             assert error.max() < 1e-5, f"{contender.name}: sums off by {error.max():.1e}"

@@ -40,9 +40,7 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
     if not QUICK:
         torch.compiler.reset()
         compiled = torch.compile(gather_and_add, mode="max-autotune", fullgraph=True, dynamic=False)
-        contenders.append(
-            Contender("gather and add, torch.compile", lambda: compiled(codes, codebooks), rows)
-        )
+        contenders.append(Contender("gather and add, torch.compile", lambda: compiled(codes, codebooks), rows))
 
     def check(results: Mapping[str, Any]) -> dict[str, float]:
         truth = results["reference"]

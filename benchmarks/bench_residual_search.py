@@ -91,8 +91,7 @@ def check_no_nearer(x_nc: Tensor, codebooks: Tensor, ours_nd: Tensor, theirs_nd:
         codebook, ours, theirs = codebook_at(codebooks, d), ours_nd[:, d], theirs_nd[:, d]
         rows = (same & (ours != theirs)).nonzero()[:, 0]
         near, other = (
-            (residual[rows].double() - codebook[codes[rows]].double()).square().sum(1)
-            for codes in (ours, theirs)
+            (residual[rows].double() - codebook[codes[rows]].double()).square().sum(1) for codes in (ours, theirs)
         )
         # The sums run in another order than the definition's: equal to the last digits is a tie.
         assert (near <= other * (1 + 1e-14)).all(), f"a contender found a nearer code at depth {d}"

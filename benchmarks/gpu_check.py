@@ -68,17 +68,14 @@ def run_tests(environment: dict[str, str], scratch: Path) -> dict[str, object]:
     status = subprocess.run(command, cwd=scratch, env=environment).returncode
     cases = list(ET.parse(report).iter("testcase")) if report.exists() else []
     outcomes = {
-        f"{case.get('classname')}::{case.get('name')}": case[0].tag if len(case) else "passed"
-        for case in cases
+        f"{case.get('classname')}::{case.get('name')}": case[0].tag if len(case) else "passed" for case in cases
     }
     return {"status": status, "folders": folders, "packages_missing": without, "outcomes": outcomes}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tests and benchmarks that need a GPU.")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON"
-    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     args = parser.parse_args()
     try:
         import pytest  # noqa: F401

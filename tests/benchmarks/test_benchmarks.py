@@ -17,9 +17,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 def quick(*command: object, out: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "RQK_BENCH_QUICK": "1", "RQK_BENCH_OUT": str(out)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +109,7 @@ def test_a_wrong_result_is_never_timed(tmp_path: Path) -> None:
 def test_gpu_check_without_a_gpu_says_so_and_writes_nothing(tmp_path: Path) -> None:
     script, out = BENCHMARKS / "gpu_check.py", tmp_path / "out"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, script, "--out", out], env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, script, "--out", out], env=environment, capture_output=True, text=True)
     assert run.returncode == 3
     (line,) = run.stderr.splitlines()
     assert line.startswith("gpu-check: no GPU: ")
