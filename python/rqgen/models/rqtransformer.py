@@ -285,9 +285,7 @@ class RQTransformer(PretrainedModel):
         if self.codebooks is None:
             raise ValueError("codebooks: this prior carries none (code_dim is 0)")
         if codebooks.shape != self.codebooks.shape:
-            raise ValueError(
-                f"codebooks: expected shape {tuple(self.codebooks.shape)}, got {tuple(codebooks.shape)}"
-            )
+            raise ValueError(f"codebooks: expected shape {tuple(self.codebooks.shape)}, got {tuple(codebooks.shape)}")
         if not bool(torch.isfinite(codebooks).all()):
             raise ValueError("codebooks must be finite")
         self.codebooks.copy_(codebooks)
@@ -352,7 +350,7 @@ class RQTransformer(PretrainedModel):
             expected = f"({batch},) or ({batch}, 1)" if config.condition == "class" else f"{shape}"
             raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")
         self._check_device(condition, "condition")
-        _check_range(condition, config.condition_vocab_size, "condition")
+        _check_range_without_waiting(condition, config.condition_vocab_size, "condition")
         return condition.reshape(shape)
 
     def check_codes(self, codes: Tensor, code_shape: tuple[int, int, int], name: str = "codes") -> None:
@@ -365,7 +363,7 @@ class RQTransformer(PretrainedModel):
             expected = ", ".join(map(str, code_shape))
             raise ValueError(f"{name}: expected shape (B, {expected}), got {tuple(codes.shape)}")
         self._check_device(codes, name)
-        _check_range(codes, self.config.codebook_size, name)
+        _check_range_without_waiting(codes, self.config.codebook_size, name)
 
     def check_codebooks(self) -> None:
         """Raises ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
@@ -403,9 +401,7 @@ class RQTransformer(PretrainedModel):
             u_bnw = torch.cat([condition_blw, u_bnw], dim=1)
         return self.spatial_transformer(self.embedding_dropout(u_bnw), cache)
 
-    def sample_stack(
-        self, context_bw: Tensor, draw: Callable[[Tensor, int], Tensor], cache: KVCache
-    ) -> Tensor:
+    def sample_stack(self, context_bw: Tensor, draw: Callable[[Tensor, int], Tensor], cache: KVCache) -> Tensor:
         """Draws the D codes of one position, one after another.
 
         Args:
@@ -520,10 +516,16 @@ def prior_loss(
     return PriorLoss(total, codes_loss, per_depth.detach(), condition_loss)
 
 
-def _check_range(ids: Tensor, size: int, name: str) -> None:
-    # Reading the values back would make every training step wait for the device, or break a compiled graph.
-    if ids.is_cuda or torch.compiler.is_compiling() or ids.numel() == 0:
+def check_range(ids: Tensor, size: int, name: str) -> None:
+    """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
+    if ids.numel() == 0:
         return
     lowest, highest = (int(value) for value in ids.aminmax())
     if lowest < 0 or highest >= size:
         raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
+
+
+def _check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:
+    # On a GPU reading back would stall every training step, in a compiled graph it would break the graph.
+    if not (ids.is_cuda or torch.compiler.is_compiling()):
+        check_range(ids, size, name)
