@@ -50,6 +50,27 @@ def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch, 
     assert "could not be loaded into torch" in _library._load_cuda()
 
 
+_LOAD_CUDA_LIBRARY = """
+import ctypes, os, sys, torch, rqkernels
+if os.path.exists(sys.argv[2]):
+    ctypes.CDLL(sys.argv[2])  # stands in for the libtorch_cuda.so of a torch with CUDA
+if rqkernels._library.CUDA_UNAVAILABLE is not None:
+    torch.ops.load_library(sys.argv[1])
+for op in ("residual_search", "residual_decode", "code_statistics"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rqkernels::{op}", "CUDA"), op
+"""
+
+
+def test_the_cuda_library_finds_all_its_symbols() -> None:
+    library = _library._FOLDER / "_cuda.abi3.so"
+    if not library.exists():
+        pytest.skip("the CUDA library was not built (no nvcc, or RQK_CUDA=0)")
+    stub = _library._FOLDER.parent / "build" / "cmake" / "libtorch_cuda.so"
+    command = [sys.executable, "-c", _LOAD_CUDA_LIBRARY, str(library), str(stub)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
     with pytest.raises(ImportError, match=r"needs torch >= 2.11, found 2.10.1\+cu128"):
