@@ -81,7 +81,7 @@ format: $(VENV)/.lint ## let ruff and clang-format rewrite what they can
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.bench ## all benchmarks, results into benchmarks/results, tables into benchmarks/README.md
-	$(BENCH_ENV) $(PY) -m pytest benchmarks -o python_files="bench_*.py" $(ARGS)
+	$(BENCH_ENV) $(PY) -m pytest benchmarks -o python_files="bench_*.py" -o pythonpath=benchmarks $(ARGS)
 	$(PY) benchmarks/render.py
 
 # Makes no environment and fetches nothing: the first Python here that has torch and pytest.

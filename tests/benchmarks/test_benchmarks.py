@@ -24,8 +24,8 @@ def quick(*command: object, out: Path) -> subprocess.CompletedProcess[str]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What one quick run of all benchmarks wrote on the CPU, by slug."""
     out = tmp_path_factory.mktemp("results")
-    command = ("-m", "pytest", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
-    run = quick(*command, out=out)
+    options = ("-o", "python_files=bench_*.py", "-o", "pythonpath=benchmarks", "-p", "no:cacheprovider")
+    run = quick("-m", "pytest", "benchmarks", *options, out=out)
     assert run.returncode == 0, run.stdout + run.stderr
     contents = [json.loads(path.read_text()) for path in out.glob("*.json")]
     return {content["slug"]: content for content in contents if content["peaks"]["device"] == "cpu"}
