@@ -119,9 +119,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return typing.cast("dict[str, Any]", OmegaConf.to_container(merged))
 
 
-def _refuse_unknown_keys(
-    cls: type, mapping: Mapping[str, Any], *, root: type, where: str, prefix: str = ""
-) -> None:
+def _refuse_unknown_keys(cls: type, mapping: Mapping[str, Any], *, root: type, where: str, prefix: str = "") -> None:
     nested = _nested_dataclasses(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     for key, value in mapping.items():
@@ -133,14 +131,14 @@ def _refuse_unknown_keys(
 
 
 def _suggestion(key: str, names: list[str], prefix: str, root: type) -> str:
-    close = difflib.get_close_matches(key, names, n=1)
-    if close:
-        return f"did you mean '{prefix}{close[0]}'?"
-    # A right name in the wrong section is as common as a misspelt one.
     by_leaf = {path.rsplit(".", 1)[-1]: path for path in reversed(_all_paths(root, ""))}
-    close = difflib.get_close_matches(key, list(by_leaf), n=1)
-    if close:
-        return f"did you mean '{by_leaf[close[0]]}'?"
+    if key in by_leaf:  # the right name in the wrong section
+        return f"did you mean '{by_leaf[key]}'?"
+    here = {name: f"{prefix}{name}" for name in names}
+    for candidates, likeness in ((here, 0.6), (by_leaf, 0.6), (here, 0.4)):
+        close = difflib.get_close_matches(key, list(candidates), n=1, cutoff=likeness)
+        if close:
+            return f"did you mean '{candidates[close[0]]}'?"
     return f"known here: {', '.join(names)}"
 
 

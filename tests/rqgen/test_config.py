@@ -54,6 +54,7 @@ def test_round_trip_through_plain_data():
         ),
         ({"steps": 1, "warmup_steps": 5}, ["'warmup_steps'", "'optimizer.warmup_steps'"]),
         ({"steps": 1, "ema": {"betax": 5}}, ["'ema.betax'", "'ema.betas'"]),
+        ({"steps": 1, "optimizer": {"warmup": 5}}, ["'optimizer.warmup'", "'optimizer.warmup_steps'"]),
         ({"steps": 1, "zzzzzz": 5}, ["'zzzzzz'", "known here: steps, optimizer, ema, kind, folder"]),
         ({"steps": 1.5}, ["'steps'", "1.5"]),
         ({"steps": 1, "optimizer": {"betas": 3}}, ["'optimizer.betas'"]),

@@ -29,9 +29,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as loop.steps=500."),
 ]
-Config = Annotated[
-    str, typer.Option(help="A YAML file, or the name of a configuration shipped with the package.")
-]
+Config = Annotated[str, typer.Option(help="A YAML file, or the name of a configuration shipped with the package.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the trained model (model/).")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder.")]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a trained tokenizer.")]
@@ -40,9 +38,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 
 @app.callback()
 def _options(
-    debug: Annotated[
-        bool, typer.Option(help="Show the traceback of an error (also: RQGEN_DEBUG=1).")
-    ] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error (also: RQGEN_DEBUG=1).")] = False,
 ) -> None:
     if debug:
         os.environ["RQGEN_DEBUG"] = "1"
@@ -107,9 +103,7 @@ def encode(
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option(help="PNG file to write: all images on one sheet.")] = Path(
-        "samples.png"
-    ),
+    out: Annotated[Path, typer.Option(help="PNG file to write: all images on one sheet.")] = Path("samples.png"),
     prior: Annotated[Path, typer.Option(help="Folder of a trained prior.")] = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
     classes: Annotated[
@@ -122,9 +116,7 @@ def sample(
     cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
     batch_size: BatchSize = 100,
-    codes: Annotated[
-        Path | None, typer.Option(help="Also write the codes to this file (safetensors).")
-    ] = None,
+    codes: Annotated[Path | None, typer.Option(help="Also write the codes to this file (safetensors).")] = None,
 ) -> None:
     """Draw new images."""
     from .transfer import SampleRequest, sample_images
@@ -153,9 +145,7 @@ def convert_kakaobrain(
 def demo(
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, both trainings and the samples.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for figures, metrics.json and both models.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for figures, metrics.json and both models.")] = Path("runs/demo"),
 ) -> None:
     """Train both stages on handwritten digits and draw what they learned (a few minutes on two cores)."""
     from rich.console import Console
@@ -186,9 +176,6 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         if os.environ.get("RQGEN_DEBUG"):
             raise

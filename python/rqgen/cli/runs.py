@@ -84,8 +84,7 @@ def check_images_fit(data: DataConfig, model: RQVAEConfig) -> None:
         )
     if data.channels != model.image_channels:
         raise ValueError(
-            f"data.channels: {data.channels}, but the tokenizer is for images of "
-            f"{model.image_channels} channels"
+            f"data.channels: {data.channels}, but the tokenizer is for images of {model.image_channels} channels"
         )
 
 
@@ -142,9 +141,7 @@ def fit_prior(
         seed=run.loop.seed,
         preview=_samples,
     )
-    return train(
-        stage, prepared.items, run.loop, folder, description=to_dict(run), resume=resume, console=console
-    )
+    return train(stage, prepared.items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
 def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Path | None:

@@ -36,9 +36,7 @@ class EncodedImages:
         if codes.ndim != 4 or codes.is_floating_point():
             raise ValueError(f"codes: expected integers (N, h, w, D), got {codes.dtype} {tuple(codes.shape)}")
         if self.labels.shape != codes.shape[:1]:
-            raise ValueError(
-                f"labels: expected shape {tuple(codes.shape[:1])}, got {tuple(self.labels.shape)}"
-            )
+            raise ValueError(f"labels: expected shape {tuple(codes.shape[:1])}, got {tuple(self.labels.shape)}")
         if codes.numel():
             lowest, highest = (int(value) for value in codes.aminmax())
             if lowest < 0 or highest >= self.codebook_size:

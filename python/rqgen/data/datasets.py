@@ -67,9 +67,7 @@ class DataConfig:
         if self.crops_per_epoch < 1:
             raise ValueError(f"crops_per_epoch: expected at least 1, got {self.crops_per_epoch}")
         if (self.source == "folder") != (self.folder is not None):
-            raise ValueError(
-                f"folder: expected a path for source 'folder' and none otherwise, got {self.folder}"
-            )
+            raise ValueError(f"folder: expected a path for source 'folder' and none otherwise, got {self.folder}")
 
 
 class ImageDataset(ABC):
@@ -155,9 +153,7 @@ class PhotoCrops(ImageDataset):
         for position, label in chosen.items():
             photo = Image.fromarray(sample.images[position]).convert(_mode(config.channels))
             border = photo.width - round(config.held_out_fraction * photo.width)
-            left, right = {"train": (0, border), "held_out": (border, photo.width), "all": (0, photo.width)}[
-                split
-            ]
+            left, right = {"train": (0, border), "held_out": (border, photo.width), "all": (0, photo.width)}[split]
             if min(right - left, photo.height) < config.resolution:
                 raise ValueError(
                     f"resolution: the {split} part of photograph '{names[position]}' is "
@@ -216,9 +212,7 @@ class FolderImages(ImageDataset):
         files = self._readable(files)
         if not files:
             raise ValueError(f"{folder}: none of its image files can be read")
-        keep = stratified_split(
-            [label for _, label in files], config.held_out_fraction, config.split_seed, split
-        )
+        keep = stratified_split([label for _, label in files], config.held_out_fraction, config.split_seed, split)
         self.files = [files[i] for i in keep]
         self._flip = _Flip(config, split)
 
@@ -252,8 +246,7 @@ class FolderImages(ImageDataset):
             image = opened.convert(_mode(self._config.channels))
         if fit == "exact" and image.size != (side, side):
             raise ValueError(
-                f"{path}: image is {image.width}x{image.height} pixels, "
-                f"expected exactly {side}x{side} (fit=exact)"
+                f"{path}: image is {image.width}x{image.height} pixels, expected exactly {side}x{side} (fit=exact)"
             )
         if fit == "crop" and min(image.size) < side:
             raise ValueError(
@@ -263,9 +256,7 @@ class FolderImages(ImageDataset):
         scale = side / min(image.size)
         width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
         if image.size != (width, height):
-            image = image.resize(
-                (width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-            )
+            image = image.resize((width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
         left, top = (width - side) // 2, (height - side) // 2
         return image.crop((left, top, left + side, top + side))
 
@@ -283,9 +274,7 @@ class _Flip:
         return image_chw
 
 
-def _choose_classes(
-    names: list[str], wanted: list[str] | None, where: str
-) -> tuple[tuple[str, ...], dict[int, int]]:
+def _choose_classes(names: list[str], wanted: list[str] | None, where: str) -> tuple[tuple[str, ...], dict[int, int]]:
     """The class names in use, and for each used position in ``names`` the label it gets."""
     if wanted is None:
         return tuple(names), {position: position for position in range(len(names))}

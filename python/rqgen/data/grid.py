@@ -19,17 +19,13 @@ def image_grid(images_nchw: torch.Tensor, columns: int, *, gap: int = 2) -> torc
     """Images (N, channels, H, W) in [-1, 1], row after row, on white: bytes (channels, rows*(H+gap)+gap,
     ...)."""
     if images_nchw.ndim != 4 or len(images_nchw) == 0:
-        raise ValueError(
-            f"images: expected (N, channels, H, W) with N >= 1, got shape {tuple(images_nchw.shape)}"
-        )
+        raise ValueError(f"images: expected (N, channels, H, W) with N >= 1, got shape {tuple(images_nchw.shape)}")
     if columns < 1 or gap < 0:
         raise ValueError(f"columns: expected at least 1 (and gap >= 0), got {columns} (gap {gap})")
     count, channels, height, width = images_nchw.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    sheet = torch.full(
-        (channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8
-    )
+    sheet = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8)
     for number, image in enumerate(to_uint8(images_nchw).cpu()):
         top = gap + (number // columns) * (height + gap)
         left = gap + (number % columns) * (width + gap)

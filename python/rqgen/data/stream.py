@@ -54,9 +54,7 @@ class BatchStream:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if len(items) < batch_size:
-            raise ValueError(
-                f"batch_size: expected at most the {len(items)} items there are, got {batch_size}"
-            )
+            raise ValueError(f"batch_size: expected at most the {len(items)} items there are, got {batch_size}")
         self._items, self._batch_size, self._seed = items, batch_size, seed
         self._start, self._workers = start, workers
 

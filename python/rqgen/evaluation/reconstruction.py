@@ -23,9 +23,7 @@ class ReconstructionQuality:
 
 
 @torch.no_grad()
-def evaluate_reconstruction(
-    vae: RQVAE, images: ImageDataset, *, batch_size: int = 128
-) -> ReconstructionQuality:
+def evaluate_reconstruction(vae: RQVAE, images: ImageDataset, *, batch_size: int = 128) -> ReconstructionQuality:
     """Encodes and decodes every image once. Raises ValueError for an empty dataset."""
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,9 +23,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *, columns: int = 10) -> None:
     """Rows of images, each above a row of their reconstructions; both (N, channels, H, W) in [-1, 1]."""
     if images.shape != reconstructions.shape:
-        raise ValueError(
-            f"reconstructions: expected shape {tuple(images.shape)}, got {tuple(reconstructions.shape)}"
-        )
+        raise ValueError(f"reconstructions: expected shape {tuple(images.shape)}, got {tuple(reconstructions.shape)}")
     count = len(images)
     rows = [
         (image_grid(part, columns=len(part)), label)
@@ -74,14 +73,13 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
         for term, colour in zip(terms, cycle(_COLOURS), strict=False):
             values = [record[term] for record in records]
             label = term.removeprefix("loss/").replace("_", " ")
-            axis.plot(
-                [record["step"] for record in records], values, label=label, color=colour, linewidth=1.5
-            )
+            axis.plot([record["step"] for record in records], values, label=label, color=colour, linewidth=1.5)
         if terms and min(record[term] for record in records for term in terms) > 0:
             axis.set_yscale("log")
         _tidy(axis, name)
         axis.set_xlabel("step")
-        axis.legend(frameon=False)
+        if terms:
+            axis.legend(frameon=False)
     _save(figure, path)
 
 
@@ -120,5 +118,5 @@ def _save(figure: Figure, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(110)
     canvas.draw()
-    pixels = torch.from_numpy(canvas.buffer_rgba().__array__().copy())[:, :, :3].permute(2, 0, 1)
-    save_png(pixels, path)
+    pixels_hwc = np.array(canvas.buffer_rgba())[:, :, :3]
+    save_png(torch.from_numpy(pixels_hwc).permute(2, 0, 1), path)

@@ -42,9 +42,7 @@ def restore_random_states(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
-def save_checkpoint(
-    folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any], *, keep: int
-) -> Path:
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any], *, keep: int) -> Path:
     """Writes ``folder/step-XXXXXXXX`` and removes all but the newest ``keep``.
 
     ``state`` (tensors and plain data) becomes state.pt, ``info`` a readable info.json. Both are written into
@@ -78,9 +76,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(
-    path: Path, *, map_location: torch.device | str = "cpu"
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, info) of one checkpoint folder. Raises FileNotFoundError, or ValueError for a damaged one."""
     for name in (STATE_FILE, INFO_FILE):
         if not (path / name).is_file():

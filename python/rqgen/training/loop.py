@@ -129,9 +129,7 @@ def train(
     Raises ValueError for a checkpoint of another configuration, FloatingPointError when the loss is no longer
     finite, RuntimeError under more than one process.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
-    )
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
     if accelerator.num_processes > 1:
         raise RuntimeError(
             f"training runs in one process, but {accelerator.num_processes} were launched: "

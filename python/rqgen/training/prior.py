@@ -115,9 +115,7 @@ class PriorData(NamedTuple):
     tau: float | None
 
 
-def prior_data(
-    config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int
-) -> PriorData:
+def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int) -> PriorData:
     """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
 
     Raises ValueError for codes of another tokenizer, and for soft labels or stochastic codes from codes
@@ -202,9 +200,7 @@ class PriorStage:
         latents_bhwc = self._vae.encode_latents(batch.inputs) if self._kind == "images" else batch.inputs
         soft = self._config.soft_labels
         if not self._config.stochastic_codes:
-            found = rqkernels.residual_search(
-                latents_bhwc, self._vae.codebooks, self._vae.depth, return_residuals=soft
-            )
+            found = rqkernels.residual_search(latents_bhwc, self._vae.codebooks, self._vae.depth, return_residuals=soft)
         else:
             height, width, _ = self._vae.code_shape
             found = rqkernels.reference.stochastic_residual_search(

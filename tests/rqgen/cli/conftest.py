@@ -1,0 +1,86 @@
+"""The command line, called in this process, with models that train in a second."""
+
+import pytest
+import torch
+
+from rqgen.cli.app import main
+
+TOKENIZER = [
+    "model.base_channels=8",
+    "model.channel_multipliers=[1,1,1,1]",
+    "model.z_channels=8",
+    "model.embed_dim=8",
+    "model.quantizer.codebook_size=16",
+    "loop.batch_size=16",
+    "loop.optimizer.warmup_steps=2",
+]
+PRIOR = [
+    "prior.embed_dim=16",
+    "prior.spatial.layers=1",
+    "prior.spatial.heads=2",
+    "prior.depth.heads=2",
+    "loop.batch_size=16",
+    "loop.optimizer.warmup_steps=2",
+]
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """Overrides for a tokenizer run."""
+    return [*TOKENIZER, "loop.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="session")
+def small_prior():
+    """Overrides for a prior run."""
+    return [*PRIOR, "loop.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="session")
+def small_demo():
+    """Overrides for a demo."""
+    return [
+        *(f"tokenizer.{setting}" for setting in TOKENIZER),
+        *(f"prior.{setting}" for setting in PRIOR),
+        "tokenizer.loop.steps=12",
+        "prior.loop.steps=4",
+        "sampling.count=100",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Fastest for models this small."""
+    monkeypatch.delenv("RQGEN_DEBUG", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def rqgen(capsys):
+    """Runs a command: ``(exit code, standard output, standard error)``."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, small_tokenizer, small_prior):
+    """Folders of a tokenizer and of a class-conditional prior, each trained for three steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer, prior = folder / "tokenizer", folder / "prior"
+    for arguments in (
+        ["train", "tokenizer", "--out", str(tokenizer), *small_tokenizer, "loop.steps=3"],
+        ["train", "prior", "--out", str(prior), f"tokenizer={tokenizer / 'model'}", *small_prior, "loop.steps=3"],
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert not left.value.code
+    return tokenizer, prior

@@ -1,0 +1,48 @@
+"""Reconstruction error and code usage over a dataset."""
+
+import pytest
+import torch
+
+from rqgen.data import TensorItems
+from rqgen.evaluation import evaluate_reconstruction
+from rqgen.models.rqvae import RQVAE, RQVAEConfig
+from rqgen.quantizers import QuantizerConfig
+
+
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    config = RQVAEConfig(
+        image_channels=1,
+        resolution=8,
+        base_channels=4,
+        channel_multipliers=[1, 2],
+        num_res_blocks=1,
+        attention_resolutions=[],
+        z_channels=8,
+        embed_dim=4,
+        norm_groups=2,
+        code_shape=[4, 4, 2],
+        quantizer=QuantizerConfig(codebook_size=16, depth=2),
+    )
+    return RQVAE(config)
+
+
+def test_it_equals_the_plain_definition_for_any_batch_size(vae):
+    generator = torch.Generator().manual_seed(3)
+    images = TensorItems(torch.rand(7, 1, 8, 8, generator=generator) * 2 - 1, torch.zeros(7))
+    quality = evaluate_reconstruction(vae, images, batch_size=3)
+    vae.eval()
+    codes = vae.encode(images.inputs)
+    assert quality.mse == pytest.approx((vae.decode(codes) - images.inputs).square().mean().item(), rel=1e-5)
+    for d in range(2):
+        counts = torch.tensor([(codes[..., d] == k).sum() for k in range(16)])
+        assert torch.equal(quality.code_counts[d], counts)
+        assert quality.codes_used[d] == len(codes[..., d].unique())
+        share = counts[counts > 0] / counts.sum()
+        assert quality.perplexity[d] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-5)
+
+
+def test_nothing_to_evaluate(vae):
+    with pytest.raises(ValueError, match="empty dataset"):
+        evaluate_reconstruction(vae, TensorItems(torch.zeros(0, 1, 8, 8), torch.zeros(0)))

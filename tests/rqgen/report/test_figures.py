@@ -1,0 +1,79 @@
+"""Figures: written, readable, and about what they were given."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rqgen.report import draw_coarse_to_fine, draw_code_usage, draw_losses, draw_reconstructions, draw_samples
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def assert_drawn(path, *, least_side=100):
+    shown = pixels(path)
+    assert min(shown.shape[:2]) >= least_side and shown.std() > 1
+    return shown
+
+
+class FakeTokenizer:
+    """Decodes depth d to grey d/D: each row of the figure has its own shade."""
+
+    depth = 4
+
+    def __init__(self):
+        self.depths = []
+
+    def encode(self, images):
+        return torch.zeros(len(images), 1, 1, 4, dtype=torch.int64)
+
+    def decode_partial(self, codes, depth):
+        self.depths.append(depth)
+        return torch.full((len(codes), 1, 8, 8), depth / 4 - 0.5)
+
+
+def test_coarse_to_fine_decodes_every_depth(tmp_path):
+    vae = FakeTokenizer()
+    draw_coarse_to_fine(vae, -torch.ones(3, 1, 8, 8), tmp_path / "c.png")
+    assert vae.depths == [1, 2, 3, 4]
+    shades = {tuple(colour) for colour in assert_drawn(tmp_path / "c.png").reshape(-1, 3)}
+    for depth in range(1, 5):
+        shade = round((depth / 4 + 0.5) * 127.5)
+        assert any(max(abs(value - shade) for value in colour) <= 1 for colour in shades)
+
+
+def test_reconstructions(tmp_path):
+    images = torch.rand(5, 3, 8, 8) * 2 - 1
+    draw_reconstructions(images, -images, tmp_path / "r.png", columns=3)
+    assert_drawn(tmp_path / "r.png")
+    with pytest.raises(ValueError, match="reconstructions: expected shape"):
+        draw_reconstructions(images, images[:4], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_code_usage(tmp_path):
+    counts = torch.tensor([[5, 0, 1], [0, 0, 0]])
+    draw_code_usage(counts, tmp_path / "u.png")
+    first = assert_drawn(tmp_path / "u.png")
+    draw_code_usage(torch.tensor([[1, 5, 0], [0, 0, 0]]), tmp_path / "same.png")
+    draw_code_usage(torch.tensor([[2, 2, 2], [0, 0, 0]]), tmp_path / "other.png")
+    assert np.array_equal(first, pixels(tmp_path / "same.png"))
+    assert not np.array_equal(first, pixels(tmp_path / "other.png"))
+
+
+def test_losses(tmp_path):
+    history = [{"step": s, "learning_rate": 1.0, "loss": 1 / s, "perplexity/depth_1": 9.0} for s in (1, 2, 3)]
+    draw_losses({"tokenizer": history, "prior": []}, tmp_path / "l.png")
+    drawn = assert_drawn(tmp_path / "l.png")
+    draw_losses({"tokenizer": [record | {"loss": 1.0} for record in history], "prior": []}, tmp_path / "flat.png")
+    assert not np.array_equal(drawn, pixels(tmp_path / "flat.png"))
+
+
+def test_samples_are_a_plain_sheet(tmp_path):
+    images = torch.stack([torch.full((1, 4, 4), value) for value in (-1.0, 1.0, 0.0, 1.0)])
+    draw_samples(images, tmp_path / "s.png", columns=2)
+    shown = pixels(tmp_path / "s.png")
+    assert shown.shape == (2 * (2 + 2 * 6), 2 * (2 + 2 * 6), 3)
+    assert (shown[4:12, 4:12] == 0).all() and (shown[16:24, 4:12] == 128).all()

@@ -1,0 +1,55 @@
+"""Models and data of a size that trains in a second."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from rqgen.data import TensorItems
+from rqgen.models.rqvae import RQVAE, RQVAEConfig
+from rqgen.quantizers import QuantizerConfig
+
+
+@pytest.fixture(autouse=True)
+def small_and_separate():
+    """One thread is fastest for models this small. Accelerate keeps the first precision it was given for the
+    whole process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def vae_config():
+    return RQVAEConfig(
+        image_channels=1,
+        resolution=8,
+        base_channels=4,
+        channel_multipliers=[1, 2],
+        num_res_blocks=1,
+        attention_resolutions=[],
+        z_channels=8,
+        embed_dim=4,
+        dropout=0.1,
+        norm_groups=2,
+        code_shape=[4, 4, 2],
+        quantizer=QuantizerConfig(codebook_size=16, depth=2, decay=0.9, usage_window=128),
+    )
+
+
+@pytest.fixture
+def make_vae(vae_config):
+    def make(seed=0):
+        torch.manual_seed(seed)
+        return RQVAE(vae_config)
+
+    return make
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(24, 1, 2, 2, generator=generator) * 2 - 1
+    return TensorItems(torch.nn.functional.interpolate(coarse, size=8), torch.arange(24) % 3)

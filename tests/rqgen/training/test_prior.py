@@ -1,0 +1,142 @@
+"""What the prior's stage feeds to the prior and to its loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rqkernels
+from rqgen.data import Batch, EncodedImages
+from rqgen.data.codes import codebook_fingerprint
+from rqgen.models.rqtransformer import prior_loss
+from rqgen.models.transformer import TransformerConfig
+from rqgen.training import PriorConfig, PriorStage, encode_dataset, measure_tau, prior_data
+
+
+def small(**settings):
+    stack = TransformerConfig(layers=1, heads=2, residual_dropout=0.0)
+    return PriorConfig(**{"embed_dim": 16, "spatial": stack, "depth": stack, "condition_dropout": 0.0} | settings)
+
+
+@pytest.fixture
+def vae(make_vae, images):
+    vae = make_vae()
+    vae.train()
+    vae(images.inputs)
+    return vae.eval()
+
+
+def make_stage(config, vae, *, kind="images", tau=0.3):
+    torch.manual_seed(1)
+    return PriorStage(config.build(vae, 3), vae, config, kind=kind, tau=tau, seed=5)
+
+
+def batch_of(images, start=0, count=6):
+    return Batch(images.inputs[start : start + count], images.labels[start : start + count], start)
+
+
+def watch_codes(stage):
+    """Every tensor of codes that the prior is called with."""
+    seen = []
+    stage.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    return seen
+
+
+def test_build_takes_shapes_and_codebooks_from_the_tokenizer(vae):
+    prior = small().build(vae, 3)
+    assert prior.config.code_shape == (4, 4, 2) and prior.config.codebook_size == 16
+    assert torch.equal(prior.codebooks, vae.codebooks) and prior.config.condition_vocab_size == 3
+    assert not prior.config.has_null_condition
+    assert small(condition_dropout=0.1).build(vae, 3).config.has_null_condition
+    assert small(condition="none").build(vae, 0).config.condition == "none"
+    with pytest.raises(ValueError, match="condition: 'class' needs images with classes"):
+        small().build(vae, 0)
+    with pytest.raises(ValueError, match="must be one of 90M"):
+        small(preset="3M").build(vae, 3)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_stochastic_codes_and_their_labels_come_from_one_search(soft, vae, images):
+    stage = make_stage(small(soft_labels=soft), vae)
+    seen = watch_codes(stage)
+    batch = batch_of(images, start=6)
+    result = stage.step(batch)
+    found = rqkernels.reference.stochastic_residual_search(
+        vae.encode_latents(batch.inputs), vae.codebooks, 2, tau=0.3, seed=5, offset=6 * 16, return_residuals=True
+    )
+    assert torch.equal(seen[0], found.codes)
+    output = stage.model(found.codes, batch.labels)
+    labels = {"residuals": found.residuals, "codebooks": vae.codebooks, "tau": 0.3}
+    expected = prior_loss(output, **(labels if soft else {"codes": found.codes}))
+    assert torch.equal(result.loss, expected.total)
+    assert torch.equal(torch.stack([result.terms["loss/depth_1"], result.terms["loss/depth_2"]]), expected.per_depth)
+    stage.step(batch._replace(first_row=100))
+    assert not torch.equal(seen[-1], found.codes)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_nearest_codes(soft, vae, images):
+    stage = make_stage(small(soft_labels=soft, stochastic_codes=False), vae)
+    seen = watch_codes(stage)
+    batch = batch_of(images)
+    result = stage.step(batch)
+    found = rqkernels.residual_search(vae.encode_latents(batch.inputs), vae.codebooks, 2, return_residuals=True)
+    assert torch.equal(seen[0], found.codes)
+    labels = {"residuals": found.residuals, "codebooks": vae.codebooks, "tau": 0.3}
+    expected = prior_loss(stage.model(found.codes, batch.labels), **(labels if soft else {"codes": found.codes}))
+    assert torch.equal(result.loss, expected.total)
+
+
+def test_images_latents_and_codes_give_the_same_step(vae, images):
+    config = small(soft_labels=False, stochastic_codes=False)
+    latents, labels = encode_dataset(vae, images, batch_size=10, codes=False)
+    codes, _ = encode_dataset(vae, images, batch_size=10, codes=True)
+    losses = []
+    for kind, inputs in (("images", images.inputs), ("latents", latents), ("codes", codes)):
+        stage = make_stage(config, vae, kind=kind, tau=None)
+        losses.append(stage.step(Batch(inputs[:6], labels[:6], 0)).loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[1] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_gradients_reach_the_prior_alone(vae, images):
+    stage = make_stage(small(), vae)
+    stage.step(batch_of(images)).loss.backward()
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    assert stage.model.classifier.weight.grad.abs().sum() > 0
+
+
+def test_prepared_data(vae, images):
+    cached = prior_data(small(), vae, images, batch_size=10)
+    latents = vae.encode_latents(images.inputs).detach()
+    assert cached.kind == "latents" and torch.allclose(cached.items.inputs, latents, atol=1e-5)
+    assert torch.equal(cached.items.labels, images.labels)
+    norms = rqkernels.residual_search(latents, vae.codebooks, 2).residual_norms[..., -1]
+    assert cached.tau == pytest.approx(0.5 * norms.mean().item(), rel=1e-4)
+    fresh = prior_data(small(cache_latents=False), vae, images, batch_size=10)
+    assert fresh.items is images and fresh.kind == "images" and fresh.tau == pytest.approx(cached.tau)
+    assert prior_data(small(tau=0.7), vae, images, batch_size=10).tau == 0.7
+    hard = small(soft_labels=False, stochastic_codes=False)
+    assert prior_data(hard, vae, images, batch_size=10).tau is None
+    with pytest.raises(ValueError, match="tau: cannot be measured"):
+        measure_tau(vae, vae.codebooks[:1, None, None] + vae.codebooks[:1, None, None].clone() * float("nan"))
+
+
+def test_codes_on_disk_must_fit(vae, images):
+    codes, labels = encode_dataset(vae, images, batch_size=10, codes=True)
+    encoded = EncodedImages(codes, labels, 16, codebook_fingerprint(vae.codebooks), ("a", "b", "c"), {})
+    config = small(soft_labels=False, stochastic_codes=False)
+    prepared = prior_data(config, vae, encoded, batch_size=4)
+    assert prepared.kind == "codes" and torch.equal(prepared.items.inputs, codes)
+    with pytest.raises(ValueError, match=r"codes on disk have no residuals: set prior\.soft_labels=false"):
+        prior_data(small(), vae, encoded, batch_size=4)
+    with pytest.raises(ValueError, match="written by another tokenizer"):
+        prior_data(config, vae, replace(encoded, codebook_id="other"), batch_size=4)
+
+
+def test_bad_settings(vae):
+    with pytest.raises(ValueError, match="tau"):
+        PriorConfig(tau=0)
+    with pytest.raises(ValueError, match="condition_dropout"):
+        PriorConfig(condition_dropout=1)
+    with pytest.raises(ValueError, match="tau: expected a positive number, got None"):
+        make_stage(small(), vae, tau=None)
