@@ -15,7 +15,7 @@ PUBLISHED = Path(__file__).parent.parent / "data" / "kakaobrain"
 def kakaobrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the published fixtures side by side, unpacked: NAME/{config.yaml,model.pt,...}."""
     root = tmp_path_factory.mktemp("kakaobrain")
-    for source in sorted(PUBLISHED.iterdir()):
+    for source in sorted(path for path in PUBLISHED.iterdir() if path.is_dir()):
         target = root / source.name
         target.mkdir()
         for name in ("config.yaml", "expected.safetensors"):

@@ -146,40 +146,39 @@ class ResidualQuantizer(nn.Module):
             ValueError: the last dimension of z is not C; or the first training batch has no finite vector.
         """
         self._check_vectors(z)
-        with torch.autocast(z.device.type, enabled=False):
-            z32 = z.float()
-            vectors = z32.detach()
-            if self.training and not self.initialized:
-                self.initialize(vectors)
-            if self.training and self.config.ema_update == "per_depth":
-                quantized, codes, norms, mean_residual = self._quantize_and_update_per_depth(vectors)
-            else:
-                # The residuals are needed for restarts and the loss's gradient only.
-                wanted = self.training or z.requires_grad
-                found = rqkernels.residual_search(
-                    vectors,
-                    self.codebook,
-                    self.config.depth,
-                    return_residuals=wanted,
-                    return_statistics=self.training,
-                )
-                quantized, codes, norms = found.quantized, found.codes, found.residual_norms
-                mean_residual = None
-                if wanted:
-                    last = vectors - quantized
-                    mean_residual = (found.residuals[..., 1:, :].sum(dim=-2) + last) / self.config.depth
-                if self.training:
-                    self.update_codebook(found)
+        z32 = z.float()
+        vectors = z32.detach()
+        if self.training and not self.initialized:
+            self.initialize(vectors)
+        if self.training and self.config.ema_update == "per_depth":
+            quantized, codes, norms, mean_residual = self._quantize_and_update_per_depth(vectors)
+        else:
+            # The residuals are needed for restarts and the loss's gradient only.
+            wanted = self.training or z.requires_grad
+            found = rqkernels.residual_search(
+                vectors,
+                self.codebook,
+                self.config.depth,
+                return_residuals=wanted,
+                return_statistics=self.training,
+            )
+            quantized, codes, norms = found.quantized, found.codes, found.residual_norms
+            mean_residual = None
+            if wanted:
+                last = vectors - quantized
+                mean_residual = (found.residuals[..., 1:, :].sum(dim=-2) + last) / self.config.depth
             if self.training:
-                self.usage.update(codes)
-            loss = norms.mean() / self.code_dim
-            if mean_residual is not None and torch.is_grad_enabled():
-                # d loss / d z = 2/(N C D) sum_d (z - Z^(d)), and z - Z^(d) = r_d: a term of value zero
-                # carries this gradient, so that no partial sum has to be kept for backward.
-                carrier = 2.0 * (z32 * mean_residual).mean()
-                loss = loss + (carrier - carrier.detach())
-            # z - z is exactly zero, so the value is exactly what `decode` gives for these codes.
-            straight_through = quantized.to(z.dtype) + (z - z.detach())
+                self.update_codebook(found)
+        if self.training:
+            self.usage.update(codes)
+        loss = norms.mean() / self.code_dim
+        if mean_residual is not None and torch.is_grad_enabled():
+            # d loss / d z = 2/(N C D) sum_d (z - Z^(d)), and z - Z^(d) = r_d: a term of value zero
+            # carries this gradient, so that no partial sum has to be kept for backward.
+            carrier = 2.0 * (z32 * mean_residual).mean()
+            loss = loss + (carrier - carrier.detach())
+        # z - z is exactly zero, so the value is exactly what `decode` gives for these codes.
+        straight_through = quantized.to(z.dtype) + (z - z.detach())
         return QuantizerOutput(straight_through, codes, loss)
 
     @torch.no_grad()
@@ -212,9 +211,7 @@ class ResidualQuantizer(nn.Module):
         self._check_codes(codes)
         size = self.config.codebook_size
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise IndexError(
-                f"codes: expected 0 <= code < {size}, got {int(codes.min())}..{int(codes.max())}"
-            )
+            raise IndexError(f"codes: expected 0 <= code < {size}, got {int(codes.min())}..{int(codes.max())}")
         if self.config.shared_codebook:
             return F.embedding(codes, self.codebook)
         depths = torch.arange(self.config.depth, device=codes.device)
@@ -302,9 +299,7 @@ class ResidualQuantizer(nn.Module):
             norms.append(found.residual_norms)
         return quantized, torch.cat(codes, -1), torch.cat(norms, -1), residual_sum / self.config.depth
 
-    def _update_book(
-        self, book: _Book, vectors_nc: Tensor, codes_n: Tensor, counts: Tensor, sums: Tensor
-    ) -> None:
+    def _update_book(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor, counts: Tensor, sums: Tensor) -> None:
         config = self.config
         # Several processes must leave here with the same averages: the sum of `counts` and `sums` over them
         # belongs on this line and nowhere else.

@@ -95,9 +95,7 @@ def test_matches_the_naive_definition(layout: dict[str, Any], device: torch.devi
 def test_commitment_gradient_in_training_too(mode: str) -> None:
     quantizer = make(init="random", ema_update=mode, shared_codebook=False)
     z = torch.randn(20, 4, requires_grad=True)
-    expected = torch.stack(
-        [(z - s.detach()).square().mean() for s in naive_partial_sums(z, quantizer)]
-    ).mean()
+    expected = torch.stack([(z - s.detach()).square().mean() for s in naive_partial_sums(z, quantizer)]).mean()
     (expected_gradient,) = torch.autograd.grad(expected, z)
     loss = quantizer(z).commitment_loss
     torch.testing.assert_close(loss, expected)
@@ -321,6 +319,10 @@ def test_first_training_batch_initialises_once(device: torch.device) -> None:
     by_forward(torch.randn(100, 4, device=device))
     # A second initialisation would have replaced these large codes by small ones.
     assert by_forward.codebook.abs().mean() > 0.5 * moved.abs().mean()
+    # One by hand does, and the counts of the codes before it go.
+    by_forward.initialize(torch.randn(100, 4, device=device))
+    assert by_forward.codebook.abs().mean() < 2
+    assert by_forward.usage.counts().sum() == 0
 
 
 def test_random_initialisation_ignores_the_data() -> None:
@@ -336,9 +338,7 @@ def test_codes_for_later_depths_come_from_their_residuals(shared: bool) -> None:
     # Clusters far apart: the first depth's codes are large, the residuals small.
     z = torch.randn(8, 1, 4) * 1000 + torch.randn(8, 50, 4)
     quantizer.initialize(z)
-    first, second = (
-        (quantizer.codebook[:32], quantizer.codebook[32:]) if shared else tuple(quantizer.codebook)
-    )
+    first, second = (quantizer.codebook[:32], quantizer.codebook[32:]) if shared else tuple(quantizer.codebook)
     assert (first.norm(dim=1) > 100).all()
     assert (second.norm(dim=1) < 10).all()
     errors = rqkernels.residual_search(z, quantizer.codebook, 2).residual_norms.mean(dim=(0, 1))

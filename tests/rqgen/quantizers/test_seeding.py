@@ -41,9 +41,7 @@ def test_kmeans_finds_separate_clusters(device: torch.device) -> None:
     centres = torch.randn(6, 4, device=device) * 50
     vectors = (centres.repeat_interleave(40, 0) + torch.randn(240, 4, device=device))[torch.randperm(240)]
     # A start without one code per cluster may settle elsewhere: the best of a few starts must not.
-    errors = [
-        torch.cdist(centres, kmeans(vectors, 6, iterations=20)).amin(dim=1).max().item() for _ in range(10)
-    ]
+    errors = [torch.cdist(centres, kmeans(vectors, 6, iterations=20)).amin(dim=1).max().item() for _ in range(10)]
     assert min(errors) < 1.0
 
 
