@@ -14,7 +14,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.fixture(scope="module", params=DEVICES)
 def run(request: pytest.FixtureRequest) -> Iterator[_harness.Run]:
     _harness.set_threads()
-    slug = request.module.__name__.removeprefix("bench_")
+    slug = request.path.stem.removeprefix("bench_")
     run = _harness.Run(slug, torch.device(request.param))
     yield run
     if run.cases:
