@@ -65,9 +65,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (
-            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
-        )
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value))
         attended_b1nc = F.scaled_dot_product_attention(q, k, v)
         return x + self.output(attended_b1nc.squeeze(1).transpose(1, 2).reshape(x.shape))
 
@@ -125,8 +123,7 @@ class Level(nn.Module):
             for index in range(num_blocks)
         )
         self.attentions = nn.ModuleList(
-            AttentionBlock(out_channels, norm_groups=norm_groups)
-            for _ in range(num_blocks if attention else 0)
+            AttentionBlock(out_channels, norm_groups=norm_groups) for _ in range(num_blocks if attention else 0)
         )
         self.resample = resample
 
@@ -138,9 +135,7 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def _middle(
-    channels: int, *, dropout: float, norm_groups: int, gradient_checkpointing: bool
-) -> nn.Sequential:
+def _middle(channels: int, *, dropout: float, norm_groups: int, gradient_checkpointing: bool) -> nn.Sequential:
     def block() -> ResidualBlock:
         return ResidualBlock(
             channels,
@@ -191,9 +186,7 @@ class Encoder(nn.Module):
                 width,
                 num_res_blocks,
                 attention=attention[index],
-                resample=nn.Identity()
-                if index == coarsest
-                else Downsample(width, with_conv=resample_with_conv),
+                resample=nn.Identity() if index == coarsest else Downsample(width, with_conv=resample_with_conv),
                 **common,
             )
             for index, width in enumerate(channels)

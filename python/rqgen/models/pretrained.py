@@ -58,9 +58,7 @@ class PretrainedModel(nn.Module):
                 raise FileExistsError(f"folder: {target} exists and is not a folder")
             foreign = sorted({entry.name for entry in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME})
             if foreign:
-                raise FileExistsError(
-                    f"folder: {target} holds files of no model, not replaced: {foreign[:5]}"
-                )
+                raise FileExistsError(f"folder: {target} holds files of no model, not replaced: {foreign[:5]}")
         target.parent.mkdir(parents=True, exist_ok=True)
         suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
         temporary = target.with_name(f".{target.name}.tmp-{suffix}")
@@ -72,8 +70,7 @@ class PretrainedModel(nn.Module):
         }
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         tensors = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in self.state_dict().items()
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state_dict().items()
         }
         temporary.mkdir()
         try:
@@ -131,8 +128,7 @@ class PretrainedModel(nn.Module):
                 raise ValueError(f"{path}: expected the key {key!r}, which is missing")
         if description["model_type"] != cls.model_type:
             raise ValueError(
-                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, "
-                f"got {description['model_type']!r}"
+                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, got {description['model_type']!r}"
             )
         if description["format_version"] != FORMAT_VERSION:
             raise ValueError(

@@ -75,9 +75,7 @@ class RQVAEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(
-                f"channel_multipliers: expected one number >= 1 per level, got {self.channel_multipliers}"
-            )
+            raise ValueError(f"channel_multipliers: expected one number >= 1 per level, got {self.channel_multipliers}")
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"image_size: expected [height, width], got {self.image_size}")
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
@@ -93,8 +91,7 @@ class RQVAEConfig:
             raise ValueError(f"code_shape: expected h and w to divide the latents' {latents}, got {codes}")
         if self.quantizer.depth != self.code_shape[2]:
             raise ValueError(
-                f"quantizer.depth: expected the depth of code_shape, {self.code_shape[2]}, "
-                f"got {self.quantizer.depth}"
+                f"quantizer.depth: expected the depth of code_shape, {self.code_shape[2]}, got {self.quantizer.depth}"
             )
         for multiplier in (1, *self.channel_multipliers):
             if (self.base_channels * multiplier) % self.norm_groups:
@@ -248,8 +245,7 @@ class RQVAE(PretrainedModel):
         steps = (self.config.stride * down, self.config.stride * across)
         if images.ndim != 4 or images.shape[1] != self.config.image_channels:
             raise ValueError(
-                f"images: expected (B, {self.config.image_channels}, height, width), "
-                f"got shape {tuple(images.shape)}"
+                f"images: expected (B, {self.config.image_channels}, height, width), got shape {tuple(images.shape)}"
             )
         if images.shape[2] % steps[0] or images.shape[3] % steps[1] or 0 in images.shape[2:]:
             raise ValueError(
@@ -266,8 +262,7 @@ class RQVAE(PretrainedModel):
         """Images (B, channels, H, W) from latents in code shape (B, h, w, code_dim). Differentiable."""
         if latents_bhwc.ndim != 4 or latents_bhwc.shape[-1] != self.config.code_dim:
             raise ValueError(
-                f"latents_bhwc: expected (B, h, w, {self.config.code_dim}), "
-                f"got shape {tuple(latents_bhwc.shape)}"
+                f"latents_bhwc: expected (B, h, w, {self.config.code_dim}), got shape {tuple(latents_bhwc.shape)}"
             )
         down, across = self.config.patch_shape
         b, h, w, _ = latents_bhwc.shape

@@ -112,9 +112,7 @@ def test_downsample_pads_right_and_below() -> None:
     padded = torch.zeros(1, 4, 7, 7)
     padded[:, :, :6, :6] = x
     torch.testing.assert_close(module(x), F.conv2d(padded, module.conv.weight, module.conv.bias, stride=2))
-    torch.testing.assert_close(
-        Downsample(4, with_conv=False)(x), x.reshape(1, 4, 3, 2, 3, 2).mean(dim=(3, 5))
-    )
+    torch.testing.assert_close(Downsample(4, with_conv=False)(x), x.reshape(1, 4, 3, 2, 3, 2).mean(dim=(3, 5)))
 
 
 def test_upsample_repeats() -> None:

@@ -80,9 +80,7 @@ def test_an_existing_model_is_replaced(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["write", "rename"])
-def test_a_failed_save_leaves_the_old_model(
-    saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_model(saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Toy.from_pretrained(saved).state_dict()
 
     def fail(*args: Any, **kwargs: Any) -> None:

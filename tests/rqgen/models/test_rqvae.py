@@ -73,9 +73,7 @@ def test_shapes_and_round_trips(changes: dict[str, Any], size: tuple[int, int], 
 def test_a_code_vector_is_its_latents_row_by_row() -> None:
     fine, coarse = RQVAE(config()).eval(), RQVAE(config(code_shape=[2, 4, 3])).eval()
     names = fine.state_dict().keys()
-    coarse.load_state_dict(
-        {k: v for k, v in fine.state_dict().items() if not k.startswith("quantizer.")}, strict=False
-    )
+    coarse.load_state_dict({k: v for k, v in fine.state_dict().items() if not k.startswith("quantizer.")}, strict=False)
     assert names == coarse.state_dict().keys()
     images = torch.randn(2, 3, 16, 16)
     latents, patches = fine.encode_latents(images), coarse.encode_latents(images)

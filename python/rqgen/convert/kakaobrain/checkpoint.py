@@ -70,13 +70,9 @@ def _unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path}: refused: damaged, or holds more than tensors and plain values ({reason})"
-        ) from error
+        raise ValueError(f"{path}: refused: damaged, or holds more than tensors and plain values ({reason})") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a readable torch checkpoint ({str(error).splitlines()[:1]})"
-        ) from error
+        raise ValueError(f"{path}: not a readable torch checkpoint ({str(error).splitlines()[:1]})") from error
 
 
 def _select_state_dict(content: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:

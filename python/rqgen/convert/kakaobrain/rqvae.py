@@ -203,9 +203,7 @@ class _Section:
         if len(value) != depth:
             raise ValueError(f"{self.label}.{name}: expected one value per depth ({depth}), got {value}")
         if any(other != value[0] for other in value):
-            raise ValueError(
-                f"{self.label}.{name}: values that differ by depth are not supported, got {value}"
-            )
+            raise ValueError(f"{self.label}.{name}: values that differ by depth are not supported, got {value}")
         return value[0]
 
     def finish(self) -> None:
