@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rqkernels
+from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
+from rqgen.models.transformer import TransformerConfig
+from rqgen.quantizers import QuantizerConfig
+from rqgen.sampling import generate
+from rqgen.sampling.generate import CPU_BLOCK_ROWS
+
+K, C, W = 11, 4, 48
+SHAPE = (2, 2, 3)
+CLASS = {"condition": "class", "condition_vocab_size": 5, "condition_dropout": 0.1}
+TOKENS = {"condition": "tokens", "condition_vocab_size": 6, "condition_length": 3, "condition_dropout": 0.1}
+
+
+def make_vae() -> RQVAE:
+    return RQVAE(
+        RQVAEConfig(
+            image_channels=1,
+            resolution=4,
+            base_channels=8,
+            channel_multipliers=[1, 2],
+            num_res_blocks=1,
+            attention_resolutions=[2],
+            z_channels=4,
+            norm_groups=4,
+            embed_dim=C,
+            code_shape=list(SHAPE),
+            quantizer=QuantizerConfig(codebook_size=K, depth=SHAPE[2]),
+        )
+    ).eval()
+
+
+def make_prior(codebooks: Tensor, **settings: Any) -> RQTransformer:
+    stack = TransformerConfig(layers=1, heads=4)
+    config = RQTransformerConfig(
+        code_shape=SHAPE,
+        codebook_size=K,
+        code_dim=C,
+        embed_dim=W,
+        **{"spatial": stack, "depth": stack, **settings},
+    )
+    prior = RQTransformer(config, codebooks).eval()
+    # Larger weights than the initial ones: the condition and the codes before must matter.
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return prior
+
+
+@pytest.fixture(scope="module")
+def vae() -> RQVAE:
+    torch.manual_seed(1)
+    return make_vae()
+
+
+@pytest.fixture(scope="module")
+def prior(vae: RQVAE) -> RQTransformer:
+    torch.manual_seed(2)
+    return make_prior(vae.codebooks, **CLASS)
+
+
+@pytest.fixture(scope="module")
+def unconditional(vae: RQVAE) -> RQTransformer:
+    torch.manual_seed(3)
+    return make_prior(vae.codebooks)
+
+
+LABELS = torch.arange(20) % 5
+
+
+def draw_plainly(
+    prior: RQTransformer,
+    condition: Tensor | None,
+    num: int,
+    *,
+    seed: int,
+    offset: int = 0,
+    guidance: float = 0.0,
+    temperature: tuple[float, ...] = (1.0, 1.0, 1.0),
+    top_k: tuple[int | None, ...] = (None, None, None),
+    top_p: tuple[float | None, ...] = (None, None, None),
+    start: Tensor | None = None,
+    start_row: int = 0,
+) -> Tensor:
+    """One whole forward pass for every code: no cache, no blocks."""
+    height, width, depth = prior.config.code_shape
+    codes = torch.zeros(num, height, width, depth, dtype=torch.int64)
+    if start is not None:
+        codes[:, :start_row] = start[:, :start_row]
+    with torch.no_grad():
+        for t in range(start_row * width, height * width):
+            for d in range(depth):
+                logits = prior(codes, condition).logits[:, t // width, t % width, d]
+                if guidance:
+                    null = prior(codes).logits[:, t // width, t % width, d]
+                    logits = (1 + guidance) * logits - guidance * null
+                codes[:, t // width, t % width, d] = rqkernels.reference.sample_logits(
+                    logits,
+                    temperature=temperature[d],
+                    top_k=top_k[d],
+                    top_p=top_p[d],
+                    seed=seed,
+                    offset=offset,
+                    stream=t * depth + d,
+                )
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        ({}, {}),
+        ({"offset": 1000}, {"offset": 1000}),
+        ({"temperature": 0.7}, {"temperature": (0.7, 0.7, 0.7)}),
+        ({"temperature": [0.0, 1.0, 2.0]}, {"temperature": (0.0, 1.0, 2.0)}),
+        ({"top_k": 3}, {"top_k": (3, 3, 3)}),
+        ({"top_k": (2, None, 100)}, {"top_k": (2, None, 100)}),
+        ({"top_p": 0.6}, {"top_p": (0.6, 0.6, 0.6)}),
+        ({"top_p": [0.3, 1.0, None], "top_k": 5}, {"top_p": (0.3, 1.0, None), "top_k": (5, 5, 5)}),
+        ({"cfg_scale": 1.5}, {"guidance": 1.5}),
+        ({"cfg_scale": 0.5, "top_p": 0.8}, {"guidance": 0.5, "top_p": (0.8, 0.8, 0.8)}),
+        ({"cfg_scale": 0.0}, {}),
+    ],
+    ids=str,
+)
+def test_codes_are_drawn_as_said(prior: RQTransformer, vae: RQVAE, ours: dict[str, Any], plain: dict[str, Any]) -> None:
+    drawn = generate(prior, vae, LABELS, seed=7, **ours)
+    assert torch.equal(drawn.codes, draw_plainly(prior, LABELS, 20, seed=7, **plain))
+
+
+def test_images_are_the_decoded_codes(prior: RQTransformer, vae: RQVAE) -> None:
+    drawn = generate(prior, vae, LABELS, seed=1)
+    assert drawn.codes.shape == (20, *SHAPE) and drawn.codes.dtype == torch.int64
+    assert drawn.images.shape == (20, 1, 4, 4) and not drawn.images.requires_grad
+    torch.testing.assert_close(drawn.images, vae.decode(drawn.codes), atol=1e-4, rtol=0)
+
+
+def test_without_a_condition(unconditional: RQTransformer, prior: RQTransformer, vae: RQVAE) -> None:
+    drawn = generate(unconditional, vae, num=6, seed=4)
+    assert torch.equal(drawn.codes, draw_plainly(unconditional, None, 6, seed=4))
+    null = generate(prior, vae, num=6, seed=4)
+    assert torch.equal(null.codes, draw_plainly(prior, None, 6, seed=4))
+
+
+def test_with_tokens(vae: RQVAE) -> None:
+    prior = make_prior(vae.codebooks, **TOKENS)
+    tokens = torch.randint(0, 6, (5, 3))
+    drawn = generate(prior, vae, tokens, seed=2, cfg_scale=2.0, batch_size=2)
+    assert torch.equal(drawn.codes, draw_plainly(prior, tokens, 5, seed=2, guidance=2.0))
+
+
+def test_conditions_in_other_shapes(prior: RQTransformer, vae: RQVAE) -> None:
+    expected = generate(prior, vae, LABELS, seed=3).codes
+    assert torch.equal(generate(prior, vae, LABELS[:, None], seed=3).codes, expected)
+    assert torch.equal(generate(prior, vae, LABELS.tolist(), seed=3).codes, expected)
+
+
+def test_seeds_and_labels_matter(prior: RQTransformer, vae: RQVAE) -> None:
+    first = generate(prior, vae, LABELS, seed=3).codes
+    assert torch.equal(generate(prior, vae, LABELS, seed=3).codes, first)
+    assert not torch.equal(generate(prior, vae, LABELS, seed=4).codes, first)
+    assert not torch.equal(generate(prior, vae, LABELS.flip(0), seed=3).codes, first)
+    assert not torch.equal(generate(prior, vae, LABELS, seed=3, cfg_scale=3.0).codes, first)
+
+
+# --- the split of the batch
+
+
+@pytest.mark.parametrize("cfg_scale", [None, 1.5])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 19, 64])
+def test_the_same_images_however_the_batch_is_split(
+    prior: RQTransformer, vae: RQVAE, batch_size: int, cfg_scale: float | None
+) -> None:
+    settings = {"seed": 11, "cfg_scale": cfg_scale, "top_p": 0.9, "top_k": 8}
+    whole = generate(prior, vae, LABELS, **settings)
+    split = generate(prior, vae, LABELS, batch_size=batch_size, **settings)
+    assert torch.equal(split.codes, whole.codes)
+    assert torch.equal(split.images, whole.images)
+
+
+def test_an_image_is_known_by_its_number(prior: RQTransformer, vae: RQVAE) -> None:
+    whole = generate(prior, vae, LABELS, seed=5, offset=100)
+    part = generate(prior, vae, LABELS[13:], seed=5, offset=113)
+    assert torch.equal(part.codes, whole.codes[13:]) and torch.equal(part.images, whole.images[13:])
+
+
+@pytest.mark.parametrize("cfg_scale", [None, 1.0])
+def test_logits_have_the_same_bits_however_the_batch_is_split(
+    prior: RQTransformer, vae: RQVAE, cfg_scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample_logits = rqkernels.reference.sample_logits
+    seen: dict[tuple[int, int], Tensor] = {}
+    wanted: range = range(0)
+
+    def record(logits: Tensor, *, offset: int, stream: int, **settings: Any) -> Tensor:
+        for row in range(logits.shape[0]):
+            if offset + row in wanted:
+                seen[offset + row, stream] = logits[row].clone()
+        return sample_logits(logits, offset=offset, stream=stream, **settings)
+
+    monkeypatch.setattr(rqkernels.reference, "sample_logits", record)
+    labels = torch.arange(CPU_BLOCK_ROWS + 10) % 5
+    offset = 20
+    wanted = range(offset, offset + len(labels))
+    generate(prior, vae, labels, offset=offset, cfg_scale=cfg_scale)
+    whole, seen = dict(seen), {}
+    assert len(whole) == len(labels) * 12
+    for first, last in [(0, 1), (41, 47), (40, 74)]:
+        seen = {}
+        wanted = range(offset + first, offset + last)
+        generate(prior, vae, labels[first:last], offset=offset + first, cfg_scale=cfg_scale)
+        assert len(seen) == (last - first) * 12
+        assert all(torch.equal(logits, whole[key]) for key, logits in seen.items())
+
+
+# --- continuing
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_continuing_from_given_rows(prior: RQTransformer, vae: RQVAE, batch_size: int | None) -> None:
+    given = torch.randint(0, K, (20, *SHAPE))
+    settings = {"seed": 6, "cfg_scale": 0.5, "batch_size": batch_size}
+    drawn = generate(prior, vae, LABELS, partial_codes=given, start_row=1, **settings)
+    assert torch.equal(drawn.codes[:, :1], given[:, :1])
+    expected = draw_plainly(prior, LABELS, 20, seed=6, guidance=0.5, start=given, start_row=1)
+    assert torch.equal(drawn.codes, expected)
+
+
+def test_what_is_below_the_given_rows_does_not_matter(unconditional: RQTransformer, vae: RQVAE) -> None:
+    given = torch.randint(0, K, (4, *SHAPE))
+    hidden = given.clone()
+    hidden[:, 1:] = -1
+    first = generate(unconditional, vae, partial_codes=given, start_row=1, seed=8)
+    second = generate(unconditional, vae, num=4, partial_codes=hidden, start_row=1, seed=8)
+    assert torch.equal(first.codes, second.codes)
+    scratch = generate(unconditional, vae, partial_codes=hidden, start_row=0, seed=8)
+    assert torch.equal(scratch.codes, generate(unconditional, vae, num=4, seed=8).codes)
+
+
+def test_a_drawn_map_continues_as_it_was_drawn(prior: RQTransformer, vae: RQVAE) -> None:
+    drawn = generate(prior, vae, LABELS, seed=9)
+    again = generate(prior, vae, LABELS, seed=9, partial_codes=drawn.codes, start_row=1)
+    assert torch.equal(again.codes, drawn.codes)
+
+
+# --- how it is run
+
+
+def test_models_are_left_in_their_modes(vae: RQVAE) -> None:
+    prior = make_prior(vae.codebooks, **CLASS)
+    expected = generate(prior, vae, LABELS, seed=1).codes
+    prior.train()
+    prior.depth_transformer.eval()
+    vae.train()
+    state = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    try:
+        assert torch.equal(generate(prior, vae, LABELS, seed=1).codes, expected)
+        with pytest.raises(ValueError, match="num"):
+            generate(prior, vae)
+        assert prior.training and prior.spatial_transformer.training and vae.training
+        assert not prior.depth_transformer.training and not prior.depth_transformer.blocks[0].training
+        assert all(torch.equal(tensor, state[name]) for name, tensor in vae.state_dict().items())
+    finally:
+        vae.eval()
+
+
+def test_modes_come_back_after_an_error(vae: RQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = make_prior(vae.codebooks, **CLASS).train()
+    monkeypatch.setattr(vae, "decode", lambda codes: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(prior, vae, [1])
+    assert prior.training and prior.depth_transformer.training
+
+
+def test_progress_bar(prior: RQTransformer, vae: RQVAE, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(prior, vae, LABELS, batch_size=7)
+    assert capsys.readouterr() == ("", "")
+    generate(prior, vae, LABELS, batch_size=7, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "sampling 20 images" in shown.err and "100%" in shown.err
+
+
+def test_half_precision(vae: RQVAE) -> None:
+    prior = make_prior(vae.codebooks, **CLASS).bfloat16()
+    drawn = generate(prior, vae, LABELS, cfg_scale=1.0)
+    assert torch.isfinite(drawn.images).all()
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num": 20}, ValueError, "num: only without a condition"),
+        ({"condition": None}, ValueError, "num: expected the number of images"),
+        ({"condition": None, "num": 0}, ValueError, "num: expected an integer >= 1, got 0"),
+        ({"condition": None, "num": 2.0}, TypeError, "num: expected an integer, got 2.0"),
+        ({"condition": torch.tensor([0, 5])}, IndexError, r"condition: expected values in \[0, 5\), got 5"),
+        ({"condition": [-1]}, IndexError, r"condition: expected values in \[0, 5\), got -1"),
+        ({"condition": [0.5]}, TypeError, "condition: expected int64, got torch.float32"),
+        ({"condition": "cat"}, TypeError, "condition: expected a tensor or a list of integers"),
+        ({"condition": 3}, ValueError, r"condition: expected at least one row, got shape \(\)"),
+        ({"condition": []}, ValueError, "condition: expected at least one row"),
+        ({"condition": [[1, 2]]}, ValueError, r"condition: expected shape \(1,\) or \(1, 1\), got \(1, 2\)"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected a finite number >= 0, got -1.0"),
+        ({"temperature": float("nan")}, ValueError, "temperature: expected a finite number"),
+        ({"temperature": "hot"}, TypeError, "temperature: expected a number, got 'hot'"),
+        ({"temperature": None}, TypeError, "temperature: expected a number, got None"),
+        ({"temperature": [1.0, 1.0]}, ValueError, r"temperature: expected one value, or 3 .* got 2"),
+        ({"temperature": [1.0, 1.0, -2.0]}, ValueError, r"temperature\[2\]: expected a finite number"),
+        ({"top_k": 0}, ValueError, "top_k: expected an integer >= 1, got 0"),
+        ({"top_k": 2.5}, TypeError, "top_k: expected an integer, got 2.5"),
+        ({"top_k": True}, TypeError, "top_k: expected an integer, got True"),
+        ({"top_k": [5, 5, 5, 5]}, ValueError, r"top_k: expected one value, or 3 .* got 4"),
+        ({"top_k": [5, 0, 5]}, ValueError, r"top_k\[1\]: expected an integer >= 1, got 0"),
+        ({"top_p": 0.0}, ValueError, r"top_p: expected a number in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, ValueError, r"top_p: expected a number in \(0, 1\], got 1.1"),
+        ({"top_p": "all"}, TypeError, "top_p: expected a number or None, got 'all'"),
+        ({"top_p": [0.5]}, ValueError, r"top_p: expected one value, or 3 .* got 1"),
+        ({"cfg_scale": -0.5}, ValueError, "cfg_scale: expected a finite number >= 0, got -0.5"),
+        ({"cfg_scale": float("inf")}, ValueError, "cfg_scale: expected a finite number >= 0"),
+        ({"cfg_scale": "strong"}, TypeError, "cfg_scale: expected a number or None, got 'strong'"),
+        ({"condition": None, "num": 2, "cfg_scale": 1.0}, ValueError, "cfg_scale: guidance needs a condition"),
+        ({"seed": -1}, ValueError, "seed: expected an integer in"),
+        ({"seed": 2**64}, ValueError, "seed: expected an integer in"),
+        ({"seed": 1.0}, TypeError, "seed: expected an integer, got 1.0"),
+        ({"offset": -1}, ValueError, "offset: expected an integer in"),
+        ({"offset": None}, TypeError, "offset: expected an integer, got None"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
+        ({"batch_size": 1.5}, TypeError, "batch_size: expected an integer, got 1.5"),
+        ({"start_row": 1}, ValueError, "start_row: 1 needs partial_codes"),
+        ({"start_row": -1}, ValueError, r"start_row: expected an integer in \[0, 1\], got -1"),
+        ({"start_row": 2}, ValueError, r"start_row: expected an integer in \[0, 1\], got 2"),
+        ({"partial_codes": [[1]]}, TypeError, "partial_codes: expected a tensor, got list"),
+        ({"partial_codes": torch.zeros(2, *SHAPE)}, TypeError, "partial_codes: expected int64"),
+        (
+            {"partial_codes": torch.zeros(2, 2, 2, 4).long()},
+            ValueError,
+            r"partial_codes: expected shape \(num, 2, 2, 3\), got \(2, 2, 2, 4\)",
+        ),
+        (
+            {"partial_codes": torch.zeros(3, *SHAPE).long()},
+            ValueError,
+            "partial_codes: the number of images differs: {'condition': 2, 'partial_codes': 3}",
+        ),
+        (
+            {"partial_codes": torch.full((2, *SHAPE), K), "start_row": 1},
+            IndexError,
+            r"partial_codes above start_row: expected values in \[0, 11\), got 11",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(
+    prior: RQTransformer, vae: RQVAE, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"condition": torch.tensor([0, 1]), **arguments}
+    with pytest.raises(error, match=message):
+        generate(prior, vae, **arguments)
+
+
+def test_a_prior_without_a_null_condition(vae: RQVAE, unconditional: RQTransformer) -> None:
+    prior = make_prior(vae.codebooks, condition="class", condition_vocab_size=5)
+    generate(prior, vae, [1], cfg_scale=0.0)
+    for scale, condition in ((1.0, [1]), (0.1, [0, 4])):
+        with pytest.raises(ValueError, match="cfg_scale: guidance needs a prior with a null condition"):
+            generate(prior, vae, condition, cfg_scale=scale)
+    with pytest.raises(ValueError, match="condition: this prior needs one"):
+        generate(prior, vae, num=2)
+    with pytest.raises(ValueError, match="condition: this prior is unconditional"):
+        generate(unconditional, vae, [1])
+    with pytest.raises(ValueError, match="cfg_scale: guidance needs a prior with a null condition"):
+        generate(unconditional, vae, num=1, cfg_scale=1.0)
+
+
+def test_models_that_do_not_belong_together(prior: RQTransformer, vae: RQVAE) -> None:
+    with pytest.raises(TypeError, match="prior: expected an RQTransformer, got RQVAE"):
+        generate(vae, vae, [1])
+    with pytest.raises(TypeError, match="vae: expected an RQVAE, got NoneType"):
+        generate(prior, None, [1])
+    with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
+        generate(prior, make_vae(), [1])
+    stack = TransformerConfig(layers=1, heads=1)
+    for shape, size, name in (((2, 2, 2), K, "code_shape"), (SHAPE, K + 1, "codebook_size")):
+        config = RQTransformerConfig(
+            code_shape=shape, codebook_size=size, code_dim=C, embed_dim=8, spatial=stack, depth=stack
+        )
+        with pytest.raises(ValueError, match=f"vae: its {name} is"):
+            generate(RQTransformer(config, torch.randn(size, C)), vae, num=1)
+    config = RQTransformerConfig(code_shape=SHAPE, codebook_size=K, code_dim=C, embed_dim=8, spatial=stack, depth=stack)
+    with pytest.raises(ValueError, match="no codebooks yet"):
+        generate(RQTransformer(config), vae, num=1)
