@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -12,7 +13,7 @@
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
 #include "ops/residual_search/params.h"
-#include "ops/residual_search/search_kernel.h"
+#include "ops/residual_search/scan.h"
 
 namespace rqk {
 
@@ -28,6 +29,11 @@ namespace {
 // chunk stays in the second-level cache (96 rows of 256 channels are 96 KiB).
 constexpr int64_t kTilesPerChunk = 8;
 constexpr int64_t kPanelsPerTask = 16;
+// Below this many codes quantizing the rows costs more than the int8 scan saves.
+constexpr int64_t kInt8MinCodes = 128;
+// The vector in the middle of the codes is the mean of about so many of them: any vector serves.
+constexpr int64_t kMeanSample = 256;
+constexpr double kSmallOffset = 0.1;  // |mean|^2 over the mean of |e|^2
 
 const SearchKernel& kernel_of_this_machine() {
 #ifdef RQK_X86
@@ -39,66 +45,179 @@ const SearchKernel& kernel_of_this_machine() {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialised floats, aligned to a cache line.
+// Uninitialised memory, aligned to a cache line.
+template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(::operator new(static_cast<size_t>(size) * sizeof(float), kAlignment))) {}
+  explicit Buffer(int64_t size = 0)
+      : data_(size == 0 ? nullptr
+                        : static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
   ~Buffer() { ::operator delete(data_, kAlignment); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  float* data() { return data_; }
+  T* data() { return data_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  float* data_;
+  T* data_;
 };
 
-// The codebooks of all depths in the layout of the scan; as much memory as the codebooks themselves.
+// Places of the codes in ascending order of size, coarsely: a counting sort by exponent and three bits of mantissa.
+void order_by_size(const double* squared_norms, int64_t num_codes, int64_t padded, int32_t* order) {
+  std::vector<int64_t> begin((1 << 14) + 1, 0);
+  auto key = [squared_norms](int64_t k) {
+    uint64_t bits;
+    std::memcpy(&bits, squared_norms + k, sizeof bits);
+    return bits >> 49;
+  };
+  for (int64_t k = 0; k < num_codes; ++k) ++begin[key(k) + 1];
+  for (size_t i = 1; i < begin.size(); ++i) begin[i] += begin[i - 1];
+  for (int64_t k = 0; k < num_codes; ++k) order[begin[key(k)]++] = static_cast<int32_t>(k);
+  std::fill(order + num_codes, order + padded, -1);
+}
+
+// The codebooks of all depths in the layout of the scans: as much memory as the codebooks, or a quarter with int8.
 class PackedCodebooks {
  public:
   PackedCodebooks(const ResidualSearchParams& p, const SearchKernel& kernel)
       : count_(p.codebook_stride == 0 ? 1 : p.depth),
         num_panels_(divide_up(p.num_codes, kernel.panel_width)),
-        panels_(count_ * num_panels_ * kernel.panel_width * p.channels),
-        half_norms_(count_ * num_panels_ * kernel.panel_width) {
-    const int64_t padded = num_panels_ * kernel.panel_width;
-    const int64_t tasks = divide_up(num_panels_, kPanelsPerTask), codes_per_task = kPanelsPerTask * kernel.panel_width;
+        padded_(num_panels_ * kernel.panel_width),
+        int8_(kernel.int8 && p.num_codes >= kInt8MinCodes),
+        half_norms_(count_ * padded_),
+        panels_(int8_ ? 0 : count_ * padded_ * p.channels),
+        bytes_(int8_ ? count_ * padded_ * divide_up(p.channels, 4) * 4 : 0),
+        order_(int8_ ? count_ * padded_ : 0),
+        floats_(int8_ ? count_ * floats_per_codebook(p) : 0) {
+    Buffer<double> squared_norms(count_ * p.num_codes);
+    for (int64_t d = 0; d < count_; ++d) views_.push_back(view(p, d));
+    measure(p, kernel, squared_norms.data());
+    for (int64_t d = 0; int8_ && d < count_; ++d) {
+      order_by_size(squared_norms.data() + d * p.num_codes, p.num_codes, padded_, views_[d].int8.order);
+    }
+    const int64_t tasks = divide_up(num_panels_, kPanelsPerTask);
+    torch::stable::parallel_for(0, count_ * tasks, 1, [&](int64_t begin, int64_t end) {
+      KeepDenormals keep;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % tasks * kPanelsPerTask;
+        kernel.pack(views_[task / tasks], squared_norms.data() + task / tasks * p.num_codes, first,
+                    std::min(first + kPanelsPerTask, num_panels_));
+      }
+    });
+  }
+  bool int8() const { return int8_; }
+  const PackedCodebook& at(int64_t depth) const { return views_[static_cast<size_t>(count_ == 1 ? 0 : depth)]; }
+
+ private:
+  PackedCodebook view(const ResidualSearchParams& p, int64_t d) {
+    PackedCodebook v{};
+    v.codes_kc = p.codebooks + d * p.codebook_stride;
+    v.num_codes = p.num_codes;
+    v.channels = p.channels;
+    v.half_norms = half_norms_.data() + d * padded_;
+    std::fill(v.half_norms + p.num_codes, v.half_norms + padded_, std::numeric_limits<float>::infinity());
+    if (!int8_) {
+      v.panels = panels_.data() + d * padded_ * p.channels;
+      return v;
+    }
+    v.int8.bytes = bytes_.data() + d * padded_ * divide_up(p.channels, 4) * 4;
+    v.int8.order = order_.data() + d * padded_;
+    float* next = floats_.data() + d * floats_per_codebook(p);
+    for (float** part : {&v.int8.scale, &v.int8.offset, &v.int8.offset_centred}) {
+      *part = next;
+      next += padded_;
+    }
+    v.int8.max_norm = next;
+    v.int8.max_error = next + num_panels_;
+    v.int8.mean = next + 2 * num_panels_;
+    find_mean(v);
+    return v;
+  }
+
+  int64_t floats_per_codebook(const ResidualSearchParams& p) const {
+    return 3 * padded_ + 2 * num_panels_ + p.channels;
+  }
+
+  static void find_mean(PackedCodebook& v) {
+    const int64_t step = divide_up(v.num_codes, kMeanSample), sampled = divide_up(v.num_codes, step);
+    double squared = 0, spread = 0;
+    std::vector<double> sum(static_cast<size_t>(v.channels), 0.0);
+    for (int64_t k = 0; k < v.num_codes; k += step) {
+      for (int64_t c = 0; c < v.channels; ++c) {
+        const double e = v.codes_kc[k * v.channels + c];
+        sum[c] += e;
+        spread += e * e / static_cast<double>(sampled);
+      }
+    }
+    for (int64_t c = 0; c < v.channels; ++c) {
+      v.int8.mean[c] = static_cast<float>(sum[c] / static_cast<double>(sampled));
+      squared += double(v.int8.mean[c]) * double(v.int8.mean[c]);
+    }
+    // A small offset is not worth the second look at every row.
+    if (squared < kSmallOffset * spread) {
+      std::fill(v.int8.mean, v.int8.mean + v.channels, 0.0f);
+      squared = 0;
+    }
+    v.int8.mean_norm = std::sqrt(squared);
+  }
+
+  void measure(const ResidualSearchParams& p, const SearchKernel& kernel, double* squared_norms) {
+    const int64_t codes_per_task = kPanelsPerTask * kernel.panel_width;
+    const int64_t tasks = divide_up(p.num_codes, codes_per_task);
     std::vector<double> largest(static_cast<size_t>(count_ * tasks), 0.0);
     torch::stable::parallel_for(0, count_ * tasks, 1, [&](int64_t begin, int64_t end) {
       KeepDenormals keep;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t d = task / tasks, first = task % tasks * codes_per_task;
-        largest[task] = kernel.pack(p.codebooks + d * p.codebook_stride, p.channels, first,
-                                    std::min(first + codes_per_task, p.num_codes),
-                                    panels_.data() + d * padded * p.channels, half_norms_.data() + d * padded);
+        const PackedCodebook& v = views_[task / tasks];
+        const int64_t first = task % tasks * codes_per_task;
+        largest[task] = kernel.measure(v.codes_kc, v.channels, v.int8.mean_norm > 0 ? v.int8.mean : nullptr, first,
+                                       std::min(first + codes_per_task, v.num_codes),
+                                       squared_norms + task / tasks * p.num_codes, v.half_norms);
       }
     });
     for (int64_t d = 0; d < count_; ++d) {
-      const double squared = *std::max_element(largest.begin() + d * tasks, largest.begin() + (d + 1) * tasks);
-      views_.push_back({p.codebooks + d * p.codebook_stride, panels_.data() + d * padded * p.channels,
-                        half_norms_.data() + d * padded, p.num_codes, p.channels, std::sqrt(squared)});
+      views_[d].max_norm = std::sqrt(*std::max_element(largest.begin() + d * tasks, largest.begin() + (d + 1) * tasks));
     }
   }
-  const PackedCodebook& at(int64_t depth) const { return views_[static_cast<size_t>(count_ == 1 ? 0 : depth)]; }
 
- private:
-  int64_t count_, num_panels_;
-  Buffer panels_, half_norms_;
+  int64_t count_, num_panels_, padded_;
+  bool int8_;
+  Buffer<float> half_norms_, panels_;
+  Buffer<uint8_t> bytes_;
+  Buffer<int32_t> order_;
+  Buffer<float> floats_;
   std::vector<PackedCodebook> views_;
 };
 
-// All depths of rows [begin, end).
+// Whether the int8 scan pays at a depth: not where it left most rows to the float scan so far.
+class Worthwhile {
+ public:
+  bool operator()() const { return tried_ < kEnough || 2 * left_ < tried_; }
+  void record(int64_t tried, int64_t left) {
+    tried_ += tried;
+    left_ += left;
+  }
+
+ private:
+  static constexpr int64_t kEnough = 48;
+  std::atomic<int64_t> tried_{0}, left_{0};
+};
+
+// All depths of rows [begin, end). Room for the rows' residuals, for their squared norms, and for one depth's codes.
 void search_chunk(const ResidualSearchParams& p, const SearchKernel& kernel, const PackedCodebooks& codebooks,
-                  int64_t begin, int64_t end, float* residual, float* tiles, RowState* states, int64_t* codes) {
+                  std::vector<Worthwhile>& int8_pays, int64_t begin, int64_t end, float* residual, double* squared,
+                  void* scratch, int64_t* codes) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   const int64_t rows = end - begin, channels = p.channels;
   float* quantized = p.quantized + begin * channels;
   std::copy(p.x + begin * channels, p.x + end * channels, residual);
   std::fill(quantized, quantized + rows * channels, 0.0f);
+  for (int64_t i = 0; i < rows; ++i) squared[i] = kernel.squared_norm(residual + i * channels, channels);
   for (int64_t d = 0; d < p.depth; ++d) {
     const PackedCodebook& codebook = codebooks.at(d);
-    kernel.nearest(codebook, residual, rows, tiles, states, codes);
+    const bool try_int8 = codebooks.int8() && int8_pays[d]();
+    const int64_t left = kernel.nearest(codebook, residual, squared, rows, try_int8, scratch, codes);
+    if (try_int8) int8_pays[d].record(rows, left);
     for (int64_t i = 0; i < rows; ++i) {
       float* r = residual + i * channels;
       float* q = quantized + i * channels;
@@ -114,7 +233,8 @@ void search_chunk(const ResidualSearchParams& p, const SearchKernel& kernel, con
         std::fill(q, q + channels, kNan);
       }
       p.codes[(begin + i) * p.depth + d] = codes[i];
-      p.residual_norms[(begin + i) * p.depth + d] = static_cast<float>(kernel.squared_norm(r, channels));
+      squared[i] = kernel.squared_norm(r, channels);
+      p.residual_norms[(begin + i) * p.depth + d] = static_cast<float>(squared[i]);
     }
   }
 }
@@ -124,26 +244,28 @@ void search_chunk(const ResidualSearchParams& p, const SearchKernel& kernel, con
 void launch(const ResidualSearchParams& p, void*) {
   const SearchKernel& kernel = kernel_of_this_machine();
   const PackedCodebooks codebooks(p, kernel);
+  std::vector<Worthwhile> int8_pays(static_cast<size_t>(p.depth));
   // Small batches are cut finer, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t tiles_per_chunk =
       std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernel.row_tile), 1, kTilesPerChunk);
-  const int64_t chunk = tiles_per_chunk * kernel.row_tile;
+  const int64_t chunk = tiles_per_chunk * kernel.row_tile, num_chunks = divide_up(p.rows, chunk);
   // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
-  const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
-  Buffer scratch(slots * 2 * chunk * p.channels);
-  std::vector<RowState> states(static_cast<size_t>(slots * chunk));
-  std::vector<int64_t> codes(static_cast<size_t>(slots * chunk));
+  const int64_t slots = std::min(threads, num_chunks);
+  const int64_t scratch_bytes = static_cast<int64_t>(kernel.scratch_bytes(chunk, p.channels));
+  Buffer<char> scratch(slots * scratch_bytes);
+  Buffer<float> residuals(slots * chunk * p.channels);
+  Buffer<double> squared(slots * chunk);
+  Buffer<int64_t> codes(slots * chunk);
   std::atomic<int64_t> next{0};
-  const int64_t num_chunks = divide_up(p.rows, chunk);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
     KeepDenormals keep;
     for (int64_t slot = begin; slot < end; ++slot) {
-      float* residual = scratch.data() + slot * 2 * chunk * p.channels;
-      // Chunks are handed out one by one: rows that need float64 throughout take longer than others.
+      // Chunks are handed out one by one: some rows take longer than others.
       for (int64_t i = next++; i < num_chunks; i = next++) {
-        search_chunk(p, kernel, codebooks, i * chunk, std::min((i + 1) * chunk, p.rows), residual,
-                     residual + chunk * p.channels, states.data() + slot * chunk, codes.data() + slot * chunk);
+        search_chunk(p, kernel, codebooks, int8_pays, i * chunk, std::min((i + 1) * chunk, p.rows),
+                     residuals.data() + slot * chunk * p.channels, squared.data() + slot * chunk,
+                     scratch.data() + slot * scratch_bytes, codes.data() + slot * chunk);
       }
     }
   });

@@ -1,4 +1,8 @@
 // rqkernels::residual_search: schema, argument checks, tensors to params.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
 #include "common/tensors.h"
 #include "ops/residual_search/params.h"
 
@@ -43,14 +47,23 @@ void check(const Tensor& x, const Tensor& codebooks) {
 #ifndef RQK_CUDA_LIBRARY
 void check_finite(const Tensor& codebooks) {
   const float* values = codebooks.const_data_ptr<float>();
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, codebooks.numel(), 1 << 18, [values, &finite](int64_t begin, int64_t end) {
+    constexpr uint32_t kExponent = 0x7f800000;
+    uint32_t bad = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, values + i, sizeof bits);
+      bad |= (bits & kExponent) == kExponent ? 1u : 0u;
+    }
+    if (bad != 0) finite = false;
+  });
+  if (finite) return;
   const int64_t num_codes = codebooks.size(codebooks.dim() - 2), channels = codebooks.size(codebooks.dim() - 1);
-  bool finite = true;
-  for (int64_t i = 0; i < codebooks.numel(); ++i) finite &= values[i] - values[i] == 0.0f;
-  for (int64_t i = 0; !finite; ++i) {
-    if (values[i] - values[i] == 0.0f) continue;
-    rqk::value_error(kOp, ": codebooks must be finite, got ", values[i], " in code ", i / channels % num_codes,
-                     codebooks.dim() == 3 ? " of depth " + std::to_string(i / channels / num_codes) : "");
-  }
+  int64_t i = 0;
+  while (std::isfinite(values[i])) ++i;
+  rqk::value_error(kOp, ": codebooks must be finite, got ", values[i], " in code ", i / channels % num_codes,
+                   codebooks.dim() == 3 ? " of depth " + std::to_string(i / channels / num_codes) : "");
 }
 #endif
 

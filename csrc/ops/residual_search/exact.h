@@ -1,0 +1,88 @@
+// The definition's arithmetic: float64, in its fixed summation order, never fused. For cpu_simd.cpp.
+#pragma once
+
+#include "ops/residual_search/scan.h"
+
+namespace rqk {
+namespace RQK_CAPABILITY {
+namespace {
+
+// Eight lanes, lane j adds terms j, j + 8, ...; then the lanes are halved three times.
+template <class Term>
+inline double lane_sum(int64_t channels, Term term) {
+  double lane[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    for (int j = 0; j < 8; ++j) lane[j] += term(c + j);
+  }
+  for (int j = 0; c + j < channels; ++j) lane[j] += term(c + j);
+  for (int half = 4; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  }
+  return lane[0];
+}
+
+inline double squared_norm(const float* r, int64_t channels) {
+  return lane_sum(channels, [r](int64_t c) { return double(r[c]) * double(r[c]); });
+}
+
+inline double squared_distance(const float* r, const float* e, int64_t channels) {
+  return lane_sum(channels, [r, e](int64_t c) {
+    const double difference = double(r[c]) - double(e[c]);
+    return difference * difference;
+  });
+}
+
+// How far two exact half distances can lie apart while the definition, whose sums carry a relative error of at most
+// (C/8 + 8) 2^-53, still finds them the other way round. `extent` is |r| + max|e|.
+inline double decision_slack(double extent, int64_t channels) {
+  return 1.1 * (double(channels) / 8 + 8) * 0x1p-53 * extent * extent;
+}
+
+// A float that is not below `value`; 1e-44 stands for what denormals lose.
+inline float round_up(double value) { return float(value + 1.2e-7 * __builtin_fabs(value) + 1e-44); }
+
+// The nearest of a row's candidates, or of all codes where there are too many. Candidates come in any order, so an
+// equal distance goes to the lower index by comparison.
+inline int64_t decide(const PackedCodebook& codebook, const float* r, const Candidates& candidates) {
+  const bool all = candidates.count < 0;
+  const int64_t count = all ? codebook.num_codes : candidates.count;
+  if (count == 1) return all ? 0 : candidates.code[0];
+  double nearest = 0;
+  int64_t code = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t k = all ? i : candidates.code[i];
+    const double distance = squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels);
+    if (code >= 0 && !(distance < nearest || (distance == nearest && k < code))) continue;
+    nearest = distance;
+    code = k;
+  }
+  return code;
+}
+
+inline void drop_above(Candidates& candidates, float limit) {
+  if (candidates.count < 0) return;
+  int32_t kept = 0;
+  for (int32_t i = 0; i < candidates.count; ++i) {
+    if (candidates.score[i] > limit) continue;
+    candidates.code[kept] = candidates.code[i];
+    candidates.score[kept++] = candidates.score[i];
+  }
+  candidates.count = kept;
+}
+
+// False, and the row given up, where there is no room even after dropping those above `limit`.
+inline bool add(Candidates& candidates, int32_t code, float score, float limit) {
+  if (candidates.count == Candidates::kCapacity) drop_above(candidates, limit);
+  if (candidates.count == Candidates::kCapacity) {
+    candidates.count = -1;
+    return false;
+  }
+  candidates.code[candidates.count] = code;
+  candidates.score[candidates.count++] = score;
+  return true;
+}
+
+}  // namespace
+}  // namespace RQK_CAPABILITY
+}  // namespace rqk
