@@ -106,14 +106,11 @@ def _config(arch_options: Mapping[str, Any], codebooks: Tensor | None) -> RQTran
                 f"codebooks: arch expects ({codebook_size}, C) or ({depth}, {codebook_size}, C), got {sizes}"
             )
         if embeds_codebooks and sizes[-1] != arch.input_embed_dim:
-            raise ValueError(
-                f"arch.input_embed_dim: expected the codebooks' {sizes[-1]}, got {arch.input_embed_dim}"
-            )
+            raise ValueError(f"arch.input_embed_dim: expected the codebooks' {sizes[-1]}, got {arch.input_embed_dim}")
     vocab_size_cond, length_cond = max(arch.vocab_size_cond, 1), max(arch.block_size_cond, 1)
     if length_cond > 1 and vocab_size_cond == 1:
         raise ValueError(
-            f"arch.vocab_size_cond: expected > 1 for a condition of {length_cond} tokens, "
-            f"got {arch.vocab_size_cond}"
+            f"arch.vocab_size_cond: expected > 1 for a condition of {length_cond} tokens, got {arch.vocab_size_cond}"
         )
     # One row of condition embedding is a start symbol, no condition.
     condition = "none" if vocab_size_cond == 1 else "class" if length_cond == 1 else "tokens"
@@ -153,9 +150,7 @@ def _codebook_size(arch: PublishedArch) -> int:
 def _stack_config(stack: PublishedStack, embed_dim: int, name: str) -> TransformerConfig:
     block = stack.block
     if block.embed_dim not in (None, embed_dim):
-        raise ValueError(
-            f"{name}.block.embed_dim: expected arch.embed_dim, {embed_dim}, got {block.embed_dim}"
-        )
+        raise ValueError(f"{name}.block.embed_dim: expected arch.embed_dim, {embed_dim}, got {block.embed_dim}")
     if block.gelu not in _ACTIVATIONS:
         raise ValueError(f"{name}.block.gelu: expected one of {', '.join(_ACTIVATIONS)}, got {block.gelu!r}")
     return TransformerConfig(
@@ -222,9 +217,7 @@ def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[s
         tensors["classifier.bias"] = take("classifier.linear.bias", depth, size)
     if config.condition == "tokens":
         tensors |= take_layer("condition_classifier.0", "cond_classifier.layer_norm", width)
-        tensors |= take_layer(
-            "condition_classifier.1", "cond_classifier.linear", config.condition_vocab_size, width
-        )
+        tensors |= take_layer("condition_classifier.1", "cond_classifier.linear", config.condition_vocab_size, width)
     for ours, published, stack in (
         ("spatial_transformer", "body_transformer", config.spatial),
         ("depth_transformer", "head_transformer", config.depth),
@@ -240,9 +233,7 @@ def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[s
             for name in qkv[0]:
                 tensors[f"{our}attention.{name}"] = torch.cat([part[name] for part in qkv])
             attention_bias, mlp_bias = stack.attention_bias, stack.mlp_bias
-            tensors |= take_layer(
-                our + "attention.out", their + "attn.proj", width, width, bias=attention_bias
-            )
+            tensors |= take_layer(our + "attention.out", their + "attn.proj", width, width, bias=attention_bias)
             tensors |= take_layer(our + "mlp.0", their + "mlp.0", 4 * width, width, bias=mlp_bias)
             tensors |= take_layer(our + "mlp.2", their + "mlp.2", width, 4 * width, bias=mlp_bias)
     problems += [f"unknown {name}" for name in sorted(remaining)]
