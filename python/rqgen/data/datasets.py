@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,11 @@ class DataConfig:
 
 
 class ImageDataset(ABC):
-    """Images with labels. ``class_names`` is empty where there are no classes."""
+    """Images with labels. ``class_names`` is empty where there are no classes; ``varies`` says whether an item
+    differs from epoch to epoch (random crops, flips)."""
 
     class_names: tuple[str, ...] = ()
+    varies: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -106,7 +108,7 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: S
 
 
 class DigitImages(ImageDataset):
-    """scikit-learn's 1,797 handwritten digits (8x8, values 0..16), enlarged bicubically; kept in memory."""
+    """scikit-learn's 1,797 handwritten digits (8x8, values 0..16), enlarged (Lanczos); kept in memory."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         from sklearn.datasets import load_digits
@@ -118,18 +120,15 @@ class DigitImages(ImageDataset):
         labels = [chosen[int(digits.target[index])] for index in indices]
         keep = stratified_split(labels, config.held_out_fraction, config.split_seed, split)
         size = (config.resolution, config.resolution)
+        small_nhw = digits.images.astype(np.float32) / 8 - 1
         enlarged = [
-            np.asarray(
-                Image.fromarray(digits.images[indices[i]].astype(np.float32) / 8 - 1).resize(
-                    size, Image.Resampling.BICUBIC
-                )
-            )
-            for i in keep
+            np.asarray(Image.fromarray(small_nhw[indices[i]]).resize(size, Image.Resampling.LANCZOS)) for i in keep
         ]
         images_n1hw = torch.from_numpy(np.stack(enlarged)).clamp_(-1, 1).unsqueeze(1)
         self.images = images_n1hw.expand(-1, config.channels, -1, -1).contiguous()
         self.labels = torch.tensor([labels[i] for i in keep])
         self._flip = _Flip(config, split)
+        self.varies = self._flip.on
 
     def __len__(self) -> int:
         return len(self.images)
@@ -142,6 +141,8 @@ class PhotoCrops(ImageDataset):
     """Random square crops of scikit-learn's two photographs, of any side from the resolution to the
     photograph's height, shrunk to the resolution. Held-out crops come from the right-hand part of each
     photograph, which training crops never touch. The class is the photograph."""
+
+    varies = True
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         from sklearn.datasets import load_sample_images
@@ -209,19 +210,19 @@ class FolderImages(ImageDataset):
         if not files:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"{folder}: no image files found (looked for {kinds})")
-        files = self._readable(files)
-        if not files:
-            raise ValueError(f"{folder}: none of its image files can be read")
         keep = stratified_split([label for _, label in files], config.held_out_fraction, config.split_seed, split)
-        self.files = [files[i] for i in keep]
+        self.files = self._readable([files[i] for i in keep])
+        if keep and not self.files:
+            raise ValueError(f"{folder}: none of its image files can be read")
         self._flip = _Flip(config, split)
+        self.varies = self._flip.on
 
     def __len__(self) -> int:
         return len(self.files)
 
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[index]
-        return self._flip(_to_tensor(self._decode(path)), index, epoch), label
+        return self._flip(_to_tensor(self._fit(path, self._open(path))), index, epoch), label
 
     def _readable(self, files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
         with ThreadPoolExecutor() as pool:
@@ -235,24 +236,23 @@ class FolderImages(ImageDataset):
 
     def _fault(self, path: Path) -> str | None:
         try:
-            self._decode(path)
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{type(error).__name__}: {error}".replace(f" '{path}'", "").replace(f" {str(path)!r}", "")
+            image = self._open(path)
+        except Exception as error:  # each format's decoder fails in its own ways
+            return f"{type(error).__name__}: {error}".replace(f" {str(path)!r}", "")
+        self._fit(path, image)
         return None
 
-    def _decode(self, path: Path) -> Image.Image:
-        side, fit = self._config.resolution, self._config.fit
+    def _open(self, path: Path) -> Image.Image:
         with Image.open(path) as opened:
-            image = opened.convert(_mode(self._config.channels))
+            return opened.convert(_mode(self._config.channels))
+
+    def _fit(self, path: Path, image: Image.Image) -> Image.Image:
+        side, fit = self._config.resolution, self._config.fit
+        size = f"{path}: image is {image.width}x{image.height} pixels"
         if fit == "exact" and image.size != (side, side):
-            raise ValueError(
-                f"{path}: image is {image.width}x{image.height} pixels, expected exactly {side}x{side} (fit=exact)"
-            )
+            raise ValueError(f"{size}, expected exactly {side}x{side} (fit=exact)")
         if fit == "crop" and min(image.size) < side:
-            raise ValueError(
-                f"{path}: image is {image.width}x{image.height} pixels, smaller than {side}x{side}; "
-                "fit=enlarge accepts such images"
-            )
+            raise ValueError(f"{size}, smaller than {side}x{side}; fit=enlarge accepts such images")
         scale = side / min(image.size)
         width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
         if image.size != (width, height):
@@ -265,11 +265,11 @@ class _Flip:
     """Mirrors every other training image, by a coin that depends on (seed, epoch, index)."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
-        self._on = config.horizontal_flip and split == "train"
+        self.on = config.horizontal_flip and split == "train"
         self._seed = config.split_seed
 
     def __call__(self, image_chw: torch.Tensor, index: int, epoch: int) -> torch.Tensor:
-        if self._on and _item_generator(self._seed, epoch, index, stream=0).random() < 0.5:
+        if self.on and _item_generator(self._seed, epoch, index, stream=0).random() < 0.5:
             return image_chw.flip(-1)
         return image_chw
 

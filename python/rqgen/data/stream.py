@@ -30,6 +30,8 @@ class Items(Protocol):
 class TensorItems:
     """Items that lie in memory: inputs (N, ...) with labels (N,)."""
 
+    varies = False
+
     def __init__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         if len(inputs) != len(labels):
             raise ValueError(f"labels: expected one for each of {len(inputs)} inputs, got {len(labels)}")

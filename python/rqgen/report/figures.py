@@ -74,7 +74,9 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
             values = [record[term] for record in records]
             label = term.removeprefix("loss/").replace("_", " ")
             axis.plot([record["step"] for record in records], values, label=label, color=colour, linewidth=1.5)
-        if terms and min(record[term] for record in records for term in terms) > 0:
+        values = [record[term] for record in records for term in terms]
+        # A logarithmic axis helps over decades, and only clutters below.
+        if values and min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
         _tidy(axis, name)
         axis.set_xlabel("step")

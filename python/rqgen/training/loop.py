@@ -187,7 +187,7 @@ def train(
     wrapped.train()
     try:
         with training_progress(console) as progress:
-            task = progress.add_task(stage.name, total=config.steps, completed=step, loss="...", speed="...")
+            task = progress.add_task(stage.name, total=config.steps, completed=step, loss="...", speed="...", usage="")
             since, counted = time.perf_counter(), step
             while step < config.steps:
                 rate = learning_rate(config.optimizer, step, config.steps)
@@ -203,7 +203,9 @@ def train(
                     history.append(record)
                     speed = (step - counted) * images_per_step / max(1e-9, time.perf_counter() - since)
                     since, counted = time.perf_counter(), step
-                    progress.update(task, loss=f"{record['loss']:.4f}", speed=f"{speed:,.0f}")
+                    progress.update(
+                        task, loss=f"{record['loss']:.4f}", speed=f"{speed:,.0f}", usage=_codes_used(record)
+                    )
                     if writer is not None:
                         writer.scalars(record | {"images_per_second": speed}, step)
                 progress.update(task, completed=step)
@@ -262,6 +264,11 @@ def _record(step: int, rate: float, window: deque[dict[str, Tensor]], stage: Sta
     for name, values_d in stage.usage().items():
         record |= {f"{name}/depth_{d + 1}": float(value) for d, value in enumerate(values_d.tolist())}
     return record
+
+
+def _codes_used(record: dict[str, float]) -> str:
+    used = [f"{value:.0f}" for name, value in record.items() if name.startswith("codes_used/")]
+    return f"codes {'/'.join(used)}" if used else ""
 
 
 @torch.no_grad()

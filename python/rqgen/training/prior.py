@@ -53,7 +53,7 @@ class PriorConfig:
     """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of what is left
     after the last depth, measured on the training images."""
     cache_latents: bool = True
-    """Encode every training image once, before the first step; off: at every step, as augmentation needs."""
+    """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
 
     def __post_init__(self) -> None:
         if self.tau is not None and not self.tau > 0:
@@ -118,8 +118,8 @@ class PriorData(NamedTuple):
 def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int) -> PriorData:
     """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
 
-    Raises ValueError for codes of another tokenizer, and for soft labels or stochastic codes from codes
-    alone: those are made of residuals, which codes on disk do not have.
+    Raises ValueError for codes of another tokenizer, for soft labels or stochastic codes from codes alone
+    (those are made of residuals, which codes on disk do not have), and for cached latents of varying images.
     """
     if isinstance(source, EncodedImages):
         if source.codebook_id != codebook_fingerprint(vae.codebooks):
@@ -132,6 +132,10 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
         return PriorData(TensorItems(source.codes_nhwd, source.labels), "codes", None)
     needs_tau = config.soft_labels or config.stochastic_codes
     if config.cache_latents:
+        if source.varies:
+            raise ValueError(
+                "prior.cache_latents: the images differ from epoch to epoch (crops, flips): set it to false"
+            )
         latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False)
         tau = (config.tau or measure_tau(vae, latents)) if needs_tau else None
         return PriorData(TensorItems(latents, labels), "latents", tau)

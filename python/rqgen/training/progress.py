@@ -8,13 +8,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 
 def training_progress(console: Console | None) -> Progress:
-    """A bar with loss, images per second and time left; tasks need the fields ``loss`` and ``speed``.
+    """A bar with loss, images per second, time left and codes in use; tasks need the fields ``loss``, ``speed``
+    and ``usage``.
 
     ``console`` None: nothing is drawn.
     """
@@ -24,9 +24,9 @@ def training_progress(console: Console | None) -> Progress:
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]} images/s"),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[usage]}"),
         console=console,
         disable=console is None,
     )

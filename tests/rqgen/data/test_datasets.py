@@ -83,7 +83,7 @@ def test_split_parts_cover_everything():
 def test_photo_crops_are_random_but_repeatable():
     config = DataConfig(source="photos", channels=3, resolution=48, crops_per_epoch=6)
     train = open_dataset(config, "train")
-    assert len(train) == 6 and train.class_names == ("china", "flower")
+    assert train.varies and len(train) == 6 and train.class_names == ("china", "flower")
     first, label = train.item(2, epoch=0)
     assert first.shape == (3, 48, 48) and label == 0 and first.abs().max() <= 1
     assert torch.equal(first, open_dataset(config, "train").item(2, epoch=0)[0])
@@ -135,6 +135,7 @@ def test_flips_touch_training_images_only(tmp_path):
     assert 4 < sum(left) < 28
     assert left == [bool(train.item(0, epoch)[0][0, 0, 0] > 0) for epoch in range(32)]
     whole = open_dataset(config, "all")
+    assert train.varies and not whole.varies
     assert all(whole.item(0, epoch)[0][0, 0, 0] > 0 for epoch in range(32))
 
 

@@ -209,7 +209,7 @@ def test_progress_shows_loss_speed_and_time_left(tmp_path):
     console = Console(file=StringIO(), force_terminal=True, width=120)
     train(LineStage(), line_items(), loop_config(checkpoint_every=0), tmp_path, console=console)
     shown = console.file.getvalue()
-    for part in ("line", "8/8", "loss", "images/s", "left"):
+    for part in ("line", "8/8", "loss", "images/s", "left", "codes 4/7"):
         assert part in shown
 
 

@@ -114,6 +114,11 @@ def test_prepared_data(vae, images):
     assert cached.tau == pytest.approx(0.5 * norms.mean().item(), rel=1e-4)
     fresh = prior_data(small(cache_latents=False), vae, images, batch_size=10)
     assert fresh.items is images and fresh.kind == "images" and fresh.tau == pytest.approx(cached.tau)
+    images.varies = True
+    with pytest.raises(ValueError, match=r"prior\.cache_latents"):
+        prior_data(small(), vae, images, batch_size=10)
+    assert prior_data(small(cache_latents=False), vae, images, batch_size=10).kind == "images"
+    images.varies = False
     assert prior_data(small(tau=0.7), vae, images, batch_size=10).tau == 0.7
     hard = small(soft_labels=False, stochastic_codes=False)
     assert prior_data(hard, vae, images, batch_size=10).tau is None
