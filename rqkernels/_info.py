@@ -23,7 +23,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: `version`, `python`, `torch`, `cuda_runtime_of_torch`, `device` (the GPU's name and
-        compute capability, or None), `cpu_capability`, `threads`, `cpu_library` and `cuda_library` ("loaded", or the
+        compute capability, or None), `cuda_architectures` (what the CUDA library was compiled for), `cpu_capability`,
+        `threads`, `cpu_library` and `cuda_library` ("loaded", or the
         reason why not).
     """
     cuda = torch.cuda.is_available()
@@ -34,6 +35,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_runtime_of_torch": torch.version.cuda,
         "device": f"{torch.cuda.get_device_name()} (compute capability {major_minor})" if cuda else None,
+        "cuda_architectures": _library.CUDA_ARCHITECTURES,
         "cpu_capability": _library.CPU_CAPABILITY,
         "threads": torch.get_num_threads(),
         "cpu_library": "loaded",

@@ -32,6 +32,17 @@ def _load_cpu() -> str:
     return torch.ops.rqkernels.cpu_capability()
 
 
+def _serves(capability: tuple[int, int], architectures: list[int]) -> bool:
+    """Whether code compiled for these architectures (the newest also as PTX) runs on a GPU of this capability.
+
+    Machine code serves its own major version from its minor version on; PTX serves everything newer.
+    """
+    device = 10 * capability[0] + capability[1]
+    return device >= max(architectures) or any(
+        built // 10 == capability[0] and built <= device for built in architectures
+    )
+
+
 def _load_cuda() -> str | None:
     """Loads `_cuda` where it can serve. Returns why it was not loaded, or None where it was."""
     path = _FOLDER / "_cuda.abi3.so"
@@ -39,6 +50,12 @@ def _load_cuda() -> str | None:
         return "torch.cuda.is_available() is False"
     if not path.exists():
         return f"{path.name} was not built (nvcc was not found, or RQK_CUDA=0)"
+    capability = torch.cuda.get_device_capability()
+    if not _serves(capability, [int(built) for built in CUDA_ARCHITECTURES]):
+        return (
+            f"{path.name} was compiled for compute capabilities {', '.join(CUDA_ARCHITECTURES)}, the device has "
+            f"{capability[0]}{capability[1]}: build with RQK_CUDA_ARCHITECTURES={capability[0]}{capability[1]}"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -47,6 +64,7 @@ def _load_cuda() -> str | None:
 
 
 CPU_CAPABILITY = _load_cpu()
+CUDA_ARCHITECTURES: list[str] = torch.ops.rqkernels.cuda_architectures().split()
 CUDA_UNAVAILABLE = _load_cuda()
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -40,6 +40,31 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch,
     assert "was not built" in _library._load_cuda()
 
 
+@pytest.mark.parametrize(
+    ("capability", "architectures", "served"),
+    [
+        ((8, 0), [80, 90], True),
+        ((8, 9), [80, 90], True),  # machine code of 8.0
+        ((9, 0), [80, 90], True),
+        ((12, 0), [80, 90], True),  # PTX of 9.0
+        ((7, 5), [80, 90], False),
+        ((8, 0), [86, 90], False),
+        ((9, 0), [80, 120], False),  # PTX of 12.0 is too new
+    ],
+)
+def test_which_gpus_a_build_serves(capability: tuple[int, int], architectures: list[int], served: bool) -> None:
+    assert _library._serves(capability, architectures) is served
+
+
+def test_a_gpu_that_the_build_does_not_serve_is_told_what_to_build(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    (tmp_path / "_cuda.abi3.so").write_bytes(b"")
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_library, "CUDA_ARCHITECTURES", ["80", "90"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "compiled for compute capabilities 80, 90, the device has 75" in _library._load_cuda()
+
+
 def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     for name in ("_C", "_cuda"):
         (tmp_path / f"{name}.abi3.so").write_bytes(b"not a library")
@@ -47,6 +72,8 @@ def test_a_library_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ImportError, match="could not be loaded into torch"):
         _library._load_cpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(_library, "CUDA_ARCHITECTURES", ["90"])
     assert "could not be loaded into torch" in _library._load_cuda()
 
 
