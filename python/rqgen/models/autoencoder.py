@@ -7,6 +7,8 @@ of two. A middle part (block, attention, block) works at the lowest resolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,52 +150,65 @@ def _middle(channels: int, *, dropout: float, norm_groups: int, gradient_checkpo
     return nn.Sequential(block(), AttentionBlock(channels, norm_groups=norm_groups), block())
 
 
-class Encoder(nn.Module):
-    """Images (B, image_channels, H, W) to features (B, z_channels, H/s, W/s), s = 2^(levels - 1).
+@dataclass(frozen=True)
+class AutoencoderLayout:
+    """What an encoder and its decoder have in common. Levels are counted from the finest.
 
-    Args:
-        channel_multipliers: one per level, from the finest; a level has base_channels * multiplier channels.
-        num_res_blocks: ResNet blocks per level.
-        attention: one flag per level, from the finest.
+    Attributes:
+        channel_multipliers: one per level; a level has base_channels * multiplier channels.
+        num_res_blocks: ResNet blocks per level of the encoder; the decoder has one more.
+        attention: one flag per level.
+        resample_with_conv: convolutions at the joints; otherwise plain averaging and repeating.
     """
 
-    def __init__(
-        self,
-        *,
-        image_channels: int,
-        z_channels: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        attention: Sequence[bool],
-        resample_with_conv: bool,
-        dropout: float,
-        norm_groups: int,
-        gradient_checkpointing: bool,
-    ) -> None:
-        super().__init__()
-        common = {
-            "dropout": dropout,
-            "norm_groups": norm_groups,
-            "gradient_checkpointing": gradient_checkpointing,
+    image_channels: int
+    z_channels: int
+    base_channels: int
+    channel_multipliers: Sequence[int]
+    num_res_blocks: int
+    attention: Sequence[bool]
+    resample_with_conv: bool
+    dropout: float
+    norm_groups: int
+    gradient_checkpointing: bool
+
+    @property
+    def channels(self) -> list[int]:
+        """Of each level."""
+        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """Settings of every ResNet block."""
+        return {
+            "dropout": self.dropout,
+            "norm_groups": self.norm_groups,
+            "gradient_checkpointing": self.gradient_checkpointing,
         }
-        channels = [base_channels * multiplier for multiplier in channel_multipliers]
+
+
+class Encoder(nn.Module):
+    """Images (B, image_channels, H, W) to features (B, z_channels, H/s, W/s), s = 2^(levels - 1)."""
+
+    def __init__(self, layout: AutoencoderLayout) -> None:
+        super().__init__()
+        channels = layout.channels
         coarsest = len(channels) - 1
-        self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(layout.image_channels, layout.base_channels, 3, padding=1)
         self.levels = nn.ModuleList(
             Level(
-                base_channels if index == 0 else channels[index - 1],
+                layout.base_channels if index == 0 else channels[index - 1],
                 width,
-                num_res_blocks,
-                attention=attention[index],
-                resample=nn.Identity() if index == coarsest else Downsample(width, with_conv=resample_with_conv),
-                **common,
+                layout.num_res_blocks,
+                attention=layout.attention[index],
+                resample=nn.Identity() if index == coarsest else Downsample(width, with_conv=layout.resample_with_conv),
+                **layout.block,
             )
             for index, width in enumerate(channels)
         )
-        self.middle = _middle(channels[-1], **common)
-        self.norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=NORM_EPSILON)
-        self.conv_out = nn.Conv2d(channels[-1], z_channels, 3, padding=1)
+        self.middle = _middle(channels[-1], **layout.block)
+        self.norm_out = nn.GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
+        self.conv_out = nn.Conv2d(channels[-1], layout.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
@@ -205,47 +220,28 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, z_channels, H/s, W/s) to images (B, image_channels, H, W); the encoder's mirror.
 
-    Arguments as `Encoder`'s, in the same order from the finest level; `levels` are kept from the coarsest,
-    the order in which they run, and have one block more than the encoder's.
+    `levels` are kept from the coarsest, the order in which they run.
     """
 
-    def __init__(
-        self,
-        *,
-        image_channels: int,
-        z_channels: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        attention: Sequence[bool],
-        resample_with_conv: bool,
-        dropout: float,
-        norm_groups: int,
-        gradient_checkpointing: bool,
-    ) -> None:
+    def __init__(self, layout: AutoencoderLayout) -> None:
         super().__init__()
-        common = {
-            "dropout": dropout,
-            "norm_groups": norm_groups,
-            "gradient_checkpointing": gradient_checkpointing,
-        }
-        channels = [base_channels * multiplier for multiplier in reversed(channel_multipliers)]
+        channels = layout.channels[::-1]
         finest = len(channels) - 1
-        self.conv_in = nn.Conv2d(z_channels, channels[0], 3, padding=1)
-        self.middle = _middle(channels[0], **common)
+        self.conv_in = nn.Conv2d(layout.z_channels, channels[0], 3, padding=1)
+        self.middle = _middle(channels[0], **layout.block)
         self.levels = nn.ModuleList(
             Level(
                 channels[max(index - 1, 0)],
                 width,
-                num_res_blocks + 1,
-                attention=attention[finest - index],
-                resample=nn.Identity() if index == finest else Upsample(width, with_conv=resample_with_conv),
-                **common,
+                layout.num_res_blocks + 1,
+                attention=layout.attention[finest - index],
+                resample=nn.Identity() if index == finest else Upsample(width, with_conv=layout.resample_with_conv),
+                **layout.block,
             )
             for index, width in enumerate(channels)
         )
-        self.norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=NORM_EPSILON)
-        self.conv_out = nn.Conv2d(channels[-1], image_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
+        self.conv_out = nn.Conv2d(channels[-1], layout.image_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.middle(self.conv_in(features))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import rqkernels
 from rqgen.quantizers import QuantizerConfig, ResidualQuantizer
 
-from .autoencoder import Decoder, Encoder
+from .autoencoder import AutoencoderLayout, Decoder, Encoder
 from .pretrained import PretrainedModel
 
 RECONSTRUCTION_LOSSES = ("mse", "l1")
@@ -178,23 +178,23 @@ class RQVAE(PretrainedModel):
 
     def __init__(self, config: RQVAEConfig) -> None:
         super().__init__(config)
-        layout = {
-            "image_channels": config.image_channels,
-            "z_channels": config.z_channels,
-            "base_channels": config.base_channels,
-            "channel_multipliers": config.channel_multipliers,
-            "num_res_blocks": config.num_res_blocks,
-            "attention": config.attention_levels,
-            "resample_with_conv": config.resample_with_conv,
-            "dropout": config.dropout,
-            "norm_groups": config.norm_groups,
-            "gradient_checkpointing": config.gradient_checkpointing,
-        }
-        self.encoder = Encoder(**layout)
+        layout = AutoencoderLayout(
+            image_channels=config.image_channels,
+            z_channels=config.z_channels,
+            base_channels=config.base_channels,
+            channel_multipliers=config.channel_multipliers,
+            num_res_blocks=config.num_res_blocks,
+            attention=config.attention_levels,
+            resample_with_conv=config.resample_with_conv,
+            dropout=config.dropout,
+            norm_groups=config.norm_groups,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.encoder = Encoder(layout)
         self.to_latents = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.quantizer = ResidualQuantizer(config.quantizer, config.code_dim)
         self.from_latents = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(**layout)
+        self.decoder = Decoder(layout)
 
     @property
     def codebooks(self) -> Tensor:

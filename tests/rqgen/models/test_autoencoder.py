@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rqgen.models.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, ResidualBlock, Upsample
+from rqgen.models.autoencoder import (
+    AttentionBlock,
+    AutoencoderLayout,
+    Decoder,
+    Downsample,
+    Encoder,
+    ResidualBlock,
+    Upsample,
+)
 
 
-def layout(**changes: Any) -> dict[str, Any]:
-    return {
+def layout(**changes: Any) -> AutoencoderLayout:
+    settings = {
         "image_channels": 3,
         "z_channels": 6,
         "base_channels": 8,
@@ -23,6 +31,7 @@ def layout(**changes: Any) -> dict[str, Any]:
         "gradient_checkpointing": False,
         **changes,
     }
+    return AutoencoderLayout(**settings)
 
 
 def block(in_channels: int = 8, out_channels: int = 8, **changes: Any) -> ResidualBlock:
@@ -37,19 +46,19 @@ def test_shapes(multipliers: list[int], with_conv: bool) -> None:
         channel_multipliers=multipliers, attention=[True] * len(multipliers), resample_with_conv=with_conv
     )
     stride = 2 ** (len(multipliers) - 1)
-    z = Encoder(**settings)(torch.randn(2, 3, 8, 12))
+    z = Encoder(settings)(torch.randn(2, 3, 8, 12))
     assert z.shape == (2, 6, 8 // stride, 12 // stride)
-    assert Decoder(**settings)(z).shape == (2, 3, 8, 12)
+    assert Decoder(settings)(z).shape == (2, 3, 8, 12)
 
 
 def test_attention_stands_at_the_levels_asked_for() -> None:
-    encoder, decoder = Encoder(**layout()), Decoder(**layout())
+    encoder, decoder = Encoder(layout()), Decoder(layout())
     assert [len(level.attentions) for level in encoder.levels] == [0, 2, 0]
     assert [len(level.blocks) for level in encoder.levels] == [2, 2, 2]
     # The decoder runs from the coarsest level, here symmetric, with one block more.
     assert [len(level.attentions) for level in decoder.levels] == [0, 3, 0]
     assert [len(level.blocks) for level in decoder.levels] == [3, 3, 3]
-    decoder = Decoder(**layout(attention=[True, False, False]))
+    decoder = Decoder(layout(attention=[True, False, False]))
     assert [len(level.attentions) for level in decoder.levels] == [0, 0, 3]
 
 
