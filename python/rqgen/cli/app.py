@@ -1,6 +1,6 @@
 """Every command, its options, and how errors are shown.
 
-A command's work is imported when it runs: ``rqgen --help`` need not wait for PyTorch.
+A command's work is imported when it runs: help and errors of usage do not wait for it.
 """
 
 from __future__ import annotations

@@ -91,7 +91,13 @@ def make_prior_stage(vae):
 
 @pytest.mark.parametrize("stage_name", ["tokenizer", "prior"])
 @pytest.mark.parametrize(
-    "settings", [{"ema_decay": 0.9}, {"accumulation": 2}, {"mixed_precision": "bf16", "channels_last": True}]
+    "settings",
+    [
+        {"ema_decay": 0.9},
+        {"accumulation": 2},
+        {"mixed_precision": "bf16", "channels_last": True},
+        {"mixed_precision": "fp16"},
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(stage_name, settings, make_vae, images, tmp_path):
     config = loop_config(**settings)
