@@ -49,9 +49,14 @@ def small_demo():
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Fastest for models this small."""
+def no_tracebacks(monkeypatch):
     monkeypatch.delenv("RQGEN_DEBUG", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """Fastest for models this small. Around every other fixture of this folder: a run that is compared bit for bit
+    with another must have had as many threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +76,7 @@ def rqgen(capsys):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def trained(tmp_path_factory, small_tokenizer, small_prior):
     """Folders of a tokenizer and of a class-conditional prior, each trained for three steps."""
     folder = tmp_path_factory.mktemp("trained")
