@@ -4,9 +4,10 @@
 """
 
 from . import convert
+from .integrations import accelerate
 from .models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from .sampling import generate
 
 __version__ = "0.1.0"
 
-__all__ = ["RQVAE", "RQTransformer", "RQTransformerConfig", "RQVAEConfig", "convert", "generate"]
+__all__ = ["RQVAE", "RQTransformer", "RQTransformerConfig", "RQVAEConfig", "accelerate", "convert", "generate"]

@@ -1,0 +1,260 @@
+"""The quantizer of the published RQ-VAE (kakaobrain/rq-vae-transformer) on our operators.
+
+How the swap is made: the foreign module keeps its parameters, buffers and attributes, and gets another class:
+one derived from ours (`Bottleneck` or `Codebook` below) and from its own, so that ours overrides the few methods
+that search, count and decode, and everything else stays theirs. `isinstance`, the state dict, hooks, `.to()`,
+optimizers and wrappers see no difference; copies and pickles come back accelerated.
+
+Replaced are the N x K distances of the search (`rqkernels.residual_search`; out of training all depths in one
+call), the K x N one-hot of the averages (`rqkernels.code_statistics`) and the (N, D, C) gather of decoding
+(`rqkernels.residual_decode`). What is the same as before, and what is not:
+
+- Codes are certified: nearest by float64 distance, the lowest index at ties. The published float32 argmin can
+  pick another code only where two distances agree within its rounding, which restarts favour: with fewer vectors
+  than codes they make near copies. For equal codes quantized vectors are equal, and loss and gradients with them;
+  `embed_code` adds in depth order, and may differ in the last bits.
+- Training updates after every depth, as published: with a shared codebook depth d searches what depth d - 1 has
+  just moved. Restarts draw from torch's global generator with the same calls in the same order. Sums of the
+  averages are rounded once from float64, so buffers agree within float32 rounding.
+- Half-precision input, and any input under autocast, is searched as float32 and quantized in float32, cast once;
+  published, distances and residuals are rounded to half. Noise of restarts is then drawn in float32 too.
+- A vector that is not finite gets code -1 and NaN, and touches no average; published, it makes the whole
+  codebook NaN. An unusable vector drawn for a restart leaves that code as it was.
+- `get_soft_codes` returns N x K by contract, and computes it as published (under autocast in half, too).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rqkernels
+
+BOTTLENECK_METHODS = (
+    "quantize",
+    "to_code_shape",
+    "to_latent_shape",
+    "compute_commitment_loss",
+    "embed_code",
+    "embed_code_with_depth",
+    "embed_partial_code",
+    "get_soft_codes",
+)
+BOTTLENECK_ATTRIBUTES = ("codebooks", "code_shape", "latent_shape", "shared_codebook")
+CODEBOOK_METHODS = (
+    "compute_distances",
+    "find_nearest_embedding",
+    "embed",
+    "_tile_with_noise",
+    "_update_buffers",
+    "_update_embedding",
+)
+CODEBOOK_ATTRIBUTES = ("weight", "n_embed", "decay", "eps", "restart_unused_codes")
+
+QUANTIZER = (
+    f"kakaobrain's RQBottleneck (attributes {', '.join(BOTTLENECK_ATTRIBUTES)}; methods "
+    f"{', '.join(BOTTLENECK_METHODS)}; `codebooks` a ModuleList of VQEmbedding)"
+)
+
+
+def swap_quantizers(model: nn.Module) -> int:
+    """Accelerates every published quantizer in the tree of `model`; how many it holds, earlier swaps included.
+
+    Raises:
+        ValueError: a quantizer whose codebooks are not as published. No module has been changed then.
+    """
+    quantizers = {name: module for name, module in model.named_modules() if _is_bottleneck(module)}
+    for name, quantizer in quantizers.items():
+        _check_codebooks(quantizer, name or "model")
+    for quantizer in quantizers.values():
+        _swap_class(quantizer, Bottleneck)
+        for codebook in quantizer.codebooks:
+            _swap_class(codebook, Codebook)
+    return len(quantizers)
+
+
+class Accelerated(nn.Module):
+    """What our two classes share: a class made on the fly is pickled and copied by what it was made from."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        _, _, state, *rest = super().__reduce_ex__(max(protocol, 2))
+        ours, theirs = type(self).__bases__
+        return (_new_instance, (ours, theirs), state, *rest)
+
+
+class Codebook(Accelerated):
+    """`VQEmbedding`: weight (K + 1, C), the last row for padding and never searched; buffers `cluster_size_ema`
+    (K,) and `embed_ema` (K, C)."""
+
+    @torch.no_grad()
+    def find_nearest_embedding(self, inputs: Tensor) -> Tensor:
+        return rqkernels.residual_search(inputs, self.weight[:-1], 1).codes.squeeze(-1)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        found = rqkernels.residual_search(inputs.float(), self.weight[:-1], 1)
+        codes = found.codes.squeeze(-1)
+        if self.training:
+            self._update_buffers(inputs, codes)
+            self._update_embedding()
+        return found.quantized.to(self.weight.dtype), codes
+
+    @torch.no_grad()
+    def _update_buffers(self, vectors: Tensor, idxs: Tensor) -> None:
+        """Moving averages of counts and sums over all processes, then restarts of codes with a count below 1."""
+        num_codes, code_dim = self.embed_ema.shape
+        vectors_nc = vectors.reshape(-1, code_dim)
+        counts, sums = rqkernels.code_statistics(vectors_nc, idxs.reshape(-1), num_codes)
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed:
+            dist.all_reduce(sums)
+            dist.all_reduce(counts)
+        self.cluster_size_ema.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.embed_ema.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        if not self.restart_unused_codes:
+            return
+        if vectors_nc.shape[0] < num_codes:
+            vectors_nc = self._tile_with_noise(vectors_nc, num_codes)
+        # A vector for every code, dead or not: these are the published calls to the generator.
+        drawn = vectors_nc[torch.randperm(vectors_nc.shape[0], device=vectors.device)[:num_codes]]
+        if distributed:
+            dist.broadcast(drawn, 0)
+        dead = ~(self.cluster_size_ema >= 1) & drawn.isfinite().all(dim=1)
+        self.embed_ema.copy_(torch.where(dead.unsqueeze(1), drawn, self.embed_ema))
+        self.cluster_size_ema.masked_fill_(dead, 1)
+
+
+class Bottleneck(Accelerated):
+    """`RQBottleneck`: D codebooks in `codebooks`, the same module D times where they share one."""
+
+    def quantize(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Partial sums `Z^(1) .. Z^(D)`, each like x, (B, h, w, C), and codes int64 (B, h, w, D)."""
+        codebooks = self._searchable_codebooks()
+        if codebooks is None or any(codebook.training for codebook in self.codebooks):
+            # One depth after another in their loop, over our `Codebook.forward`.
+            sums, codes = super().quantize(x.float())
+        else:
+            codes = rqkernels.residual_search(x, codebooks, len(self.codebooks)).codes
+            sums = itertools.accumulate(self._code_vectors(codes, len(self.codebooks), check=False))
+        return [partial.to(x.dtype) for partial in sums], codes
+
+    @torch.no_grad()
+    def embed_code(self, code: Tensor) -> Tensor:
+        self._check_code(code)
+        return self.to_latent_shape(self._decode(code, len(self.codebooks)))
+
+    @torch.no_grad()
+    def embed_partial_code(self, code: Tensor, code_idx: int, decode_type: str = "select") -> Tensor:
+        self._check_code(code)
+        if not 0 <= code_idx < len(self.codebooks):
+            raise ValueError(f"code_idx: expected 0..{len(self.codebooks) - 1}, got {code_idx}")
+        if decode_type == "select":
+            return self.to_latent_shape(self.codebooks[code_idx].embed(code[..., code_idx]))
+        if decode_type == "add":
+            return self.to_latent_shape(self._decode(code, code_idx + 1))
+        raise NotImplementedError(f"decode_type: expected 'select' or 'add', got {decode_type!r}")
+
+    @torch.no_grad()
+    def get_soft_codes(self, x: Tensor, temp: float = 1.0, stochastic: bool = False) -> tuple[Tensor, Tensor]:
+        codebooks = self._searchable_codebooks()
+        if stochastic or codebooks is None:
+            # Draws stay theirs, torch.multinomial; distributions of different sizes have no common tensor.
+            return super().get_soft_codes(x, temp, stochastic)
+        found = rqkernels.residual_search(self.to_code_shape(x), codebooks, len(self.codebooks), return_residuals=True)
+        residuals = found.residuals.to(codebooks.dtype).unbind(-2)
+        soft = [
+            F.softmax(-codebook.compute_distances(residual) / temp, dim=-1)
+            for codebook, residual in zip(self.codebooks, residuals, strict=True)
+        ]
+        return torch.stack(soft, dim=-2), found.codes
+
+    def _shares_codebook(self) -> bool:
+        return all(codebook is self.codebooks[0] for codebook in self.codebooks)
+
+    def _searchable_codebooks(self) -> Tensor | None:
+        """What `rqkernels.residual_search` takes; None where sizes differ by depth, which is searched by depth.
+
+        Codebooks of one size are stacked anew at every call: a kept stack would miss writes that leave no
+        trace (through `.data`, or by a collective), and its copy is small beside a search in it.
+        """
+        if self._shares_codebook():
+            return self.codebooks[0].weight[:-1]
+        weights = [codebook.weight[:-1] for codebook in self.codebooks]
+        same_size = all(weight.shape == weights[0].shape for weight in weights)
+        return torch.stack(weights) if same_size else None
+
+    def _code_vectors(self, code: Tensor, depth: int, *, check: bool = True) -> Iterator[Tensor]:
+        """The code vectors of depths 1..depth, float32 (..., C) each; with check=False NaN for code -1."""
+        for d in range(depth):
+            weight = self.codebooks[d].weight  # with its padding row, which may be decoded
+            yield rqkernels.residual_decode(code[..., d : d + 1], weight, check=check).float()
+
+    def _decode(self, code: Tensor, depth: int) -> Tensor:
+        weight = self.codebooks[0].weight
+        if self._shares_codebook():
+            return rqkernels.residual_decode(code, weight, depth)
+        return functools.reduce(torch.add, self._code_vectors(code, depth)).to(weight.dtype)
+
+    def _check_code(self, code: Tensor) -> None:
+        if code.shape[1:] != self.code_shape:
+            raise ValueError(f"code: expected (B, {', '.join(map(str, self.code_shape))}), got {tuple(code.shape)}")
+
+
+@functools.cache
+def _accelerated_class(ours: type, theirs: type) -> type:
+    return type(theirs.__name__, (ours, theirs), {"__module__": ours.__module__, "__doc__": theirs.__doc__})
+
+
+def _new_instance(ours: type, theirs: type) -> nn.Module:
+    cls = _accelerated_class(ours, theirs)
+    return cls.__new__(cls)
+
+
+def _swap_class(module: nn.Module, ours: type) -> None:
+    if not isinstance(module, ours):
+        module.__class__ = _accelerated_class(ours, type(module))
+
+
+def _is_bottleneck(module: nn.Module) -> bool:
+    # Methods are looked up in the class: wrappers such as torch.compile's show those of the module they wrap.
+    return (
+        all(callable(getattr(type(module), name, None)) for name in BOTTLENECK_METHODS)
+        and all(hasattr(module, name) for name in BOTTLENECK_ATTRIBUTES)
+        and isinstance(module.codebooks, nn.ModuleList)
+    )
+
+
+def _check_codebooks(quantizer: nn.Module, name: str) -> None:
+    depth = quantizer.code_shape[-1]
+    if len(quantizer.codebooks) != depth:
+        raise ValueError(f"{name}.codebooks: expected {depth}, from code_shape, got {len(quantizer.codebooks)}")
+    for d, codebook in enumerate(quantizer.codebooks):
+        problem = _problem_of_codebook(codebook)
+        if problem is not None:
+            raise ValueError(f"{name}.codebooks.{d}: not a VQEmbedding as published: {problem}")
+
+
+def _problem_of_codebook(codebook: nn.Module) -> str | None:
+    missing = [name for name in CODEBOOK_METHODS if not callable(getattr(type(codebook), name, None))]
+    missing += [name for name in CODEBOOK_ATTRIBUTES if not hasattr(codebook, name)]
+    if missing:
+        return f"{type(codebook).__name__} has no {', '.join(missing)}"
+    if not getattr(codebook, "ema", False):
+        return "expected a codebook trained by moving averages (ema=True)"
+    if codebook.weight.dim() != 2 or codebook.weight.shape[0] != codebook.n_embed + 1:
+        return (
+            f"expected a weight of n_embed + 1 = {codebook.n_embed + 1} rows, the last for padding, "
+            f"got {tuple(codebook.weight.shape)}"
+        )
+    num_codes, code_dim = codebook.n_embed, codebook.weight.shape[1]
+    for buffer, shape in (("cluster_size_ema", (num_codes,)), ("embed_ema", (num_codes, code_dim))):
+        tensor = getattr(codebook, buffer, None)
+        if tensor is None or tuple(tensor.shape) != shape:
+            return f"expected a buffer {buffer} {shape}, got {None if tensor is None else tuple(tensor.shape)}"
+    return None
