@@ -15,15 +15,19 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
+def three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def duration(ns: float) -> str:
     for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if ns >= size:
-            return f"{ns / size:.3g} {unit}"
+        if ns >= 0.9995 * size:
+            return f"{three_digits(ns / size)} {unit}"
     return f"{ns:.0f} ns"
 
 
-def size(count: int | None) -> str:
-    return "?" if count is None else f"{count / 2**20:.3g} MiB"
+def memory(count: int | None) -> str:
+    return "?" if count is None else f"{three_digits(count / 2**20)} MiB"
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -44,19 +48,17 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for case in result["cases"]:
         shape = ", ".join(f"{key}={value}" for key, value in case["shape"].items())
-        rows = case["shape"]["N"]
-        floor = case["floor"]
-        for c in case["contenders"]:
+        rows, floor = case["shape"]["N"], case["floor"]
+        for index, c in enumerate(case["contenders"]):
+            label = f"**{case['case']}**: {shape}" if index == 0 else ""
             part = "" if c["rows"] == rows else f" ({c['rows']} rows)"
             lines.append(
-                f"| {case['case']}: {shape} | {c['name']}{part} | {duration(c['median_ns'])} "
-                f"| {duration(c['p20_ns'])} - {duration(c['p80_ns'])} | {c['times_ours_per_row']:.3g} "
-                f"| {size(c['peak_bytes'])} | {100 * c['agreement']:.4g} % |"
+                f"| {label} | {c['name']}{part} | {duration(c['median_ns'])} "
+                f"| {duration(c['p20_ns'])} - {duration(c['p80_ns'])} | {c['times_ours_per_row']:.2f} "
+                f"| {memory(c['peak_bytes'])} | {100 * c['agreement']:.4g} % |"
             )
-        lines.append(
-            f"| {case['case']} | floor: {floor['limit']} | {duration(floor['ns'])} "
-            f"| ours is at {floor['percent_of_floor']:.3g} % of it | | | |"
-        )
+        percent = three_digits(floor["percent_of_floor"])
+        lines.append(f"| | floor ({floor['limit']}) | {duration(floor['ns'])} | ours is at {percent} % of it | | | |")
     return "\n".join(lines)
 
 
