@@ -118,6 +118,15 @@ def test_more_near_ties_than_a_row_remembers(device: torch.device) -> None:
     assert_equals_definition(base + torch.randn(30, 64, device=device), e, 2)
 
 
+def test_more_near_copies_than_a_row_remembers_beside_large_codes(device: torch.device) -> None:
+    # What restarts of dead codes make of a codebook: the large codes must not blur the bound of the small ones, and the
+    # near copies outnumber what a scan remembers.
+    x = torch.randn(1, 64, device=device) + 1e-3 * torch.randn(40, 64, device=device)
+    near = x[torch.randint(0, 40, (400,))] + 1e-6 * torch.randn(400, 64, device=device)
+    e = torch.cat([30 * torch.randn(100, 64, device=device), near])[torch.randperm(500)]
+    assert_equals_definition(x, e, 2)
+
+
 def test_shapes_and_dtypes_of_the_result(device: torch.device) -> None:
     x = torch.randn(2, 3, 5, 16, device=device)
     out = rqk.residual_search(x, torch.randn(32, 16, device=device), 3, return_residuals=True, return_statistics=True)

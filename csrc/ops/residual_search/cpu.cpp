@@ -6,8 +6,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "common/cpu_capability.h"
@@ -49,17 +50,26 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size = 0)
-      : data_(size == 0 ? nullptr
-                        : static_cast<T*>(::operator new(static_cast<size_t>(size) * sizeof(T), kAlignment))) {}
+  Buffer() = default;
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(bytes(size), kAlignment))) {}
+  // Empty where there is no memory left.
+  static Buffer if_available(int64_t size) {
+    Buffer buffer;
+    buffer.data_ = static_cast<T*>(::operator new(bytes(size), kAlignment, std::nothrow));
+    return buffer;
+  }
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
   ~Buffer() { ::operator delete(data_, kAlignment); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
   T* data() { return data_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  T* data_;
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T); }
+  T* data_ = nullptr;
 };
 
 // Places of the codes in ascending order of size, coarsely: a counting sort by exponent and three bits of mantissa.
@@ -80,62 +90,74 @@ void order_by_size(const double* squared_norms, int64_t num_codes, int64_t padde
 class PackedCodebooks {
  public:
   PackedCodebooks(const ResidualSearchParams& p, const SearchKernel& kernel)
-      : count_(p.codebook_stride == 0 ? 1 : p.depth),
+      : kernel_(kernel),
+        count_(p.codebook_stride == 0 ? 1 : p.depth),
         num_panels_(divide_up(p.num_codes, kernel.panel_width)),
         padded_(num_panels_ * kernel.panel_width),
         int8_(kernel.int8 && p.num_codes >= kInt8MinCodes),
-        half_norms_(count_ * padded_),
-        panels_(int8_ ? 0 : count_ * padded_ * p.channels),
+        order_(count_ * padded_),
+        floats_(count_ * floats_per_codebook(p)),
         bytes_(int8_ ? count_ * padded_ * divide_up(p.channels, 4) * 4 : 0),
-        order_(int8_ ? count_ * padded_ : 0),
-        floats_(int8_ ? count_ * floats_per_codebook(p) : 0) {
-    Buffer<double> squared_norms(count_ * p.num_codes);
+        float_panels_(static_cast<size_t>(count_)) {
     for (int64_t d = 0; d < count_; ++d) views_.push_back(view(p, d));
-    measure(p, kernel, squared_norms.data());
-    for (int64_t d = 0; int8_ && d < count_; ++d) {
-      order_by_size(squared_norms.data() + d * p.num_codes, p.num_codes, padded_, views_[d].int8.order);
+    pack();
+    for (int64_t d = 0; !int8_ && d < count_; ++d) {
+      float_panels_[d].memory = Buffer<float>(padded_ * p.channels);
+      for_panels([&](int64_t begin, int64_t end) {
+        kernel_.pack_float(views_[d], begin, end, float_panels_[d].memory.data());
+      });
+      views_[d].panels = float_panels_[d].memory.data();
     }
-    const int64_t tasks = divide_up(num_panels_, kPanelsPerTask);
-    torch::stable::parallel_for(0, count_ * tasks, 1, [&](int64_t begin, int64_t end) {
-      KeepDenormals keep;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task % tasks * kPanelsPerTask;
-        kernel.pack(views_[task / tasks], squared_norms.data() + task / tasks * p.num_codes, first,
-                    std::min(first + kPanelsPerTask, num_panels_));
-      }
-    });
   }
   bool int8() const { return int8_; }
-  const PackedCodebook& at(int64_t depth) const { return views_[static_cast<size_t>(count_ == 1 ? 0 : depth)]; }
+  const PackedCodebook& at(int64_t depth) const { return views_[index(depth)]; }
+
+  // As `at`, with float panels. With int8 they are made when they are first asked for, by whichever thread asks; where
+  // memory has run out there are none, and the scan packs as it goes.
+  PackedCodebook with_float_panels(int64_t depth) const {
+    PackedCodebook v = views_[index(depth)];
+    if (v.panels != nullptr) return v;
+    LazyPanels& lazy = float_panels_[index(depth)];
+    std::call_once(lazy.once, [&] {
+      lazy.memory = Buffer<float>::if_available(padded_ * v.channels);
+      if (lazy.memory.data() != nullptr) kernel_.pack_float(v, 0, num_panels_, lazy.memory.data());
+    });
+    v.panels = lazy.memory.data();
+    return v;
+  }
 
  private:
+  struct LazyPanels {
+    std::once_flag once;
+    Buffer<float> memory;
+  };
+
+  size_t index(int64_t depth) const { return static_cast<size_t>(count_ == 1 ? 0 : depth); }
+
+  int64_t floats_per_codebook(const ResidualSearchParams& p) const {
+    return padded_ + num_panels_ + (int8_ ? 3 * padded_ + 2 * num_panels_ + p.channels : 0);
+  }
+
   PackedCodebook view(const ResidualSearchParams& p, int64_t d) {
     PackedCodebook v{};
     v.codes_kc = p.codebooks + d * p.codebook_stride;
     v.num_codes = p.num_codes;
     v.channels = p.channels;
-    v.half_norms = half_norms_.data() + d * padded_;
-    std::fill(v.half_norms + p.num_codes, v.half_norms + padded_, std::numeric_limits<float>::infinity());
-    if (!int8_) {
-      v.panels = panels_.data() + d * padded_ * p.channels;
-      return v;
-    }
-    v.int8.bytes = bytes_.data() + d * padded_ * divide_up(p.channels, 4) * 4;
-    v.int8.order = order_.data() + d * padded_;
+    v.order = order_.data() + d * padded_;
     float* next = floats_.data() + d * floats_per_codebook(p);
-    for (float** part : {&v.int8.scale, &v.int8.offset, &v.int8.offset_centred}) {
-      *part = next;
-      next += padded_;
-    }
-    v.int8.max_norm = next;
-    v.int8.max_error = next + num_panels_;
-    v.int8.mean = next + 2 * num_panels_;
+    auto take = [&next](int64_t size) { return std::exchange(next, next + size); };
+    v.half_norms = take(padded_);
+    v.panel_norms = take(num_panels_);
+    if (!int8_) return v;
+    v.int8.bytes = bytes_.data() + d * padded_ * divide_up(p.channels, 4) * 4;
+    v.int8.scale = take(padded_);
+    v.int8.offset = take(padded_);
+    v.int8.offset_centred = take(padded_);
+    v.int8.max_norm = take(num_panels_);
+    v.int8.max_error = take(num_panels_);
+    v.int8.mean = take(p.channels);
     find_mean(v);
     return v;
-  }
-
-  int64_t floats_per_codebook(const ResidualSearchParams& p) const {
-    return 3 * padded_ + 2 * num_panels_ + p.channels;
   }
 
   static void find_mean(PackedCodebook& v) {
@@ -161,31 +183,38 @@ class PackedCodebooks {
     v.int8.mean_norm = std::sqrt(squared);
   }
 
-  void measure(const ResidualSearchParams& p, const SearchKernel& kernel, double* squared_norms) {
-    const int64_t codes_per_task = kPanelsPerTask * kernel.panel_width;
-    const int64_t tasks = divide_up(p.num_codes, codes_per_task);
-    std::vector<double> largest(static_cast<size_t>(count_ * tasks), 0.0);
-    torch::stable::parallel_for(0, count_ * tasks, 1, [&](int64_t begin, int64_t end) {
+  // body(begin, end) over all panels, on all threads.
+  template <class Body>
+  void for_panels(const Body& body) const {
+    torch::stable::parallel_for(0, num_panels_, kPanelsPerTask, [&body](int64_t begin, int64_t end) {
       KeepDenormals keep;
-      for (int64_t task = begin; task < end; ++task) {
-        const PackedCodebook& v = views_[task / tasks];
-        const int64_t first = task % tasks * codes_per_task;
-        largest[task] = kernel.measure(v.codes_kc, v.channels, v.int8.mean_norm > 0 ? v.int8.mean : nullptr, first,
-                                       std::min(first + codes_per_task, v.num_codes),
-                                       squared_norms + task / tasks * p.num_codes, v.half_norms);
-      }
+      body(begin, end);
     });
-    for (int64_t d = 0; d < count_; ++d) {
-      views_[d].max_norm = std::sqrt(*std::max_element(largest.begin() + d * tasks, largest.begin() + (d + 1) * tasks));
+  }
+
+  void pack() {
+    const int64_t num_codes = views_[0].num_codes, width = kernel_.panel_width;
+    Buffer<double> squared_norms(num_codes), centred_norms(num_codes);
+    for (PackedCodebook& v : views_) {
+      const float* mean = int8_ && v.int8.mean_norm > 0 ? v.int8.mean : nullptr;
+      for_panels([&](int64_t begin, int64_t end) {
+        kernel_.measure(v.codes_kc, v.channels, mean, begin * width, std::min(end * width, num_codes),
+                        squared_norms.data(), centred_norms.data());
+      });
+      v.max_norm = std::sqrt(*std::max_element(squared_norms.data(), squared_norms.data() + num_codes));
+      order_by_size(centred_norms.data(), num_codes, padded_, v.order);
+      for_panels(
+          [&](int64_t begin, int64_t end) { kernel_.pack(v, squared_norms.data(), centred_norms.data(), begin, end); });
     }
   }
 
+  const SearchKernel& kernel_;
   int64_t count_, num_panels_, padded_;
   bool int8_;
-  Buffer<float> half_norms_, panels_;
-  Buffer<uint8_t> bytes_;
   Buffer<int32_t> order_;
   Buffer<float> floats_;
+  Buffer<uint8_t> bytes_;
+  mutable std::vector<LazyPanels> float_panels_;
   std::vector<PackedCodebook> views_;
 };
 
@@ -214,8 +243,8 @@ void search_chunk(const ResidualSearchParams& p, const SearchKernel& kernel, con
   std::fill(quantized, quantized + rows * channels, 0.0f);
   for (int64_t i = 0; i < rows; ++i) squared[i] = kernel.squared_norm(residual + i * channels, channels);
   for (int64_t d = 0; d < p.depth; ++d) {
-    const PackedCodebook& codebook = codebooks.at(d);
     const bool try_int8 = codebooks.int8() && int8_pays[d]();
+    const PackedCodebook codebook = try_int8 ? codebooks.at(d) : codebooks.with_float_panels(d);
     const int64_t left = kernel.nearest(codebook, residual, squared, rows, try_int8, scratch, codes);
     if (try_int8) int8_pays[d].record(rows, left);
     for (int64_t i = 0; i < rows; ++i) {

@@ -22,29 +22,36 @@ constexpr bool kHasInt8 = true;
 constexpr bool kHasInt8 = false;
 #endif
 
-double measure(const float* codes_kc, int64_t channels, const float* mean, int64_t begin, int64_t end,
-               double* squared_norms, float* half_norms) {
-  double largest_squared = 0;
+void measure(const float* codes_kc, int64_t channels, const float* mean, int64_t begin, int64_t end,
+             double* squared_norms, double* centred_norms) {
   for (int64_t k = begin; k < end; ++k) {
     const float* e = codes_kc + k * channels;
-    const double squared = squared_norm(e, channels);
-    if (squared > largest_squared) largest_squared = squared;
-    half_norms[k] = float(squared / 2);
-    squared_norms[k] = mean == nullptr ? squared : squared_distance(e, mean, channels);
+    squared_norms[k] = squared_norm(e, channels);
+    centred_norms[k] = mean == nullptr ? squared_norms[k] : squared_distance(e, mean, channels);
   }
-  return largest_squared;
 }
 
-void pack(const PackedCodebook& codebook, const double* squared_norms, int64_t begin, int64_t end) {
+void pack(const PackedCodebook& codebook, const double* squared_norms, const double* centred_norms, int64_t begin,
+          int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
-    if (codebook.panels != nullptr) {
-      pack_float_panel(codebook, panel * kPanelWidth, codebook.panels + panel * kPanelWidth * codebook.channels);
+    double largest = 0;
+    for (int64_t place = panel * kPanelWidth; place < (panel + 1) * kPanelWidth; ++place) {
+      const int32_t k = codebook.order[place];
+      codebook.half_norms[place] = k >= 0 ? float(squared_norms[k] / 2) : __builtin_inff();
+      if (k >= 0 && squared_norms[k] > largest) largest = squared_norms[k];
     }
+    codebook.panel_norms[panel] = round_up(__builtin_sqrt(largest));
 #if defined(__AVX512VNNI__)
-    if (codebook.int8.bytes != nullptr) pack_int8_panel(codebook, squared_norms, panel);
+    if (codebook.int8.bytes != nullptr) pack_int8_panel(codebook, centred_norms, panel);
 #else
-    (void)squared_norms;
+    (void)centred_norms;
 #endif
+  }
+}
+
+void pack_float(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    pack_float_panel(codebook, panel * kPanelWidth, panels + panel * kPanelWidth * codebook.channels);
   }
 }
 
@@ -52,7 +59,7 @@ void pack(const PackedCodebook& codebook, const double* squared_norms, int64_t b
 struct Scratch {
   float* tiles;
   float* panel;
-  FloatRow* float_rows;
+  FloatRows* float_rows;
   int32_t* left;
 #if defined(__AVX512VNNI__)
   uint8_t* byte_tiles;
@@ -72,7 +79,7 @@ Scratch divide(void* memory, int64_t rows, int64_t channels) {
   Scratch scratch{};
   scratch.tiles = static_cast<float*>(take(padded * channels * int64_t(sizeof(float))));
   scratch.panel = static_cast<float*>(take(kPanelWidth * channels * int64_t(sizeof(float))));
-  scratch.float_rows = static_cast<FloatRow*>(take(padded * int64_t(sizeof(FloatRow))));
+  scratch.float_rows = static_cast<FloatRows*>(take(tiles * int64_t(sizeof(FloatRows))));
   scratch.left = static_cast<int32_t*>(take(padded * int64_t(sizeof(int32_t))));
 #if defined(__AVX512VNNI__)
   scratch.byte_tiles = static_cast<uint8_t*>(take(padded * quads(channels) * 4));
@@ -120,8 +127,8 @@ int64_t nearest(const PackedCodebook& codebook, const float* residuals, const do
 }  // namespace
 
 extern const SearchKernel search_kernel;
-const SearchKernel search_kernel = {kRowTile, kPanelWidth,   kHasInt8, measure,
-                                    pack,     scratch_bytes, nearest,  squared_norm};
+const SearchKernel search_kernel = {kRowTile,   kPanelWidth,   kHasInt8, measure,     pack,
+                                    pack_float, scratch_bytes, nearest,  squared_norm};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -42,44 +42,55 @@ inline double decision_slack(double extent, int64_t channels) {
 // A float that is not below `value`; 1e-44 stands for what denormals lose.
 inline float round_up(double value) { return float(value + 1.2e-7 * __builtin_fabs(value) + 1e-44); }
 
-// The nearest of a row's candidates, or of all codes where there are too many. Candidates come in any order, so an
-// equal distance goes to the lower index by comparison.
-inline int64_t decide(const PackedCodebook& codebook, const float* r, const Candidates& candidates) {
-  const bool all = candidates.count < 0;
-  const int64_t count = all ? codebook.num_codes : candidates.count;
-  if (count == 1) return all ? 0 : candidates.code[0];
-  double nearest = 0;
+// The nearest of the codes seen so far, which come in any order: an equal distance goes to the lower index.
+struct Nearest {
   int64_t code = -1;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t k = all ? i : candidates.code[i];
-    const double distance = squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels);
-    if (code >= 0 && !(distance < nearest || (distance == nearest && k < code))) continue;
-    nearest = distance;
+  double distance = 0;
+
+  void see(const PackedCodebook& codebook, const float* r, int64_t k) {
+    const double d = squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels);
+    if (code >= 0 && !(d < distance || (d == distance && k < code))) return;
+    distance = d;
     code = k;
   }
-  return code;
+};
+
+inline int64_t nearest_of_all(const PackedCodebook& codebook, const float* r) {
+  Nearest nearest;
+  for (int64_t k = 0; k < codebook.num_codes; ++k) nearest.see(codebook, r, k);
+  return nearest.code;
 }
+
+inline int64_t nearest_of(const PackedCodebook& codebook, const float* r, const Candidates& candidates) {
+  if (candidates.count == 1) return candidates.code[0];
+  Nearest nearest;
+  for (int64_t i = 0; i < candidates.count; ++i) nearest.see(codebook, r, candidates.code[i]);
+  return nearest.code;
+}
+
+// The least that a score can be which was computed as `score` and is off by at most `error`, rounded down.
+inline float least_of(float score, float error) { return -round_up(double(error) - double(score)); }
 
 inline void drop_above(Candidates& candidates, float limit) {
   if (candidates.count < 0) return;
   int32_t kept = 0;
   for (int32_t i = 0; i < candidates.count; ++i) {
-    if (candidates.score[i] > limit) continue;
+    if (candidates.least[i] > limit) continue;
     candidates.code[kept] = candidates.code[i];
-    candidates.score[kept++] = candidates.score[i];
+    candidates.least[kept++] = candidates.least[i];
   }
   candidates.count = kept;
 }
 
 // False, and the row given up, where there is no room even after dropping those above `limit`.
-inline bool add(Candidates& candidates, int32_t code, float score, float limit) {
+inline bool add(Candidates& candidates, int32_t code, float least, float limit) {
   if (candidates.count == Candidates::kCapacity) drop_above(candidates, limit);
   if (candidates.count == Candidates::kCapacity) {
     candidates.count = -1;
     return false;
   }
   candidates.code[candidates.count] = code;
-  candidates.score[candidates.count++] = score;
+  candidates.least[candidates.count++] = least;
   return true;
 }
 

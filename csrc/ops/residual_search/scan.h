@@ -6,8 +6,7 @@
 
 namespace rqk {
 
-// A codebook as the int8 scan reads it. Codes stand in order of their size, so that one panel of `panel_width` codes
-// has one bound that fits all of them; `order` says which code stands where (-1 past the last).
+// A codebook as the int8 scan reads it.
 struct Int8Panels {
   uint8_t* bytes;         // (num_panels, channels / 4 rounded up, panel_width, 4): quantized channel + 128
   float* scale;           // (num_panels, panel_width)
@@ -15,38 +14,44 @@ struct Int8Panels {
   float* offset_centred;  // (num_panels, panel_width): |e - m|^2/2; +inf past the last code
   float* max_norm;        // (num_panels): no |e - m| of the panel is above
   float* max_error;       // (num_panels): no |e - m - scale * quantized| of the panel is above
-  int32_t* order;         // (num_panels, panel_width)
   float* mean;            // (channels): m, a vector in the middle of the codes, or zero where that is as good
   double mean_norm;       // |m|
 };
 
-// One depth's codebook, prepared for the scans. What an instruction set does not use is null.
+// One depth's codebook, prepared for the scans. Codes stand in order of their size, so that one bound fits all codes of
+// a panel: in a shared codebook the small codes of the later depths must not pay for the large ones of the first. What
+// an instruction set does not use is null.
 struct PackedCodebook {
   const float* codes_kc;  // the original, which decides
   int64_t num_codes, channels;
-  double max_norm;    // max_k |e_k|
-  float* half_norms;  // (num_panels, panel_width): |e_k|^2/2, rounded to float; +inf past the last code
-  float* panels;      // (num_panels, channels, panel_width), for the float scan; null: packed where it is needed
+  double max_norm;      // max_k |e_k|
+  int32_t* order;       // (num_panels, panel_width): which code stands where; -1 past the last
+  float* half_norms;    // (num_panels, panel_width): |e_k|^2/2, rounded to float; +inf past the last code
+  float* panel_norms;   // (num_panels): no |e_k| of the panel is above
+  const float* panels;  // (num_panels, channels, panel_width), for the float scan; null: packed where it is needed
   Int8Panels int8;
 };
 
 // Codes that could still be a row's nearest.
 struct Candidates {
   static constexpr int kCapacity = 48;
-  int32_t count;  // -1: more than the scan could tell apart
+  int32_t count;  // -1: more than there is room for
   int32_t code[kCapacity];
-  float score[kCapacity];  // in the float scan the score, in the int8 scan the least it can be
+  float least[kCapacity];  // the least that the exact score can be
 };
 
 struct SearchKernel {
   int row_tile, panel_width;
   bool int8;  // whether this instruction set has the int8 scan
-  // half_norms and |e_k - m|^2 (m: `mean`, null for zero) of codes [begin, end). Returns the largest |e_k|^2.
-  double (*measure)(const float* codes_kc, int64_t channels, const float* mean, int64_t begin, int64_t end,
-                    double* squared_norms, float* half_norms);
-  // Fills what belongs to panels [begin, end). For int8, order and mean are there already, and squared_norms of
-  // `measure`.
-  void (*pack)(const PackedCodebook& codebook, const double* squared_norms, int64_t begin, int64_t end);
+  // |e_k|^2 and |e_k - m|^2 (m: `mean`, null for zero) of codes [begin, end).
+  void (*measure)(const float* codes_kc, int64_t channels, const float* mean, int64_t begin, int64_t end,
+                  double* squared_norms, double* centred_norms);
+  // Fills what belongs to panels [begin, end), but for float panels; order, int8.mean and what `measure` gives are
+  // there.
+  void (*pack)(const PackedCodebook& codebook, const double* squared_norms, const double* centred_norms, int64_t begin,
+               int64_t end);
+  // The float panels [begin, end).
+  void (*pack_float)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels);
   // Bytes of scratch that `nearest` needs for this many rows, a multiple of 64.
   size_t (*scratch_bytes)(int64_t rows, int64_t channels);
   // codes[i] = certified nearest code of row i of residuals (rows, channels), given its |r|^2; -1 where the row is not

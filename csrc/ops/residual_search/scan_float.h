@@ -8,11 +8,11 @@
 //   dot product of C terms, fused or not, in any order: error <= g(C) |r||e_k|, plus C 2^-149 where products underflow
 //   half norm rounded from float64:                     error <= u |e_k|^2 / 2
 //   the subtraction:                                    error <= u (|half norm| + |dot|)
-//   together  |t_k - s_k| <= E = g(C + 2) |r| max|e| + 2.1 u max|e|^2 / 2 + C 2^-148
-// The definition's winner w satisfies s_w <= s_k + decision_slack for all k. With m the smallest computed score:
-//   t_w <= s_w + E <= s_m + E + decision_slack <= t_m + 2 E + decision_slack = t_m + slack.
-// Where a score could overflow, or too many codes come within the slack (a large common offset, a collapsed codebook),
-// the row is given up: it is searched in float64 throughout, with the same result.
+//   together  |t_k - s_k| <= E = g(C + 2) |r| n + 2.1 u n^2 / 2 + C 2^-148, with n the largest norm of the panel
+// A row keeps `upper` = min over the codes seen of t_k + E, an upper bound of the smallest s. The definition's winner w
+// satisfies s_w <= s_k + decision_slack for all k, hence t_w - E <= s_w <= upper + decision_slack: that is the test.
+// Where more codes pass the test than a row remembers (near copies), the scan is made a second time with what `upper`
+// has come to, and every code that passes goes to float64 at once. Where a score could overflow, all codes do.
 #pragma once
 
 #include "common/simd.h"
@@ -32,65 +32,69 @@ constexpr int kPanelWidth = kPanelVecs * Vec::kSize;
 
 constexpr double kHuge = 1e37;  // a tenth of float's range
 
-struct FloatRow {
-  double slack;       // how far above the best score the winner's own score can be
-  float best, limit;  // best score so far; best + slack, rounded up
-  Candidates candidates;
+// The rows of a tile side by side.
+struct FloatRows {
+  float factor[kRowTile];  // g(C + 2) |r|
+  float slack[kRowTile];   // decision_slack
+  float upper[kRowTile];
+  float keep[kRowTile];  // upper + slack, rounded up: a code whose least score is above cannot win
+  Candidates candidates[kRowTile];
+  Nearest nearest[kRowTile];  // of a row that the scan is made twice for
 };
 
 inline void pack_float_panel(const PackedCodebook& codebook, int64_t first, float* panel) {
   const int64_t channels = codebook.channels;
   for (int w = 0; w < kPanelWidth; ++w) {
-    const int64_t k = first + w;
-    for (int64_t c = 0; c < channels; ++c) {
-      panel[c * kPanelWidth + w] = k < codebook.num_codes ? codebook.codes_kc[k * channels + c] : 0.0f;
-    }
+    const int64_t k = codebook.order[first + w];
+    for (int64_t c = 0; c < channels; ++c)
+      panel[c * kPanelWidth + w] = k >= 0 ? codebook.codes_kc[k * channels + c] : 0;
   }
 }
 
-inline void give_up(FloatRow& row) {
-  row.candidates.count = -1;
-  // Keeps the row out of the slow path of the scan, unless its scores overflow.
-  row.limit = -__builtin_inff();
+// Keeps a row out of the scan: no score is at most that.
+inline void leave_out(FloatRows& rows, int i) { rows.keep[i] = -__builtin_inff(); }
+
+// False, and the row left out, where a score could overflow or is NaN.
+inline bool begin_row(const PackedCodebook& codebook, double squared_norm, FloatRows& rows, int i) {
+  const double u = 0x1p-24, terms = double(codebook.channels) + 2;
+  const double norm = __builtin_sqrt(squared_norm), extent = norm + codebook.max_norm;
+  rows.factor[i] = round_up(terms * u / (1 - terms * u) * norm * (1 + 1e-6));
+  rows.slack[i] = round_up(decision_slack(extent, codebook.channels));
+  rows.upper[i] = rows.keep[i] = __builtin_inff();
+  rows.candidates[i].count = 0;
+  if (extent * extent < kHuge && terms < 0x1p20) return true;
+  rows.factor[i] = rows.slack[i] = 0;
+  leave_out(rows, i);
+  return false;
 }
 
-inline void begin_row(const PackedCodebook& codebook, double squared_norm, FloatRow& row) {
-  const double u = 0x1p-24, channels = double(codebook.channels), max_norm = codebook.max_norm;
-  const double norm = __builtin_sqrt(squared_norm), extent = norm + max_norm;
-  const double gamma = (channels + 2) * u / (1 - (channels + 2) * u);
-  const double error = gamma * norm * max_norm + 2.1 * u * max_norm * max_norm / 2 + channels * 0x1p-148;
-  row.slack = 2 * error + decision_slack(extent, codebook.channels);
-  row.best = row.limit = __builtin_inff();
-  row.candidates.count = 0;
-  // The negated comparison also gives up on NaN.
-  if (!(extent * extent < kHuge && channels < 0x1p20)) give_up(row);
-}
-
-// Some score of this panel is within the row's limit: lower the limit, then remember the codes within it.
-inline void take_candidates(FloatRow& row, const float* scores, int64_t first_code) {
-  if (row.candidates.count < 0) return;
-  for (int w = 0; w < kPanelWidth; ++w) {
-    if (scores[w] < row.best) row.best = scores[w];
+// The first time: some score of this panel is within the row's limit. Lowers `upper`, then remembers the codes that
+// could be below it.
+inline void take_candidates(FloatRows& rows, int i, const float* scores, float error, const int32_t* order) {
+  float best = scores[0];
+  for (int w = 1; w < kPanelWidth; ++w) best = scores[w] < best ? scores[w] : best;
+  const float above = round_up(double(best) + double(error));
+  if (above < rows.upper[i]) {
+    rows.upper[i] = above;
+    rows.keep[i] = round_up(double(above) + double(rows.slack[i]));
   }
-  row.limit = round_up(double(row.best) + row.slack);
-  for (int w = 0; w < kPanelWidth; ++w) {
-    if (scores[w] > row.limit || scores[w] == __builtin_inff()) continue;
-    if (!add(row.candidates, int32_t(first_code + w), scores[w], row.limit)) {
-      give_up(row);
-      return;
-    }
+  for (int w = 0; w < kPanelWidth && rows.candidates[i].count >= 0; ++w) {
+    const float least = least_of(scores[w], error);
+    if (least <= rows.keep[i] && order[w] >= 0) add(rows.candidates[i], order[w], least, rows.keep[i]);
   }
 }
 
-// Scores of one tile of rows against one panel, in registers; tile is (channels, kRowTile).
-inline void scan_panel(const float* __restrict__ tile, const float* __restrict__ panel, const float* half_norms,
-                       int64_t channels, int64_t first_code, FloatRow* rows) {
+// Scores of one tile of rows against one panel, in registers; tile is (channels, kRowTile). visit(i, scores, error,
+// order) for row i where one of them is of interest.
+template <class Visit>
+inline void scan_panel(const PackedCodebook& codebook, const float* __restrict__ tile, const float* __restrict__ panel,
+                       int64_t first, const FloatRows& rows, Visit visit) {
   Vec dot[kRowTile][kPanelVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
     for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = Vec::zero();
   }
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t c = 0; c < codebook.channels; ++c) {
     Vec e[kPanelVecs];
     for (int v = 0; v < kPanelVecs; ++v) e[v] = Vec::load(panel + c * kPanelWidth + v * Vec::kSize);
 #pragma GCC unroll 16
@@ -99,18 +103,26 @@ inline void scan_panel(const float* __restrict__ tile, const float* __restrict__
       for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = fma(r, e[v], dot[i][v]);
     }
   }
+  // E of every row for this panel, and the largest score that is still of interest; both rounded up.
+  const float n = codebook.panel_norms[first / kPanelWidth];
+  const float constant = 6.3e-8f * n * n + float(codebook.channels) * 0x1p-147f + 1e-42f;
+  float errors[kRowTile], limits[kRowTile];
+  for (int i = 0; i < kRowTile; ++i) {
+    errors[i] = (rows.factor[i] * n + constant) * 1.000001f;
+    limits[i] = rows.keep[i] + errors[i] + 3e-7f * (__builtin_fabsf(rows.keep[i]) + errors[i]);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
     Vec score[kPanelVecs];
     bool any = false;
     for (int v = 0; v < kPanelVecs; ++v) {
-      score[v] = Vec::load(half_norms + v * Vec::kSize) - dot[i][v];
-      any = any || any_at_most(score[v], rows[i].limit);
+      score[v] = Vec::load(codebook.half_norms + first + v * Vec::kSize) - dot[i][v];
+      any = any || any_at_most(score[v], limits[i]);
     }
     if (__builtin_expect(any, 0)) {
       float scores[kPanelWidth];
       for (int v = 0; v < kPanelVecs; ++v) score[v].store(scores + v * Vec::kSize);
-      take_candidates(rows[i], scores, first_code);
+      visit(i, scores, errors[i], codebook.order + first);
     }
   }
 }
@@ -118,30 +130,65 @@ inline void scan_panel(const float* __restrict__ tile, const float* __restrict__
 // codes[which[i]] for rows which[0 .. count) of residuals. tiles: (count rounded up to kRowTile) * channels floats;
 // panel: kPanelWidth * channels floats, used where the codebook has no panels.
 inline void search_float(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
-                         const int32_t* which, int64_t count, float* tiles, float* panel, FloatRow* rows,
+                         const int32_t* which, int64_t count, float* tiles, float* panel, FloatRows* rows,
                          int64_t* codes) {
   const int64_t channels = codebook.channels, num_tiles = (count + kRowTile - 1) / kRowTile;
+  auto panel_at = [&](int64_t first) {
+    if (codebook.panels != nullptr) return codebook.panels + first * channels;
+    pack_float_panel(codebook, first, panel);
+    return static_cast<const float*>(panel);
+  };
   for (int64_t i = 0; i < num_tiles * kRowTile; ++i) {
     float* column = tiles + i / kRowTile * kRowTile * channels + i % kRowTile;
     const float* r = i < count ? residuals + which[i] * channels : nullptr;
     for (int64_t c = 0; c < channels; ++c) column[c * kRowTile] = r != nullptr ? r[c] : 0.0f;
-    if (r != nullptr) {
-      begin_row(codebook, squared_norms[which[i]], rows[i]);
-    } else {
-      give_up(rows[i]);
+    // A place without a row is left out like one whose norm is not a number.
+    const double squared = r != nullptr ? squared_norms[which[i]] : __builtin_nan("");
+    if (!begin_row(codebook, squared, rows[i / kRowTile], int(i % kRowTile)) && r != nullptr) {
+      codes[which[i]] = nearest_of_all(codebook, r);
     }
   }
   for (int64_t first = 0; first < codebook.num_codes; first += kPanelWidth) {
-    const float* packed = codebook.panels != nullptr ? codebook.panels + first * channels : panel;
-    if (codebook.panels == nullptr) pack_float_panel(codebook, first, panel);
+    const float* packed = panel_at(first);
     for (int64_t t = 0; t < num_tiles; ++t) {
-      scan_panel(tiles + t * kRowTile * channels, packed, codebook.half_norms + first, channels, first,
-                 rows + t * kRowTile);
+      scan_panel(codebook, tiles + t * kRowTile * channels, packed, first, rows[t],
+                 [&](int i, const float* scores, float error, const int32_t* order) {
+                   take_candidates(rows[t], i, scores, error, order);
+                 });
     }
   }
+  // Rows that the first scan settles are left out of the second.
+  bool again = false;
   for (int64_t i = 0; i < count; ++i) {
-    drop_above(rows[i].candidates, rows[i].limit);
-    codes[which[i]] = decide(codebook, residuals + which[i] * channels, rows[i].candidates);
+    FloatRows& tile = rows[i / kRowTile];
+    const int place = int(i % kRowTile);
+    if (tile.keep[place] == -__builtin_inff()) continue;
+    Candidates& candidates = tile.candidates[place];
+    if (candidates.count < 0) {
+      tile.nearest[place] = Nearest();
+      again = true;
+      continue;
+    }
+    drop_above(candidates, tile.keep[place]);
+    codes[which[i]] = nearest_of(codebook, residuals + which[i] * channels, candidates);
+    leave_out(tile, place);
+  }
+  for (int64_t first = 0; again && first < codebook.num_codes; first += kPanelWidth) {
+    const float* packed = panel_at(first);
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      scan_panel(codebook, tiles + t * kRowTile * channels, packed, first, rows[t],
+                 [&](int i, const float* scores, float error, const int32_t* order) {
+                   const float* r = residuals + which[t * kRowTile + i] * channels;
+                   for (int w = 0; w < kPanelWidth; ++w) {
+                     if (order[w] < 0 || least_of(scores[w], error) > rows[t].keep[i]) continue;
+                     rows[t].nearest[i].see(codebook, r, order[w]);
+                   }
+                 });
+    }
+  }
+  for (int64_t i = 0; again && i < count; ++i) {
+    const FloatRows& tile = rows[i / kRowTile];
+    if (tile.keep[i % kRowTile] != -__builtin_inff()) codes[which[i]] = tile.nearest[i % kRowTile].code;
   }
 }
 

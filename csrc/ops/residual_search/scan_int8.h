@@ -110,7 +110,7 @@ inline void pack_int8_panel(const PackedCodebook& codebook, const double* square
   for (int w = 0; w < kPanelWidth; ++w) {
     const int64_t place = first + w;
     uint8_t* bytes = int8.bytes + panel * quads(channels) * kPanelWidth * 4 + w * 4;
-    const int32_t k = int8.order[place];
+    const int32_t k = codebook.order[place];
     if (k < 0) {
       for (int64_t four = 0; four < quads(channels); ++four) __builtin_memset(bytes + four * kPanelWidth * 4, 128, 4);
       int8.scale[place] = 0;
@@ -197,9 +197,7 @@ inline void take_int8_candidates(Int8Rows& rows, int i, __m512 score0, __m512 sc
   for (uint32_t left = within; left != 0; left &= left - 1) {
     const int w = __builtin_ctz(left);
     if (order[w] < 0) continue;
-    // Rounded down, as it is the least that the exact score can be.
-    const float least = -round_up(double(error) - double(scores[w]));
-    if (!add(candidates, order[w], least, keep)) {
+    if (!add(candidates, order[w], least_of(scores[w], error), keep)) {
       rows.upper[i] = -__builtin_inff();
       return;
     }
@@ -260,7 +258,7 @@ inline void scan_int8_panel(const PackedCodebook& codebook, const uint8_t* tile,
     const __mmask16 hits0 = _mm512_cmp_ps_mask(score0, at_most, _CMP_LE_OQ);
     const __mmask16 hits1 = _mm512_cmp_ps_mask(score1, at_most, _CMP_LE_OQ);
     if (__builtin_expect((hits0 | hits1) != 0, 0)) {
-      take_int8_candidates(rows, i, score0, score1, hits0, hits1, errors[i], int8.order + first);
+      take_int8_candidates(rows, i, score0, score1, hits0, hits1, errors[i], codebook.order + first);
     }
   }
 }
@@ -291,7 +289,7 @@ inline int64_t search_int8(const PackedCodebook& codebook, const float* residual
       continue;
     }
     drop_above(candidates, int8_limit(rows[i / kRowTile], int(i % kRowTile)));
-    codes[i] = decide(codebook, residuals + i * channels, candidates);
+    codes[i] = nearest_of(codebook, residuals + i * channels, candidates);
   }
   return num_left;
 }
