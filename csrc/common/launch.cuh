@@ -1,22 +1,40 @@
-// What launchers share. Kernel files (kernel.cuh) do not include this: they are device code only.
+// What launchers (cuda.cu) share: one way to launch a kernel, on a GPU's stream or on the emulation's host.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-namespace rqk {
+#include "common/device.h"
 
-// A launch reports a bad configuration here, and an error of an earlier kernel too.
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
-}
+namespace rqk {
 
 // Blocks of a kernel that loops over `items` with a stride of the grid.
 inline unsigned grid_for(int64_t items) { return static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX)); }
+
+// `shared` is dynamic shared memory in bytes. An empty grid is nothing to do.
+template <class... Params, class... Args>
+void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void* stream,
+                   const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#ifdef __CUDACC__
+  cudaError_t error = cudaSuccess;
+  // More than every launch may use must be asked for.
+  if (shared > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  }
+  if (error == cudaSuccess) {
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+    // A launch reports a bad configuration here, and an error of an earlier kernel too.
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+#else
+  static_cast<void>(stream);
+  emulation::launch(op, grid, block, shared, [&] { kernel(args...); });
+#endif
+}
 
 }  // namespace rqk

@@ -5,9 +5,8 @@
 namespace rqk {
 
 void launch(const CodeStatisticsParams& p, void* stream) {
-  code_statistics::gather<<<grid_for(p.num_codes), code_statistics::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      p);
-  check_launch("code_statistics");
+  launch_kernel("code_statistics", code_statistics::gather, grid_for(p.num_codes), code_statistics::kThreads, 0, stream,
+                p);
 }
 
 }  // namespace rqk

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/device.h"
 #include "ops/code_statistics/params.h"
 
 namespace rqk {
@@ -14,7 +15,7 @@ namespace code_statistics {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) gather(CodeStatisticsParams p) {
-  __shared__ int64_t tile[kThreads];
+  CU_SHARED(int64_t, tile, [kThreads]);
   const float nan = __int_as_float(0x7fffffff);
 
   for (int64_t k = blockIdx.x; k < p.num_codes; k += gridDim.x) {

@@ -6,8 +6,7 @@ namespace rqk {
 
 void launch(const ResidualDecodeParams& p, void* stream) {
   const int64_t blocks = (p.rows * p.channels + residual_decode::kThreads - 1) / residual_decode::kThreads;
-  residual_decode::decode<<<grid_for(blocks), residual_decode::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  check_launch("residual_decode");
+  launch_kernel("residual_decode", residual_decode::decode, grid_for(blocks), residual_decode::kThreads, 0, stream, p);
 }
 
 }  // namespace rqk

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/device.h"
 #include "ops/residual_decode/params.h"
 
 namespace rqk {

@@ -11,9 +11,8 @@ void launch(const ResidualSearchParams& p, void* stream) {
                                 std::to_string(residual_search::kMaxChannels) + " channels, got " +
                                 std::to_string(p.channels));
   }
-  residual_search::
-      search_rows<<<grid_for(p.rows), residual_search::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(p);
-  check_launch("residual_search");
+  launch_kernel("residual_search", residual_search::search_rows, grid_for(p.rows), residual_search::kThreads, shared,
+                stream, p);
 }
 
 }  // namespace rqk

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/device.h"
 #include "ops/residual_search/params.h"
 
 namespace rqk {
@@ -37,10 +38,10 @@ __device__ inline double squared_lane(const float* a, const float* b, int64_t ch
 }
 
 __global__ void __launch_bounds__(kThreads) search_rows(ResidualSearchParams p) {
-  extern __shared__ float residual[];  // (channels)
-  __shared__ double group_distance[kGroups];
-  __shared__ int64_t group_code[kGroups];
-  __shared__ int64_t chosen;
+  CU_DYN_SMEM(float, residual);  // (channels)
+  CU_SHARED(double, group_distance, [kGroups]);
+  CU_SHARED(int64_t, group_code, [kGroups]);
+  CU_SHARED(int64_t, chosen);
   const int group = threadIdx.x / kLanes, j = threadIdx.x % kLanes;
   const float nan = __int_as_float(0x7fffffff), inf = __int_as_float(0x7f800000);
 

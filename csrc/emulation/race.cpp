@@ -1,0 +1,232 @@
+// The race checker: for each byte the last write and two reads, and who made them when.
+//
+// Two accesses conflict when they are not ordered, one of them writes and not both are atomic. In one thread all is
+// ordered; threads of a block are ordered by a block barrier between them (a count of barriers, the epoch), lanes of a
+// warp also by __syncwarp (a vector clock); blocks of one launch by nothing; launches always. Writes of equal values
+// conflict too.
+#include "emulation/race.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulation/runtime.h"
+
+namespace rqk::emulation::race {
+namespace {
+
+constexpr unsigned kWarp = 32;
+
+struct Access {
+  uint64_t pc = 0;
+  uint32_t launch = 0;  // 0: no access yet
+  uint32_t block = 0;
+  uint32_t epoch = 0;
+  uint32_t clock = 0;
+  uint16_t thread = 0;
+  bool atomic = false;
+};
+
+struct Byte {
+  Access write;
+  Access reads[2];
+  bool written = false;  // by anyone, ever (in this block, for shared memory)
+};
+
+struct Region {
+  const char* start;
+  size_t bytes;
+  const char* name;
+  bool shared;
+  std::unique_ptr<Byte[]> shadow;
+};
+
+struct Lane {
+  uint32_t clock = 1;         // of its own; rises at each __syncwarp
+  uint32_t seen[kWarp] = {};  // what it knows of the others'
+};
+
+std::vector<Region>& regions() {
+  static std::vector<Region> all;
+  return all;
+}
+size_t last_region = 0;
+
+bool inside = false;  // a launch is running
+uint32_t launch_number = 0, block = 0, epoch = 0;
+unsigned thread = 0;
+std::vector<Lane> lanes;  // of the block's threads
+
+void clear(Region& region, bool written) {
+  region.shadow = std::make_unique<Byte[]>(region.bytes);
+  for (size_t i = 0; written && i < region.bytes; ++i) region.shadow[i].written = true;
+}
+
+Region* find(const char* address) {
+  std::vector<Region>& all = regions();
+  auto holds = [&](const Region& r) { return address >= r.start && address < r.start + r.bytes; };
+  if (last_region < all.size() && holds(all[last_region])) return &all[last_region];
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (holds(all[i])) {
+      last_region = i;
+      return &all[i];
+    }
+  }
+  return nullptr;
+}
+
+bool concurrent(const Access& before) {
+  if (before.launch != launch_number) return false;
+  if (before.block != block) return true;
+  if (before.epoch != epoch || before.thread == thread) return false;
+  if (before.thread / kWarp != thread / kWarp) return true;
+  return before.clock > lanes[thread].seen[before.thread % kWarp];
+}
+
+// "kernel.cuh:88" of an address of code, by binutils; the address itself where that fails.
+std::string line_of(uint64_t pc) {
+  char command[128], text[512] = "";
+  std::snprintf(command, sizeof(command), "addr2line -s -e /proc/%d/exe 0x%llx 2>/dev/null", getpid(),
+                static_cast<unsigned long long>(pc - 1));
+  if (FILE* pipe = popen(command, "r")) {
+    if (std::fgets(text, sizeof(text), pipe) == nullptr) text[0] = '\0';
+    pclose(pipe);
+  }
+  text[std::strcspn(text, " \n")] = '\0';
+  if (text[0] == '\0' || text[0] == '?') std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(pc));
+  return text;
+}
+
+std::string who(const Access& access, bool write) {
+  return std::string(access.atomic ? "an atomic" : write ? "a write" : "a read") + " by thread " +
+         std::to_string(access.thread) + " of block " + std::to_string(access.block) + " at " + line_of(access.pc);
+}
+
+std::string place(const Region& region, size_t offset) {
+  return std::string(region.shared ? "shared " : "") + region.name + " (" + std::to_string(region.bytes) +
+         " bytes) at byte " + std::to_string(offset);
+}
+
+void remember_read(Byte& byte, const Access& access) {
+  // Two readers of which no write is ordered after both by being one of them, or of their warp.
+  Access* slot = &byte.reads[1];
+  for (Access& read : byte.reads) {
+    if (read.launch != access.launch || read.block != access.block || read.epoch != access.epoch) slot = &read;
+  }
+  for (Access& read : byte.reads) {
+    if (read.launch == access.launch && read.block == access.block && read.thread / kWarp == access.thread / kWarp) {
+      slot = &read;
+    }
+  }
+  *slot = access;
+}
+
+void check(const void* address, size_t bytes, bool reads, bool writes, bool atomic, const void* pc) {
+  if (!inside) return;
+  const char* first = static_cast<const char*>(address);
+  Region* region = find(first);
+  if (region == nullptr) return;  // a thread's own stack, or a constant
+  const Access access{reinterpret_cast<uint64_t>(pc), launch_number,
+                      block,                          epoch,
+                      lanes[thread].clock,            static_cast<uint16_t>(thread),
+                      atomic};
+  for (size_t i = 0; i < bytes; ++i) {
+    const size_t offset = static_cast<size_t>(first - region->start) + i;
+    if (offset >= region->bytes) return;  // out of bounds is the address build's to find
+    Byte& byte = region->shadow[offset];
+    auto conflict = [&](const Access& before, bool before_writes) {
+      if ((before.atomic && atomic) || !concurrent(before)) return;
+      fail("race on " + place(*region, offset) + ": " + who(access, writes) + " and, before it, " +
+           who(before, before_writes));
+    };
+    if (reads && !byte.written) fail("uninitialised " + place(*region, offset) + ": " + who(access, false));
+    conflict(byte.write, true);
+    if (writes) {
+      conflict(byte.reads[0], false);
+      conflict(byte.reads[1], false);
+      byte.write = access;
+      byte.written = true;
+    } else {
+      remember_read(byte, access);
+    }
+  }
+}
+
+}  // namespace
+
+void add_region(const void* start, size_t bytes, const char* name, bool shared, bool initialised) {
+  Region region{static_cast<const char*>(start), bytes, name, shared, nullptr};
+  clear(region, initialised);
+  regions().push_back(std::move(region));
+}
+
+void remove_region(const void* start) {
+  std::erase_if(regions(), [&](const Region& region) { return region.start == start; });
+}
+
+void begin_launch() {
+  inside = true;
+  ++launch_number;
+}
+
+void begin_block(uint32_t index, unsigned threads) {
+  block = index;
+  epoch = 0;
+  lanes.assign(threads, Lane{});
+  for (Region& region : regions()) {
+    if (region.shared) clear(region, false);
+  }
+}
+
+void end_launch() { inside = false; }
+
+void set_thread(unsigned index) { thread = index; }
+
+void block_barrier() { ++epoch; }
+
+void warp_barrier(uint32_t mask) {
+  Lane* warp = &lanes[thread / kWarp * kWarp];
+  uint32_t known[kWarp] = {};
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1) == 0) continue;
+    for (unsigned j = 0; j < kWarp; ++j) known[j] = std::max(known[j], warp[i].seen[j]);
+    known[i] = std::max(known[i], warp[i].clock);
+  }
+  for (unsigned i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1) == 0) continue;
+    std::memcpy(warp[i].seen, known, sizeof(known));
+    ++warp[i].clock;
+  }
+}
+
+void atomic(const void* address, size_t bytes, const void* pc) { check(address, bytes, true, true, true, pc); }
+
+}  // namespace rqk::emulation::race
+
+// --- what kernel files compiled with -fsanitize=thread call ----------------------------------------------
+
+#define RQK_TSAN(name, bytes, writes)                                                                        \
+  extern "C" void __tsan_##name(void* address) {                                                             \
+    rqk::emulation::race::check(address, bytes, !(writes), writes, false, __builtin_return_address(0));      \
+  }
+#define RQK_TSAN_SIZES(prefix) \
+  RQK_TSAN(prefix##read2, 2, false) RQK_TSAN(prefix##read4, 4, false) RQK_TSAN(prefix##read8, 8, false) \
+  RQK_TSAN(prefix##read16, 16, false) RQK_TSAN(prefix##write2, 2, true) RQK_TSAN(prefix##write4, 4, true) \
+  RQK_TSAN(prefix##write8, 8, true) RQK_TSAN(prefix##write16, 16, true)
+RQK_TSAN(read1, 1, false)
+RQK_TSAN(write1, 1, true)
+RQK_TSAN_SIZES()
+RQK_TSAN_SIZES(unaligned_)
+extern "C" void __tsan_read_range(void* address, size_t bytes) {
+  rqk::emulation::race::check(address, bytes, true, false, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* address, size_t bytes) {
+  rqk::emulation::race::check(address, bytes, false, true, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_vptr_update(void**, void*) {}

@@ -1,0 +1,647 @@
+// Fibers, barriers, collectives and memory of the emulation. Never instrumented for races itself.
+#include "emulation/runtime.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "emulation/race.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if !defined(__x86_64__) || !defined(__linux__)
+#error "the emulation switches stacks in x86-64 assembly, on Linux; CMakeLists.txt leaves it out elsewhere"
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+// Saves the callee-saved registers on the running stack and its pointer in *save, then goes on where `load` was saved.
+// 7 ns; ucontext makes a system call for the signal mask and takes 30 times that.
+extern "C" void rqk_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.hidden rqk_switch_stack
+.globl rqk_switch_stack
+.type rqk_switch_stack, @function
+rqk_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size rqk_switch_stack, .-rqk_switch_stack
+)");
+
+namespace rqk::emulation {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kMaxStaticShared = 48 * 1024;
+constexpr size_t kMaxShared = 227 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kGuardBytes = 4096;
+
+// --- chance --------------------------------------------------------------------------------------------
+
+struct Random {
+  uint64_t state = 0;
+  // splitmix64
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  uint32_t below(uint64_t n) { return static_cast<uint32_t>((next() >> 32) * n >> 32); }
+};
+
+uint64_t schedule_seed = 0;
+
+// --- stacks --------------------------------------------------------------------------------------------
+
+// A stack with a page below it that ends the process; kept for the next block.
+struct Stack {
+  Stack() {
+    void* all = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) throw std::bad_alloc();
+    mprotect(all, kGuardBytes, PROT_NONE);
+    bottom = static_cast<char*>(all) + kGuardBytes;
+  }
+  char* bottom;
+};
+
+std::vector<Stack>& stacks() {
+  static std::vector<Stack> all;
+  return all;
+}
+
+// --- one launch ----------------------------------------------------------------------------------------
+
+enum class State { ready, at_barrier, at_exchange, returned };
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  void* asan_fake_stack = nullptr;
+  const char* stack_bottom = nullptr;
+  uint3 index{};
+  unsigned linear = 0;
+  State state = State::ready;
+  // What it waits for.
+  Site site{};
+  const char* waits_in = nullptr;
+  uint32_t mask = 0;
+  void* argument = nullptr;
+};
+
+struct SharedVariable {
+  const void* key;
+  const char* name;
+  size_t bytes;
+  char* allocation;
+  char* data;
+};
+
+struct Launch {
+  const char* name;
+  dim3 block;
+  void (*thread)(void*);
+  void* context;
+  std::vector<Fiber> fibers;
+  Fiber* running = nullptr;
+  void* main_stack_pointer = nullptr;
+  void* main_fake_stack = nullptr;
+  const void* main_bottom = nullptr;
+  size_t main_bytes = 0;
+
+  // Fibers that can go on, in the order in which they became so: a ring with room for all.
+  unsigned wrapped(unsigned i) const { return i < ready.size() ? i : i - static_cast<unsigned>(ready.size()); }
+  std::vector<unsigned> ready;
+  unsigned first_ready = 0, num_ready = 0;
+  Random random;
+  bool latest_first = false;
+
+  // Lanes of each warp that wait in a collective, and that are gone or were never there.
+  struct Warp {
+    uint32_t waiting = 0, absent = 0;
+  };
+  std::vector<Warp> warps;
+
+  unsigned live = 0;
+  unsigned at_barrier = 0;
+  Barrier barrier_kind = Barrier::plain;
+  Site barrier_site{};
+  unsigned predicates = 0;
+  int barrier_result = 0;
+
+  std::vector<SharedVariable> shared;
+  size_t static_shared_bytes = 0, dynamic_shared_bytes = 0;
+  std::string error;
+};
+
+Launch* current = nullptr;  // null outside launches
+bool from_main = false;
+
+// Lists of threads as ranges: "0-31, 64"
+std::string ranges(const std::vector<unsigned>& threads) {
+  std::string text;
+  for (size_t i = 0; i < threads.size();) {
+    size_t j = i;
+    while (j + 1 < threads.size() && threads[j + 1] == threads[j] + 1) ++j;
+    if (!text.empty()) text += ", ";
+    text += std::to_string(threads[i]);
+    if (j > i) text += "-" + std::to_string(threads[j]);
+    i = j + 1;
+  }
+  return text;
+}
+
+std::string hex(uint32_t value) {
+  char text[16];
+  snprintf(text, sizeof(text), "0x%08x", value);
+  return text;
+}
+
+// --- switching -----------------------------------------------------------------------------------------
+
+void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* bottom,
+                   [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
+#endif
+}
+
+void after_switch([[maybe_unused]] void* fake_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(fake_stack, &bottom, &bytes);
+  if (from_main) {
+    current->main_bottom = bottom;
+    current->main_bytes = bytes;
+  }
+#endif
+  from_main = false;
+}
+
+void enter(Fiber& fiber) {
+  current->running = &fiber;
+  threadIdx = fiber.index;
+  race::set_thread(fiber.linear);
+}
+
+// `leaving`: where to keep the running stack; null for a fiber that will not run again.
+void switch_to_main(Fiber& leaving, bool returned) {
+  before_switch(returned ? nullptr : &leaving.asan_fake_stack, current->main_bottom, current->main_bytes);
+  rqk_switch_stack(&leaving.stack_pointer, current->main_stack_pointer);
+}
+
+void switch_to(Fiber& leaving, Fiber& next, bool returned) {
+  enter(next);
+  before_switch(returned ? nullptr : &leaving.asan_fake_stack, next.stack_bottom, kStackBytes);
+  rqk_switch_stack(&leaving.stack_pointer, next.stack_pointer);
+  after_switch(leaving.asan_fake_stack);
+}
+
+void make_ready(Fiber& fiber) {
+  Launch& l = *current;
+  fiber.state = State::ready;
+  l.ready[l.wrapped(l.first_ready + l.num_ready++)] = fiber.linear;
+}
+
+// A ready fiber: the first in order, or by the seed any of them or (to let some warps run far ahead) mostly the latest.
+Fiber* take_ready() {
+  Launch& l = *current;
+  if (l.num_ready == 0) return nullptr;
+  if (schedule_seed != 0) {
+    const bool any = !l.latest_first || l.random.below(8) == 0;
+    const unsigned pick = any ? l.random.below(l.num_ready) : l.num_ready - 1;
+    std::swap(l.ready[l.wrapped(l.first_ready + pick)], l.ready[l.first_ready]);
+  }
+  Fiber& fiber = l.fibers[l.ready[l.first_ready]];
+  l.first_ready = l.wrapped(l.first_ready + 1);
+  --l.num_ready;
+  return &fiber;
+}
+
+// Who waits where, for a launch that cannot go on.
+std::string waiting_threads() {
+  Launch& l = *current;
+  std::string text;
+  std::vector<bool> told(l.fibers.size());
+  for (const Fiber& first : l.fibers) {
+    if (told[first.linear] || first.state == State::returned || first.state == State::ready) continue;
+    std::vector<unsigned> threads;
+    for (const Fiber& other : l.fibers) {
+      if (other.state == first.state && other.mask == first.mask && other.site.line() == first.site.line() &&
+          other.site.column() == first.site.column() && other.waits_in == first.waits_in) {
+        threads.push_back(other.linear);
+        told[other.linear] = true;
+      }
+    }
+    text += "\n  threads " + ranges(threads) + " wait in " + first.waits_in;
+    if (first.state == State::at_exchange) text += " of mask " + hex(first.mask);
+    text += " at " + describe(first.site);
+  }
+  std::vector<unsigned> returned;
+  for (const Fiber& fiber : l.fibers) {
+    if (fiber.state == State::returned) returned.push_back(fiber.linear);
+  }
+  if (!returned.empty()) text += "\n  threads " + ranges(returned) + " have returned";
+  return text;
+}
+
+// Runs others until this fiber, which has put itself into a waiting state or back among the ready, is picked again.
+void wait(Fiber& self) {
+  Fiber* next = take_ready();
+  if (next == nullptr) fail("deadlock:" + waiting_threads());
+  if (next != &self) switch_to(self, *next, false);
+}
+
+// --- barriers ------------------------------------------------------------------------------------------
+
+const char* name_of(Barrier kind) {
+  switch (kind) {
+    case Barrier::count:
+      return "__syncthreads_count";
+    case Barrier::all:
+      return "__syncthreads_and";
+    case Barrier::any:
+      return "__syncthreads_or";
+    default:
+      return "__syncthreads";
+  }
+}
+
+void complete_barrier_if_all_are_here() {
+  Launch& l = *current;
+  if (l.at_barrier == 0 || l.at_barrier != l.live) return;
+  switch (l.barrier_kind) {
+    case Barrier::all:
+      l.barrier_result = l.predicates == l.at_barrier;
+      break;
+    case Barrier::any:
+      l.barrier_result = l.predicates > 0;
+      break;
+    default:
+      l.barrier_result = static_cast<int>(l.predicates);
+  }
+  l.at_barrier = 0;
+  l.predicates = 0;
+  race::block_barrier();
+  for (Fiber& fiber : l.fibers) {
+    if (fiber.state == State::at_barrier) make_ready(fiber);
+  }
+}
+
+// --- the life of a fiber -------------------------------------------------------------------------------
+
+void fiber_main() {
+  after_switch(nullptr);
+  current->thread(current->context);
+
+  Launch& l = *current;
+  Fiber& self = *l.running;
+  self.state = State::returned;
+  --l.live;
+  const unsigned lane = self.linear % kWarp;
+  l.warps[self.linear / kWarp].absent |= 1u << lane;
+  for (unsigned t = self.linear - lane; t < self.linear - lane + kWarp && t < l.fibers.size(); ++t) {
+    const Fiber& other = l.fibers[t];
+    if (other.state == State::at_exchange && (other.mask >> lane & 1) != 0) {
+      fail("thread " + std::to_string(self.linear) + " returned, but is in the mask " + hex(other.mask) + " of " +
+           other.waits_in + " at " + describe(other.site) + ", where thread " + std::to_string(t) + " waits");
+    }
+  }
+  complete_barrier_if_all_are_here();
+  Fiber* next = take_ready();
+  if (next == nullptr) {
+    if (l.live > 0) fail("deadlock:" + waiting_threads());
+    switch_to_main(self, true);
+  } else {
+    switch_to(self, *next, true);
+  }
+  std::abort();  // a fiber that has returned never runs again
+}
+
+void prepare(Fiber& fiber, const Stack& stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.bottom, kStackBytes);  // frames of an earlier block that never returned
+#endif
+  fiber.stack_bottom = stack.bottom;
+  fiber.asan_fake_stack = nullptr;
+  // Stacks a power of two apart would all fall into the same cache sets.
+  const size_t colour = fiber.linear % 61 * 192;
+  char* top = stack.bottom + kStackBytes - colour;
+  void** words = reinterpret_cast<void**>(top) - 8;
+  std::memset(words, 0, 64);  // six registers, the address to "return" to, and that one's own return address
+  words[6] = reinterpret_cast<void*>(&fiber_main);
+  fiber.stack_pointer = words;
+}
+
+void fill_shared(Launch& l) {
+  for (const SharedVariable& variable : l.shared) std::memset(variable.data, 0xff, variable.bytes);
+}
+
+void run_block(Launch& l, uint3 index, uint32_t linear) {
+  blockIdx = index;
+  l.live = static_cast<unsigned>(l.fibers.size());
+  l.at_barrier = l.predicates = 0;
+  l.first_ready = l.num_ready = 0;
+  l.latest_first = schedule_seed != 0 && l.random.below(2) == 0;
+  fill_shared(l);
+  race::begin_block(linear, l.live);
+  for (size_t w = 0; w < l.warps.size(); ++w) {
+    const size_t lanes = l.fibers.size() - w * kWarp;
+    l.warps[w] = {0, lanes < kWarp ? ~0u << lanes : 0};
+  }
+  for (unsigned t = 0; t < l.fibers.size(); ++t) {
+    Fiber& fiber = l.fibers[t];
+    fiber.linear = t;
+    fiber.index = {t % l.block.x, t / l.block.x % l.block.y, t / (l.block.x * l.block.y)};
+    prepare(fiber, stacks()[t]);
+    make_ready(fiber);
+  }
+  Fiber* first = take_ready();
+  enter(*first);
+  from_main = true;
+  before_switch(&l.main_fake_stack, first->stack_bottom, kStackBytes);
+  rqk_switch_stack(&l.main_stack_pointer, first->stack_pointer);
+  from_main = false;
+  after_switch(l.main_fake_stack);
+  if (!l.error.empty()) {
+    throw Error(std::string(l.name) + ", block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+                std::to_string(index.z) + "): " + l.error);
+  }
+}
+
+// --- memory --------------------------------------------------------------------------------------------
+
+// Exactly `bytes` of shared memory, 8 or 16 bytes off any better alignment than was asked for: a kernel that loads
+// vectors from it must say so in its declaration.
+SharedVariable& add_shared(Launch& l, const void* key, const char* name, size_t bytes, size_t alignment) {
+  const size_t shift = alignment <= 8 ? 8 : alignment == 16 ? 16 : 0;
+  void* allocation = nullptr;
+  if (posix_memalign(&allocation, 256, bytes + shift) != 0) throw std::bad_alloc();
+  char* data = static_cast<char*>(allocation) + shift;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(allocation, shift);
+#endif
+  std::memset(data, 0xff, bytes);
+  race::add_region(data, bytes, name, /*shared=*/true, /*initialised=*/false);
+  l.shared.push_back({key, name, bytes, static_cast<char*>(allocation), data});
+  return l.shared.back();
+}
+
+void free_shared(Launch& l) {
+  for (const SharedVariable& variable : l.shared) {
+    race::remove_region(variable.data);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(variable.allocation, variable.data - variable.allocation);
+#endif
+    std::free(variable.allocation);
+  }
+  l.shared.clear();
+}
+
+void check_limits(const char* name, dim3 grid, dim3 block, size_t dynamic_shared) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  auto text = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  if (threads == 0 || threads > kMaxThreads || block.z > 64) {
+    fail(std::string(name) + ": a block has 1 to 1024 threads, at most 64 in z; got " + text(block));
+  }
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
+    fail(std::string(name) + ": a grid has 1 to (2147483647, 65535, 65535) blocks; got " + text(grid));
+  }
+  if (dynamic_shared > kMaxShared) {
+    fail(std::string(name) + ": a block has at most " + std::to_string(kMaxShared) +
+         " bytes of shared memory; the launch asks for " + std::to_string(dynamic_shared));
+  }
+}
+
+}  // namespace
+
+// --- what runtime.h offers ----------------------------------------------------------------------------
+
+void fail(const std::string& message) {
+  if (current == nullptr || current->running == nullptr) throw Error(message);
+  current->error = message;
+  switch_to_main(*current->running, false);
+  std::abort();
+}
+
+std::string describe(const Site& site) {
+  const char* slash = std::strrchr(site.file_name(), '/');
+  return std::string(slash == nullptr ? site.file_name() : slash + 1) + ":" + std::to_string(site.line()) + ":" +
+         std::to_string(site.column());
+}
+
+void set_schedule(uint64_t seed) { schedule_seed = seed; }
+
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context) {
+  check_limits(name, grid, block, dynamic_shared);
+  if (current != nullptr) fail(std::string(name) + ": launched from inside a kernel");
+  Launch l{};
+  l.name = name;
+  l.block = block;
+  l.thread = thread;
+  l.context = context;
+  l.random.state = schedule_seed;
+  l.fibers.resize(size_t{block.x} * block.y * block.z);
+  l.ready.resize(l.fibers.size());
+  l.warps.resize((l.fibers.size() + kWarp - 1) / kWarp);
+  while (stacks().size() < l.fibers.size()) stacks().emplace_back();
+  blockDim = block;
+  gridDim = grid;
+
+  // Whatever ends the launch leaves no trace of it.
+  struct Scope {
+    explicit Scope(Launch& l) : launch(l) {
+      current = &l;
+      race::begin_launch();
+    }
+    ~Scope() {
+      free_shared(launch);
+      race::end_launch();
+      current = nullptr;
+    }
+    Launch& launch;
+  } scope(l);
+
+  if (dynamic_shared > 0) {
+    // 16-byte aligned, as CU_DYN_SMEM declares it.
+    add_shared(l, nullptr, "dynamic shared memory", dynamic_shared, 16);
+    l.dynamic_shared_bytes = dynamic_shared;
+  }
+  std::vector<uint32_t> order(size_t{grid.x} * grid.y * grid.z);
+  for (uint32_t i = 0; i < order.size(); ++i) order[i] = i;
+  for (size_t i = order.size(); schedule_seed != 0 && i > 1; --i) std::swap(order[i - 1], order[l.random.below(i)]);
+  for (const uint32_t i : order) run_block(l, {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)}, i);
+}
+
+DeviceBuffer::DeviceBuffer(size_t bytes, const void* host) : data_(nullptr), bytes_(bytes) {
+  if (posix_memalign(&data_, 256, bytes) != 0) throw std::bad_alloc();
+  if (bytes == 0) return;
+  if (host == nullptr) {
+    std::memset(data_, 0xff, bytes);
+  } else {
+    std::memcpy(data_, host, bytes);
+  }
+  race::add_region(data_, bytes, "global memory", /*shared=*/false, host != nullptr);
+}
+
+DeviceBuffer::~DeviceBuffer() {
+  race::remove_region(data_);
+  std::free(data_);
+}
+
+void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment) {
+  Launch& l = *current;
+  for (const SharedVariable& variable : l.shared) {
+    if (variable.key == key) return variable.data;
+  }
+  l.static_shared_bytes += bytes;
+  if (l.static_shared_bytes > kMaxStaticShared) {
+    fail("static shared memory is limited to " + std::to_string(kMaxStaticShared) + " bytes; with " + name +
+         " the kernel declares " + std::to_string(l.static_shared_bytes));
+  }
+  if (l.static_shared_bytes + l.dynamic_shared_bytes > kMaxShared) {
+    fail("a block has at most " + std::to_string(kMaxShared) + " bytes of shared memory; with " + name +
+         " the kernel uses " + std::to_string(l.static_shared_bytes + l.dynamic_shared_bytes));
+  }
+  return add_shared(l, key, name, bytes, alignment).data;
+}
+
+void* dynamic_shared() {
+  for (const SharedVariable& variable : current->shared) {
+    if (variable.key == nullptr) return variable.data;
+  }
+  // As on a device: an address at which nothing may be read.
+  return nullptr;
+}
+
+int block_barrier(Barrier kind, bool predicate, const Site& site) {
+  Launch& l = *current;
+  Fiber& self = *l.running;
+  if (l.at_barrier > 0 && (kind != l.barrier_kind || site.line() != l.barrier_site.line() ||
+                           site.column() != l.barrier_site.column())) {
+    fail("divergent barrier: thread " + std::to_string(self.linear) + " arrives in " + name_of(kind) + " at " +
+         describe(site) + " while" + waiting_threads());
+  }
+  l.barrier_kind = kind;
+  l.barrier_site = site;
+  ++l.at_barrier;
+  l.predicates += predicate;
+  self.state = State::at_barrier;
+  self.site = site;
+  self.waits_in = name_of(kind);
+  self.mask = 0;
+  complete_barrier_if_all_are_here();
+  wait(self);
+  return l.barrier_result;
+}
+
+unsigned lane_index() { return current->running->linear % kWarp; }
+
+void warp_exchange(uint32_t mask, const char* kind, void* argument, void (*combine)(const Lanes&), const Site& site) {
+  Launch& l = *current;
+  Fiber& self = *l.running;
+  const unsigned lane = self.linear % kWarp;
+  Fiber* warp = &self - lane;
+  Launch::Warp& here = l.warps[self.linear / kWarp];
+  if ((mask >> lane & 1) == 0 || (mask & here.absent) != 0) {
+    const std::string text = "thread " + std::to_string(self.linear) + " in " + kind + " of mask " + hex(mask) +
+                             " at " + describe(site);
+    if ((mask >> lane & 1) == 0) fail(text + " is not in the mask itself");
+    const unsigned gone = self.linear - lane + static_cast<unsigned>(__builtin_ctz(mask & here.absent));
+    fail(text + ": thread " + std::to_string(gone) + " of the mask " +
+         (gone < l.fibers.size() ? "has returned" : "is beyond the block"));
+  }
+  self.state = State::at_exchange;
+  self.site = site;
+  self.waits_in = kind;
+  self.mask = mask;
+  self.argument = argument;
+  here.waiting |= 1u << lane;
+
+  // Lanes that wait in another collective than this one are found when all of the mask wait, or in the deadlock.
+  if ((mask & ~here.waiting) == 0) {
+    Lanes lanes{mask, {}};
+    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+      const int other = __builtin_ctz(rest);
+      const Fiber& fiber = warp[other];
+      if (fiber.mask != mask || std::strcmp(fiber.waits_in, kind) != 0 || fiber.site.line() != site.line() ||
+          fiber.site.column() != site.column()) {
+        fail("divergent collective:" + waiting_threads());
+      }
+      lanes.argument[other] = fiber.argument;
+    }
+    combine(lanes);
+    here.waiting &= ~mask;
+    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) make_ready(warp[__builtin_ctz(rest)]);
+  }
+  wait(self);
+}
+
+void warp_barrier(uint32_t mask, const Site& site) {
+  int nothing = 0;
+  warp_exchange(mask, "__syncwarp", &nothing, [](const Lanes& lanes) { race::warp_barrier(lanes.mask); }, site);
+}
+
+uint64_t warp_shuffle(uint32_t mask, const char* kind, Shuffle argument, const Site& site) {
+  struct Argument {
+    Shuffle shuffle;
+    uint64_t result;
+    const char* kind;
+    const Site* site;
+  } mine{argument, 0, kind, &site};
+  warp_exchange(
+      mask, kind, &mine,
+      [](const Lanes& lanes) {
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          auto* to = static_cast<Argument*>(lanes.argument[lane]);
+          if (to == nullptr) continue;
+          const auto* from = static_cast<const Argument*>(lanes.argument[to->shuffle.source]);
+          if (from == nullptr) {
+            fail(std::string(to->kind) + " at " + describe(*to->site) + ": lane " + std::to_string(lane) +
+                 " reads lane " + std::to_string(to->shuffle.source) + ", which is not in the mask " + hex(lanes.mask));
+          }
+          to->result = from->shuffle.value;
+        }
+      },
+      site);
+  return mine.result;
+}
+
+void before_atomic(void* address, size_t bytes, const void* pc) {
+  if (schedule_seed != 0 && current->random.below(4) == 0) {
+    Fiber& self = *current->running;
+    make_ready(self);
+    wait(self);
+  }
+  race::atomic(address, bytes, pc);
+}
+
+}  // namespace rqk::emulation

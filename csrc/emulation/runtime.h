@@ -1,0 +1,99 @@
+// Runs one kernel launch on the host: every CUDA thread of a block is a fiber, blocks run one after another.
+//
+// All is checked that CUDA leaves undefined: limits of a launch, barriers and warp collectives that not all threads
+// reach, deadlocks, and in the race build conflicting accesses. What breaks a rule ends the launch with an Error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace rqk::emulation {
+
+using Site = std::source_location;
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Ends the launch (from a CUDA thread) or throws Error (from outside).
+[[noreturn]] void fail(const std::string& message);
+
+// "kernel.cuh:88:7"
+std::string describe(const Site& site);
+
+// The order in which blocks and threads run: 0 in order, anything else seeds a shuffle.
+void set_schedule(uint64_t seed);
+
+// --- launches and memory -------------------------------------------------------------------------------
+
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context);
+
+template <class Thread>
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const Thread& thread) {
+  launch(name, grid, block, dynamic_shared, [](void* t) { (*static_cast<const Thread*>(t))(); },
+         const_cast<Thread*>(&thread));
+}
+
+// Global memory: exactly as large as asked for, 256-byte aligned, 0xFF (NaN, -1) where the host gives nothing.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(size_t bytes, const void* host = nullptr);
+  ~DeviceBuffer();
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+// This block's copy of the shared variable that `key` stands for; 0xFF at the start of each block.
+void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment);
+void* dynamic_shared();
+
+// --- threads meet --------------------------------------------------------------------------------------
+
+enum class Barrier { plain, count, all, any };
+
+// __syncthreads and its kin. Complete when every thread that has not returned is here, all from one site.
+int block_barrier(Barrier kind, bool predicate, const Site& site);
+
+// What the lanes of a warp brought to a collective; null for lanes outside the mask.
+struct Lanes {
+  uint32_t mask;
+  void* argument[32];
+};
+
+// Waits until all lanes of `mask` are here with the same kind, mask and site; then `combine` reads and writes what
+// all of them brought, once.
+void warp_exchange(uint32_t mask, const char* kind, void* argument, void (*combine)(const Lanes&), const Site& site);
+
+void warp_barrier(uint32_t mask, const Site& site);
+unsigned lane_index();
+
+// The value of lane `source` (checked: it must take part).
+struct Shuffle {
+  uint64_t value;
+  int source;
+};
+uint64_t warp_shuffle(uint32_t mask, const char* kind, Shuffle argument, const Site& site);
+
+// Called before a read-modify-write: others may run first.
+void before_atomic(void* address, size_t bytes, const void* pc);
+
+}  // namespace rqk::emulation
