@@ -12,7 +12,13 @@
 namespace rqk {
 
 // Blocks of a kernel that loops over `items` with a stride of the grid.
-inline unsigned grid_for(int64_t items) { return static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX)); }
+inline unsigned grid_for(int64_t items) {
+#ifdef RQK_EMULATION
+  // Fewer under some schedules, so that the loop goes round more than once.
+  items = emulation::strided_grid(items);
+#endif
+  return static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX));
+}
 
 // `shared` is dynamic shared memory in bytes. An empty grid is nothing to do.
 template <class... Params, class... Args>

@@ -36,6 +36,9 @@ std::string describe(const Site& site);
 // The order in which blocks and threads run: 0 in order, anything else seeds a shuffle.
 void set_schedule(uint64_t seed);
 
+// Blocks for a kernel that would take `items` of them but works with any number: fewer under every second seed.
+int64_t strided_grid(int64_t items);
+
 // --- launches and memory -------------------------------------------------------------------------------
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context);

@@ -236,7 +236,7 @@ __global__ void half_warp_barrier(SelfTestParams p) {
 __global__ void uninitialised_shared(SelfTestParams p) {
   CU_SHARED(int32_t, tile, [64]);
   if (threadIdx.x != 7) tile[threadIdx.x] = 0;
-  p.out[threadIdx.x] = p.in[threadIdx.x] + 0 * tile[threadIdx.x];
+  p.out[threadIdx.x] = p.in[threadIdx.x] + (tile[threadIdx.x] == 12345);
 }
 
 __global__ void uninitialised_global(SelfTestParams p) { p.out[threadIdx.x] += p.in[threadIdx.x]; }

@@ -29,8 +29,8 @@ def _tool(name: str) -> str:
     return found
 
 
-def build(source: Path = ROOT, folder: Path = FOLDER) -> Path:
-    """Brings the three builds of `source` up to date; where nothing changed, that takes a tenth of a second.
+def build(source: Path = ROOT, folder: Path = FOLDER, *, target: str = "emulation", quiet: bool = False) -> Path:
+    """Brings the builds of `source` up to date, all three or the one `target`; where nothing changed, that takes a tenth of a second.
 
     Returns the folder that holds the Python module `rqk_emulation` and the sanitized executables.
 
@@ -43,6 +43,7 @@ def build(source: Path = ROOT, folder: Path = FOLDER) -> Path:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise Unavailable("g++ was not found: on Debian and Ubuntu, apt install g++")
     cmake, ninja = _tool("cmake"), _tool("ninja")
+    output = subprocess.DEVNULL if quiet else None
     if not (folder / "build.ninja").exists():
         subprocess.run(
             [
@@ -51,8 +52,9 @@ def build(source: Path = ROOT, folder: Path = FOLDER) -> Path:
                 f"-DCMAKE_CXX_COMPILER={os.environ.get('CXX', 'g++')}",
             ],
             check=True,
+            stdout=output,
         )
-    subprocess.run([cmake, "--build", folder, "--target", "emulation"], check=True)
+    subprocess.run([cmake, "--build", folder, "--target", target], check=True, stdout=output)
     return folder / "csrc" / "emulation"
 
 

@@ -1,0 +1,208 @@
+"""The emulation itself: right kernels give right results, and each kind of bug is caught by the build it is meant for.
+
+The kernels stand in csrc/emulation/self_test.cpp.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .build import ROOT
+from .harness import Emulation, KernelError
+
+
+def only(*builds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("emulation", builds, indirect=True)
+
+
+IN = np.arange(1, 65, dtype=np.int32)
+
+
+# --- right kernels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 95, 96, 200])
+def test_block_barrier_and_dynamic_shared_memory(emulation: Emulation, n: int) -> None:
+    (out,) = emulation.run("reverse_blocks", np.arange(n, dtype=np.int32))
+    expected = np.concatenate([np.arange(i, min(i + 96, n))[::-1] for i in range(0, n, 96)])
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_warp_barrier(emulation: Emulation) -> None:
+    (out,) = emulation.run("reverse_warps", IN)
+    np.testing.assert_array_equal(out.reshape(2, 32), IN.reshape(2, 32)[:, ::-1])
+
+
+def test_collectives(emulation: Emulation) -> None:
+    values = np.random.default_rng(0).integers(0, 1000, 64 * 20).astype(np.int32)
+    (out,) = emulation.run("collectives", values)
+    v = values[:64].reshape(2, 32)
+    lane = np.arange(32)
+    bits = (1 << lane).astype(np.uint64)
+
+    def every_lane(per_warp: np.ndarray) -> np.ndarray:
+        return np.repeat(per_warp.astype(np.int64), 32).reshape(2, 32)
+
+    same = (v & 3)[:, :, None] == (v & 3)[:, None, :]
+    expected = [
+        every_lane(v[:, 5]),
+        v[:, lane // 8 * 8 + 1],
+        v[:, np.where(lane % 16 < 3, lane, lane - 3)],
+        v[:, np.where(lane % 16 >= 13, lane, (lane + 3) % 32)],
+        v[:, lane ^ 6],
+        v[:, np.minimum(lane + 1, 31)],
+        every_lane(((v & 1) * bits).sum(1)),
+        every_lane((v == v[0, 0]).any(1)),
+        every_lane(np.ones(2)),
+        (same * bits).sum(2).astype(np.int64),
+        every_lane(np.zeros(2)),  # 0xffffffff + 1
+        every_lane(v.sum(1)),
+        every_lane(v.min(1)),
+        every_lane(v.max(1)),
+        every_lane(np.bitwise_and.reduce(v | 8, axis=1)),
+        every_lane(np.bitwise_or.reduce(v, axis=1)),
+        every_lane(np.bitwise_xor.reduce(v, axis=1)),
+        np.full((2, 32), (v & 1).sum()),
+        np.ones((2, 32)),
+        np.ones((2, 32)),
+    ]
+    for op, (got, want) in enumerate(zip(out.reshape(20, 64), expected, strict=True)):
+        np.testing.assert_array_equal(got.view(np.uint32), want.reshape(64).astype(np.uint32), err_msg=f"op {op}")
+
+
+def test_halves_of_a_warp_go_different_ways(emulation: Emulation) -> None:
+    (out,) = emulation.run("half_warps", IN[:32])
+    lane = np.arange(32)
+    np.testing.assert_array_equal(out, IN[np.where(lane < 16, lane ^ 1, lane ^ 2)])
+
+
+def test_threads_that_have_returned_hold_no_barrier_up(emulation: Emulation) -> None:
+    (out,) = emulation.run("early_return", IN)
+    assert (out == IN.sum()).all()
+
+
+def test_atomics(emulation: Emulation) -> None:
+    values = np.random.default_rng(0).integers(-1000, 1000, 97).astype(np.int32)
+    start, rest = values[0], values[1:]
+    for schedule in range(4):  # which value is exchanged last depends on it
+        (out,) = emulation.run("atomics", values, schedules=(schedule,))
+        assert out[2] + out[9] == 2 * start + rest.sum() and out[9] in rest
+        expected = {0: start + rest.sum(), 1: start - rest.sum(), 3: values.min(), 4: values.max()}
+        expected |= {5: np.bitwise_and.reduce(values), 6: np.bitwise_or.reduce(values)}
+        expected |= {7: np.bitwise_xor.reduce(values), 8: start + rest.sum()}
+        assert {i: out[i] for i in expected} == expected
+
+
+def test_grids_and_blocks_of_three_dimensions(emulation: Emulation) -> None:
+    n = 2 * 3 * 4 * 4 * 5 * 2
+    (out,) = emulation.run("three_dimensions", np.full(n, 7, np.int32))
+    np.testing.assert_array_equal(out, np.arange(n) + 7)
+
+
+# --- wrong kernels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "divergent_barrier",
+            r"divergent barrier: thread \d+ arrives in __syncthreads at self_test.cpp:(\d+):\d+ while"
+            r"\n  threads [-\d, ]+ wait in __syncthreads at self_test.cpp:(?!\1)\d+",
+        ),
+        (
+            "deadlock",
+            r"deadlock:\n  threads 0-2, 4-31 wait in __syncwarp of mask 0xffffffff at self_test.cpp:\d+:\d+"
+            r"\n  threads 3 wait in __syncthreads at self_test.cpp:\d+:\d+\n  threads 32-63 have returned",
+        ),
+        ("inactive_source", r"lane 0 reads lane 20, which is not in the mask 0x0000ffff"),
+        ("returned_lane", r"thread 7 (of the mask has )?returned"),
+        ("caller_outside_mask", r"thread \d+ in __shfl_xor_sync of mask 0x0000ffff .* is not in the mask itself"),
+        ("different_masks", r"divergent collective:\n  threads 0-15 .* 0xffffffff .*\n  threads 16-31 .* 0xfffffff0"),
+        ("different_collectives", r"threads 0-15 wait in __any_sync .*\n  threads 16-31 wait in __all_sync"),
+        ("missing_lanes", r"thread 48 of the mask is beyond the block"),
+        ("bad_width", r"shuffle width must be a power of two up to 32, got 12 at self_test.cpp"),
+        ("too_much_static_shared", r"limited to 49152 bytes; with large the kernel declares 49156"),
+        ("too_much_dynamic_shared", r"at most 232448 bytes of shared memory; the launch asks for 232449"),
+        ("too_many_threads", r"1 to 1024 threads, at most 64 in z; got \(1025, 1, 1\)"),
+        ("no_such_case", r"no case is called 'no_such_case'"),
+    ],
+)
+@pytest.mark.parametrize("schedule", [0, 1])
+def test_broken_rules_end_the_launch(emulation: Emulation, case: str, message: str, schedule: int) -> None:
+    with pytest.raises(KernelError, match=message):
+        emulation.run(case, IN, schedules=(schedule,))
+
+
+@only("plain")
+def test_a_failed_launch_leaves_nothing_behind(emulation: Emulation) -> None:
+    for _ in range(3):
+        with pytest.raises(KernelError):
+            emulation.run("deadlock", IN)
+        np.testing.assert_array_equal(emulation.run("reverse_warps", IN)[0][:32], IN[:32][::-1])
+
+
+@only("plain")
+@pytest.mark.parametrize("case", ["missing_block_barrier", "missing_warp_barrier"])
+def test_a_shuffled_schedule_shows_a_missing_barrier(emulation: Emulation, case: str) -> None:
+    with pytest.raises(KernelError, match=r"result 0 differs between the schedules 0 and [123]"):
+        emulation.run(case, IN)
+
+
+@only("asan")
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("read_past_global", "heap-buffer-overflow.*READ of size 4"),
+        ("write_past_global", "heap-buffer-overflow.*WRITE of size 4"),
+        ("read_before_global", "heap-buffer-overflow.*READ of size 4"),
+        ("write_past_shared", "heap-buffer-overflow.*WRITE of size 4"),
+        ("write_past_dynamic", "heap-buffer-overflow.*WRITE of size 4"),
+        ("past_inner_dimension", "index 8 out of bounds for type 'int"),
+        ("misaligned_vector", "misaligned address .* requires 16 byte alignment"),
+        ("misaligned_shared_vector", "misaligned address .* requires 16 byte alignment"),
+    ],
+)
+def test_the_address_build_finds(emulation: Emulation, case: str, message: str) -> None:
+    with pytest.raises(KernelError) as error:
+        emulation.run(case, IN, schedules=(0,))
+    assert re.search(message, str(error.value), re.DOTALL) and "self_test.cpp" in str(error.value)
+
+
+@only("race")
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing_block_barrier", "uninitialised shared dynamic shared memory .* a read by thread 0 "),
+        ("missing_warp_barrier", "uninitialised shared tile .* a read by thread 0 "),
+        ("same_value_writes", "race on shared flag .* a write by thread .* a write by thread"),
+        ("write_after_read", "race on shared value .* a write by thread 63 .* a read by thread"),
+        ("shuffle_as_barrier", "race on shared tile .* a read by thread .* a write by thread"),
+        ("half_warp_barrier", "race on shared tile"),
+        ("uninitialised_shared", r"uninitialised shared tile \(256 bytes\) at byte 28: a read by thread 7 "),
+        ("uninitialised_global", "uninitialised global memory .* a read by thread 0 "),
+        ("blocks_share_an_output", "race on global memory .* of block 1 .* of block 0"),
+        ("plain_beside_atomic", "race on global memory .* an atomic by thread 0 of block 1 .* a write .* of block 0"),
+    ],
+)
+def test_the_race_build_finds_in_order(emulation: Emulation, case: str, message: str) -> None:
+    with pytest.raises(KernelError, match=message) as error:
+        emulation.run(case, IN, schedules=(0,))
+    # The lines of the source, not addresses.
+    assert re.search(r" at self_test.cpp:\d+", str(error.value)), str(error.value)
+
+
+def test_bare_shared_memory_does_not_compile(tmp_path: Path) -> None:
+    """g++ alone would take `__shared__` for nothing, and give each thread a variable of its own."""
+    for declaration, ok in (("CU_SHARED(float, tile, [8])", True), ("__shared__ float tile[8]", False)):
+        source = tmp_path / "kernel.cpp"
+        source.write_text(f'#include "common/device.h"\n__global__ void f() {{ {declaration}; tile[0] = 0; }}\n')
+        command = ["g++", "-std=c++20", "-DRQK_EMULATION=1", "-I", ROOT / "csrc", "-fsyntax-only", source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode == 0) is ok, done.stderr
+        assert ok or "declare shared memory with CU_SHARED" in done.stderr
