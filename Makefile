@@ -22,7 +22,7 @@ BENCH_ENV := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=1717986918
 	MALLOC_TOP_PAD_=268435456 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo lint format bench gpu-check clean FORCE
+.PHONY: help build emulation test demo lint format bench gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,7 +64,11 @@ build: $(VENV)/.built ## make .venv, install the pinned dependencies, compile
 
 # --- what one runs ---------------------------------------------------------------------------------------
 
-test: build ## all tests (ARGS="-k search" passes options to pytest)
+# The tests would build it too, in silence; here one sees what the compiler says.
+emulation: build ## compile the CUDA kernels for the CPU, in three builds that the tests run
+	$(PY) tests/emulation/build.py
+
+test: build emulation ## all tests (ARGS="-k search" passes options to pytest)
 	$(PY) -m pytest $(ARGS)
 
 demo: build ## train both stages on handwritten digits and draw what they learned, into runs/demo

@@ -45,9 +45,8 @@ def kernels_in(report: str) -> list[Kernel]:
     found = []
     for entry in report.split("Compiling entry function ")[1:]:
         name, architecture = re.match(r"'(\S+)' for 'sm_(\w+)'", entry).groups()
-        stack, stores, loads = map(
-            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
-        )
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        stack, stores, loads = map(int, memory.groups())
         registers = int(re.search(r"Used (\d+) registers", entry).group(1))
         shared = re.search(r"(\d+) bytes smem", entry)
         found.append(
@@ -65,7 +64,7 @@ def compile_op(nvcc: str, source: Path) -> list[Kernel]:
         sys.exit(f"{source.relative_to(ROOT)} does not compile:\n{done.stdout}{done.stderr}")
     kernels = kernels_in(done.stdout + done.stderr)
     if {k.architecture for k in kernels} != set(ARCHITECTURES):
-        sys.exit(f"{source.relative_to(ROOT)}: no report of ptxas for some of sm_{ARCHITECTURES}; nvcc wrote:\n{done.stderr}")
+        sys.exit(f"{source.relative_to(ROOT)}: ptxas did not report on all of sm_{ARCHITECTURES}:\n{done.stderr}")
     names = subprocess.run(["c++filt", "-p"], input="\n".join(k.name for k in kernels), capture_output=True, text=True)
     return [k._replace(name=n) for k, n in zip(kernels, names.stdout.splitlines(), strict=True)]
 

@@ -39,9 +39,11 @@ FILES_OF_A_SLUG = (
     "csrc/ops/{slug}/cpu.cpp",
     "csrc/ops/{slug}/kernel.cuh",
     "csrc/ops/{slug}/cuda.cu",
+    "csrc/emulation/ops/{slug}.cpp",
     "rqkernels/ops/{slug}.py",
     "rqkernels/reference/{slug}.py",
     "tests/rqkernels/test_{slug}.py",
+    "tests/emulation/test_{slug}.py",
     "benchmarks/bench_{slug}.py",
 )
 
@@ -165,6 +167,28 @@ def include_violations(root: Path) -> list[str]:
     return found
 
 
+def emulation_violations(root: Path) -> list[str]:
+    """The emulation is for tests: only common/device.h leads there, and CMake installs nothing of it."""
+    found = []
+    csrc = root / "csrc"
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+        inside = path.relative_to(csrc).parts[0] == "emulation"
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            match = re.match(r'\s*#\s*include\s*[<"]([^>"]+)[>"]', line)
+            if match is None:
+                continue
+            at, target = where(path, root, number), posixpath.normpath(match.group(1))
+            if "emulation" in target.split("/") and not inside and path != csrc / "common" / "device.h":
+                found.append(f"{at}: {target} is reached through common/device.h only")
+            if path.name == "kernel.cuh" and target.startswith("cuda"):
+                found.append(f"{at}: a kernel gets CUDA through common/device.h, not {target}")
+    for path in sorted((csrc / "emulation").rglob("CMakeLists.txt")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if re.match(r"\s*install\s*\(", line):
+                found.append(f"{where(path, root, number)}: the emulation is installed")
+    return found
+
+
 def slugs_of(root: Path) -> list[str]:
     return sorted(p.name for p in (root / "csrc" / "ops").glob("*") if p.is_dir())
 
@@ -206,7 +230,13 @@ def inventory_violations(root: Path) -> list[str]:
     return found
 
 
-RULES = (room_violations, kernel_package_violations, include_violations, inventory_violations)
+RULES = (
+    room_violations,
+    kernel_package_violations,
+    include_violations,
+    emulation_violations,
+    inventory_violations,
+)
 
 
 # --- this repository -------------------------------------------------------------------------------------
@@ -238,12 +268,17 @@ GOOD_TREE: dict[str, str] = {
     "rqkernels/reference/__init__.py": "from .search import search\n__all__ = ['search']\n",
     "rqkernels/reference/search.py": "import math\nimport torch.nn.functional\ndef search(x): ...\n",
     "csrc/common/checks.h": "#include <torch/csrc/stable/tensor.h>\n",
+    "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/device.h"\n',
+    "csrc/emulation/device.h": '#include "emulation/runtime.h"\n',
+    "csrc/emulation/CMakeLists.txt": "add_library(x OBJECT x.cpp)  # install()s nothing\n",
+    "csrc/emulation/ops/search.cpp": '#include "ops/search/params.h"\n',
     "csrc/ops/search/params.h": "#include <cstdint>\n",
     "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
     "csrc/ops/search/cpu.cpp": '#include "params.h"\n',
     "csrc/ops/search/kernel.cuh": '#include "../../common/philox.h"\n#include "params.h"\n',
     "csrc/ops/search/cuda.cu": '#include "kernel.cuh"\n',
     "tests/rqkernels/test_search.py": "",
+    "tests/emulation/test_search.py": "",
     "benchmarks/bench_search.py": "",
 }
 
@@ -318,6 +353,20 @@ def test_a_broken_kernel_package_is_found(tmp_path: Path, file: str, text: str, 
 def test_a_broken_include_is_found(tmp_path: Path, file: str, include: str, message: str) -> None:
     files = {"csrc/ops/decode/params.h": "", f"csrc/{file}": f"  #  include {include}\n"}
     (violation,) = include_violations(plant(tmp_path, files))
+    assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("ops/search/kernel.cuh", '#include "emulation/device.h"\n', "kernel.cuh:1: emulation/device.h is reached"),
+        ("ops/search/cpu.cpp", '#include "../../emulation/cases.h"\n', "cpu.cpp:1: ../../emulation/cases.h is reached"),
+        ("ops/search/kernel.cuh", "#include <cuda_fp16.h>\n", "gets CUDA through common/device.h, not cuda_fp16.h"),
+        ("emulation/CMakeLists.txt", "x()\ninstall(TARGETS x)\n", "CMakeLists.txt:2: the emulation is installed"),
+    ],
+)
+def test_a_way_into_the_emulation_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
+    (violation,) = emulation_violations(plant(tmp_path, {f"csrc/{file}": text}))
     assert message in violation
 
 

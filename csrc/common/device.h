@@ -12,7 +12,7 @@
 
 #define CU_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
 // One name for all kernels of a file: extern arrays of different types would clash.
-#define CU_DYN_SMEM(T, name)                                           \
+#define CU_DYN_SMEM(T, name)                                          \
   extern __shared__ __align__(16) unsigned char rqk_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(rqk_dynamic_shared)
 

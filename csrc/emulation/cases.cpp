@@ -18,8 +18,7 @@ constexpr struct {
 std::vector<Array> run_self_test(const SelfTest& test, const Inputs& inputs) {
   const Array& in = inputs.array(0, "<i4", 1);
   const DeviceBuffer in_device = to_device(in), out_device = device_array("<i4", in.shape);
-  test.launch({static_cast<const int32_t*>(in_device.data()), static_cast<int32_t*>(out_device.data()),
-               in.elements()});
+  test.launch({static_cast<const int32_t*>(in_device.data()), static_cast<int32_t*>(out_device.data()), in.elements()});
   return {to_host(out_device, "<i4", in.shape)};
 }
 

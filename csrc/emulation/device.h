@@ -18,10 +18,10 @@
 #define __shared__ _Pragma("GCC error \"declare shared memory with CU_SHARED or CU_DYN_SMEM (common/device.h)\"")
 
 // The variable's address is looked up once per thread and block; the static's address is its identity.
-#define CU_SHARED(T, name, ...)                                                                         \
-  static constexpr char name##_key = 0;                                                                 \
-  using name##_type = T __VA_ARGS__;                                                                    \
-  name##_type& name = *static_cast<name##_type*>(                                                       \
+#define CU_SHARED(T, name, ...)                   \
+  static constexpr char name##_key = 0;           \
+  using name##_type = T __VA_ARGS__;              \
+  name##_type& name = *static_cast<name##_type*>( \
       ::rqk::emulation::shared_variable(&name##_key, #name, sizeof(name##_type), alignof(name##_type)))
 #define CU_DYN_SMEM(T, name) T* const name = static_cast<T*>(::rqk::emulation::dynamic_shared())
 
@@ -30,13 +30,9 @@ extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 // Only the alignment matters: it decides how wide, and from where, a kernel may load.
-#define RQK_VECTOR_TYPES(T, name)         \
-  struct alignas(2 * sizeof(T)) name##2 { \
-    T x, y;                               \
-  };                                      \
-  struct alignas(16) name##4 {            \
-    T x, y, z, w;                         \
-  };
+#define RQK_VECTOR_TYPES(T, name)                    \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
+  struct alignas(16) name##4 { T x, y, z, w; };
 RQK_VECTOR_TYPES(float, float)
 RQK_VECTOR_TYPES(int, int)
 RQK_VECTOR_TYPES(unsigned, uint)
@@ -174,17 +170,17 @@ inline T rqk_reduce(unsigned mask, const char* kind, T value, const rqk_site& at
       at);
   return value;
 }
-#define RQK_FOLD(name, expression)   \
-  struct name {                      \
-    template <class T>               \
-    T operator()(T a, T b) const {   \
-      return expression;             \
-    }                                \
+#define RQK_FOLD(name, expression) \
+  struct name {                    \
+    template <class T>             \
+    T operator()(T a, T b) const { \
+      return expression;           \
+    }                              \
   };
 RQK_FOLD(rqk_add, a + b)
 RQK_FOLD(rqk_min, b < a ? b : a)
 RQK_FOLD(rqk_max, a < b ? b : a)
-RQK_FOLD(rqk_and, a & b)
+RQK_FOLD(rqk_and, a& b)
 RQK_FOLD(rqk_or, a | b)
 RQK_FOLD(rqk_xor, a ^ b)
 #undef RQK_FOLD
@@ -199,9 +195,9 @@ inline int __any_sync(unsigned mask, int predicate, rqk_site at = rqk_site::curr
 inline int __all_sync(unsigned mask, int predicate, rqk_site at = rqk_site::current()) {
   return rqk_reduce<int, rqk_and>(mask, "__all_sync", predicate != 0, at);
 }
-#define RQK_REDUCE(T, op)                                                                            \
-  inline T __reduce_##op##_sync(unsigned mask, T value, rqk_site at = rqk_site::current()) {         \
-    return rqk_reduce<T, rqk_##op>(mask, "__reduce_" #op "_sync", value, at);                        \
+#define RQK_REDUCE(T, op)                                                                    \
+  inline T __reduce_##op##_sync(unsigned mask, T value, rqk_site at = rqk_site::current()) { \
+    return rqk_reduce<T, rqk_##op>(mask, "__reduce_" #op "_sync", value, at);                \
   }
 RQK_REDUCE(unsigned, add)
 RQK_REDUCE(unsigned, min)
@@ -254,9 +250,9 @@ __attribute__((noinline, no_sanitize("thread"))) T rqk_atomic(T* address, Change
   *address = change(old);
   return old;
 }
-#define RQK_ATOMIC(name, expression)                                     \
-  template <class T>                                                     \
-  __forceinline__ T name(T* address, std::type_identity_t<T> value) {    \
+#define RQK_ATOMIC(name, expression)                                        \
+  template <class T>                                                        \
+  __forceinline__ T name(T* address, std::type_identity_t<T> value) {       \
     return rqk_atomic(address, [value](T old) -> T { return expression; }); \
   }
 RQK_ATOMIC(atomicAdd, old + value)

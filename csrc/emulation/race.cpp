@@ -98,13 +98,17 @@ std::string line_of(uint64_t pc) {
     pclose(pipe);
   }
   text[std::strcspn(text, " \n")] = '\0';
-  if (text[0] == '\0' || text[0] == '?') std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(pc));
+  if (text[0] == '\0' || text[0] == '?')
+    std::snprintf(text, sizeof(text), "0x%llx", static_cast<unsigned long long>(pc));
   return text;
 }
 
 std::string who(const Access& access, bool write) {
-  return std::string(access.atomic ? "an atomic" : write ? "a write" : "a read") + " by thread " +
-         std::to_string(access.thread) + " of block " + std::to_string(access.block) + " at " + line_of(access.pc);
+  return std::string(access.atomic ? "an atomic"
+                     : write       ? "a write"
+                                   : "a read") +
+         " by thread " + std::to_string(access.thread) + " of block " + std::to_string(access.block) + " at " +
+         line_of(access.pc);
 }
 
 std::string place(const Region& region, size_t offset) {
@@ -131,10 +135,8 @@ void check(const void* address, size_t bytes, bool reads, bool writes, bool atom
   const char* first = static_cast<const char*>(address);
   Region* region = find(first);
   if (region == nullptr) return;  // a thread's own stack, or a constant
-  const Access access{reinterpret_cast<uint64_t>(pc), launch_number,
-                      block,                          epoch,
-                      lanes[thread].clock,            static_cast<uint16_t>(thread),
-                      atomic};
+  const Access access{reinterpret_cast<uint64_t>(pc), launch_number, block, epoch, lanes[thread].clock,
+                      static_cast<uint16_t>(thread),  atomic};
   for (size_t i = 0; i < bytes; ++i) {
     const size_t offset = static_cast<size_t>(first - region->start) + i;
     if (offset >= region->bytes) return;  // out of bounds is the address build's to find
@@ -210,14 +212,15 @@ void atomic(const void* address, size_t bytes, const void* pc) { check(address, 
 
 // --- what kernel files compiled with -fsanitize=thread call ----------------------------------------------
 
-#define RQK_TSAN(name, bytes, writes)                                                                        \
-  extern "C" void __tsan_##name(void* address) {                                                             \
-    rqk::emulation::race::check(address, bytes, !(writes), writes, false, __builtin_return_address(0));      \
+#define RQK_TSAN(name, bytes, writes)                                                                   \
+  extern "C" void __tsan_##name(void* address) {                                                        \
+    rqk::emulation::race::check(address, bytes, !(writes), writes, false, __builtin_return_address(0)); \
   }
-#define RQK_TSAN_SIZES(prefix) \
-  RQK_TSAN(prefix##read2, 2, false) RQK_TSAN(prefix##read4, 4, false) RQK_TSAN(prefix##read8, 8, false) \
-  RQK_TSAN(prefix##read16, 16, false) RQK_TSAN(prefix##write2, 2, true) RQK_TSAN(prefix##write4, 4, true) \
-  RQK_TSAN(prefix##write8, 8, true) RQK_TSAN(prefix##write16, 16, true)
+#define RQK_TSAN_SIZES(prefix)                                                                              \
+  RQK_TSAN(prefix##read2, 2, false)                                                                         \
+  RQK_TSAN(prefix##read4, 4, false) RQK_TSAN(prefix##read8, 8, false) RQK_TSAN(prefix##read16, 16, false)   \
+      RQK_TSAN(prefix##write2, 2, true) RQK_TSAN(prefix##write4, 4, true) RQK_TSAN(prefix##write8, 8, true) \
+          RQK_TSAN(prefix##write16, 16, true)
 RQK_TSAN(read1, 1, false)
 RQK_TSAN(write1, 1, true)
 RQK_TSAN_SIZES()

@@ -460,9 +460,7 @@ std::string describe(const Site& site) {
 
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
 
-int64_t strided_grid(int64_t items) {
-  return schedule_seed != 0 && schedule_seed % 2 == 0 ? (items + 2) / 3 : items;
-}
+int64_t strided_grid(int64_t items) { return schedule_seed != 0 && schedule_seed % 2 == 0 ? (items + 2) / 3 : items; }
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context) {
   check_limits(name, grid, block, dynamic_shared);
@@ -549,8 +547,8 @@ void* dynamic_shared() {
 int block_barrier(Barrier kind, bool predicate, const Site& site) {
   Launch& l = *current;
   Fiber& self = *l.running;
-  if (l.at_barrier > 0 && (kind != l.barrier_kind || site.line() != l.barrier_site.line() ||
-                           site.column() != l.barrier_site.column())) {
+  if (l.at_barrier > 0 &&
+      (kind != l.barrier_kind || site.line() != l.barrier_site.line() || site.column() != l.barrier_site.column())) {
     fail("divergent barrier: thread " + std::to_string(self.linear) + " arrives in " + name_of(kind) + " at " +
          describe(site) + " while" + waiting_threads());
   }
@@ -576,8 +574,8 @@ void warp_exchange(uint32_t mask, const char* kind, void* argument, void (*combi
   Fiber* warp = &self - lane;
   Launch::Warp& here = l.warps[self.linear / kWarp];
   if ((mask >> lane & 1) == 0 || (mask & here.absent) != 0) {
-    const std::string text = "thread " + std::to_string(self.linear) + " in " + kind + " of mask " + hex(mask) +
-                             " at " + describe(site);
+    const std::string text =
+        "thread " + std::to_string(self.linear) + " in " + kind + " of mask " + hex(mask) + " at " + describe(site);
     if ((mask >> lane & 1) == 0) fail(text + " is not in the mask itself");
     const unsigned gone = self.linear - lane + static_cast<unsigned>(__builtin_ctz(mask & here.absent));
     fail(text + ": thread " + std::to_string(gone) + " of the mask " +

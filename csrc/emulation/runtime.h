@@ -45,8 +45,9 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void
 
 template <class Thread>
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const Thread& thread) {
-  launch(name, grid, block, dynamic_shared, [](void* t) { (*static_cast<const Thread*>(t))(); },
-         const_cast<Thread*>(&thread));
+  launch(
+      name, grid, block, dynamic_shared, [](void* t) { (*static_cast<const Thread*>(t))(); },
+      const_cast<Thread*>(&thread));
 }
 
 // Global memory: exactly as large as asked for, 256-byte aligned, 0xFF (NaN, -1) where the host gives nothing.

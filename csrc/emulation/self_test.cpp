@@ -265,8 +265,9 @@ void run(const SelfTestParams& p) {
 template <bool kBarrier>
 void run_reverse(const SelfTestParams& p) {
   constexpr int kThreads = 96;
-  launch_kernel("reverse_blocks", reverse_blocks<kBarrier>, static_cast<unsigned>((p.elements + kThreads - 1) / kThreads),
-                kThreads, kThreads * sizeof(int32_t), nullptr, p);
+  launch_kernel("reverse_blocks", reverse_blocks<kBarrier>,
+                static_cast<unsigned>((p.elements + kThreads - 1) / kThreads), kThreads, kThreads * sizeof(int32_t),
+                nullptr, p);
 }
 
 void run_three_dimensions(const SelfTestParams& p) {
@@ -281,7 +282,8 @@ const SelfTest self_tests[] = {
     {"collectives", run<collectives>},
     {"half_warps", run<half_warps, 1, 32>},
     {"early_return", run<early_return, 1, 128>},
-    {"atomics", [](const SelfTestParams& p) {
+    {"atomics",
+     [](const SelfTestParams& p) {
        // Each result starts from in[0]; a kernel of its own, since one block cannot wait for another.
        launch_kernel("fill", +[](SelfTestParams q) { q.out[threadIdx.x] = q.in[0]; }, 1, 11, 0, nullptr, p);
        run<atomics, 2, 48>({p.in + 1, p.out, p.elements - 1});

@@ -30,7 +30,9 @@ def _tool(name: str) -> str:
 
 
 def build(source: Path = ROOT, folder: Path = FOLDER, *, target: str = "emulation", quiet: bool = False) -> Path:
-    """Brings the builds of `source` up to date, all three or the one `target`; where nothing changed, that takes a tenth of a second.
+    """Brings the builds of `source` up to date, all three or the one `target`.
+
+    Where nothing changed, that takes a tenth of a second.
 
     Returns the folder that holds the Python module `rqk_emulation` and the sanitized executables.
 

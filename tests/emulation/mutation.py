@@ -92,7 +92,8 @@ def main() -> int:
             survivors += name is None
             verdict = "SURVIVES" if name is None else f"caught by {name}"
             seconds = time.monotonic() - start
-            print(f"mutation: {slug}/kernel.cuh:{mutant.line}: {mutant.deleted}: {verdict} ({seconds:.0f} s)", flush=True)
+            where = f"{slug}/kernel.cuh:{mutant.line}"
+            print(f"mutation: {where}: {mutant.deleted}: {verdict} ({seconds:.0f} s)", flush=True)
         kernel.write_text(original)
     print(f"mutation: {total - survivors} of {total} caught")
     return 1 if survivors else 0
