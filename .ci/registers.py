@@ -55,6 +55,17 @@ def kernels_in(report: str) -> list[Kernel]:
     return found
 
 
+def compile_self_test(nvcc: str) -> None:
+    """The emulation's own kernels must be CUDA: nvcc takes them, and every instruction of common/ptx.cuh."""
+    source = ROOT / "csrc" / "emulation" / "self_test.cpp"
+    # No instruction of ptx.cuh is younger than sm_80.
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-arch=sm_80", "-x", "cu", "-w", "-c", source]
+        done = subprocess.run([*command, "-o", Path(folder) / "self_test.o"], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{source.relative_to(ROOT)} is not what nvcc compiles:\n{done.stdout}{done.stderr}")
+
+
 def compile_op(nvcc: str, source: Path) -> list[Kernel]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +93,7 @@ def main() -> None:
         architecture = f"sm_{k.architecture}"
         row = f"{k.name:{width}}  {architecture:>7}  {k.registers:9}  {k.shared:13}  {k.stack:5}  {k.spills:6}"
         print(f"{row}  <- {k.trouble}" if k.trouble else row)
+    compile_self_test(nvcc)
     if any(k.trouble for k in kernels):
         sys.exit("registers: see the marked lines")
 

@@ -72,14 +72,21 @@ inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 
-template <class T>
-inline T min(T a, T b) {
-  return b < a ? b : a;
-}
-template <class T>
-inline T max(T a, T b) {
-  return a < b ? b : a;
-}
+#define RQK_MIN_MAX(T)                             \
+  inline T min(T a, T b) { return b < a ? b : a; } \
+  inline T max(T a, T b) { return a < b ? b : a; }
+RQK_MIN_MAX(int)
+RQK_MIN_MAX(unsigned)
+RQK_MIN_MAX(long)
+RQK_MIN_MAX(unsigned long)
+RQK_MIN_MAX(long long)
+RQK_MIN_MAX(unsigned long long)
+#undef RQK_MIN_MAX
+// As on a device: a number wins over NaN.
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
 template <class T>
 inline T __ldg(const T* address) {
   return *address;

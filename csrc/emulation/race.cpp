@@ -208,6 +208,20 @@ void warp_barrier(uint32_t mask) {
 
 void atomic(const void* address, size_t bytes, const void* pc) { check(address, bytes, true, true, true, pc); }
 
+void read(const void* address, size_t bytes, const void* pc) { check(address, bytes, true, false, false, pc); }
+
+void write(const void* address, size_t bytes, const void* pc) { check(address, bytes, false, true, false, pc); }
+
+void poison(const void* address, size_t bytes, const void* pc) {
+  write(address, bytes, pc);
+  const char* first = static_cast<const char*>(address);
+  Region* region = find(first);
+  for (size_t i = 0; region != nullptr && i < bytes; ++i) {
+    const size_t offset = static_cast<size_t>(first - region->start) + i;
+    if (offset < region->bytes) region->shadow[offset].written = false;
+  }
+}
+
 }  // namespace rqk::emulation::race
 
 // --- what kernel files compiled with -fsanitize=thread call ----------------------------------------------
@@ -216,11 +230,11 @@ void atomic(const void* address, size_t bytes, const void* pc) { check(address, 
   extern "C" void __tsan_##name(void* address) {                                                        \
     rqk::emulation::race::check(address, bytes, !(writes), writes, false, __builtin_return_address(0)); \
   }
-#define RQK_TSAN_SIZES(prefix)                                                                              \
-  RQK_TSAN(prefix##read2, 2, false)                                                                         \
-  RQK_TSAN(prefix##read4, 4, false) RQK_TSAN(prefix##read8, 8, false) RQK_TSAN(prefix##read16, 16, false)   \
-      RQK_TSAN(prefix##write2, 2, true) RQK_TSAN(prefix##write4, 4, true) RQK_TSAN(prefix##write8, 8, true) \
-          RQK_TSAN(prefix##write16, 16, true)
+#define RQK_TSAN_SIZES(prefix)                                                                            \
+  RQK_TSAN(prefix##read2, 2, false)                                                                       \
+  RQK_TSAN(prefix##read4, 4, false)                                                                       \
+  RQK_TSAN(prefix##read8, 8, false) RQK_TSAN(prefix##read16, 16, false) RQK_TSAN(prefix##write2, 2, true) \
+      RQK_TSAN(prefix##write4, 4, true) RQK_TSAN(prefix##write8, 8, true) RQK_TSAN(prefix##write16, 16, true)
 RQK_TSAN(read1, 1, false)
 RQK_TSAN(write1, 1, true)
 RQK_TSAN_SIZES()

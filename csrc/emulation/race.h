@@ -22,6 +22,10 @@ void block_barrier();
 void warp_barrier(uint32_t mask);
 
 void atomic(const void* address, size_t bytes, const void* pc);
+void read(const void* address, size_t bytes, const void* pc);
+void write(const void* address, size_t bytes, const void* pc);
+// A write of nothing: to be read only when written anew.
+void poison(const void* address, size_t bytes, const void* pc);
 
 #else
 
@@ -34,6 +38,9 @@ inline void set_thread(unsigned) {}
 inline void block_barrier() {}
 inline void warp_barrier(uint32_t) {}
 inline void atomic(const void*, size_t, const void*) {}
+inline void read(const void*, size_t, const void*) {}
+inline void write(const void*, size_t, const void*) {}
+inline void poison(const void*, size_t, const void*) {}
 
 #endif
 

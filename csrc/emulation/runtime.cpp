@@ -4,6 +4,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -100,6 +102,15 @@ std::vector<Stack>& stacks() {
 
 enum class State { ready, at_barrier, at_exchange, returned };
 
+// A copy that a thread has started and not waited for; a null destination closes a group.
+struct AsyncCopy {
+  void* shared;
+  const void* global;
+  size_t copied, bytes;
+  Site site;
+  const void* pc;
+};
+
 struct Fiber {
   void* stack_pointer = nullptr;
   void* asan_fake_stack = nullptr;
@@ -112,6 +123,7 @@ struct Fiber {
   const char* waits_in = nullptr;
   uint32_t mask = 0;
   void* argument = nullptr;
+  std::vector<AsyncCopy> copies;
 };
 
 struct SharedVariable {
@@ -324,6 +336,10 @@ void fiber_main() {
   Fiber& self = *l.running;
   self.state = State::returned;
   --l.live;
+  if (!self.copies.empty()) {
+    fail("thread " + std::to_string(self.linear) + " returned without waiting for its cp.async" +
+         (self.copies.front().shared == nullptr ? "" : " at " + describe(self.copies.front().site)));
+  }
   const unsigned lane = self.linear % kWarp;
   l.warps[self.linear / kWarp].absent |= 1u << lane;
   for (unsigned t = self.linear - lane; t < self.linear - lane + kWarp && t < l.fibers.size(); ++t) {
@@ -378,6 +394,7 @@ void run_block(Launch& l, uint3 index, uint32_t linear) {
   for (unsigned t = 0; t < l.fibers.size(); ++t) {
     Fiber& fiber = l.fibers[t];
     fiber.linear = t;
+    fiber.copies.clear();
     fiber.index = {t % l.block.x, t / l.block.x % l.block.y, t / (l.block.x * l.block.y)};
     prepare(fiber, stacks()[t]);
     make_ready(fiber);
@@ -644,6 +661,157 @@ void before_atomic(void* address, size_t bytes, const void* pc) {
     wait(self);
   }
   race::atomic(address, bytes, pc);
+}
+
+void async_copy(void* shared, const void* global, size_t copied, size_t bytes, const Site& site) {
+  Fiber& self = *current->running;
+  const char* first = static_cast<const char*>(shared);
+  bool inside = false;
+  for (const SharedVariable& variable : current->shared) {
+    inside = inside || (first >= variable.data && first + bytes <= variable.data + variable.bytes);
+  }
+  const std::string where = "cp.async at " + describe(site) + " by thread " + std::to_string(self.linear);
+  if (!inside) fail(where + ": the destination is not within one shared variable");
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0) {
+    fail(where + ": both addresses must be aligned to " + std::to_string(bytes) + " bytes");
+  }
+  const void* pc = __builtin_return_address(0);
+  race::read(global, copied, pc);
+  race::poison(shared, bytes, pc);
+  std::memset(shared, 0xff, bytes);
+  self.copies.push_back({shared, global, copied, bytes, site, pc});
+}
+
+void async_commit() { current->running->copies.push_back({}); }
+
+void async_wait(size_t pending_groups) {
+  std::vector<AsyncCopy>& copies = current->running->copies;
+  size_t groups = 0;
+  for (const AsyncCopy& copy : copies) groups += copy.shared == nullptr;
+  size_t done = 0;
+  // Groups finish in order, and only whole: what was not committed is not waited for.
+  for (; groups > pending_groups; ++done) {
+    const AsyncCopy& copy = copies[done];
+    if (copy.shared == nullptr) {
+      --groups;
+      continue;
+    }
+    race::write(copy.shared, copy.bytes, copy.pc);
+    std::memset(copy.shared, 0, copy.bytes);
+    if (copy.copied > 0) std::memcpy(copy.shared, copy.global, copy.copied);
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(done));
+}
+
+void load_matrices(uint32_t (&d)[4], const void* row, bool transpose, const Site& site) {
+  constexpr size_t kRowBytes = 16;
+  if (reinterpret_cast<uintptr_t>(row) % kRowBytes != 0) {
+    fail("ldmatrix at " + describe(site) + ": rows must be aligned to 16 bytes");
+  }
+  // This lane's row is read in its name, wherever the elements go.
+  race::read(row, kRowBytes, __builtin_return_address(0));
+  struct Argument {
+    uint16_t row[8];
+    bool transpose;
+    uint32_t (&d)[4];
+  } mine{{}, transpose, d};
+  std::memcpy(mine.row, row, kRowBytes);
+  warp_exchange(
+      0xffffffffu, transpose ? "ldmatrix.trans" : "ldmatrix", &mine,
+      [](const Lanes& lanes) {
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          auto* to = static_cast<Argument*>(lanes.argument[lane]);
+          for (unsigned i = 0; i < 4; ++i) {
+            auto element = [&](unsigned r, unsigned c) {
+              if (to->transpose) std::swap(r, c);
+              return uint32_t{static_cast<const Argument*>(lanes.argument[8 * i + r])->row[c]};
+            };
+            const unsigned r = lane / 4, c = lane % 4 * 2;
+            to->d[i] = element(r, c) | element(r, c + 1) << 16;
+          }
+        }
+      },
+      site);
+}
+
+namespace {
+
+double half_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31;
+  const double fraction = bits & 1023;
+  double magnitude = 0;
+  if (exponent == 31) {
+    magnitude = fraction == 0 ? HUGE_VAL : std::nan("");
+  } else {
+    magnitude = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+  }
+  return bits >> 15 != 0 ? -magnitude : magnitude;
+}
+
+// Element j of a register.
+double element_value(Element type, uint32_t word, unsigned j) {
+  auto as_float = [](uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return double{value};
+  };
+  switch (type) {
+    case Element::bf16:
+      return as_float((word >> 16 * j & 0xffffu) << 16);
+    case Element::f16:
+      return half_value(static_cast<uint16_t>(word >> 16 * j));
+    case Element::tf32:
+      return as_float(word & 0xffffe000u);
+    default:
+      return static_cast<int8_t>(word >> 8 * j);
+  }
+}
+
+}  // namespace
+
+void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
+  struct Argument {
+    Element type;
+    void* d;
+    const uint32_t *a, *b;
+  } mine{type, d, a, b};
+  static constexpr const char* kNames[] = {"mma bf16", "mma f16", "mma tf32", "mma s8"};
+  warp_exchange(
+      0xffffffffu, kNames[static_cast<int>(type)], &mine,
+      [](const Lanes& lanes) {
+        constexpr unsigned kRows = 16, kColumns = 8, kMaxDepth = 32;
+        auto lane_of = [&](unsigned lane) { return static_cast<const Argument*>(lanes.argument[lane]); };
+        const Element type = lane_of(0)->type;
+        const unsigned per_word = type == Element::s8 ? 4 : type == Element::tf32 ? 1 : 2, depth = 8 * per_word;
+        double a_mk[kRows][kMaxDepth], b_kn[kMaxDepth][kColumns];
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          const unsigned group = lane / 4, first = lane % 4 * per_word;
+          for (unsigned j = 0; j < per_word; ++j) {
+            for (unsigned i = 0; i < 4; ++i) {
+              a_mk[group + i % 2 * 8][first + j + i / 2 * 4 * per_word] = element_value(type, lane_of(lane)->a[i], j);
+            }
+            for (unsigned i = 0; i < 2; ++i) {
+              b_kn[first + j + i * 4 * per_word][group] = element_value(type, lane_of(lane)->b[i], j);
+            }
+          }
+        }
+        for (unsigned lane = 0; lane < kWarp; ++lane) {
+          for (unsigned i = 0; i < 4; ++i) {
+            const unsigned m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+            double sum = 0;
+            for (unsigned k = 0; k < depth; ++k) sum += a_mk[m][k] * b_kn[k][n];
+            if (type == Element::s8) {
+              // Wraps around, as the device does without .satfinite; the products of 32 int8 fit.
+              int32_t& to = static_cast<int32_t*>(lane_of(lane)->d)[i];
+              to = static_cast<int32_t>(static_cast<uint32_t>(to) + static_cast<uint32_t>(static_cast<int32_t>(sum)));
+            } else {
+              float& to = static_cast<float*>(lane_of(lane)->d)[i];
+              to = static_cast<float>(double{to} + sum);
+            }
+          }
+        }
+      },
+      site);
 }
 
 }  // namespace rqk::emulation

@@ -97,6 +97,19 @@ struct Shuffle {
 };
 uint64_t warp_shuffle(uint32_t mask, const char* kind, Shuffle argument, const Site& site);
 
+// --- what common/ptx.cuh has no assembly for -------------------------------------------------------------
+
+// The destination is 0xFF, and unwritten to the race checker, until the thread has waited for the copy.
+void async_copy(void* shared, const void* global, size_t copied, size_t bytes, const Site& site);
+void async_commit();
+void async_wait(size_t pending_groups);
+
+void load_matrices(uint32_t (&d)[4], const void* row, bool transpose, const Site& site);
+
+enum class Element { bf16, f16, tf32, s8 };
+// `d` is float[4], int32_t[4] for s8.
+void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site);
+
 // Called before a read-modify-write: others may run first.
 void before_atomic(void* address, size_t bytes, const void* pc);
 

@@ -1,8 +1,12 @@
-// Compiled like a kernel file. Each broken kernel differs from a right one in one line.
+// Compiled like a kernel file, by nvcc too (.ci/registers.py): what is emulated is CUDA. Each broken kernel differs
+// from a right one in one line.
 #include "emulation/self_test.h"
+
+#include <type_traits>
 
 #include "common/device.h"
 #include "common/launch.cuh"
+#include "common/ptx.cuh"
 
 namespace rqk::emulation {
 namespace {
@@ -16,7 +20,7 @@ template <bool kBarrier>
 __global__ void reverse_blocks(SelfTestParams p) {
   CU_DYN_SMEM(int32_t, tile);
   const int64_t first = int64_t(blockIdx.x) * blockDim.x;
-  const int64_t n = min<int64_t>(blockDim.x, p.elements - first);
+  const int64_t n = min(int64_t(blockDim.x), p.elements - first);
   if (threadIdx.x < n) tile[threadIdx.x] = p.in[first + threadIdx.x];
   if (kBarrier) __syncthreads();
   if (threadIdx.x < n) p.out[first + threadIdx.x] = tile[n - 1 - threadIdx.x];
@@ -103,6 +107,70 @@ __global__ void three_dimensions(SelfTestParams p) {
   p.out[i] = static_cast<int32_t>(i) + p.in[i];
 }
 
+// One mma on 10 registers of each lane, a (4), b (2) and d (4); d comes back in the first 4.
+#define RQK_MULTIPLY(name, mma, T)                                                              \
+  __global__ void name(SelfTestParams p) {                                                      \
+    const int32_t* in = p.in + 10 * threadIdx.x;                                                \
+    const uint32_t a[4] = {uint32_t(in[0]), uint32_t(in[1]), uint32_t(in[2]), uint32_t(in[3])}; \
+    const uint32_t b[2] = {uint32_t(in[4]), uint32_t(in[5])};                                   \
+    T d[4];                                                                                     \
+    for (int i = 0; i < 4; ++i) d[i] = as<T>(in[6 + i]);                                        \
+    ptx::mma(d, a, b);                                                                          \
+    for (int i = 0; i < 4; ++i) p.out[10 * threadIdx.x + i] = as<int32_t>(d[i]);                \
+  }
+template <class T>
+__device__ T as(int32_t bits) {
+  if constexpr (std::is_same_v<T, float>) return __int_as_float(bits);
+  return bits;
+}
+template <class T>
+__device__ T as(float value) {
+  return __float_as_int(value);
+}
+RQK_MULTIPLY(multiply_bf16, mma_bf16, float)
+RQK_MULTIPLY(multiply_f16, mma_f16, float)
+RQK_MULTIPLY(multiply_tf32, mma_tf32, float)
+RQK_MULTIPLY(multiply_s8, mma_s8, int32_t)
+#undef RQK_MULTIPLY
+
+// Four 8x8 matrices of 16 bits, as they are and transposed: out[128 * transposed + 4 * lane + register].
+__global__ void load_matrices(SelfTestParams p) {
+  CU_SHARED(int4, tile, [32]);
+  int32_t* words = reinterpret_cast<int32_t*>(tile);
+  for (int i = threadIdx.x; i < 128; i += 32) words[i] = p.in[i];
+  __syncwarp();
+  uint32_t d[4];
+  ptx::ldmatrix_x4<false>(d, &tile[threadIdx.x]);
+  for (int i = 0; i < 4; ++i) p.out[4 * threadIdx.x + i] = static_cast<int32_t>(d[i]);
+  ptx::ldmatrix_x4<true>(d, &tile[threadIdx.x]);
+  for (int i = 0; i < 4; ++i) p.out[128 + 4 * threadIdx.x + i] = static_cast<int32_t>(d[i]);
+}
+
+// Tiles of 64 int4 through two buffers, each reversed; zeros beyond the elements (a multiple of 4).
+enum class Pipeline { right, no_commit, waits_too_little, no_barrier, no_second_barrier };
+template <Pipeline kPipeline>
+__global__ void pipeline(SelfTestParams p) {
+  CU_SHARED(int4, tile, [2][64]);
+  const int t = threadIdx.x;
+  const int64_t vectors = p.elements / 4, tiles = (vectors + 63) / 64;
+  auto fetch = [&](int64_t i) {
+    const int64_t v = 64 * i + t;
+    const bool valid = v < vectors;
+    if (i < tiles) ptx::cp_async_16(&tile[i % 2][t], reinterpret_cast<const int4*>(p.in) + (valid ? v : 0), valid);
+    if (kPipeline != Pipeline::no_commit) ptx::cp_async_commit();
+  };
+  fetch(0);
+  for (int64_t i = 0; i < tiles; ++i) {
+    fetch(i + 1);
+    ptx::cp_async_wait<kPipeline == Pipeline::waits_too_little ? 2 : 1>();
+    if (kPipeline != Pipeline::no_barrier) __syncthreads();
+    const int64_t v = 64 * i + t;
+    if (v < vectors) reinterpret_cast<int4*>(p.out)[v] = tile[i % 2][63 - t];
+    if (kPipeline != Pipeline::no_second_barrier) __syncthreads();
+  }
+  ptx::cp_async_wait<0>();
+}
+
 // --- what plain runs must catch ------------------------------------------------------------------------
 
 __global__ void divergent_barrier(SelfTestParams p) {
@@ -151,10 +219,28 @@ __global__ void bad_width(SelfTestParams p) {
   p.out[threadIdx.x] = __shfl_down_sync(kFullWarp, p.in[threadIdx.x], 1, 12);
 }
 
+#ifndef __CUDACC__  // ptxas refuses it
 __global__ void too_much_static_shared(SelfTestParams p) {
   CU_SHARED(int32_t, large, [12289]);
   large[threadIdx.x] = p.in[threadIdx.x];
   p.out[threadIdx.x] = large[threadIdx.x];
+}
+#endif
+
+__global__ void copy_never_awaited(SelfTestParams p) {
+  CU_SHARED(int4, tile);
+  ptx::cp_async_16(&tile, p.in);
+  ptx::cp_async_commit();
+}
+
+__global__ void copy_misaligned(SelfTestParams p) {
+  CU_SHARED(int4, tile);
+  ptx::cp_async_16(&tile, p.in + 1);
+}
+
+__global__ void copy_past_shared(SelfTestParams p) {
+  CU_SHARED(int4, tile);
+  ptx::cp_async_16(&tile + 1, p.in);
 }
 
 __global__ void copy(SelfTestParams p) { p.out[threadIdx.x] = p.in[threadIdx.x]; }
@@ -270,6 +356,14 @@ void run_reverse(const SelfTestParams& p) {
                 nullptr, p);
 }
 
+__global__ void fill(SelfTestParams p) { p.out[threadIdx.x] = p.in[0]; }
+
+void run_atomics(const SelfTestParams& p) {
+  // Each result starts from in[0]: a kernel of its own, since one block cannot wait for another.
+  run<fill, 1, 11>(p);
+  run<atomics, 2, 48>({p.in + 1, p.out, p.elements - 1});
+}
+
 void run_three_dimensions(const SelfTestParams& p) {
   launch_kernel("three_dimensions", three_dimensions, dim3(2, 3, 4), dim3(4, 5, 2), 0, nullptr, p);
 }
@@ -282,13 +376,21 @@ const SelfTest self_tests[] = {
     {"collectives", run<collectives>},
     {"half_warps", run<half_warps, 1, 32>},
     {"early_return", run<early_return, 1, 128>},
-    {"atomics",
-     [](const SelfTestParams& p) {
-       // Each result starts from in[0]; a kernel of its own, since one block cannot wait for another.
-       launch_kernel("fill", +[](SelfTestParams q) { q.out[threadIdx.x] = q.in[0]; }, 1, 11, 0, nullptr, p);
-       run<atomics, 2, 48>({p.in + 1, p.out, p.elements - 1});
-     }},
+    {"atomics", run_atomics},
     {"three_dimensions", run_three_dimensions},
+    {"mma_bf16", run<multiply_bf16, 1, 32>},
+    {"mma_f16", run<multiply_f16, 1, 32>},
+    {"mma_tf32", run<multiply_tf32, 1, 32>},
+    {"mma_s8", run<multiply_s8, 1, 32>},
+    {"load_matrices", run<load_matrices, 1, 32>},
+    {"pipeline", run<pipeline<Pipeline::right>>},
+    {"pipeline_no_commit", run<pipeline<Pipeline::no_commit>>},
+    {"pipeline_waits_too_little", run<pipeline<Pipeline::waits_too_little>>},
+    {"pipeline_no_barrier", run<pipeline<Pipeline::no_barrier>>},
+    {"pipeline_no_second_barrier", run<pipeline<Pipeline::no_second_barrier>>},
+    {"copy_never_awaited", run<copy_never_awaited, 1, 1>},
+    {"copy_misaligned", run<copy_misaligned, 1, 1>},
+    {"copy_past_shared", run<copy_past_shared, 1, 1>},
     {"divergent_barrier", run<divergent_barrier>},
     {"deadlock", run<deadlock>},
     {"inactive_source", run<inactive_source, 1, 32>},
@@ -298,7 +400,9 @@ const SelfTest self_tests[] = {
     {"different_collectives", run<different_collectives, 1, 32>},
     {"missing_lanes", run<reverse_warps<true>, 1, 48>},
     {"bad_width", run<bad_width, 1, 32>},
+#ifndef __CUDACC__
     {"too_much_static_shared", run<too_much_static_shared>},
+#endif
     {"too_much_dynamic_shared", run<copy, 1, 64, 227 * 1024 + 1>},
     {"too_many_threads", run<copy, 1, 1025>},
     {"read_past_global", run<read_past_global>},

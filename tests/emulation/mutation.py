@@ -24,7 +24,7 @@ from emulation.build import ROOT, Unavailable, build
 WORK = ROOT / "build" / "mutation"
 # A call that yields a value leaves the thread's own share of it, so that only the meeting is gone.
 SYNCHRONISATION = re.compile(
-    r"\b(?P<name>__syncthreads(?:_count|_and|_or)?|__syncwarp|cp_async_commit|cp_async_wait(?:<[^>]*>)?)\s*\("
+    r"(?<![\w:])(?:\w+::)*(?P<name>__syncthreads(?:_count|_and|_or)?|__syncwarp|cp_async_commit|cp_async_wait(?:<[^>]*>)?)\s*\("
 )
 
 

@@ -13,7 +13,7 @@ KERNEL = """
   if (d + 1 == p.depth) __syncthreads();
   const int own = __syncthreads_count(f(a, b) == k);
   __syncwarp(mask);
-  cp_async_wait<kStages - 1>();
+  rqk::ptx::cp_async_wait<kStages - 1>();
 """
 
 REPORT = """
@@ -36,9 +36,10 @@ def test_every_synchronisation_is_deleted_once() -> None:
         (4, "__syncthreads()"),
         (5, "__syncthreads_count(f(a, b) == k)"),
         (6, "__syncwarp(mask)"),
-        (7, "cp_async_wait<kStages - 1>()"),
+        (7, "rqk::ptx::cp_async_wait<kStages - 1>()"),
     ]
     assert found[0].text == KERNEL.replace("  __syncthreads();\n  if", "  static_cast<void>(0);\n  if")
+    assert found[4].text.endswith("  __syncwarp(mask);\n  static_cast<void>(0);\n")
     assert "const int own = int((f(a, b) == k) != 0);" in found[2].text
 
 

@@ -104,6 +104,145 @@ def test_grids_and_blocks_of_three_dimensions(emulation: Emulation) -> None:
     np.testing.assert_array_equal(out, np.arange(n) + 7)
 
 
+# --- the instructions of common/ptx.cuh ------------------------------------------------------------------
+
+# Row and column of each element of a lane's registers, as the PTX ISA gives them, instruction by instruction
+# ("Matrix Fragments for mma.m16n8k8 / k16 / k32").
+LANE = np.arange(32)
+GROUP, IN_GROUP = LANE >> 2, LANE % 4
+
+
+def a_k8(i: int) -> tuple[np.ndarray, np.ndarray]:  # tf32
+    return (GROUP if i in (0, 2) else GROUP + 8), (IN_GROUP if i < 2 else IN_GROUP + 4)
+
+
+def b_k8(i: int) -> tuple[np.ndarray, np.ndarray]:
+    return (IN_GROUP if i == 0 else IN_GROUP + 4), GROUP
+
+
+def a_k16(i: int) -> tuple[np.ndarray, np.ndarray]:  # f16, bf16
+    row = GROUP if 0 <= i < 2 or 4 <= i < 6 else GROUP + 8
+    return row, (IN_GROUP * 2 + (i & 1) if i < 4 else IN_GROUP * 2 + (i & 1) + 8)
+
+
+def b_k16(i: int) -> tuple[np.ndarray, np.ndarray]:
+    return (IN_GROUP * 2 + (i & 1) if i < 2 else IN_GROUP * 2 + (i & 1) + 8), GROUP
+
+
+def a_k32(i: int) -> tuple[np.ndarray, np.ndarray]:  # s8
+    row = GROUP if 0 <= i < 4 or 8 <= i < 12 else GROUP + 8
+    return row, (IN_GROUP * 4 + (i & 3) if i < 8 else IN_GROUP * 4 + (i & 3) + 16)
+
+
+def b_k32(i: int) -> tuple[np.ndarray, np.ndarray]:
+    return (IN_GROUP * 4 + (i & 3) if i < 4 else IN_GROUP * 4 + (i & 3) + 16), GROUP
+
+
+def d_fragment(i: int) -> tuple[np.ndarray, np.ndarray]:  # the same for all
+    return (GROUP if i < 2 else GROUP + 8), IN_GROUP * 2 + (i & 1)
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """Of float32 values that bfloat16 can hold."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def fragment(matrix: np.ndarray, place, words: int) -> np.ndarray:
+    """(32, words) registers of a matrix of element bits; the first element is the lowest part of its register."""
+    per_word = 4 // matrix.itemsize
+    elements = [matrix[place(i)] for i in range(words * per_word)]
+    return np.stack(elements, axis=1).copy().view(np.int32)
+
+
+def small(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Floats that every type here holds exactly, all different in rows and columns."""
+    return (rng.integers(-128, 128, shape) / 16).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("case", "bits", "place_a", "place_b", "depth"),
+    [
+        ("mma_bf16", bf16_bits, a_k16, b_k16, 16),
+        ("mma_f16", lambda v: v.astype(np.float16).view(np.uint16), a_k16, b_k16, 16),
+        ("mma_tf32", lambda v: v.view(np.uint32), a_k8, b_k8, 8),
+        ("mma_s8", lambda v: v.astype(np.int8), a_k32, b_k32, 32),
+    ],
+)
+def test_mma(emulation: Emulation, case: str, bits, place_a, place_b, depth: int) -> None:
+    rng = np.random.default_rng(0)
+    if case == "mma_s8":
+        a, b = (rng.integers(-128, 128, s).astype(np.int64) for s in ((16, depth), (depth, 8)))
+        d = rng.integers(-(2**31), 2**31, (16, 8)).astype(np.int32)
+        expected = (d + a @ b).astype(np.int32)  # wraps around
+    else:
+        a, b, d = small(rng, 16, depth), small(rng, depth, 8), small(rng, 16, 8)
+        expected = d + a @ b
+    registers = [fragment(bits(a), place_a, 4), fragment(bits(b), place_b, 2), fragment(d, d_fragment, 4)]
+    (out,) = emulation.run(case, np.concatenate(registers, axis=1).reshape(-1))
+    got = np.empty_like(d)
+    for i in range(4):
+        got[d_fragment(i)] = out.reshape(32, 10)[:, i].copy().view(d.dtype)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_mma_tf32_ignores_the_lower_bits(emulation: Emulation) -> None:
+    one_and_a_bit = np.uint32(0x3F801FFF)  # 1, and all the 13 bits that tf32 has not
+    a, b = np.full((16, 8), one_and_a_bit), np.full((8, 8), one_and_a_bit)
+    registers = [fragment(a, a_k8, 4), fragment(b, b_k8, 2), np.zeros((32, 4), np.int32)]
+    (out,) = emulation.run("mma_tf32", np.concatenate(registers, axis=1).reshape(-1))
+    assert (out.reshape(32, 10)[:, :4].copy().view(np.float32) == 8).all()
+
+
+@pytest.mark.parametrize("value", [2.0**-24, 6.1e-5, 65504.0, np.inf])
+def test_mma_f16_at_the_ends_of_its_range(emulation: Emulation, value: float) -> None:
+    a, b = np.zeros((16, 16), np.float16), np.zeros((16, 8), np.float16)
+    a[3, 5], b[5, 2] = -value, 1
+    registers = [fragment(a.view(np.uint16), a_k16, 4), fragment(b.view(np.uint16), b_k16, 2)]
+    with np.errstate(invalid="ignore"):
+        expected = a.astype(np.float32) @ b.astype(np.float32)  # infinity times zero is NaN in all its row
+    (out,) = emulation.run("mma_f16", np.concatenate([*registers, np.zeros((32, 4), np.int32)], axis=1).reshape(-1))
+    got = np.empty((16, 8), np.float32)
+    for i in range(4):
+        got[d_fragment(i)] = out.reshape(32, 10)[:, i].copy().view(np.float32)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_ldmatrix(emulation: Emulation) -> None:
+    matrices = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
+    (out,) = emulation.run("load_matrices", np.concatenate([matrices.reshape(-1).view(np.int32)] * 2))
+    for transposed, tile in ((0, matrices), (1, matrices.transpose(0, 2, 1))):
+        # "Each thread holds a fragment of a row": row lane / 4, elements 2 (lane % 4) and the next.
+        pairs = tile[:, GROUP[:, None], IN_GROUP[:, None] * 2 + np.arange(2)]
+        expected = np.ascontiguousarray(pairs.transpose(1, 0, 2)).view(np.int32)[..., 0]
+        np.testing.assert_array_equal(out.reshape(2, 32, 4)[transposed], expected)
+
+
+def reversed_tiles(values: np.ndarray) -> np.ndarray:
+    """Tiles of 64 vectors of four, each in reverse; zeros where the last one is short."""
+    vectors = values.reshape(-1, 4)
+    full = np.zeros((-(-len(vectors) // 64) * 64, 4), values.dtype)
+    full[: len(vectors)] = vectors
+    return full.reshape(-1, 64, 4)[:, ::-1].reshape(-1, 4)[: len(vectors)].reshape(-1)
+
+
+@pytest.mark.parametrize("n", [4, 256, 700])
+def test_cp_async(emulation: Emulation, n: int) -> None:
+    values = np.arange(1, n + 1, dtype=np.int32)
+    (out,) = emulation.run("pipeline", values)
+    np.testing.assert_array_equal(out, reversed_tiles(values))
+
+
+@pytest.mark.parametrize("mistake", ["no_commit", "waits_too_little", "no_barrier", "no_second_barrier"])
+def test_a_broken_pipeline_fails(emulation: Emulation, mistake: str) -> None:
+    values = np.arange(1, 701, dtype=np.int32)
+    try:
+        (out,) = emulation.run(f"pipeline_{mistake}", values)
+    except KernelError:
+        return
+    assert emulation.build != "race", "the race build takes no broken pipeline for a right one"
+    assert (out != reversed_tiles(values)).any()
+
+
 # --- wrong kernels ---------------------------------------------------------------------------------------
 
 
@@ -130,6 +269,9 @@ def test_grids_and_blocks_of_three_dimensions(emulation: Emulation) -> None:
         ("too_much_static_shared", r"limited to 49152 bytes; with large the kernel declares 49156"),
         ("too_much_dynamic_shared", r"at most 232448 bytes of shared memory; the launch asks for 232449"),
         ("too_many_threads", r"1 to 1024 threads, at most 64 in z; got \(1025, 1, 1\)"),
+        ("copy_never_awaited", r"thread 0 returned without waiting for its cp.async at self_test.cpp:\d+"),
+        ("copy_misaligned", r"both addresses must be aligned to 16 bytes"),
+        ("copy_past_shared", r"the destination is not within one shared variable"),
         ("no_such_case", r"no case is called 'no_such_case'"),
     ],
 )

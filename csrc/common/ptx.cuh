@@ -1,0 +1,102 @@
+// All inline assembly of the kernels, each instruction with a body for the device and one for the host.
+//
+// Fragments are those of the PTX ISA, section "Matrix multiply-accumulate operation using mma instruction". With E
+// elements to a register (4 of int8, 2 of f16 or bf16, 1 of tf32), g = lane / 4 and t = lane % 4, element j of
+//   a[i] is A(g + 8 (i % 2), E t + j + 4 E (i / 2)),   b[i] is B(E t + j + 4 E i, g),   d[i] is D(g + 8 (i / 2), 2 t +
+//   i % 2).
+// Every lane of the warp must call mma and ldmatrix. How a device rounds within an mma is its own affair: the host adds
+// exact products in float64 and rounds once, except that tf32 inputs are cut off to 10 bits of fraction first.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+
+namespace rqk::ptx {
+
+#ifdef __CUDACC__
+
+__device__ inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Starts a copy of 16 bytes, both ends 16-byte aligned; zeros where not `valid` (nothing is read then).
+__device__ inline void cp_async_16(void* shared, const void* global, bool valid = true) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// Closes a group: all copies that this thread has started since the last one.
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending groups of this thread are under way. Others see the data behind a barrier.
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, 16-byte aligned.
+// d[i] holds elements (lane / 4, 2 (lane % 4)) and the next one of matrix i, or of its transpose.
+template <bool kTranspose>
+__device__ inline void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+#define RQK_MMA(name, shape_and_types, T, constraint)                                                         \
+  __device__ inline void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                     \
+    asm volatile("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
+  }
+// d += a b
+RQK_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
+RQK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")
+RQK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32", float, "f")
+RQK_MMA(mma_s8, "m16n8k32.row.col.s32.s8.s8.s32", int32_t, "r")
+#undef RQK_MMA
+
+#else
+
+__forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true,
+                                 rqk_site at = rqk_site::current()) {
+  emulation::async_copy(shared, global, valid ? 16 : 0, 16, at);
+}
+
+__forceinline__ void cp_async_commit() { emulation::async_commit(); }
+
+template <int kPending>
+__forceinline__ void cp_async_wait() {
+  static_assert(kPending >= 0);
+  emulation::async_wait(kPending);
+}
+
+template <bool kTranspose>
+__forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* row, rqk_site at = rqk_site::current()) {
+  emulation::load_matrices(d, row, kTranspose, at);
+}
+
+#define RQK_MMA(name, type, T)                                                        \
+  __forceinline__ void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], \
+                            rqk_site at = rqk_site::current()) {                      \
+    emulation::multiply_matrices(type, d, a, b, at);                                  \
+  }
+RQK_MMA(mma_bf16, emulation::Element::bf16, float)
+RQK_MMA(mma_f16, emulation::Element::f16, float)
+RQK_MMA(mma_tf32, emulation::Element::tf32, float)
+RQK_MMA(mma_s8, emulation::Element::s8, int32_t)
+#undef RQK_MMA
+
+#endif
+
+}  // namespace rqk::ptx
