@@ -230,15 +230,25 @@ void poison(const void* address, size_t bytes, const void* pc) {
   extern "C" void __tsan_##name(void* address) {                                                        \
     rqk::emulation::race::check(address, bytes, !(writes), writes, false, __builtin_return_address(0)); \
   }
-#define RQK_TSAN_SIZES(prefix)                                                                            \
-  RQK_TSAN(prefix##read2, 2, false)                                                                       \
-  RQK_TSAN(prefix##read4, 4, false)                                                                       \
-  RQK_TSAN(prefix##read8, 8, false) RQK_TSAN(prefix##read16, 16, false) RQK_TSAN(prefix##write2, 2, true) \
-      RQK_TSAN(prefix##write4, 4, true) RQK_TSAN(prefix##write8, 8, true) RQK_TSAN(prefix##write16, 16, true)
 RQK_TSAN(read1, 1, false)
 RQK_TSAN(write1, 1, true)
-RQK_TSAN_SIZES()
-RQK_TSAN_SIZES(unaligned_)
+RQK_TSAN(read2, 2, false)
+RQK_TSAN(write2, 2, true)
+RQK_TSAN(read4, 4, false)
+RQK_TSAN(write4, 4, true)
+RQK_TSAN(read8, 8, false)
+RQK_TSAN(write8, 8, true)
+RQK_TSAN(read16, 16, false)
+RQK_TSAN(write16, 16, true)
+RQK_TSAN(unaligned_read2, 2, false)
+RQK_TSAN(unaligned_write2, 2, true)
+RQK_TSAN(unaligned_read4, 4, false)
+RQK_TSAN(unaligned_write4, 4, true)
+RQK_TSAN(unaligned_read8, 8, false)
+RQK_TSAN(unaligned_write8, 8, true)
+RQK_TSAN(unaligned_read16, 16, false)
+RQK_TSAN(unaligned_write16, 16, true)
+#undef RQK_TSAN
 extern "C" void __tsan_read_range(void* address, size_t bytes) {
   rqk::emulation::race::check(address, bytes, true, false, false, __builtin_return_address(0));
 }
