@@ -4,7 +4,7 @@ A benchmark hands over contenders that do the same work in the same process. `co
 they agree, then times them in turns (one call of each per round, the peers in rotating order), so that a slow
 minute of the machine hits all of them alike. Reported: median, 20th and 80th percentile, peak memory, ratios
 per row of work, and the floor of this device for that work: max(bytes / copy bandwidth, operations / matmul
-rate), both measured here and now. A GPU is timed by events, with its L2 cache flushed before each call.
+rate), both measured in the same rounds. A GPU is timed by events, with its L2 cache flushed before each call.
 
 A bench_<slug>.py is a pytest file for pytest-benchmark (`make bench`) and a script (`python
 benchmarks/bench_<slug>.py --device cuda`) that needs torch alone.
@@ -112,30 +112,57 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+class Peaks:
+    """Copy bandwidth (bytes read and written) and matmul rate (float32 on CPU, bfloat16 on CUDA), measured here.
+
+    Probed in every round, and the best of all kept: a peak is what the device can do, not what it did in a slow
+    minute.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self.device, self.dtype = device, torch.bfloat16 if cuda else torch.float32
+        self._size = 1 << 20 if QUICK else (1 << 30 if cuda else 1 << 28)
+        self._side = 256 if QUICK else (8192 if cuda else 1024)
+        self._source = torch.ones(self._size // 4, device=device)
+        self._target = torch.empty_like(self._source)
+        self._matrix = torch.randn(self._side, self._side, device=device).to(self.dtype)
+        self.copy_bytes_per_s = self.matmul_flop_per_s = 0.0
+        self.probe()
+
+    def probe(self) -> None:
+        copy_ns = time_call(lambda: self._target.copy_(self._source), self.device)[0]
+        matmul_ns = time_call(lambda: self._matrix @ self._matrix, self.device)[0]
+        self.copy_bytes_per_s = max(self.copy_bytes_per_s, 2e9 * self._size / copy_ns)
+        self.matmul_flop_per_s = max(self.matmul_flop_per_s, 2e9 * self._side**3 / matmul_ns)
+
+    def floor(self, work: Work, our_median_ns: float) -> dict[str, Any]:
+        """The least time of that work on this device, what limits it, and how near ours comes."""
+        ns = {
+            "memory bandwidth": 1e9 * work.bytes / self.copy_bytes_per_s,
+            "matrix unit": 1e9 * work.operations / self.matmul_flop_per_s,
+        }
+        limit = max(ns, key=lambda unit: ns[unit])
+        return {
+            "bytes": work.bytes,
+            "operations": work.operations,
+            "limit": limit,
+            "ns": ns[limit],
+            "percent_of_floor": 100 * ns[limit] / our_median_ns,
+        }
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "device": self.device.type,
+            "copy_bytes_per_s": self.copy_bytes_per_s,
+            "matmul_dtype": str(self.dtype).removeprefix("torch."),
+            "matmul_flop_per_s": self.matmul_flop_per_s,
+        }
+
+
 @functools.cache
-def peaks(device: torch.device) -> dict[str, Any]:
-    """Measured copy bandwidth (bytes read and written) and matmul rate (float32 on CPU, bfloat16 on CUDA)."""
-    cuda = device.type == "cuda"
-    size = 1 << 20 if QUICK else (1 << 30 if cuda else 1 << 28)
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    side = 256 if QUICK else (8192 if cuda else 2048)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    copy = _best_seconds(lambda: target.copy_(source), device)
-    matmul = _best_seconds(lambda: a @ b, device)
-    return {
-        "device": device.type,
-        "copy_bytes_per_s": 2 * size / copy,
-        "matmul_dtype": str(dtype).removeprefix("torch."),
-        "matmul_flop_per_s": 2 * side**3 / matmul,
-    }
-
-
-def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The fastest of some calls: a peak is what the device can do, not what it does beside other programs."""
-    call()
-    return min(time_call(call, device)[0] for _ in range(3 if QUICK else 20)) / 1e9
+def peaks(device: torch.device) -> Peaks:
+    return Peaks(device)
 
 
 # --- one call --------------------------------------------------------------------------------------------
@@ -222,7 +249,10 @@ def compare(
 
     samples: dict[str, list[int]] = {c.name: [] for c in contenders}
 
+    peak = peaks(device)
+
     def peers_in_turn() -> None:
+        peak.probe()
         first = len(samples[ours.name]) % max(1, len(peers))
         for contender in [*peers[first:], *peers[:first]]:
             samples[contender.name].append(time_call(contender.call, device)[0])
@@ -237,12 +267,6 @@ def compare(
     else:
         benchmark.pedantic(our_turn, setup=peers_in_turn, rounds=rounds, iterations=1)
 
-    peak = peaks(device)
-    seconds = {
-        "memory bandwidth": work.bytes / peak["copy_bytes_per_s"],
-        "matrix unit": work.operations / peak["matmul_flop_per_s"],
-    }
-    unit = max(seconds, key=lambda k: seconds[k])
     our_median = statistics.median(samples[ours.name])
     record = {
         "case": name,
@@ -260,13 +284,7 @@ def compare(
             }
             for c in contenders
         ],
-        "floor": {
-            "bytes": work.bytes,
-            "operations": work.operations,
-            "limit": unit,
-            "ns": seconds[unit] * 1e9,
-            "percent_of_floor": 100 * seconds[unit] * 1e9 / our_median,
-        },
+        "floor": peak.floor(work, our_median),
     }
     if benchmark is not None:
         benchmark.extra_info.update({key: record[key] for key in ("shape", "floor")})
@@ -295,10 +313,14 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
         path = folder / f"{device}-{self.slug}.json"
+        peak = peaks(self.device)
+        for case in self.cases:  # by the best peaks of the whole run
+            work = Work(case["floor"]["bytes"], case["floor"]["operations"])
+            case["floor"] = peak.floor(work, case["contenders"][0]["median_ns"])
         content = {
             "slug": self.slug,
             "environment": environment(self.device),
-            "peaks": peaks(self.device),
+            "peaks": peak.described(),
             "cases": self.cases,
         }
         partial = path.with_suffix(".partial")
