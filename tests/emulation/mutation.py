@@ -18,8 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from emulation.build import ROOT, Unavailable, build
+if __package__:
+    from .build import ROOT, Unavailable, build
+else:
+    # As a script, this folder is on the path. tests/ must never be: its folders would hide rqkernels and rqgen.
+    from build import ROOT, Unavailable, build
 
 WORK = ROOT / "build" / "mutation"
 # A call that yields a value leaves the thread's own share of it, so that only the meeting is gone.
