@@ -1,12 +1,14 @@
-"""Published checkpoints for the tests of conversion."""
+"""What all tests of the models share: one thread, and the published checkpoints for the tests of conversion."""
 
 from __future__ import annotations
 
 import lzma
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 PUBLISHED = Path(__file__).parent.parent / "data" / "kakaobrain"
 
@@ -22,3 +24,17 @@ def kakaobrain(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copyfile(source / name, target / name)
         (target / "model.pt").write_bytes(lzma.decompress((source / "model.pt.xz").read_bytes()))
     return root
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[bool | None]:
+    """One thread, the fastest for models this small, around every test of this folder and the fixtures it is the first
+    to need: runs that are compared bit for bit must have had as many threads."""
+    if Path(__file__).parent not in item.path.parents:
+        return (yield)  # this hook is called for every test of the session
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,7 +1,6 @@
 """The command line, called in this process, with models that train in a second."""
 
 import pytest
-import torch
 
 from rqgen.cli.app import main
 
@@ -51,16 +50,6 @@ def small_demo():
 @pytest.fixture(autouse=True)
 def no_tracebacks(monkeypatch):
     monkeypatch.delenv("RQGEN_DEBUG", raising=False)
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Fastest for models this small. Around every other fixture of this folder: a run that is compared bit for bit
-    with another must have had as many threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

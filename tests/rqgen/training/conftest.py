@@ -10,13 +10,9 @@ from rqgen.quantizers import QuantizerConfig
 
 
 @pytest.fixture(autouse=True)
-def small_and_separate():
-    """One thread is fastest for models this small. Accelerate keeps the first precision it was given for the
-    whole process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def separate():
+    """Accelerate keeps the first precision it was given for the whole process."""
     yield
-    torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
