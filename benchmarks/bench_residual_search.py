@@ -20,6 +20,10 @@ import rqkernels
 CHECKED_ELEMENTS, TIMED_ELEMENTS = (1 << 20, 1 << 12) if QUICK else (1 << 29, 1 << 26)
 
 
+# Encoding a data set: a shared codebook through many depths, where its FrozenCodebook has most to give.
+CASES = [*SHAPES, *([] if QUICK else [Shape("rq-vae-16", 256, 16384, 16, True, 1024, 8192)])]
+
+
 def published_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """As published: |r|^2 + |e|^2 - 2 r.e as an N x K matrix, argmin, gather, subtract."""
     residual, total, codes = x_nc, torch.zeros_like(x_nc), []
@@ -117,6 +121,10 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         Contender("published, eager", lambda: published_search(x, codebooks, depth), rows),
         Contender("reference (float64)", lambda: reference(timed_rows), timed_rows),
     ]
+    if case.shared:
+        frozen = rqkernels.FrozenCodebook(codebooks)
+        name = "rqkernels, FrozenCodebook"
+        contenders.append(Contender(name, lambda: rqkernels.residual_search(x, frozen, depth)[:2], rows))
     if not QUICK:
         torch.compiler.reset()  # a cache of few shapes, else the later cases would run eagerly
         compiled = torch.compile(published_search, mode="max-autotune", fullgraph=True, dynamic=False)
@@ -131,6 +139,9 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         truth = reference(checked_rows)[0]
         assert torch.equal(ours[:checked_rows], truth), "our codes differ from the definition"
         agreement = {}
+        if case.shared:
+            theirs = results["rqkernels, FrozenCodebook"]
+            assert all(torch.equal(a, b) for a, b in zip(results["rqkernels"], theirs, strict=True))
         for name, (codes, _) in results.items():
             n = codes.shape[0]
             check_no_nearer(x[:n], codebooks, ours[:n], codes)
@@ -148,10 +159,10 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         return _harness.compare(case.name, case.described(device), device, contenders, work, check, benchmark)
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_residual_search(run: _harness.Run, case: Shape, benchmark: Any) -> None:
     run.cases.append(run_case(case, run.device, benchmark))
 
 
 if __name__ == "__main__":
-    _harness.main("residual_search", SHAPES, run_case)
+    _harness.main("residual_search", CASES, run_case)

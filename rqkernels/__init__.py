@@ -7,10 +7,11 @@ from . import reference
 from ._info import info
 from .ops.code_statistics import code_statistics
 from .ops.residual_decode import residual_decode
-from .ops.residual_search import residual_search
+from .ops.residual_search import FrozenCodebook, residual_search
 from .reference.residual_search import ResidualCodes
 
 __all__ = [
+    "FrozenCodebook",
     "ResidualCodes",
     "code_statistics",
     "info",

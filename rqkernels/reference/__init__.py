@@ -8,13 +8,14 @@ that a doubt about a kernel can be settled by reading one page. Those without a 
 from .code_statistics import code_statistics
 from .philox import OP_SAMPLE_LOGITS, OP_STOCHASTIC_RESIDUAL_SEARCH, philox_uniform
 from .residual_decode import residual_decode
-from .residual_search import ResidualCodes, residual_search, stochastic_residual_search
+from .residual_search import FrozenCodebook, ResidualCodes, residual_search, stochastic_residual_search
 from .sample_logits import sample_logits
 from .soft_label import distance_softmax, soft_label_cross_entropy
 
 __all__ = [
     "OP_SAMPLE_LOGITS",
     "OP_STOCHASTIC_RESIDUAL_SEARCH",
+    "FrozenCodebook",
     "ResidualCodes",
     "code_statistics",
     "distance_softmax",

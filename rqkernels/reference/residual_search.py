@@ -32,6 +32,15 @@ class ResidualCodes(NamedTuple):
     Shared codebook: (K,), (K, C), over all depths together. One per depth: (D, K), (D, K, C)."""
 
 
+class FrozenCodebook:
+    """A shared codebook that later changes of the original do not reach; (K, C), kept in float32."""
+
+    def __init__(self, codebook: Tensor) -> None:
+        if codebook.dim() != 2:
+            raise ValueError(f"codebook must be (K, C), got {tuple(codebook.shape)}")
+        self.codebook = codebook.detach().float().clone()
+
+
 def lane_sum(terms: Tensor) -> Tensor:
     """Sum over the last dimension in the one fixed order that all kernels use.
 
@@ -104,7 +113,7 @@ def _search(
 
 def residual_search(
     x: Tensor,
-    codebooks: Tensor,
+    codebooks: Tensor | FrozenCodebook,
     depth: int | None = None,
     *,
     return_residuals: bool = False,
@@ -117,6 +126,8 @@ def residual_search(
     """
     from .code_statistics import code_statistics
 
+    if isinstance(codebooks, FrozenCodebook):
+        codebooks = codebooks.codebook
     result, residuals = _search(x, codebooks, depth, lambda r, rows, codebook, d: _nearest(r, codebook))
     statistics = None
     if return_statistics:

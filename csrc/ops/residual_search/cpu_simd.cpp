@@ -6,9 +6,11 @@
 //   scan_int8.h    products of bytes with a bound, where the instruction set has them; what it cannot tell apart goes
 //   to scan_float.h   float32 with a bound; what it cannot tell apart goes to exact.h        float64, the definition
 //   itself.
+//   gram.h         scores that serve several depths, for a codebook prepared once.
 //
 // Nothing of size rows x codes is kept.
 #include "ops/residual_search/exact.h"
+#include "ops/residual_search/gram.h"
 #include "ops/residual_search/scan_float.h"
 #include "ops/residual_search/scan_int8.h"
 
@@ -64,6 +66,7 @@ struct Scratch {
 #if defined(__AVX512VNNI__)
   uint8_t* byte_tiles;
   Int8Rows* int8_rows;
+  float* inverse_units;
 #endif
   size_t bytes;
 };
@@ -84,6 +87,7 @@ Scratch divide(void* memory, int64_t rows, int64_t channels) {
 #if defined(__AVX512VNNI__)
   scratch.byte_tiles = static_cast<uint8_t*>(take(padded * quads(channels) * 4));
   scratch.int8_rows = static_cast<Int8Rows*>(take(tiles * int64_t(sizeof(Int8Rows))));
+  scratch.inverse_units = static_cast<float*>(take(padded * int64_t(sizeof(float))));
 #endif
   scratch.bytes = used;
   return scratch;
@@ -124,11 +128,27 @@ int64_t nearest(const PackedCodebook& codebook, const float* residuals, const do
   return num_given_up;
 }
 
+#if defined(__AVX512VNNI__)
+void scan_scores(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                 void* memory, ScoreRow* score_rows) {
+  const Scratch scratch = divide(memory, rows, codebook.channels);
+  scan_scores(codebook, residuals, squared_norms, rows, scratch.byte_tiles, scratch.int8_rows, scratch.inverse_units,
+              score_rows);
+}
+#else
+constexpr int kGramRowsAtOnce = 0;
+constexpr decltype(SearchKernel::pack_centred) pack_centred = nullptr;
+constexpr decltype(SearchKernel::pack_gram) pack_gram = nullptr;
+constexpr decltype(SearchKernel::scan_scores) scan_scores = nullptr;
+constexpr decltype(SearchKernel::nearest_by_scores) nearest_by_scores = nullptr;
+#endif
+
 }  // namespace
 
 extern const SearchKernel search_kernel;
-const SearchKernel search_kernel = {kRowTile,   kPanelWidth,   kHasInt8, measure,     pack,
-                                    pack_float, scratch_bytes, nearest,  squared_norm};
+const SearchKernel search_kernel = {kRowTile,   kPanelWidth,   kHasInt8,          measure,         pack,
+                                    pack_float, scratch_bytes, nearest,           kGramRowsAtOnce, pack_centred,
+                                    pack_gram,  scan_scores,   nearest_by_scores, squared_norm};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -61,10 +61,10 @@ inline int64_t nearest_of_all(const PackedCodebook& codebook, const float* r) {
   return nearest.code;
 }
 
-inline int64_t nearest_of(const PackedCodebook& codebook, const float* r, const Candidates& candidates) {
-  if (candidates.count == 1) return candidates.code[0];
+inline int64_t nearest_of(const PackedCodebook& codebook, const float* r, const int32_t* codes, int64_t count) {
+  if (count == 1) return codes[0];
   Nearest nearest;
-  for (int64_t i = 0; i < candidates.count; ++i) nearest.see(codebook, r, candidates.code[i]);
+  for (int64_t i = 0; i < count; ++i) nearest.see(codebook, r, codes[i]);
   return nearest.code;
 }
 

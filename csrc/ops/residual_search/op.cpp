@@ -44,8 +44,16 @@ void check(const Tensor& x, const Tensor& codebooks) {
   rqk::check_same_device(kOp, "x", x, "codebooks", codebooks);
 }
 
+void check_packed(const Tensor& codebooks, const Tensor& packed) {
+  if (codebooks.is_cuda() || packed.is_cuda() || codebooks.dim() != 2 || packed.scalar_type() != ScalarType::Byte ||
+      packed.dim() != 1 || !packed.is_contiguous()) {
+    rqk::value_error(kOp, ": packed must be what pack_codebook made of a shared codebook on the cpu, got ",
+                     rqk::shape_of(packed), " with codebooks ", rqk::shape_of(codebooks));
+  }
+}
+
 #ifndef RQK_CUDA_LIBRARY
-void check_finite(const Tensor& codebooks) {
+void check_finite(const char* op, const Tensor& codebooks) {
   const float* values = codebooks.const_data_ptr<float>();
   std::atomic<bool> finite{true};
   torch::stable::parallel_for(0, codebooks.numel(), 1 << 18, [values, &finite](int64_t begin, int64_t end) {
@@ -62,22 +70,23 @@ void check_finite(const Tensor& codebooks) {
   const int64_t num_codes = codebooks.size(codebooks.dim() - 2), channels = codebooks.size(codebooks.dim() - 1);
   int64_t i = 0;
   while (std::isfinite(values[i])) ++i;
-  rqk::value_error(kOp, ": codebooks must be finite, got ", values[i], " in code ", i / channels % num_codes,
+  rqk::value_error(op, ": codebooks must be finite, got ", values[i], " in code ", i / channels % num_codes,
                    codebooks.dim() == 3 ? " of depth " + std::to_string(i / channels / num_codes) : "");
 }
 #endif
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor codebooks, std::optional<int64_t> depth_,
-                                                           bool return_residuals) {
+                                                           bool return_residuals, std::optional<Tensor> packed) {
   const int64_t depth = resolve_depth(codebooks, depth_);
   check(x, codebooks);
+  if (packed.has_value()) check_packed(codebooks, *packed);
   rqk::LaunchScope scope(x);
 
   const Tensor x_float = rqk::as_float(x);
   const Tensor codebooks_float = rqk::as_float(codebooks);
 #ifndef RQK_CUDA_LIBRARY
   // On a GPU this would have to wait for the device: there a bad code is never chosen.
-  check_finite(codebooks_float);
+  if (!packed.has_value()) check_finite(kOp, codebooks_float);
 #endif
 
   std::vector<int64_t> leading = rqk::sizes_of(x);
@@ -106,13 +115,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
   params.quantized = quantized.mutable_data_ptr<float>();
   params.residual_norms = norms.mutable_data_ptr<float>();
   params.residuals = return_residuals ? residuals.mutable_data_ptr<float>() : nullptr;
+  if (packed.has_value()) {
+    params.packed = packed->const_data_ptr<uint8_t>();
+    params.packed_bytes = packed->numel();
+  }
   if (params.rows > 0) rqk::launch(params, scope.stream());
   return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
 }
 
+#ifndef RQK_CUDA_LIBRARY
+Tensor pack_codebook(Tensor codebook) {
+  constexpr const char* kPackOp = "FrozenCodebook";
+  if (codebook.dim() != 2 || codebook.numel() == 0 || codebook.size(0) > INT32_MAX) {
+    rqk::value_error(kPackOp, ": codebook must be (K, C) with 1 to 2^31 - 1 codes, got ", rqk::shape_of(codebook));
+  }
+  const Tensor codebook_float = rqk::as_float(codebook);
+  check_finite(kPackOp, codebook_float);
+  Tensor packed;
+  rqk::pack_codebook(codebook_float.const_data_ptr<float>(), codebook.size(0), codebook.size(1),
+                     [&packed, &codebook](int64_t bytes) {
+                       packed = rqk::empty({bytes}, ScalarType::Byte, codebook);
+                       // The gaps between its parts too: equal codebooks give equal bytes.
+                       return static_cast<uint8_t*>(std::memset(packed.mutable_data_ptr<uint8_t>(), 0, bytes));
+                     });
+  return packed;
+}
+#endif
+
 }  // namespace
 
+#ifndef RQK_CUDA_LIBRARY
+RQK_REGISTER("pack_codebook", "pack_codebook(Tensor codebook) -> Tensor", pack_codebook)
+#endif
 RQK_REGISTER("residual_search",
-             "residual_search(Tensor x, Tensor codebooks, int? depth, bool return_residuals)"
+             "residual_search(Tensor x, Tensor codebooks, int? depth, bool return_residuals, Tensor? packed=None)"
              " -> (Tensor codes, Tensor quantized, Tensor residual_norms, Tensor residuals)",
              residual_search)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace rqk {
 
@@ -14,9 +15,16 @@ struct ResidualSearchParams {
   float* quantized;         // (rows, channels)
   float* residual_norms;    // (rows, depth)
   float* residuals;         // (rows, depth, channels), or null
+  const uint8_t* packed;    // what pack_codebook made of the shared codebook, on the CPU; or null
+  int64_t packed_bytes;
 };
 
 // Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).
 void launch(const ResidualSearchParams& params, void* stream);
+
+// CPU: a shared codebook prepared for many searches, with Gram rows where they pay. Asks `allocate` for memory aligned
+// to a cache line, once or twice; the last piece holds the result.
+void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
+                   const std::function<uint8_t*(int64_t bytes)>& allocate);
 
 }  // namespace rqk

@@ -18,6 +18,21 @@ struct Int8Panels {
   double mean_norm;       // |m|
 };
 
+// Products of a frozen codebook's codes with each other, so that scores of one residual become those of the next
+// (gram.h). Places are those of PackedCodebook::order, in blocks of kBlock codes; every block has a size N that scores
+// of its codes are divided by.
+struct GramRows {
+  static constexpr int kBlock = 128;
+  int8_t* rows;       // (num_codes, num_blocks * kBlock): q, zero at the code's own place and past the last; or null
+  float* scale;       // (num_codes): scale * q is <e_k, e_j - m> / N ...
+  float* error;       // (num_codes): ... but for at most so much
+  float* diagonal;    // (num_codes): <e_k, e_k - m> / N
+  int32_t* place;     // (num_codes): where the code stands
+  float* block_norm;  // (num_blocks and 8 more): N, no smaller than any |e - m| of the block
+  double max_norm, min_norm;  // of all blocks
+  double relative_error;      // Int8Panels::max_error / N is nowhere above
+};
+
 // One depth's codebook, prepared for the scans. Codes stand in order of their size, so that one bound fits all codes of
 // a panel: in a shared codebook the small codes of the later depths must not pay for the large ones of the first. What
 // an instruction set does not use is null.
@@ -30,6 +45,7 @@ struct PackedCodebook {
   float* panel_norms;   // (num_panels): no |e_k| of the panel is above
   const float* panels;  // (num_panels, channels, panel_width), for the float scan; null: packed where it is needed
   Int8Panels int8;
+  GramRows gram;
 };
 
 // Codes that could still be a row's nearest.
@@ -38,6 +54,15 @@ struct Candidates {
   int32_t count;  // -1: more than there is room for
   int32_t code[kCapacity];
   float least[kCapacity];  // the least that the exact score can be
+};
+
+// Scores of all codes for one row on its way through the depths (gram.h).
+struct ScoreRow {
+  int16_t* scores;  // (num_blocks * kBlock): s / (N * unit); then the smallest of each block and 8 places more
+  double unit;      // 0: the int8 scan cannot serve this row
+  double error;     // no score, times unit, is further than that from s / N
+  int64_t taken;    // the code that was chosen by these scores and is not yet subtracted from them; -1 after a scan
+  int64_t decided;  // candidates that went to the float64 decision since the scan
 };
 
 struct SearchKernel {
@@ -58,6 +83,20 @@ struct SearchKernel {
   // finite. Returns how many rows the int8 scan had to leave to the float scan (0 where try_int8 is false).
   int64_t (*nearest)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
                      bool try_int8, void* scratch, int64_t* codes);
+  // Gram rows, null without int8. pack_centred: e - m in float panels. pack_gram: rows of codes [begin, end), at most
+  // `gram_rows_at_once`, from these panels and a scratch of tiles (gram_rows_at_once, channels) and products
+  // (gram_rows_at_once, num_blocks * kBlock).
+  int gram_rows_at_once;
+  void (*pack_centred)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels);
+  void (*pack_gram)(const PackedCodebook& codebook, const float* panels, int64_t begin, int64_t end, float* scratch);
+  // The scores of all codes for each row of residuals (rows, channels).
+  void (*scan_scores)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                      void* scratch, ScoreRow* score_rows);
+  // The certified nearest code of residual r, which is the scanned one less the codes taken since. -1 where these
+  // scores leave too many codes, or do not reach that far. `ahead`: the Gram row wanted next (or null), fetched
+  // meanwhile.
+  int64_t (*nearest_by_scores)(const PackedCodebook& codebook, const float* r, double squared_norm, ScoreRow& row,
+                               const int8_t* ahead);
   // |r|^2 in float64, in the fixed summation order.
   double (*squared_norm)(const float* r, int64_t channels);
 };

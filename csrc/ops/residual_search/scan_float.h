@@ -84,17 +84,14 @@ inline void take_candidates(FloatRows& rows, int i, const float* scores, float e
   }
 }
 
-// Scores of one tile of rows against one panel, in registers; tile is (channels, kRowTile). visit(i, scores, error,
-// order) for row i where one of them is of interest.
-template <class Visit>
-inline void scan_panel(const PackedCodebook& codebook, const float* __restrict__ tile, const float* __restrict__ panel,
-                       int64_t first, const FloatRows& rows, Visit visit) {
-  Vec dot[kRowTile][kPanelVecs];
+// Products of one tile of rows, (channels, kRowTile), with one panel, (channels, kPanelWidth), in registers.
+[[gnu::always_inline]] inline void multiply_panel(const float* __restrict__ tile, const float* __restrict__ panel,
+                                                  int64_t channels, Vec (&dot)[kRowTile][kPanelVecs]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
     for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = Vec::zero();
   }
-  for (int64_t c = 0; c < codebook.channels; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {
     Vec e[kPanelVecs];
     for (int v = 0; v < kPanelVecs; ++v) e[v] = Vec::load(panel + c * kPanelWidth + v * Vec::kSize);
 #pragma GCC unroll 16
@@ -103,6 +100,15 @@ inline void scan_panel(const PackedCodebook& codebook, const float* __restrict__
       for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = fma(r, e[v], dot[i][v]);
     }
   }
+}
+
+// Scores of one tile of rows against one panel. visit(i, scores, error, order) for row i where one of them is of
+// interest.
+template <class Visit>
+inline void scan_panel(const PackedCodebook& codebook, const float* tile, const float* panel, int64_t first,
+                       const FloatRows& rows, Visit visit) {
+  Vec dot[kRowTile][kPanelVecs];
+  multiply_panel(tile, panel, codebook.channels, dot);
   // E of every row for this panel, and the largest score that is still of interest; both rounded up.
   const float n = codebook.panel_norms[first / kPanelWidth];
   const float constant = 6.3e-8f * n * n + float(codebook.channels) * 0x1p-147f + 1e-42f;
@@ -170,7 +176,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
       continue;
     }
     drop_above(candidates, tile.keep[place]);
-    codes[which[i]] = nearest_of(codebook, residuals + which[i] * channels, candidates);
+    codes[which[i]] = nearest_of(codebook, residuals + which[i] * channels, candidates.code, candidates.count);
     leave_out(tile, place);
   }
   for (int64_t first = 0; again && first < codebook.num_codes; first += kPanelWidth) {

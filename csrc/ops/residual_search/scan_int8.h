@@ -210,20 +210,17 @@ inline void multiply_add(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
 }
 
-// Scores of one tile against one panel. Four channels at a time: a row's four signed bytes go to all lanes, the codes'
-// four unsigned bytes stand in one lane each.
-inline void scan_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel, Int8Rows& rows) {
-  const Int8Panels& int8 = codebook.int8;
-  const int64_t fours = quads(codebook.channels), first = panel * kPanelWidth;
-  const uint8_t* bytes = int8.bytes + panel * fours * kPanelWidth * 4;
-  __m512i dot[kRowTile][kPanelVecs];
+// Products of one tile of rows with one panel, in registers. Four channels at a time: a row's four signed bytes go to
+// all lanes, the codes' four unsigned bytes stand in one lane each.
+[[gnu::always_inline]] inline void multiply_int8_panel(const uint8_t* tile, const uint8_t* panel, int64_t fours,
+                                                       const int32_t* start, __m512i (&dot)[kRowTile][kPanelVecs]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
-    for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = _mm512_set1_epi32(rows.start[i]);
+    for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = _mm512_set1_epi32(start[i]);
   }
   for (int64_t four = 0; four < fours; ++four) {
-    const __m512i e0 = _mm512_loadu_si512(bytes + four * kPanelWidth * 4);
-    const __m512i e1 = _mm512_loadu_si512(bytes + four * kPanelWidth * 4 + 64);
+    const __m512i e0 = _mm512_loadu_si512(panel + four * kPanelWidth * 4);
+    const __m512i e1 = _mm512_loadu_si512(panel + four * kPanelWidth * 4 + 64);
     const uint8_t* row = tile + four * kRowTile * 4;
 #pragma GCC unroll 16
     for (int i = 0; i < kRowTile; ++i) {
@@ -234,6 +231,14 @@ inline void scan_int8_panel(const PackedCodebook& codebook, const uint8_t* tile,
       multiply_add(dot[i][1], e1, r);
     }
   }
+}
+
+// Scores of one tile against one panel.
+inline void scan_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel, Int8Rows& rows) {
+  const Int8Panels& int8 = codebook.int8;
+  const int64_t fours = quads(codebook.channels), first = panel * kPanelWidth;
+  __m512i dot[kRowTile][kPanelVecs];
+  multiply_int8_panel(tile, int8.bytes + panel * fours * kPanelWidth * 4, fours, rows.start, dot);
   // E of every row for this panel, and the largest score that is still of interest.
   const float n = int8.max_norm[panel], f = int8.max_error[panel];
   const __m512 constant = _mm512_set1_ps(6.7e-8f * n * n + kDenormalLoss);
@@ -263,20 +268,27 @@ inline void scan_int8_panel(const PackedCodebook& codebook, const uint8_t* tile,
   }
 }
 
-// As search_float, for all rows; leaves the rows it cannot serve in `left` and returns their number. Rows that are not
-// finite are among them.
-inline int64_t search_int8(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
-                           int64_t count, uint8_t* tiles, Int8Rows* rows, int64_t* codes, int32_t* left) {
+// The rows as tiles of bytes, those that the scan cannot serve as zeros.
+inline void quantize_tiles(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
+                           int64_t count, uint8_t* tiles, Int8Rows* rows) {
   const int64_t channels = codebook.channels, num_tiles = (count + kRowTile - 1) / kRowTile;
-  const int64_t tile_bytes = quads(channels) * kRowTile * 4;
   for (int64_t i = 0; i < num_tiles * kRowTile; ++i) {
-    uint8_t* tile = tiles + i / kRowTile * tile_bytes;
+    uint8_t* tile = tiles + i / kRowTile * quads(channels) * kRowTile * 4;
     Int8Rows& state = rows[i / kRowTile];
     const int place = int(i % kRowTile);
     if (i >= count || !begin_int8_row(codebook, residuals + i * channels, squared_norms[i], state, place, tile)) {
       skip_int8_row(state, place, tile, channels);
     }
   }
+}
+
+// As search_float, for all rows; leaves the rows it cannot serve in `left` and returns their number. Rows that are not
+// finite are among them.
+inline int64_t search_int8(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
+                           int64_t count, uint8_t* tiles, Int8Rows* rows, int64_t* codes, int32_t* left) {
+  const int64_t channels = codebook.channels, num_tiles = (count + kRowTile - 1) / kRowTile;
+  const int64_t tile_bytes = quads(channels) * kRowTile * 4;
+  quantize_tiles(codebook, residuals, squared_norms, count, tiles, rows);
   const int64_t num_panels = (codebook.num_codes + kPanelWidth - 1) / kPanelWidth;
   for (int64_t panel = 0; panel < num_panels; ++panel) {
     for (int64_t t = 0; t < num_tiles; ++t) scan_int8_panel(codebook, tiles + t * tile_bytes, panel, rows[t]);
@@ -289,7 +301,7 @@ inline int64_t search_int8(const PackedCodebook& codebook, const float* residual
       continue;
     }
     drop_above(candidates, int8_limit(rows[i / kRowTile], int(i % kRowTile)));
-    codes[i] = nearest_of(codebook, residuals + i * channels, candidates);
+    codes[i] = nearest_of(codebook, residuals + i * channels, candidates.code, candidates.count);
   }
   return num_left;
 }
