@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <vector>
@@ -162,7 +163,10 @@ class Search {
       const bool try_scores = int8_pays_[0]();
       if (try_scores) kernel_.scan_scores(codebooks_.at(0), at.residuals, at.squared, count, at.scratch, at.score_rows);
       const int64_t left = try_scores ? follow_scores(at, count) : all(at, count);
-      if (try_scores) int8_pays_[0].record(count, left);
+      // Rows that are not finite say nothing of the scan.
+      const int64_t finite =
+          std::count_if(at.left + 0, at.left + left, [&at](int64_t i) { return std::isfinite(at.squared[i]); });
+      if (try_scores) int8_pays_[0].record(count, finite);
       without_scores(at, left);
       count = keep_unfinished(at, count);
     }
