@@ -13,12 +13,13 @@ from .code_statistics import code_statistics
 class FrozenCodebook:
     """A shared codebook prepared once, for encoding much data: stands in the place of `codebooks` in `residual_search`.
 
-    Codes, quantized vectors, norms, residuals and statistics are those of the plain codebook, bit for bit. What a call
-    need not do again: check and pack the codebook. And on a CPU with int8 instructions (level avx512), from 32 channels
-    and 128 codes on, depths share scans: with the codes' products `G[k, j] = <e_k, e_j>` at one byte each (`has_gram`),
-    the scores of one residual become those of the next by adding a row of G, K operations instead of K*C. That takes
-    about K^2 bytes (256 MiB at K = 16384) and K^2 C multiplications once: at K = 16384, C = 256 repaid after some
-    10,000 rows of 16 depths, or 30,000 of 4.
+    Codes, quantized vectors, norms, residuals and statistics are those of the plain codebook, bit for bit. What a
+    call need not do again: pack the codebook, or compare it with one that was kept. And on a CPU with int8
+    instructions (level avx512), from 32 channels and 128 codes on, depths share scans: with the codes' products
+    `G[k, j] = <e_k, e_j>` at one byte each (`has_gram`), the scores of one residual become those of the next by
+    adding a row of G, K operations instead of K*C. That takes about K^2 bytes (256 MiB at K = 16384) and K^2 C
+    multiplications once: at K = 16384, C = 256 repaid after some 10,000 rows of 16 depths, or 30,000 of 4. A search
+    then keeps scores of 96 rows in every thread, two bytes for each code (3.2 MiB at K = 16384), while it runs.
 
     Where G would exceed 320 MiB (K > 18304), at other levels, and for codes of extreme size (no norm above 1e-10, or
     one above 1e10) the codebook is kept packed, without G; on CUDA it is kept as it is. Both serve the ordinary search.
@@ -56,8 +57,7 @@ class FrozenCodebook:
     @property
     def has_gram(self) -> bool:
         """Whether it holds the products of its codes."""
-        # The fourth number of its header.
-        return self._packed is not None and bool(self._packed[:64].view(torch.int64)[3])
+        return self._packed is not None and torch.ops.rqkernels.packed_has_gram(self._packed)
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +102,12 @@ def residual_search(
 
     Not differentiable: inputs are taken detached (the straight-through gradient is a model's matter). Autocast does not
     touch it.
+
+    On a CPU the codebooks are packed for the scan, which for small batches takes as long as the search. What came twice
+    is kept: at most 8 codebooks (or stacks of them) and 96 MiB in a process, of those searched lately; nothing larger
+    is kept, and other codebooks push them out. A kept one is found by comparing all of its contents, bit for bit, so
+    any change counts, however it was made; codebooks that change from call to call are not copied. Any number of
+    threads may search at once; a forked child starts with nothing kept.
 
     Args:
         x: (..., C), float32, float16 or bfloat16, any strides, on cpu or cuda. Searched as float32.

@@ -252,6 +252,10 @@ def test_memory_that_is_not_of_this_codebook_is_refused() -> None:
             op(x, e, 2, False, wrong)
     with pytest.raises(ValueError, match="packed must be what pack_codebook made"):
         op(x, e[None], None, False, packed)
+    assert torch.ops.rqkernels.packed_has_gram(packed) == INT8
+    assert not torch.ops.rqkernels.packed_has_gram(packed[:8])
+    with pytest.raises(ValueError, match="packed must be what pack_codebook made"):
+        torch.ops.rqkernels.packed_has_gram(packed.float())
 
 
 def test_opcheck() -> None:

@@ -5,10 +5,12 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/cpu_capability.h"
+#include "common/tensors.h"
+#include "ops/residual_search/codebook_cache.h"
 #include "ops/residual_search/packed_codebook.h"
 #include "ops/residual_search/params.h"
 #include "ops/residual_search/scan.h"
@@ -251,21 +253,32 @@ class Search {
   std::atomic<int64_t> next_{0};
 };
 
+[[noreturn]] void refuse_not_finite(const char* op, const float* values, int64_t num_codes, int64_t channels,
+                                    bool per_depth) {
+  int64_t i = 0;
+  while (std::isfinite(values[i])) ++i;
+  const int64_t code = i / channels;
+  value_error(op, ": codebooks must be finite, got ", values[i], " in code ", code % num_codes,
+              per_depth ? " of depth " + std::to_string(code / num_codes) : "");
+}
+
 }  // namespace
 
 void launch(const ResidualSearchParams& p, void*) {
   const SearchKernel& kernel = kernel_of_this_machine();
-  PackedCodebooks codebooks(kernel, p.num_codes, p.channels);
-  Buffer<uint8_t> packed;
+  PackedCodebooks opened(kernel, p.num_codes, p.channels);
+  CodebookCache::Codebooks packed;
   if (p.packed != nullptr) {
-    if (!codebooks.open(p.packed, p.packed_bytes, p.codebooks)) {
-      throw std::invalid_argument("residual_search: packed was not made of this codebook on this machine");
+    if (!opened.open(p.packed, p.packed_bytes, p.codebooks)) {
+      value_error("residual_search: packed was not made of this codebook on this machine");
     }
   } else {
     const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
-    packed = Buffer<uint8_t>(count * codebooks.bytes());
-    codebooks.fill(packed, p.codebooks, p.codebook_stride, count);
+    packed = CodebookCache::of_this_process().pack(kernel, p.codebooks, count, p.num_codes, p.channels);
+    if (packed == nullptr)
+      refuse_not_finite("residual_search", p.codebooks, p.num_codes, p.channels, p.codebook_stride > 0);
   }
+  const PackedCodebooks& codebooks = packed != nullptr ? packed->packed : opened;
   // Small batches are cut finer, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t tiles_per_chunk =
@@ -282,10 +295,13 @@ void launch(const ResidualSearchParams& p, void*) {
 void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
   PackedCodebooks codebooks(kernel_of_this_machine(), num_codes, channels);
-  codebooks.fill(allocate(codebooks.bytes()), codebook, 0, 1);
-  if (!codebooks.gram_pays()) return;
-  codebooks.set_gram(true);
-  codebooks.fill(allocate(codebooks.bytes()), codebook, 0, 1);
+  if (!codebooks.measure(codebook, 1)) refuse_not_finite("FrozenCodebook", codebook, num_codes, channels, false);
+  codebooks.set_gram(codebooks.gram_pays());
+  codebooks.fill(allocate(codebooks.bytes()));
 }
+
+bool packed_has_gram(const uint8_t* packed, int64_t bytes) { return PackedCodebooks::has_gram(packed, bytes); }
+
+CodebookCacheState codebook_cache_state() { return CodebookCache::of_this_process().state(); }
 
 }  // namespace rqk

@@ -1,6 +1,4 @@
 // rqkernels::residual_search: schema, argument checks, tensors to params.
-#include <atomic>
-#include <cmath>
 #include <cstring>
 
 #include "common/tensors.h"
@@ -52,29 +50,6 @@ void check_packed(const Tensor& codebooks, const Tensor& packed) {
   }
 }
 
-#ifndef RQK_CUDA_LIBRARY
-void check_finite(const char* op, const Tensor& codebooks) {
-  const float* values = codebooks.const_data_ptr<float>();
-  std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, codebooks.numel(), 1 << 18, [values, &finite](int64_t begin, int64_t end) {
-    constexpr uint32_t kExponent = 0x7f800000;
-    uint32_t bad = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, values + i, sizeof bits);
-      bad |= (bits & kExponent) == kExponent ? 1u : 0u;
-    }
-    if (bad != 0) finite = false;
-  });
-  if (finite) return;
-  const int64_t num_codes = codebooks.size(codebooks.dim() - 2), channels = codebooks.size(codebooks.dim() - 1);
-  int64_t i = 0;
-  while (std::isfinite(values[i])) ++i;
-  rqk::value_error(op, ": codebooks must be finite, got ", values[i], " in code ", i / channels % num_codes,
-                   codebooks.dim() == 3 ? " of depth " + std::to_string(i / channels / num_codes) : "");
-}
-#endif
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor codebooks, std::optional<int64_t> depth_,
                                                            bool return_residuals, std::optional<Tensor> packed) {
   const int64_t depth = resolve_depth(codebooks, depth_);
@@ -84,10 +59,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
 
   const Tensor x_float = rqk::as_float(x);
   const Tensor codebooks_float = rqk::as_float(codebooks);
-#ifndef RQK_CUDA_LIBRARY
-  // On a GPU this would have to wait for the device: there a bad code is never chosen.
-  if (!packed.has_value()) check_finite(kOp, codebooks_float);
-#endif
 
   std::vector<int64_t> leading = rqk::sizes_of(x);
   const int64_t channels = leading.back();
@@ -119,7 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
     params.packed = packed->const_data_ptr<uint8_t>();
     params.packed_bytes = packed->numel();
   }
-  if (params.rows > 0) rqk::launch(params, scope.stream());
+  // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
+  // the device: there a bad code is never chosen.
+  if (params.rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
   return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
 }
 
@@ -130,7 +103,6 @@ Tensor pack_codebook(Tensor codebook) {
     rqk::value_error(kPackOp, ": codebook must be (K, C) with 1 to 2^31 - 1 codes, got ", rqk::shape_of(codebook));
   }
   const Tensor codebook_float = rqk::as_float(codebook);
-  check_finite(kPackOp, codebook_float);
   Tensor packed;
   rqk::pack_codebook(codebook_float.const_data_ptr<float>(), codebook.size(0), codebook.size(1),
                      [&packed, &codebook](int64_t bytes) {
@@ -140,12 +112,30 @@ Tensor pack_codebook(Tensor codebook) {
                      });
   return packed;
 }
+
+bool packed_has_gram(Tensor packed) {
+  if (packed.is_cuda() || packed.scalar_type() != ScalarType::Byte || !packed.is_contiguous()) {
+    rqk::value_error("packed_has_gram: packed must be what pack_codebook made, got ", rqk::shape_of(packed));
+  }
+  return rqk::packed_has_gram(packed.const_data_ptr<uint8_t>(), packed.numel());
+}
+
+// For tests: packed codebooks that plain searches keep, their bytes, and how often one was found.
+std::tuple<int64_t, int64_t, int64_t> codebook_cache_state() {
+  const rqk::CodebookCacheState state = rqk::codebook_cache_state();
+  return {state.entries, state.bytes, state.found};
+}
 #endif
 
 }  // namespace
 
 #ifndef RQK_CUDA_LIBRARY
 RQK_REGISTER("pack_codebook", "pack_codebook(Tensor codebook) -> Tensor", pack_codebook)
+RQK_REGISTER("packed_has_gram", "packed_has_gram(Tensor packed) -> bool", packed_has_gram)
+STABLE_TORCH_LIBRARY_FRAGMENT(rqkernels, m) { m.def("codebook_cache_state() -> (int entries, int bytes, int found)"); }
+STABLE_TORCH_LIBRARY_IMPL(rqkernels, CompositeExplicitAutograd, m) {
+  m.impl("codebook_cache_state", TORCH_BOX(&codebook_cache_state));
+}
 #endif
 RQK_REGISTER("residual_search",
              "residual_search(Tensor x, Tensor codebooks, int? depth, bool return_residuals, Tensor? packed=None)"

@@ -85,7 +85,8 @@ void order_by_size(const double* squared_norms, int64_t num_codes, int64_t padde
 
 // Codebooks of one size in the layout of the scans, in memory of the caller's: `bytes` for each, aligned to a cache
 // line and free of pointers, so that it can be a tensor's. As much as the codebook, or a quarter with int8; with Gram
-// rows another byte for each pair of codes.
+// rows another byte for each pair of codes. Made in two steps, `measure` and `fill`: in between it is known what is
+// worth filling.
 class PackedCodebooks {
  public:
   PackedCodebooks(const SearchKernel& kernel, int64_t num_codes, int64_t channels)
@@ -120,9 +121,47 @@ class PackedCodebooks {
 
   const int8_t* gram_row(int64_t code) const { return views_[0].gram.rows + code * num_blocks_ * GramRows::kBlock; }
 
-  // Whether Gram rows would serve the one codebook that was packed.
+  // Float panels that `with_float_panels` may come to make.
+  int64_t lazy_bytes() const {
+    return int8_ ? static_cast<int64_t>(views_.size() * sizeof(float)) * padded() * channels_ : 0;
+  }
+
+  // Looks at `count` codebooks, one after another in memory. False where a code is not finite.
+  bool measure(const float* codebooks, int64_t count) {
+    KeepDenormals keep;
+    set_count(count);
+    squared_norms_ = Buffer<double>(count * num_codes_);
+    centred_norms_ = Buffer<double>(count * num_codes_);
+    means_.assign(static_cast<size_t>(int8_ ? count : 0), Mean());
+    for (int64_t d = 0; d < count; ++d) {
+      const float* codes_kc = codebooks + d * num_codes_ * channels_;
+      views_[d].codes_kc = codes_kc;
+      if (int8_) find_mean(codes_kc, means_[d]);
+      const float* mean = int8_ && means_[d].norm > 0 ? means_[d].values.data() : nullptr;
+      for_panels([&](int64_t begin, int64_t end) {
+        kernel_.measure(codes_kc, channels_, mean, begin * kernel_.panel_width,
+                        std::min(end * kernel_.panel_width, num_codes_), squared_norms(d), centred_norms(d));
+      });
+    }
+    // Squares of floats cannot overflow float64, so a norm is finite where the code is.
+    return std::all_of(squared_norms(0), squared_norms(count), [](double norm) { return std::isfinite(norm); });
+  }
+
+  // A hash of the norms that were measured: other codebooks have another, as good as always.
+  uint64_t fingerprint() const {
+    uint64_t hash = 0;
+    for (const double* norm = squared_norms(0); norm < squared_norms(views_.size()); ++norm) {
+      uint64_t bits;
+      std::memcpy(&bits, norm, sizeof bits);
+      hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 29;
+    }
+    return hash;
+  }
+
+  // Whether Gram rows would serve the one codebook that was measured.
   bool gram_pays() const {
-    const double norm = views_[0].gram.max_norm;
+    const double norm = std::sqrt(*std::max_element(centred_norms(0), centred_norms(1)));
     return int8_ && channels_ >= kGramMinChannels && gram_bytes() <= kGramMaxBytes && norm > kGramMinNorm &&
            norm < kGramMaxNorm;
   }
@@ -132,30 +171,27 @@ class PackedCodebooks {
     bytes_ = place(nullptr, unused);
   }
 
-  // Packs `count` codebooks, `stride` floats apart.
-  void fill(uint8_t* memory, const float* codebooks, int64_t stride, int64_t count) {
-    set_count(count);
-    for (int64_t d = 0; d < count; ++d) {
-      place(memory + d * bytes_, views_[d]);
-      views_[d].codes_kc = codebooks + d * stride;
-      if (int8_) find_mean(views_[d]);
-    }
-    pack();
-    for (PackedCodebook& view : views_) {
+  // Packs what was measured.
+  void fill(uint8_t* memory) {
+    for (size_t d = 0; d < views_.size(); ++d) {
+      PackedCodebook& view = views_[d];
+      const float* codes_kc = view.codes_kc;
+      place(memory + static_cast<int64_t>(d) * bytes_, view);
+      view.codes_kc = codes_kc;
+      pack(view, d);
       if (int8_) measure_blocks(view);
       if (gram_) fill_gram(view);
+      const Header header = header_of(view);
+      std::memcpy(memory + static_cast<int64_t>(d) * bytes_, &header, sizeof header);
     }
-    for (int64_t d = 0; d < count; ++d) {
-      const Header header = header_of(views_[d]);
-      std::memcpy(memory + d * bytes_, &header, sizeof header);
-    }
+    squared_norms_ = Buffer<double>();
+    centred_norms_ = Buffer<double>();
   }
 
   // Takes up what an earlier `fill` made of one codebook. False where the memory holds something else.
   bool open(const uint8_t* memory, int64_t size, const float* codebook) {
-    if (size < static_cast<int64_t>(sizeof(Header)) || reinterpret_cast<uintptr_t>(memory) % 64 != 0) return false;
     Header header;
-    std::memcpy(&header, memory, sizeof header);
+    if (!read_header(memory, size, header)) return false;
     set_gram(header.gram != 0);
     set_count(1);
     PackedCodebook& view = views_[0];
@@ -170,12 +206,24 @@ class PackedCodebooks {
     return size == bytes_ && std::memcmp(&header, &expected, sizeof header) == 0;
   }
 
+  // Whether what a `fill` made of one codebook holds Gram rows.
+  static bool has_gram(const uint8_t* memory, int64_t size) {
+    Header header;
+    return read_header(memory, size, header) && header.gram != 0;
+  }
+
  private:
   // Numbers alone, of eight bytes each.
   struct Header {
     int64_t capability, num_codes, channels, gram;
     double max_norm, mean_norm, gram_max_norm, gram_min_norm, gram_relative_error;
   };
+
+  static bool read_header(const uint8_t* memory, int64_t size, Header& header) {
+    if (size < static_cast<int64_t>(sizeof header) || reinterpret_cast<uintptr_t>(memory) % 64 != 0) return false;
+    std::memcpy(&header, memory, sizeof header);
+    return true;
+  }
 
   Header header_of(const PackedCodebook& view) const {
     return {static_cast<int64_t>(cpu_capability()),
@@ -189,6 +237,12 @@ class PackedCodebooks {
             view.gram.relative_error};
   }
 
+  // A vector in the middle of a codebook.
+  struct Mean {
+    std::vector<float> values;
+    double norm = 0;
+  };
+
   struct LazyPanels {
     std::once_flag once;
     Buffer<float> memory;
@@ -196,11 +250,13 @@ class PackedCodebooks {
 
   size_t index(int64_t depth) const { return views_.size() == 1 ? 0 : static_cast<size_t>(depth); }
   void set_count(int64_t count) {
-    views_.resize(static_cast<size_t>(count));
+    views_.assign(static_cast<size_t>(count), PackedCodebook{});
     float_panels_ = std::vector<LazyPanels>(static_cast<size_t>(count));
   }
   int64_t gram_bytes() const { return num_codes_ * num_blocks_ * GramRows::kBlock; }
   int64_t padded() const { return num_panels_ * kernel_.panel_width; }
+  double* squared_norms(size_t depth) const { return squared_norms_ + static_cast<int64_t>(depth) * num_codes_; }
+  double* centred_norms(size_t depth) const { return centred_norms_ + static_cast<int64_t>(depth) * num_codes_; }
 
   // Points the parts of a codebook into the memory, and returns how much they take.
   int64_t place(uint8_t* memory, PackedCodebook& view) const {
@@ -238,27 +294,27 @@ class PackedCodebooks {
     return used;
   }
 
-  void find_mean(PackedCodebook& view) const {
+  void find_mean(const float* codes_kc, Mean& mean) const {
     const int64_t step = divide_up(num_codes_, kMeanSample), sampled = divide_up(num_codes_, step);
     double squared = 0, spread = 0;
     std::vector<double> sum(static_cast<size_t>(channels_), 0.0);
     for (int64_t k = 0; k < num_codes_; k += step) {
       for (int64_t c = 0; c < channels_; ++c) {
-        const double e = view.codes_kc[k * channels_ + c];
+        const double e = codes_kc[k * channels_ + c];
         sum[c] += e;
         spread += e * e / static_cast<double>(sampled);
       }
     }
-    for (int64_t c = 0; c < channels_; ++c) {
-      view.int8.mean[c] = static_cast<float>(sum[c] / static_cast<double>(sampled));
-      squared += double(view.int8.mean[c]) * double(view.int8.mean[c]);
+    for (const double total : sum) {
+      mean.values.push_back(static_cast<float>(total / static_cast<double>(sampled)));
+      squared += double(mean.values.back()) * double(mean.values.back());
     }
     // A small offset is not worth the second look at every row.
     if (squared < kSmallOffset * spread) {
-      std::fill(view.int8.mean, view.int8.mean + channels_, 0.0f);
+      mean.values.assign(sum.size(), 0.0f);
       squared = 0;
     }
-    view.int8.mean_norm = std::sqrt(squared);
+    mean.norm = std::sqrt(squared);
   }
 
   // body(begin, end) over all panels, on all threads.
@@ -270,22 +326,18 @@ class PackedCodebooks {
     });
   }
 
-  void pack() {
-    const int64_t width = kernel_.panel_width;
-    Buffer<double> squared_norms(num_codes_), centred_norms(num_codes_);
-    for (PackedCodebook& view : views_) {
-      const float* mean = int8_ && view.int8.mean_norm > 0 ? view.int8.mean : nullptr;
-      for_panels([&](int64_t begin, int64_t end) {
-        kernel_.measure(view.codes_kc, channels_, mean, begin * width, std::min(end * width, num_codes_), squared_norms,
-                        centred_norms);
-      });
-      view.max_norm = std::sqrt(*std::max_element<double*>(squared_norms, squared_norms + num_codes_));
-      order_by_size(centred_norms, num_codes_, padded(), view.order);
-      for_panels([&](int64_t begin, int64_t end) { kernel_.pack(view, squared_norms, centred_norms, begin, end); });
-      if (view.panels == nullptr) continue;
-      for_panels(
-          [&](int64_t begin, int64_t end) { kernel_.pack_float(view, begin, end, const_cast<float*>(view.panels)); });
+  void pack(PackedCodebook& view, size_t depth) const {
+    const double *squared = squared_norms(depth), *centred = centred_norms(depth);
+    view.max_norm = std::sqrt(*std::max_element(squared, squared + num_codes_));
+    if (int8_) {
+      std::copy(means_[depth].values.begin(), means_[depth].values.end(), view.int8.mean);
+      view.int8.mean_norm = means_[depth].norm;
     }
+    order_by_size(centred, num_codes_, padded(), view.order);
+    for_panels([&](int64_t begin, int64_t end) { kernel_.pack(view, squared, centred, begin, end); });
+    if (view.panels == nullptr) return;
+    for_panels(
+        [&](int64_t begin, int64_t end) { kernel_.pack_float(view, begin, end, const_cast<float*>(view.panels)); });
   }
 
   // Sizes of the blocks, where there are any, and of them all.
@@ -331,6 +383,9 @@ class PackedCodebooks {
   int64_t num_codes_, channels_, num_panels_, num_blocks_, bytes_;
   bool int8_, gram_;
   std::vector<PackedCodebook> views_;
+  // Of all codes of all codebooks, from `measure` to `fill`.
+  Buffer<double> squared_norms_, centred_norms_;
+  std::vector<Mean> means_;
   mutable std::vector<LazyPanels> float_panels_;
 };
 

@@ -22,9 +22,16 @@ struct ResidualSearchParams {
 // Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).
 void launch(const ResidualSearchParams& params, void* stream);
 
-// CPU: a shared codebook prepared for many searches, with Gram rows where they pay. Asks `allocate` for memory aligned
-// to a cache line, once or twice; the last piece holds the result.
+// CPU: a shared codebook prepared for many searches, with Gram rows where they pay. Asks `allocate` once, for memory
+// aligned to a cache line, which holds the result.
 void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate);
+bool packed_has_gram(const uint8_t* packed, int64_t bytes);
+
+// CPU: what the cache of packed codebooks holds, and how often a search found its codebook there.
+struct CodebookCacheState {
+  int64_t entries, bytes, found;
+};
+CodebookCacheState codebook_cache_state();
 
 }  // namespace rqk
