@@ -28,12 +28,13 @@ def evaluate_reconstruction(vae: RQVAE, images: ImageDataset, *, batch_size: int
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     vae.eval()
+    frozen = vae.freeze(len(images))
     squared_error, pixels = 0.0, 0
     counts_dk = torch.zeros(vae.depth, vae.codebook_size, dtype=torch.int64)
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
         images_nchw = torch.stack([images.item(index, 0)[0] for index in indices]).to(vae.device)
-        codes_nhwd = vae.encode(images_nchw)
+        codes_nhwd = vae.encode(images_nchw, frozen)
         error = vae.decode(codes_nhwd).double() - images_nchw.double()
         squared_error += error.square().sum().item()
         pixels += error.numel()

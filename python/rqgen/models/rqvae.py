@@ -271,9 +271,15 @@ class RQVAE(PretrainedModel):
         return self.decoder(self.from_latents(latents_bchw.to(self.from_latents.weight.dtype)))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]."""
-        return self.quantizer.encode(self.encode_latents(images))
+    def encode(self, images: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
+        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `frozen`, see `freeze`."""
+        return self.quantizer.encode(self.encode_latents(images), frozen)
+
+    def freeze(self, num_images: int) -> rqkernels.FrozenCodebook | None:
+        """What `encode` takes to encode about so many images with the codebook as it is now; None where preparing it
+        is not repaid (see `ResidualQuantizer.freeze`)."""
+        h, w, _ = self.code_shape
+        return self.quantizer.freeze(num_images * h * w)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

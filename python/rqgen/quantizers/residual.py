@@ -18,6 +18,8 @@ from .usage import CodeUsage
 
 EMA_UPDATES = ("after_all_depths", "per_depth")
 INITIALISATIONS = ("data", "kmeans", "random")
+# Products of all pairs of codes are repaid once they have saved so many scans of the codebook for each code of it.
+_REPAID_AFTER = 8
 
 
 @dataclass
@@ -182,10 +184,27 @@ class ResidualQuantizer(nn.Module):
         return QuantizerOutput(straight_through, codes, loss)
 
     @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Codes int64 (..., D) of vectors (..., C). Changes no state in any mode."""
+    def encode(self, z: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
+        """Codes int64 (..., D) of vectors (..., C), searched in `frozen` (see `freeze`) where given. Changes no state
+        in any mode."""
         self._check_vectors(z)
-        return rqkernels.residual_search(z.float(), self.codebook, self.config.depth).codes
+        return rqkernels.residual_search(
+            z.float(), self.codebook if frozen is None else frozen, self.config.depth
+        ).codes
+
+    def freeze(self, count: int) -> rqkernels.FrozenCodebook | None:
+        """The codebook as it is now, prepared for encoding about `count` vectors (the codes are the same).
+
+        None where that would not pay: few vectors, one depth, a codebook per depth, on a GPU, or where
+        `rqkernels.FrozenCodebook` has no products to offer.
+        """
+        config = self.config
+        if not config.shared_codebook or self.codebook.device.type != "cpu":
+            return None
+        if count * (config.depth - 1) < _REPAID_AFTER * config.codebook_size:
+            return None
+        frozen = rqkernels.FrozenCodebook(self.codebook)
+        return frozen if frozen.has_gram else None
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
         """Sum of the codes, float32 (..., C); of the first `depth` codes only if given.

@@ -96,10 +96,11 @@ def encode_dataset(
     vae.eval()
     encoded, labels = [], []
     count = len(images) if count is None else count
+    frozen = vae.freeze(count) if codes else None
     for start in range(0, count, batch_size):
         batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
         images_nchw = torch.stack([image for image, _ in batch]).to(vae.device)
-        encoded.append((vae.encode(images_nchw) if codes else vae.encode_latents(images_nchw).float()).cpu())
+        encoded.append((vae.encode(images_nchw, frozen) if codes else vae.encode_latents(images_nchw).float()).cpu())
         labels += [label for _, label in batch]
     if not encoded:
         raise ValueError("images: expected at least one, got an empty dataset")
@@ -151,7 +152,9 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
 def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
     """Half the mean of |r_D|^2: labels then spread over the codes that quantization itself can hardly tell
     apart, whatever the scale of the latents."""
-    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), vae.codebooks, vae.depth).residual_norms
+    frozen = vae.freeze(len(latents_nhwc))
+    codebooks = vae.codebooks if frozen is None else frozen
+    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_norms
     tau = 0.5 * norms[..., -1].mean().item()
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau: cannot be measured, half the mean of |r_D|^2 is {tau}; give a number")

@@ -494,3 +494,21 @@ def test_the_watch_sees_a_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(rqkernels, "residual_search", by_distances)
     quantizer = make(8, codebook_size=1024, depth=1, init="random")
     assert largest_of_training_steps(quantizer, 1024) >= 1024 * 1024
+
+
+def test_frozen_where_that_is_repaid_and_the_same_codes() -> None:
+    quantizer = make(32, codebook_size=256, depth=3)
+    z = torch.randn(300, 32)
+    assert quantizer.freeze(1023) is None  # 8 * 256 scans to be saved, two for each vector
+    frozen = quantizer.freeze(1024)
+    if rqkernels.info()["cpu_capability"] == "avx512":
+        assert frozen is not None and frozen.has_gram
+        assert torch.equal(quantizer.encode(z, frozen), quantizer.encode(z))
+        # As it was: what the codebook has become since is not searched.
+        codes = quantizer.encode(z)
+        quantizer.codebook.neg_()
+        assert torch.equal(quantizer.encode(z, frozen), codes) and not torch.equal(quantizer.encode(z), codes)
+    else:
+        assert frozen is None
+    for other in (make(32, codebook_size=256, depth=1), make(32, codebook_size=256, shared_codebook=False), make(31)):
+        assert other.freeze(10**9) is None

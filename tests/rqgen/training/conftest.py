@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+import rqkernels
 from rqgen.data import TensorItems
 from rqgen.models.rqvae import RQVAE, RQVAEConfig
 from rqgen.quantizers import QuantizerConfig
@@ -42,6 +43,19 @@ def make_vae(vae_config):
         return RQVAE(vae_config)
 
     return make
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """The codebooks of every search from here on."""
+    seen, search = [], rqkernels.residual_search
+
+    def watch(x, codebooks, *arguments, **keywords):
+        seen.append(codebooks)
+        return search(x, codebooks, *arguments, **keywords)
+
+    monkeypatch.setattr(rqkernels, "residual_search", watch)
+    return seen
 
 
 @pytest.fixture

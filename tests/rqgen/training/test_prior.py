@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import rqkernels
-from rqgen.data import Batch, EncodedImages
+from rqgen.data import Batch, EncodedImages, TensorItems
 from rqgen.data.codes import codebook_fingerprint
+from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models.rqtransformer import prior_loss
+from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
 from rqgen.training import PriorConfig, PriorStage, encode_dataset, measure_tau, prior_data
 
@@ -145,3 +147,24 @@ def test_bad_settings(vae):
         PriorConfig(condition_dropout=1)
     with pytest.raises(ValueError, match="tau: expected a positive number, got None"):
         make_stage(small(), vae, tau=None)
+
+
+def test_a_large_dataset_is_encoded_with_a_frozen_codebook(vae_config, images, searched):
+    torch.manual_seed(0)
+    vae = RQVAE(replace(vae_config, embed_dim=32, quantizer=replace(vae_config.quantizer, codebook_size=128))).eval()
+    many = TensorItems(images.inputs.repeat(3, 1, 1, 1), images.labels.repeat(3))
+    plain = torch.cat([vae.encode(part) for part in many.inputs.split(10)])
+    tau = measure_tau(vae, vae.encode_latents(images.inputs))
+    assert not any(isinstance(codebooks, rqkernels.FrozenCodebook) for codebooks in searched)
+    searched.clear()
+    codes, _ = encode_dataset(vae, many, batch_size=10, codes=True)
+    assert torch.equal(codes, plain)
+    assert evaluate_reconstruction(vae, many).code_counts.sum() == codes.numel()
+    latents = vae.encode_latents(images.inputs).repeat(3, 1, 1, 1)
+    assert measure_tau(vae, latents) == pytest.approx(tau, rel=1e-5)
+    kind = rqkernels.FrozenCodebook if rqkernels.info()["cpu_capability"] == "avx512" else torch.Tensor
+    assert len(searched) == 8 + 1 + 1 and all(isinstance(codebooks, kind) for codebooks in searched)
+    # A few images of them are not worth it.
+    searched.clear()
+    encode_dataset(vae, images, batch_size=10, codes=True)
+    assert all(isinstance(codebooks, torch.Tensor) for codebooks in searched)
