@@ -232,6 +232,7 @@ def compare(
     work: Work,
     check: Callable[[Mapping[str, object]], Mapping[str, float]],
     benchmark: Any = None,
+    before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Checks, times and describes one case; contenders[0] is ours.
 
@@ -239,11 +240,17 @@ def compare(
         check: gets each contender's result by name, raises AssertionError where they did not do the same
             work, and returns each one's agreement with the definition (1.0: equal).
         benchmark: pytest-benchmark's fixture. It times our rounds, and runs the peers' as the setup of each.
+        before_round: changes in place what all contenders work on, untimed, before each of them is called once.
     """
     ours, *peers = contenders
-    # The first call compiles, packs and warms; the second tells how many rounds there is time for.
+    # The first calls compile, pack and warm; the last of them tells how many rounds there is time for.
+    for contender in contenders:
+        contender.call()
+    before_round()
     agreement = check({c.name: c.call() for c in contenders})
+    before_round()
     memory = {c.name: peak_memory(c.call, device) for c in contenders}
+    before_round()
     one_round = sum(time_call(c.call, device)[0] for c in contenders) / 1e9
     rounds = 2 if QUICK else max(5, min(60, int(_SECONDS_PER_CASE / one_round)))
 
@@ -253,6 +260,7 @@ def compare(
 
     def peers_in_turn() -> None:
         peak.probe()
+        before_round()
         first = len(samples[ours.name]) % max(1, len(peers))
         for contender in [*peers[first:], *peers[:first]]:
             samples[contender.name].append(time_call(contender.call, device)[0])

@@ -19,6 +19,7 @@ class Shape(NamedTuple):
     shared: bool
     rows_cpu: int
     rows_cuda: int
+    changes: bool = False  # the codebook is another one in every round, as in training
 
     def rows(self, device: torch.device) -> int:
         return self.rows_cuda if device.type == "cuda" else self.rows_cpu
@@ -37,6 +38,7 @@ class Shape(NamedTuple):
             "K": self.codes,
             "D": self.depth,
             "shared": self.shared,
+            **({"changes": True} if self.changes else {}),
         }
 
 

@@ -20,8 +20,21 @@ import rqkernels
 CHECKED_ELEMENTS, TIMED_ELEMENTS = (1 << 20, 1 << 12) if QUICK else (1 << 29, 1 << 26)
 
 
-# Encoding a data set: a shared codebook through many depths, where its FrozenCodebook has most to give.
-CASES = [*SHAPES, *([] if QUICK else [Shape("rq-vae-16", 256, 16384, 16, True, 1024, 8192)])]
+CASES = [
+    *SHAPES,
+    *(
+        [Shape("tiny-training", 8, 16, 2, True, 64, 64, changes=True)]
+        if QUICK
+        else [
+            # Encoding a data set: a shared codebook through many depths, where its FrozenCodebook has most to give.
+            Shape("rq-vae-16", 256, 16384, 16, True, 1024, 8192),
+            # One image.
+            Shape("rq-vae-64-rows", 256, 16384, 4, True, 64, 64),
+            # A training step: what was prepared of the last step's codebook is of no use.
+            Shape("rq-vae-training", 256, 16384, 4, True, 1024, 8192, changes=True),
+        ]
+    ),
+]
 
 
 def published_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +61,8 @@ def residual_vq(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
         shared_codebook=codebooks.dim() == 2,
     ).to(x_nc.device)
     for d, layer in enumerate(model.layers):
-        layer._codebook.embed.data.copy_(codebook_at(codebooks, d))
+        # In ours, so that it changes with them.
+        layer._codebook.embed.data = codebook_at(codebooks, d)[None]
     model.eval()
 
     @torch.no_grad()
@@ -59,23 +73,30 @@ def residual_vq(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
     return search
 
 
-def faiss_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
-    """One IndexFlatL2 per depth, the residual between them in numpy."""
+def faiss_search(x_nc: Tensor, codebooks: Tensor, depth: int, changes: bool) -> Any:
+    """One IndexFlatL2 per codebook, the residual between depths in numpy. An index copies its codebook: one that
+    changes is copied anew by every call."""
     import faiss
     import numpy as np
 
     x = x_nc.numpy()
-    tables = [codebook_at(codebooks, d).numpy() for d in range(depth)]
-    indexes = []
-    for table in tables:
-        index = faiss.IndexFlatL2(x.shape[1])
-        index.add(table)
-        indexes.append(index)
+    tables = list(codebooks.view(-1, *codebooks.shape[-2:]).numpy())
+    indexes = [faiss.IndexFlatL2(x.shape[1]) for _ in tables]
+
+    def fill() -> None:
+        for index, table in zip(indexes, tables, strict=True):
+            index.reset()
+            index.add(table)
+
+    fill()
     faiss.omp_set_num_threads(torch.get_num_threads())
 
     def search() -> tuple[Tensor, Tensor]:
+        if changes:
+            fill()
         residual, total, codes = x, np.zeros_like(x), []
-        for index, table in zip(indexes, tables, strict=True):
+        for d in range(depth):
+            index, table = indexes[d % len(indexes)], tables[d % len(tables)]
             code = index.search(residual, 1)[1][:, 0]
             chosen = table[code]
             residual, total = residual - chosen, total + chosen
@@ -121,7 +142,8 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         Contender("published, eager", lambda: published_search(x, codebooks, depth), rows),
         Contender("reference (float64)", lambda: reference(timed_rows), timed_rows),
     ]
-    if case.shared:
+    freezes = case.shared and not case.changes
+    if freezes:
         frozen = rqkernels.FrozenCodebook(codebooks)
         name = "rqkernels, FrozenCodebook"
         contenders.append(Contender(name, lambda: rqkernels.residual_search(x, frozen, depth)[:2], rows))
@@ -132,14 +154,14 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
     if importlib.util.find_spec("vector_quantize_pytorch"):
         contenders.append(Contender("vector-quantize-pytorch", residual_vq(x, codebooks, depth), rows))
     if device.type == "cpu" and importlib.util.find_spec("faiss"):
-        contenders.append(Contender("faiss IndexFlatL2", faiss_search(x, codebooks, depth), rows))
+        contenders.append(Contender("faiss IndexFlatL2", faiss_search(x, codebooks, depth, case.changes), rows))
 
     def check(results: Mapping[str, Any]) -> dict[str, float]:
         ours = results["rqkernels"][0]
         truth = reference(checked_rows)[0]
         assert torch.equal(ours[:checked_rows], truth), "our codes differ from the definition"
         agreement = {}
-        if case.shared:
+        if freezes:
             theirs = results["rqkernels, FrozenCodebook"]
             assert all(torch.equal(a, b) for a, b in zip(results["rqkernels"], theirs, strict=True))
         for name, (codes, _) in results.items():
@@ -155,8 +177,14 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         bytes=rows * (2 * 4 * case.channels + 8 * depth) + 4 * n_codebooks * case.codes * case.channels,
         operations=2 * rows * case.codes * case.channels * depth,
     )
+
+    def change() -> None:
+        codebooks.mul_(0.999)
+
+    before_round = change if case.changes else lambda: None
+    described = case.described(device)
     with torch.no_grad():
-        return _harness.compare(case.name, case.described(device), device, contenders, work, check, benchmark)
+        return _harness.compare(case.name, described, device, contenders, work, check, benchmark, before_round)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
