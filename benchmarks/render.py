@@ -1,4 +1,5 @@
-"""Writes the tables of benchmarks/README.md from the JSON of benchmarks/results, between its two markers.
+"""Writes the tables of benchmarks/README.md, between its two markers, and the plot speedup.svg beside the JSON of
+benchmarks/results that both are made of. The same JSON gives the same bytes.
 
 python benchmarks/render.py [--results DIR] [--readme FILE]
 """
@@ -7,9 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -62,8 +68,47 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel for each JSON file: by shape, how many times as long as ours each contender takes per row.
+
+    The definition in float64 is left out: it is there to be right, and far off every scale.
+    """
+    # Text stays text, and nothing in the file comes from a clock or a random number.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rqkernels", "font.size": 8})
+    heights = [len(result["cases"]) for result in results]
+    figure, panels = plt.subplots(
+        len(results),
+        figsize=(8, 1.2 * len(results) + 0.35 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for result, panel in zip(results, panels[:, 0], strict=True):
+        points: dict[str, list[tuple[float, int]]] = {}
+        for place, case in enumerate(result["cases"]):
+            panel.axhline(place, color="0.9", linewidth=0.8, zorder=0)
+            for contender in case["contenders"][1:]:
+                if not contender["name"].startswith("reference"):
+                    points.setdefault(contender["name"], []).append((contender["times_ours_per_row"], place))
+        for name, marker in zip(points, "osD^vPX*" * len(points), strict=False):
+            panel.scatter(*zip(*points[name], strict=True), marker=marker, label=name, s=24)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(title=f"{result['slug']}: {result['environment']['device']}", xscale="log")
+        panel.set_xlabel("time per row / ours (right of the line ours is faster)")
+        shown = panel.get_xlim()
+        ticks = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
+        panel.set_xticks([tick for tick in ticks if shown[0] <= tick <= shown[1]])
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_yticks(range(len(result["cases"])), [case["case"] for case in result["cases"]])
+        panel.invert_yaxis()
+        panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
 def render(results: Path, readme: Path) -> None:
-    """Replaces what stands between the markers.
+    """Replaces what stands between the markers, and draws the plot.
 
     Raises:
         ValueError: the file does not hold both markers, in their order.
@@ -74,8 +119,11 @@ def render(results: Path, readme: Path) -> None:
     if not begin or not end:
         raise ValueError(f"{readme} must hold {BEGIN} and after it {END}")
     contents = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    tables = [table(content) for content in contents if "slug" in content]
+    measured = [content for content in contents if "slug" in content]
+    tables = [table(content) for content in measured]
     readme.write_text(before + begin + "\n\n" + "\n\n".join(tables) + "\n\n" + end + after)
+    if measured:
+        plot(measured, results / "speedup.svg")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,24 @@ def test_a_result_says_what_was_measured_and_where(results: dict[str, dict], slu
         assert floor["percent_of_floor"] == pytest.approx(100 * floor["ns"] / ours["median_ns"])
 
 
+def test_a_codebook_that_changes_is_another_one_in_every_round(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(
+        "import bench_residual_search as bench, rqkernels, torch\n"
+        "seen, search = [], rqkernels.residual_search\n"
+        "def watch(x, codebooks, depth):\n"
+        "    seen.append(codebooks.sum().item())\n"
+        "    return search(x, codebooks, depth)\n"
+        "rqkernels.residual_search = watch\n"
+        "(case,) = [case for case in bench.CASES if case.changes]\n"
+        "bench.run_case(case, torch.device('cpu'))\n"
+        "assert len(seen) == len(set(seen)) == 6, seen\n"  # called, checked, its memory and time, and two rounds
+    )
+    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_search_benchmark_holds_the_published_formulation(results: dict[str, dict]) -> None:
     for case in results["residual_search"]["cases"]:
         agreement = {c["name"]: c["agreement"] for c in case["contenders"]}
@@ -74,13 +93,23 @@ def test_as_a_script_and_drawn_into_a_readme(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
     command = (BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme)
+    plots = set()
     for _ in range(2):  # drawing twice changes nothing
-        assert quick(*command, out=tmp_path).returncode == 0
+        drawn = quick(*command, out=tmp_path)
+        assert drawn.returncode == 0, drawn.stderr
+        plots.add((tmp_path / "speedup.svg").read_text())
         text = readme.read_text()
         assert text.startswith("before\n") and text.endswith("after\n")
         assert "old" not in text
         assert text.count("### code_statistics") == 1
         assert "index_add and bincount" in text
+    (plot,) = plots
+    assert "index_add and bincount" in plot and "tiny" in plot and "reference" not in plot
+
+
+def test_the_plot_that_the_readme_shows_is_there() -> None:
+    (target,) = re.findall(r"!\[.*?\]\((.*?)\)", (BENCHMARKS / "README.md").read_text())
+    assert (BENCHMARKS / target).read_text().count("<svg") == 1
 
 
 def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
