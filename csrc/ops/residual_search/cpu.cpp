@@ -253,12 +253,14 @@ class Search {
   std::atomic<int64_t> next_{0};
 };
 
-[[noreturn]] void refuse_not_finite(const char* op, const float* values, int64_t num_codes, int64_t channels,
-                                    bool per_depth) {
-  int64_t i = 0;
-  while (std::isfinite(values[i])) ++i;
-  const int64_t code = i / channels;
-  value_error(op, ": codebooks must be finite, got ", values[i], " in code ", code % num_codes,
+[[noreturn]] void refuse_not_finite(const char* op, const float* values, int64_t count, int64_t num_codes,
+                                    int64_t channels, bool per_depth) {
+  const float* end = values + count * num_codes * channels;
+  const float* bad = std::find_if(values, end, [](float value) { return !std::isfinite(value); });
+  // Otherwise another thread has written to them meanwhile.
+  if (bad == end) value_error(op, ": codebooks must be finite, and were not");
+  const int64_t code = (bad - values) / channels;
+  value_error(op, ": codebooks must be finite, got ", *bad, " in code ", code % num_codes,
               per_depth ? " of depth " + std::to_string(code / num_codes) : "");
 }
 
@@ -275,8 +277,9 @@ void launch(const ResidualSearchParams& p, void*) {
   } else {
     const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
     packed = CodebookCache::of_this_process().pack(kernel, p.codebooks, count, p.num_codes, p.channels);
-    if (packed == nullptr)
-      refuse_not_finite("residual_search", p.codebooks, p.num_codes, p.channels, p.codebook_stride > 0);
+    if (packed == nullptr) {
+      refuse_not_finite("residual_search", p.codebooks, count, p.num_codes, p.channels, p.codebook_stride > 0);
+    }
   }
   const PackedCodebooks& codebooks = packed != nullptr ? packed->packed : opened;
   // Small batches are cut finer, so that every thread has some rows.
@@ -295,7 +298,7 @@ void launch(const ResidualSearchParams& p, void*) {
 void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
   PackedCodebooks codebooks(kernel_of_this_machine(), num_codes, channels);
-  if (!codebooks.measure(codebook, 1)) refuse_not_finite("FrozenCodebook", codebook, num_codes, channels, false);
+  if (!codebooks.measure(codebook, 1)) refuse_not_finite("FrozenCodebook", codebook, 1, num_codes, channels, false);
   codebooks.set_gram(codebooks.gram_pays());
   codebooks.fill(allocate(codebooks.bytes()));
 }
