@@ -276,6 +276,11 @@ inline void quantize_tiles(const PackedCodebook& codebook, const float* residual
     uint8_t* tile = tiles + i / kRowTile * quads(channels) * kRowTile * 4;
     Int8Rows& state = rows[i / kRowTile];
     const int place = int(i % kRowTile);
+    if (place == 0) {
+      for (int lane = kRowTile; lane < 16; ++lane) {
+        state.scale[lane] = state.factor_norm[lane] = state.factor_error[lane] = state.slack[lane] = state.upper[lane] = 0;
+      }
+    }
     if (i >= count || !begin_int8_row(codebook, residuals + i * channels, squared_norms[i], state, place, tile)) {
       skip_int8_row(state, place, tile, channels);
     }
