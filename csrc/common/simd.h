@@ -19,12 +19,67 @@ struct Vec {
   __m512 v;
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  // The first n floats at p, fewer than kSize, and zeros.
+  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec negated_fma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline bool any_at_most(Vec a, float limit) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_LE_OQ) != 0; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float smallest_of(Vec a) { return _mm512_reduce_min_ps(a.v); }
+inline float largest_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// Bit j: a[j] <= limit[j]; false where either is NaN.
+inline uint32_t at_most(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LE_OQ); }
+
+struct VecInt {
+  __m512i v;
+  static VecInt zero() { return {_mm512_setzero_si512()}; }
+  static VecInt fill(int32_t a) { return {_mm512_set1_epi32(a)}; }
+};
+inline VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline VecInt nearest_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline Vec to_float(VecInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline int32_t sum_of(VecInt a) { return _mm512_reduce_add_epi32(a.v); }
+inline void store_bytes(VecInt a, uint8_t* bytes) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(a.v));
+}
+
+// Adds squares of floats in float64.
+struct SquareSum {
+  __m512d sum = _mm512_setzero_pd();
+  void add(Vec a) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+    sum = _mm512_fmadd_pd(low, low, sum);
+    sum = _mm512_fmadd_pd(high, high, sum);
+  }
+  double total() const { return _mm512_reduce_add_pd(sum); }
+};
+
+// Eight numbers of float64.
+struct Lanes8 {
+  __m512d v;
+  static Lanes8 zero() { return {_mm512_setzero_pd()}; }
+  static Lanes8 load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+  static Lanes8 load_first(const float* p, int64_t n) {
+    return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p))};
+  }
+  // By halves: lane j + lane j + 4, and so on.
+  double sum() const {
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+};
+inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 
 #elif defined(__AVX2__)
 
@@ -33,14 +88,88 @@ struct Vec {
   __m256 v;
   static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  // The first n floats at p, fewer than kSize, and zeros.
+  static Vec load_first(const float* p, int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane))};
+  }
   static Vec fill(float a) { return {_mm256_set1_ps(a)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec negated_fma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline bool any_at_most(Vec a, float limit) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, _mm256_set1_ps(limit), _CMP_LE_OQ)) != 0;
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline float smallest_of(Vec a) {
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
 }
+inline float largest_of(Vec a) { return -smallest_of(Vec::zero() - a); }
+// Bit j: a[j] <= limit[j]; false where either is NaN.
+inline uint32_t at_most(Vec a, Vec limit) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, limit.v, _CMP_LE_OQ)));
+}
+
+struct VecInt {
+  __m256i v;
+  static VecInt zero() { return {_mm256_setzero_si256()}; }
+  static VecInt fill(int32_t a) { return {_mm256_set1_epi32(a)}; }
+};
+inline VecInt operator+(VecInt a, VecInt b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline VecInt nearest_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline Vec to_float(VecInt a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline int32_t sum_of(VecInt a) {
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+inline void store_bytes(VecInt a, uint8_t* bytes) {
+  const __m128i low = _mm_set1_epi32(0xff);
+  const __m128i words = _mm_packus_epi32(_mm_and_si128(_mm256_castsi256_si128(a.v), low),
+                                         _mm_and_si128(_mm256_extracti128_si256(a.v, 1), low));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(words, words));
+}
+
+// Adds squares of floats in float64.
+struct SquareSum {
+  __m256d sum = _mm256_setzero_pd();
+  void add(Vec a) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a.v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1));
+    sum = _mm256_fmadd_pd(low, low, sum);
+    sum = _mm256_fmadd_pd(high, high, sum);
+  }
+  double total() const {
+    double lanes[4];
+    _mm256_storeu_pd(lanes, sum);
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  }
+};
+
+// Eight numbers of float64.
+struct Lanes8 {
+  __m256d low, high;
+  static Lanes8 zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static Lanes8 of(Vec a) {
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))};
+  }
+  static Lanes8 load(const float* p) { return of(Vec::load(p)); }
+  static Lanes8 load_first(const float* p, int64_t n) { return of(Vec::load_first(p, n)); }
+  // By halves: lane j + lane j + 4, and so on.
+  double sum() const {
+    const __m256d four = _mm256_add_pd(low, high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+};
+inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)}; }
+inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
+inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)}; }
 
 #else
 
@@ -60,9 +189,36 @@ struct Vec {
 };
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
-inline bool any_at_most(Vec a, float limit) {
-  return a.v[0] <= limit || a.v[1] <= limit || a.v[2] <= limit || a.v[3] <= limit;
+// Bit j: a[j] <= limit[j]; false where either is NaN.
+inline uint32_t at_most(Vec a, Vec limit) {
+  uint32_t mask = 0;
+  for (int j = 0; j < Vec::kSize; ++j) mask |= uint32_t(a.v[j] <= limit.v[j]) << j;
+  return mask;
 }
+
+// Eight numbers of float64.
+struct Lanes8 {
+  double v[8];
+  static Lanes8 zero() { return {}; }
+  static Lanes8 load(const float* p) { return load_first(p, 8); }
+  static Lanes8 load_first(const float* p, int64_t n) {
+    Lanes8 lanes{};
+    for (int64_t j = 0; j < n; ++j) lanes.v[j] = double(p[j]);
+    return lanes;
+  }
+  // By halves: lane j + lane j + 4, and so on.
+  double sum() const {
+    const double four[4] = {v[0] + v[4], v[1] + v[5], v[2] + v[6], v[3] + v[7]};
+    return (four[0] + four[2]) + (four[1] + four[3]);
+  }
+};
+#define RQK_LANES8(op)                                     \
+  inline Lanes8 operator op(Lanes8 a, Lanes8 b) {          \
+    for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] op b.v[j]; \
+    return a;                                              \
+  }
+RQK_LANES8(+) RQK_LANES8(-) RQK_LANES8(*)
+#undef RQK_LANES8
 
 #endif
 

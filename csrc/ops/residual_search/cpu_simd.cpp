@@ -18,7 +18,7 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 constexpr bool kHasInt8 = true;
 #else
 constexpr bool kHasInt8 = false;
@@ -43,7 +43,7 @@ void pack(const PackedCodebook& codebook, const double* squared_norms, const dou
       if (k >= 0 && squared_norms[k] > largest) largest = squared_norms[k];
     }
     codebook.panel_norms[panel] = round_up(__builtin_sqrt(largest));
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
     if (codebook.int8.bytes != nullptr) pack_int8_panel(codebook, centred_norms, panel);
 #else
     (void)centred_norms;
@@ -63,9 +63,10 @@ struct Scratch {
   float* panel;
   FloatRows* float_rows;
   int32_t* left;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   uint8_t* byte_tiles;
   Int8Rows* int8_rows;
+  BlockScores* block;
   float* inverse_units;
 #endif
   size_t bytes;
@@ -84,9 +85,10 @@ Scratch divide(void* memory, int64_t rows, int64_t channels) {
   scratch.panel = static_cast<float*>(take(kPanelWidth * channels * int64_t(sizeof(float))));
   scratch.float_rows = static_cast<FloatRows*>(take(tiles * int64_t(sizeof(FloatRows))));
   scratch.left = static_cast<int32_t*>(take(padded * int64_t(sizeof(int32_t))));
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   scratch.byte_tiles = static_cast<uint8_t*>(take(padded * quads(channels) * 4));
   scratch.int8_rows = static_cast<Int8Rows*>(take(tiles * int64_t(sizeof(Int8Rows))));
+  scratch.block = static_cast<BlockScores*>(take(int64_t(sizeof(BlockScores))));
   scratch.inverse_units = static_cast<float*>(take(padded * int64_t(sizeof(float))));
 #endif
   scratch.bytes = used;
@@ -99,10 +101,10 @@ int64_t nearest(const PackedCodebook& codebook, const float* residuals, const do
                 bool try_int8, void* memory, int64_t* codes) {
   const Scratch scratch = divide(memory, rows, codebook.channels);
   int64_t num_left = rows, num_given_up = 0;
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
   if (try_int8) {
-    num_left = search_int8(codebook, residuals, squared_norms, rows, scratch.byte_tiles, scratch.int8_rows, codes,
-                           scratch.left);
+    num_left = search_int8(codebook, residuals, squared_norms, rows, scratch.byte_tiles, scratch.int8_rows,
+                           *scratch.block, codes, scratch.left);
   } else {
     for (int64_t i = 0; i < rows; ++i) scratch.left[i] = int32_t(i);
   }

@@ -11,8 +11,8 @@
 //   <e_k, e'_j> / N      stored as int8 times a_k, the code's own place apart (there it is far larger than elsewhere)
 //
 // Bound of |t_j - unit * stored|, with u = 2^-24, n = max|e'|, f the norm of a code's int8 error (see scan_int8.h for
-// A and B, and for the bound E <= A |e'| + B f + 1.1 u n^2 + 1e-42 of the scan's own scores):
-//   after the scan       E / N <= A + B max(f / N) + 1.1 u n + 1e-42 / min N, and 0.5 w of rounding to int16; three
+// z, A and B, and for the bound E <= (z + A) |e'| + B f + 3.1 u n^2 + 1e-42 of the scan's own scores):
+//   after the scan       E / N <= z + A + B max(f / N) + 3.1 u n + 1e-42 / min N, and 0.5 w of rounding to int16; three
 //                        roundings of a float below 32000 units are another 0.01 w:                          0.52 w
 //   each code k taken    products in float of floats e_k and e'_j, then the division:   <= 1.01 (C + 5) u |e_k| +
 //                          C 2^-148 / min N, the first term for rounding e_j - m as well
@@ -64,7 +64,8 @@ constexpr float kTiniestScale = 1e-30f;
 
 // Quantizes one row of products already divided by N. Returns the scale.
 inline float quantize_products(const float* products, int64_t size, int8_t* quantized) {
-  const float measured = largest(products, nullptr, size) / 127, scale = measured < kTiniestScale ? 0.0f : measured;
+  const float measured = largest({products, nullptr, nullptr}, size) / 127,
+              scale = measured < kTiniestScale ? 0.0f : measured;
   const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f);
   for (int64_t j = 0; j < size; j += 16) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(products + j), inverse));
@@ -114,31 +115,23 @@ inline double squared_reach(const PackedCodebook& codebook, const float* r, doub
   return int8.mean_norm > 0 ? squared_distance(r, int8.mean, codebook.channels) : squared;
 }
 
-// As scan_int8_panel, but every score is stored, for the first `count` rows of the tile; inverse[i] is 1/unit.
+// Every score of a panel, for the first `count` rows of the tile; inverse[i] is 1/unit.
 inline void store_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel, const Int8Rows& rows,
                              const float* inverse, int count, ScoreRow* score_rows) {
   const Int8Panels& int8 = codebook.int8;
-  const int64_t fours = quads(codebook.channels), first = panel * kPanelWidth;
-  __m512i dot[kRowTile][kPanelVecs];
-  multiply_int8_panel(tile, int8.bytes + panel * fours * kPanelWidth * 4, fours, rows.start, dot);
-  const __m512 scale0 = _mm512_loadu_ps(int8.scale + first), scale1 = _mm512_loadu_ps(int8.scale + first + 16);
-  const __m512 none = _mm512_set1_ps(float(kNoCode));
+  const int64_t first = panel * kPanelWidth;
+  const Vec none = Vec::fill(float(kNoCode));
   const float inverse_norm = 1.0f / codebook.gram.block_norm[panel / kPanelsPerBlock];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRowTile; ++i) {
-    if (i >= count) break;
-    const float* offset = (rows.centred[i] ? int8.offset_centred : int8.offset) + first;
-    const __m512 a = _mm512_set1_ps(rows.scale[i]), units = _mm512_set1_ps(inverse[i] * inverse_norm);
-    const __m512 score0 =
-        _mm512_fnmadd_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(dot[i][0]), scale0), _mm512_loadu_ps(offset));
-    const __m512 score1 =
-        _mm512_fnmadd_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(dot[i][1]), scale1), _mm512_loadu_ps(offset + 16));
-    const __m512i t0 = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(score0, units), none));
-    const __m512i t1 = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(score1, units), none));
-    __m256i* stored = reinterpret_cast<__m256i*>(score_rows[i].scores + first);
-    _mm256_storeu_si256(stored, _mm512_cvtsepi32_epi16(t0));
-    _mm256_storeu_si256(stored + 1, _mm512_cvtsepi32_epi16(t1));
-  }
+  score_int8_panel(codebook, tile, panel, rows, [&](int i, int v, Vec score) {
+    if (i >= count) return;
+    for (int o = 0; o < int8.num_outliers; ++o) {
+      const Vec e = Vec::load(int8.outliers + o * int8.outlier_stride + first + v * Vec::kSize);
+      score = negated_fma(Vec::fill(rows.outlier[o][i]), e, score);
+    }
+    const VecInt t = nearest_int(min(score * Vec::fill(inverse[i] * inverse_norm), none));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(score_rows[i].scores + first + v * Vec::kSize),
+                        _mm512_cvtsepi32_epi16(t.v));
+  });
 }
 
 inline void scan_scores(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
@@ -156,8 +149,9 @@ inline void scan_scores(const PackedCodebook& codebook, const float* residuals, 
     row.decided = 0;
     row.unit = row.error = inverse[i] = 0;
     if (tile.candidates[place].count < 0) continue;
-    const double error = double(tile.factor_norm[place]) + double(tile.factor_error[place]) * gram.relative_error +
-                         1.1 * 0x1p-24 * gram.max_norm + double(kDenormalLoss) / gram.min_norm;
+    const double error = double(tile.factor_kept[place]) + double(tile.factor_norm[place]) +
+                         double(tile.factor_error[place]) * gram.relative_error + 3.1 * 0x1p-24 * gram.max_norm +
+                         double(kDenormalLoss) / gram.min_norm;
     const double most =
         gram.max_norm / 2 + __builtin_sqrt(squared_reach(codebook, residuals + i * channels, squared_norms[i]));
     // Some room above: a residual may also grow.

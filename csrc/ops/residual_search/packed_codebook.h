@@ -9,6 +9,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -26,6 +27,8 @@ constexpr int64_t kInt8MinCodes = 128;
 // The vector in the middle of the codes is the mean of about so many of them: any vector serves.
 constexpr int64_t kMeanSample = 256;
 constexpr double kSmallOffset = 0.1;  // |mean|^2 over the mean of |e|^2
+// An outlier channel costs the scan one operation more per code and row; bytes that need not reach so far are finer.
+constexpr double kOutlierRatio = 5;
 // Gram rows are at most so large, serve where a scan costs more than reading them, and need numbers whose products
 // are floats.
 constexpr int64_t kGramMaxBytes = int64_t(320) << 20;
@@ -162,8 +165,8 @@ class PackedCodebooks {
   // Whether Gram rows would serve the one codebook that was measured.
   bool gram_pays() const {
     const double norm = std::sqrt(*std::max_element(centred_norms(0), centred_norms(1)));
-    return int8_ && channels_ >= kGramMinChannels && gram_bytes() <= kGramMaxBytes && norm > kGramMinNorm &&
-           norm < kGramMaxNorm;
+    return kernel_.pack_gram != nullptr && int8_ && channels_ >= kGramMinChannels && gram_bytes() <= kGramMaxBytes &&
+           norm > kGramMinNorm && norm < kGramMaxNorm;
   }
   void set_gram(bool gram) {
     gram_ = gram;
@@ -199,6 +202,7 @@ class PackedCodebooks {
     view.codes_kc = codebook;
     view.max_norm = header.max_norm;
     view.int8.mean_norm = header.mean_norm;
+    view.int8.num_outliers = header.num_outliers;
     view.gram.max_norm = header.gram_max_norm;
     view.gram.min_norm = header.gram_min_norm;
     view.gram.relative_error = header.gram_relative_error;
@@ -216,6 +220,7 @@ class PackedCodebooks {
   // Numbers alone, of eight bytes each.
   struct Header {
     int64_t capability, num_codes, channels, gram;
+    int64_t num_outliers;
     double max_norm, mean_norm, gram_max_norm, gram_min_norm, gram_relative_error;
   };
 
@@ -230,6 +235,7 @@ class PackedCodebooks {
             num_codes_,
             channels_,
             gram_,
+            view.int8.num_outliers,
             view.max_norm,
             view.int8.mean_norm,
             view.gram.max_norm,
@@ -277,13 +283,18 @@ class PackedCodebooks {
       take(view.panels, padded() * channels_);
       return used;
     }
-    take(view.int8.bytes, padded() * divide_up(channels_, 4) * 4);
+    take(view.int8.bytes, padded() * divide_up(channels_, 8) * 8);
     take(view.int8.scale, padded());
     take(view.int8.offset, padded());
     take(view.int8.offset_centred, padded());
     take(view.int8.max_norm, num_panels_);
+    take(view.int8.max_kept, num_panels_);
     take(view.int8.max_error, num_panels_);
     take(view.int8.mean, channels_);
+    take(view.int8.outlier_channel, Int8Panels::kMaxOutliers);
+    take(view.int8.kept, channels_);
+    take(view.int8.outliers, Int8Panels::kMaxOutliers * padded());
+    view.int8.outlier_stride = padded();
     if (!gram_) return used;
     take(view.gram.scale, num_codes_);
     take(view.gram.error, num_codes_);
@@ -317,6 +328,31 @@ class PackedCodebooks {
     mean.norm = std::sqrt(squared);
   }
 
+  // Channels in which the codes are, in the root of their mean square, so many times larger than in all others
+  // together.
+  void find_outliers(PackedCodebook& view) const {
+    Int8Panels& int8 = view.int8;
+    const int64_t step = divide_up(num_codes_, kMeanSample);
+    std::vector<double> squared(static_cast<size_t>(channels_), 0.0);
+    for (int64_t k = 0; k < num_codes_; k += step) {
+      for (int64_t c = 0; c < channels_; ++c) {
+        const double e = double(view.codes_kc[k * channels_ + c]) - double(int8.mean[c]);
+        squared[c] += e * e;
+      }
+    }
+    double rest = std::accumulate(squared.begin(), squared.end(), 0.0);
+    while (int8.num_outliers < Int8Panels::kMaxOutliers && int8.num_outliers + 1 < channels_) {
+      const auto largest = std::max_element(squared.begin(), squared.end());
+      const double others = rest - *largest, count = static_cast<double>(channels_ - int8.num_outliers - 1);
+      if (!(*largest > kOutlierRatio * kOutlierRatio * others / count)) break;
+      int8.outlier_channel[int8.num_outliers++] = largest - squared.begin();
+      rest = others;
+      *largest = 0;
+    }
+    std::fill(int8.kept, int8.kept + channels_, 1.0f);
+    for (int64_t o = 0; o < int8.num_outliers; ++o) int8.kept[int8.outlier_channel[o]] = 0;
+  }
+
   // body(begin, end) over all panels, on all threads.
   template <class Body>
   void for_panels(const Body& body) const {
@@ -332,6 +368,7 @@ class PackedCodebooks {
     if (int8_) {
       std::copy(means_[depth].values.begin(), means_[depth].values.end(), view.int8.mean);
       view.int8.mean_norm = means_[depth].norm;
+      find_outliers(view);
     }
     order_by_size(centred, num_codes_, padded(), view.order);
     for_panels([&](int64_t begin, int64_t end) { kernel_.pack(view, squared, centred, begin, end); });

@@ -8,14 +8,22 @@ namespace rqk {
 
 // A codebook as the int8 scan reads it.
 struct Int8Panels {
-  uint8_t* bytes;         // (num_panels, channels / 4 rounded up, panel_width, 4): quantized channel + 128
+  static constexpr int kMaxOutliers = 4;
+  uint8_t* bytes;         // (num_panels, fours of channels up to a multiple of 8, panel_width, 4): quantized, biased
   float* scale;           // (num_panels, panel_width)
   float* offset;          // (num_panels, panel_width): |e - m|^2/2 + <m, e - m>; +inf past the last code
   float* offset_centred;  // (num_panels, panel_width): |e - m|^2/2; +inf past the last code
   float* max_norm;        // (num_panels): no |e - m| of the panel is above
-  float* max_error;       // (num_panels): no |e - m - scale * quantized| of the panel is above
+  float* max_kept;        // (num_panels): no |e - m| without the outlier channels is above
+  float* max_error;       // (num_panels): no |e - m - scale * quantized| without them is above
   float* mean;            // (channels): m, a vector in the middle of the codes, or zero where that is as good
   double mean_norm;       // |m|
+  // Channels in which the codes are far larger than in the others: not among the bytes.
+  int64_t num_outliers;
+  int64_t* outlier_channel;  // (kMaxOutliers)
+  float* kept;               // (channels): 0 there, 1 elsewhere
+  float* outliers;           // (kMaxOutliers, outlier_stride): e - m there; outlier_stride = num_panels * panel_width
+  int64_t outlier_stride;
 };
 
 // Products of a frozen codebook's codes with each other, so that scores of one residual become those of the next
@@ -50,7 +58,7 @@ struct PackedCodebook {
 
 // Codes that could still be a row's nearest.
 struct Candidates {
-  static constexpr int kCapacity = 48;
+  static constexpr int kCapacity = 128;
   int32_t count;  // -1: more than there is room for
   int32_t code[kCapacity];
   float least[kCapacity];  // the least that the exact score can be

@@ -123,7 +123,7 @@ inline void scan_panel(const PackedCodebook& codebook, const float* tile, const 
     bool any = false;
     for (int v = 0; v < kPanelVecs; ++v) {
       score[v] = Vec::load(codebook.half_norms + first + v * Vec::kSize) - dot[i][v];
-      any = any || any_at_most(score[v], limits[i]);
+      any = any || at_most(score[v], Vec::fill(limits[i])) != 0;
     }
     if (__builtin_expect(any, 0)) {
       float scores[kPanelWidth];

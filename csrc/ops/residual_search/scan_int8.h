@@ -1,139 +1,186 @@
-// The int8 scan: four channels per instruction (vpdpbusd), and a bound that says which codes it cannot rule out. For
-// cpu_simd.cpp, where the instruction set has it.
+// The int8 scan: products of bytes, and a bound that says which codes they cannot rule out. For cpu_simd.cpp, where the
+// instruction set has such products: vpdpbusd (AVX-512 VNNI, four channels per lane and instruction) or vpmaddubsw
+// (AVX2, of seven bits, whose pairs of products fit 16 bits).
 //
 // With m in the middle of the codes, e'_k = e_k - m, and v either r or r - m, whichever is shorter:
 //   half distance = constant of the row + s_k,  s_k = g_k - <v, e'_k>,  g_k = |e'_k|^2/2 (v = r - m) or
 //                                                                            |e'_k|^2/2 + <m, e'_k> (v = r)
 // so a common offset of the data costs nothing at the first depth, and nothing at the later ones, where residuals lie
 // around zero again. Quantized, e'_k = b_k q_k + (error of norm <= f_k) and v = a p + (error of norm z), with a, b_k
-// floats and p, q_k in [-127, 127]; the scan computes t_k = g_k - a b_k <p, q_k>, the product exactly in int32.
+// floats and p, q_k in [-127, 127] (AVX2: [-63, 63]); the scan computes t_k = g_k - a b_k <p, q_k>, the product exactly
+// in int32.
+//
+// In up to four outlier channels, where the codes are far larger than elsewhere, bytes would spend their range on those
+// alone: there v and e' count as zero, and v_c e'_c is subtracted from the scores in float. n' is |e'| without them.
 //
 // Let u = 2^-24, n_k = |e'_k|, G = max|g_k| <= n_k^2/2 (+ |m| n_k where v = r):
-//   <v - a p, e'_k>                              <= z n_k
-//   <a p, e'_k - b_k q_k>                        <= (|v| + z) f_k
+//   <v - a p, e'_k>                              <= z n'_k
+//   <a p, e'_k - b_k q_k>                        <= (|v'| + z) f_k, v' without the outlier channels
 //   r - m rounded to float                       <= u |v| n_k
 //   int32 to float, times b_k, times a           <= 3.1 u (|v| + z)(n_k + f_k)
-//   g_k rounded to float, and the subtraction    <= u G + u (G + (|v| + z)(n_k + f_k))
-// Together |t_k - s_k| <= E = A n + B f + 1.1 u n^2 + 1e-42 with the panel's largest n and f, and
-//   A = z + 6 u (|v| + z) + 2.2 u |m|,   B = (|v| + z)(1 + 6 u);   the last term is what denormals lose.
-// A row keeps `upper` = min over the codes seen of t_k + E, an upper bound of the smallest s. A code could win only if
-// s_k <= upper + decision_slack, hence only if t_k - E <= upper + decision_slack: that is the test.
+//   g_k rounded to float                         <= u G
+//   at most five subtractions                    <= 5 u (G + (|v| + z)(n_k + f_k))
+// Together |t_k - s_k| <= E = z n' + A n + B f + 3.1 u n^2 + 1e-42 with the panel's largest n, n' and f, and
+//   A = 10 u (|v| + z) + 6.1 u |m|,   B = |v'| + z + 10 u (|v| + z);   the last term is what denormals lose.
 //
-// 1/4 of the float scan's instructions per product; about four more per 16 scores. Too many candidates, or numbers near
-// float's range: the row is left to the float scan.
+// The scores of a tile of rows for a block of panels are stored, then looked at row by row, twice, and no branch
+// depends on the data but for the few codes found: first for `upper` = min over the codes seen of t_k + E, an upper
+// bound of the smallest s; then for the codes that could win, those with t_k - E <= upper + decision_slack. Of all
+// blocks' codes that could, the likeliest is measured in float64: its half distance less |r - m|^2/2 bounds the
+// smallest s better than `upper` does, by about E, so that most others need no measuring.
+//
+// A third (AVX2: half) of the float scan's instructions per product; some 20 more per panel and row. Too many
+// candidates, or numbers near float's range: the row is left to the float scan.
 #pragma once
 
 #include "ops/residual_search/exact.h"
 #include "ops/residual_search/scan_float.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
+#if defined(__AVX512VNNI__)
+constexpr int kByteMax = 127;
+#else
+constexpr int kByteMax = 63;
+#endif
+constexpr int kBias = kByteMax + 1;  // what the codes' bytes carry, so that they are unsigned
+// Panels whose scores for one tile are kept at a time: 48 KiB of them (AVX2: 12 KiB) stay in the nearest caches.
+constexpr int kBlockPanels = 32;
+constexpr int kGroupPanels = 4, kBlockGroups = kBlockPanels / kGroupPanels;  // a group has one error bound
 constexpr float kDenormalLoss = 1e-42f;
 
-// Twelve rows side by side, padded to a vector.
+// A tile's rows, side by side in a vector.
 struct Int8Rows {
-  alignas(64) float scale[16];         // a
-  alignas(64) float factor_norm[16];   // A
-  alignas(64) float factor_error[16];  // B
-  alignas(64) float slack[16];         // decision_slack
-  alignas(64) float upper[16];
-  int32_t start[16];  // -128 sum(p): undoes the 128 that the codes' bytes carry
-  bool centred[16];
+  alignas(64) float factor_kept[Vec::kSize];   // z
+  alignas(64) float factor_norm[Vec::kSize];   // A
+  alignas(64) float factor_error[Vec::kSize];  // B
+  alignas(64) float slack[Vec::kSize];         // decision_slack
+  alignas(64) float upper[Vec::kSize];
+  float scale[kRowTile];            // a
+  double half_reach[kRowTile];      // |r - m|^2/2 ...
+  double reach_rounding[kRowTile];  // ... but for at most that
+  int32_t start[kRowTile];          // -kBias sum(p): undoes the bias of the codes' bytes
+  bool centred[kRowTile];
+  float outlier[Int8Panels::kMaxOutliers][kRowTile];  // v there
   Candidates candidates[kRowTile];
 };
 
-inline int64_t quads(int64_t channels) { return (channels + 3) / 4; }
+// Groups of four channels, in twos.
+inline int64_t quads(int64_t channels) { return (channels + 7) / 8 * 2; }
 
-// max_c |x_c - m_c| of floats; m null for none.
-inline float largest(const float* x, const float* m, int64_t channels) {
-  __m512 top = _mm512_setzero_ps();
-  for (int64_t c = 0; c < channels; c += 16) {
-    const __mmask16 mask = channels - c >= 16 ? 0xffff : __mmask16((1u << (channels - c)) - 1);
-    __m512 value = _mm512_maskz_loadu_ps(mask, x + c);
-    if (m != nullptr) value = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(mask, m + c));
-    top = _mm512_max_ps(top, _mm512_abs_ps(value));
+// Which vector is quantized: x, less m unless that is null, and zero where `kept` is unless that is null.
+struct Centred {
+  const float *x, *m, *kept;
+
+  float at(int64_t c) const {
+    const float value = m != nullptr ? x[c] - m[c] : x[c];
+    return kept != nullptr ? value * kept[c] : value;
   }
-  return _mm512_reduce_max_ps(top);
-}
-
-// Quantizes x - m (m null for none) into bytes (`stride` bytes apart from one four of channels to the next), adding
-// `bias`; channels missing in the last four are zero. Returns the squared norm of the error, in float64; `sum` is the
-// sum of the quantized channels.
-inline double quantize(const float* x, const float* m, int64_t channels, float scale, int bias, uint8_t* bytes,
-                       int64_t stride, int32_t* sum) {
-  const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1.0f / scale : 0.0f), step = _mm512_set1_ps(scale);
-  __m512d error = _mm512_setzero_pd();
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t c = 0; c < channels; c += 16) {
-    const __mmask16 mask = channels - c >= 16 ? 0xffff : __mmask16((1u << (channels - c)) - 1);
-    __m512 value = _mm512_maskz_loadu_ps(mask, x + c);
-    if (m != nullptr) value = _mm512_sub_ps(value, _mm512_maskz_loadu_ps(mask, m + c));
-    __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
-    q = _mm512_max_epi32(_mm512_min_epi32(q, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
-    total = _mm512_add_epi32(total, q);
-    const __m512 difference = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), step, value);
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(difference));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(difference, 1));
-    error = _mm512_fmadd_pd(low, low, error);
-    error = _mm512_fmadd_pd(high, high, error);
-    alignas(16) uint8_t four[16];
-    _mm_store_si128(reinterpret_cast<__m128i*>(four),
-                    _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(bias))));
-    for (int64_t i = 0; i < 4 && c + 4 * i < channels; ++i) {
-      __builtin_memcpy(bytes + (c / 4 + i) * stride, four + 4 * i, 4);
+  // visit(c, v_c ..) for all channels, a vector at a time; those past the last are zero.
+  template <class Visit>
+  void for_each(int64_t channels, Visit visit) const {
+    for (int64_t c = 0; c < channels; c += Vec::kSize) {
+      const int64_t left = channels - c;
+      auto load = [c, left](const float* p) {
+        return left >= Vec::kSize ? Vec::load(p + c) : Vec::load_first(p + c, left);
+      };
+      Vec value = load(x);
+      if (m != nullptr) value = value - load(m);
+      if (kept != nullptr) value = value * load(kept);
+      visit(c, value);
     }
   }
-  *sum = _mm512_reduce_add_epi32(total);
-  return _mm512_reduce_add_pd(error);
+};
+
+// max_c |v_c|.
+inline float largest(const Centred& v, int64_t channels) {
+  Vec top = Vec::zero();
+  v.for_each(channels, [&top](int64_t, Vec value) { top = max(top, abs(value)); });
+  return largest_of(top);
 }
 
-// |x - m| in float64, of the float difference.
-inline double centred_norm(const float* x, const float* m, int64_t channels) {
-  return __builtin_sqrt(lane_sum(channels, [x, m](int64_t c) {
-    const double value = double(x[c] - m[c]);
-    return value * value;
-  }));
+// Quantizes v into bytes (`stride` bytes apart from one four of channels to the next), adding `bias`; channels missing
+// in the last fours are zero. Returns the squared norm of the error, in float64; `sum` is the sum of the quantized
+// channels.
+inline double quantize(const Centred& v, int64_t channels, float scale, int bias, uint8_t* bytes, int64_t stride,
+                       int32_t* sum) {
+  const Vec inverse = Vec::fill(scale > 0 ? 1.0f / scale : 0.0f), step = Vec::fill(scale);
+  const Vec most = Vec::fill(kByteMax), least = Vec::fill(-kByteMax);
+  const VecInt biases = VecInt::fill(bias);
+  SquareSum error;
+  VecInt total = VecInt::zero();
+  v.for_each(channels, [&](int64_t c, Vec value) {
+    const VecInt q = nearest_int(max(min(value * inverse, most), least));
+    total = total + q;
+    error.add(negated_fma(to_float(q), step, value));
+    alignas(16) uint8_t fours[Vec::kSize];
+    store_bytes(q + biases, fours);
+    for (int64_t i = 0; i < Vec::kSize / 4 && c / 4 + i < quads(channels); ++i) {
+      __builtin_memcpy(bytes + (c / 4 + i) * stride, fours + 4 * i, 4);
+    }
+  });
+  const int64_t written = (channels + Vec::kSize - 1) / Vec::kSize * (Vec::kSize / 4);
+  for (int64_t four = written; four < quads(channels); ++four) __builtin_memset(bytes + four * stride, bias, 4);
+  *sum = sum_of(total);
+  return error.total();
+}
+
+// |x - m| in float64, of the float difference, m null for none; channels that are not kept count as zero.
+inline double norm_of(const Centred& v, int64_t channels) {
+  SquareSum squares;
+  v.for_each(channels, [&squares](int64_t, Vec value) { squares.add(value); });
+  return __builtin_sqrt(squares.total());
 }
 
 // The share by which a norm of float differences can be below that of the exact ones, generously.
 constexpr double kNormMargin = 1 + 1e-6;
 
+// Which channels the scan takes apart, null for none.
+inline const float* kept_channels(const Int8Panels& int8) { return int8.num_outliers > 0 ? int8.kept : nullptr; }
+
 inline void pack_int8_panel(const PackedCodebook& codebook, const double* squared_norms, int64_t panel) {
   const Int8Panels& int8 = codebook.int8;
   const int64_t channels = codebook.channels, first = panel * kPanelWidth;
   const float* m = int8.mean_norm > 0 ? int8.mean : nullptr;
-  double max_norm = 0, max_error = 0;
+  double max_norm = 0, max_kept = 0, max_error = 0;
   for (int w = 0; w < kPanelWidth; ++w) {
     const int64_t place = first + w;
     uint8_t* bytes = int8.bytes + panel * quads(channels) * kPanelWidth * 4 + w * 4;
     const int32_t k = codebook.order[place];
+    for (int o = 0; o < int8.num_outliers; ++o) {
+      int8.outliers[o * int8.outlier_stride + place] =
+          k < 0 ? 0.0f : Centred{codebook.codes_kc + k * channels, m, nullptr}.at(int8.outlier_channel[o]);
+    }
     if (k < 0) {
-      for (int64_t four = 0; four < quads(channels); ++four) __builtin_memset(bytes + four * kPanelWidth * 4, 128, 4);
+      for (int64_t four = 0; four < quads(channels); ++four) __builtin_memset(bytes + four * kPanelWidth * 4, kBias, 4);
       int8.scale[place] = 0;
       int8.offset[place] = int8.offset_centred[place] = __builtin_inff();
       continue;
     }
     const float* e = codebook.codes_kc + k * channels;
-    const float scale = largest(e, m, channels) / 127;
+    const Centred kept{e, m, kept_channels(int8)};
+    const float scale = largest(kept, channels) / kByteMax;
     int32_t sum;
-    const double error = __builtin_sqrt(quantize(e, m, channels, scale, 128, bytes, kPanelWidth * 4, &sum));
+    const double error = __builtin_sqrt(quantize(kept, channels, scale, kBias, bytes, kPanelWidth * 4, &sum));
     const double squared = squared_norms[k], norm = __builtin_sqrt(squared);
     const double shift =
-        m == nullptr ? 0
-                     : lane_sum(channels, [e, m](int64_t c) { return double(m[c]) * (double(e[c]) - double(m[c])); });
+        m == nullptr ? 0 : lane_sum(channels, [e, m](auto load) { return load(m) * (load(e) - load(m)); });
     int8.scale[place] = scale;
     int8.offset_centred[place] = float(squared / 2);
     int8.offset[place] = float(squared / 2 + shift);
     max_norm = norm > max_norm ? norm : max_norm;
+    const double kept_norm = int8.num_outliers > 0 ? norm_of(kept, channels) : norm;
+    max_kept = kept_norm > max_kept ? kept_norm : max_kept;
     // The difference e - m was rounded to float, and so was the error's own term.
     const double bound = error * kNormMargin + 0x1p-22 * norm;
     max_error = bound > max_error ? bound : max_error;
   }
   int8.max_norm[panel] = round_up(max_norm * kNormMargin);
+  int8.max_kept[panel] = round_up(max_kept * kNormMargin);
   int8.max_error[panel] = round_up(max_error);
 }
 
@@ -143,85 +190,65 @@ inline bool begin_int8_row(const PackedCodebook& codebook, const float* r, doubl
   const Int8Panels& int8 = codebook.int8;
   const int64_t channels = codebook.channels;
   const double u = 0x1p-24, raw = __builtin_sqrt(squared);
-  const double centred = int8.mean_norm > 0 ? centred_norm(r, int8.mean, channels) : raw;
+  const double centred = int8.mean_norm > 0 ? norm_of({r, int8.mean, nullptr}, channels) : raw;
   rows.centred[i] = centred < raw;
   const float* m = rows.centred[i] ? int8.mean : nullptr;
   const double norm = (rows.centred[i] ? centred : raw) * kNormMargin;
   const double extent = raw + codebook.max_norm, reach = norm + int8.mean_norm + codebook.max_norm;
-  // vpdpbusd sums up to 255 * 127 * C in int32; the negated comparison also leaves NaN to the float scan.
+  // The products add up to 255 * 127 * C in int32; the negated comparison also leaves NaN to the float scan.
   if (!(extent * extent < kHuge && reach * reach < kHuge && channels < 65536)) return false;
-  const float scale = largest(r, m, channels) / 127;
+  const Centred kept{r, m, kept_channels(int8)};
+  const double kept_norm = int8.num_outliers > 0 ? norm_of(kept, channels) * kNormMargin : norm;
+  const float scale = largest(kept, channels) / kByteMax;
   int32_t sum;
-  const double z = __builtin_sqrt(quantize(r, m, channels, scale, 0, tile + i * 4, kRowTile * 4, &sum)) * kNormMargin +
+  const double z = __builtin_sqrt(quantize(kept, channels, scale, 0, tile + i * 4, kRowTile * 4, &sum)) * kNormMargin +
                    0x1p-22 * norm;
   rows.scale[i] = scale;
-  rows.factor_norm[i] = round_up(z + 6 * u * (norm + z) + 2.2 * u * int8.mean_norm);
-  rows.factor_error[i] = round_up((norm + z) * (1 + 6 * u));
+  rows.factor_kept[i] = round_up(z);
+  rows.factor_norm[i] = round_up(10 * u * (norm + z) + 6.1 * u * int8.mean_norm);
+  rows.factor_error[i] = round_up(kept_norm + z + 10 * u * (norm + z));
   rows.slack[i] = round_up(decision_slack(extent, channels));
   rows.upper[i] = __builtin_inff();
-  rows.start[i] = -128 * sum;
+  rows.half_reach[i] = centred * centred / 2;
+  // Differences rounded to float, and their squares' sum to float64: 2 u and less than u more.
+  rows.reach_rounding[i] = int8.mean_norm > 0 ? 3 * u * rows.half_reach[i] : 0;
+  rows.start[i] = -kBias * sum;
+  for (int o = 0; o < int8.num_outliers; ++o) rows.outlier[o][i] = Centred{r, m, nullptr}.at(int8.outlier_channel[o]);
   rows.candidates[i].count = 0;
   return true;
 }
 
 inline void skip_int8_row(Int8Rows& rows, int i, uint8_t* tile, int64_t channels) {
   for (int64_t four = 0; four < quads(channels); ++four) __builtin_memset(tile + four * kRowTile * 4 + i * 4, 0, 4);
-  rows.scale[i] = rows.factor_norm[i] = rows.factor_error[i] = rows.slack[i] = 0;
-  rows.upper[i] = -__builtin_inff();  // no score is at most that
+  rows.scale[i] = rows.factor_kept[i] = rows.factor_norm[i] = rows.factor_error[i] = rows.slack[i] = rows.upper[i] = 0;
+  for (int o = 0; o < Int8Panels::kMaxOutliers; ++o) rows.outlier[o][i] = 0;
   rows.start[i] = 0;
   rows.centred[i] = true;
   rows.candidates[i].count = -1;
 }
 
-// upper + slack, rounded up.
-inline float int8_limit(const Int8Rows& rows, int i) { return round_up(double(rows.upper[i]) + double(rows.slack[i])); }
-
-// Some scores of this panel are within the row's limit (`hits`): lower `upper`, then remember the codes that could be
-// below it.
-inline void take_int8_candidates(Int8Rows& rows, int i, __m512 score0, __m512 score1, __mmask16 hits0, __mmask16 hits1,
-                                 float error, const int32_t* order) {
-  Candidates& candidates = rows.candidates[i];
-  if (candidates.count < 0) return;
-  const __m512 none = _mm512_set1_ps(__builtin_inff());
-  const float best = _mm512_reduce_min_ps(
-      _mm512_min_ps(_mm512_mask_mov_ps(none, hits0, score0), _mm512_mask_mov_ps(none, hits1, score1)));
-  const float above = round_up(double(best) + double(error));
-  if (above < rows.upper[i]) rows.upper[i] = above;
-  const float keep = int8_limit(rows, i);
-  const __m512 at_most = _mm512_set1_ps(round_up(double(keep) + double(error)));
-  const uint32_t within = uint32_t(_mm512_mask_cmp_ps_mask(hits0, score0, at_most, _CMP_LE_OQ)) |
-                          uint32_t(_mm512_mask_cmp_ps_mask(hits1, score1, at_most, _CMP_LE_OQ)) << 16;
-  alignas(64) float scores[kPanelWidth];
-  _mm512_store_ps(scores, score0);
-  _mm512_store_ps(scores + 16, score1);
-  for (uint32_t left = within; left != 0; left &= left - 1) {
-    const int w = __builtin_ctz(left);
-    if (order[w] < 0) continue;
-    if (!add(candidates, order[w], least_of(scores[w], error), keep)) {
-      rows.upper[i] = -__builtin_inff();
-      return;
-    }
-  }
-}
-
+#if defined(__AVX512VNNI__)
 // sum += the four products of each lane, unsigned bytes times signed bytes. Assembly, because GCC 12 copies the sums of
 // its intrinsic to memory and back: half the speed.
-inline void multiply_add(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(signed_bytes));
+inline void multiply_add(VecInt& sum, __m512i bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes), "v"(signed_bytes));
 }
+#endif
 
 // Products of one tile of rows with one panel, in registers. Four channels at a time: a row's four signed bytes go to
 // all lanes, the codes' four unsigned bytes stand in one lane each.
 [[gnu::always_inline]] inline void multiply_int8_panel(const uint8_t* tile, const uint8_t* panel, int64_t fours,
-                                                       const int32_t* start, __m512i (&dot)[kRowTile][kPanelVecs]) {
+                                                       const int32_t* start, VecInt (&dot)[kRowTile][kPanelVecs]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
-    for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = _mm512_set1_epi32(start[i]);
+    for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = VecInt::fill(start[i]);
   }
+  constexpr int64_t kPanelBytes = kPanelWidth * 4, kRowBytes = kRowTile * 4;
+#if defined(__AVX512VNNI__)
   for (int64_t four = 0; four < fours; ++four) {
-    const __m512i e0 = _mm512_loadu_si512(panel + four * kPanelWidth * 4);
-    const __m512i e1 = _mm512_loadu_si512(panel + four * kPanelWidth * 4 + 64);
-    const uint8_t* row = tile + four * kRowTile * 4;
+    const __m512i e0 = _mm512_loadu_si512(panel + four * kPanelBytes);
+    const __m512i e1 = _mm512_loadu_si512(panel + four * kPanelBytes + 64);
+    const uint8_t* row = tile + four * kRowBytes;
 #pragma GCC unroll 16
     for (int i = 0; i < kRowTile; ++i) {
       int32_t bits;
@@ -231,41 +258,181 @@ inline void multiply_add(__m512i& sum, __m512i bytes, __m512i signed_bytes) {
       multiply_add(dot[i][1], e1, r);
     }
   }
+#else
+  // Sums of four products, 4 * 127 * 63 at most, fit 16 bits: two fours share their widening to 32.
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t four = 0; four < fours; four += 2) {
+    const uint8_t* row = tile + four * kRowBytes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRowTile; ++i) {
+      int32_t bits, next_bits;
+      __builtin_memcpy(&bits, row + i * 4, 4);
+      __builtin_memcpy(&next_bits, row + kRowBytes + i * 4, 4);
+      const __m256i r = _mm256_set1_epi32(bits), next_r = _mm256_set1_epi32(next_bits);
+      for (int v = 0; v < kPanelVecs; ++v) {
+        const __m256i* e = reinterpret_cast<const __m256i*>(panel + four * kPanelBytes) + v;
+        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_loadu_si256(e), r),
+                                               _mm256_maddubs_epi16(_mm256_loadu_si256(e + kPanelVecs), next_r));
+        dot[i][v].v = _mm256_add_epi32(dot[i][v].v, _mm256_madd_epi16(pairs, ones));
+      }
+    }
+  }
+#endif
 }
 
-// Scores of one tile against one panel.
-inline void scan_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel, Int8Rows& rows) {
+// The scores of one tile against one panel, (kRowTile, kPanelWidth), but for the outlier channels. finish(i, v, score)
+// stores them.
+template <class Finish>
+[[gnu::always_inline]] inline void score_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel,
+                                                    const Int8Rows& rows, Finish finish) {
   const Int8Panels& int8 = codebook.int8;
   const int64_t fours = quads(codebook.channels), first = panel * kPanelWidth;
-  __m512i dot[kRowTile][kPanelVecs];
+  VecInt dot[kRowTile][kPanelVecs];
   multiply_int8_panel(tile, int8.bytes + panel * fours * kPanelWidth * 4, fours, rows.start, dot);
-  // E of every row for this panel, and the largest score that is still of interest.
-  const float n = int8.max_norm[panel], f = int8.max_error[panel];
-  const __m512 constant = _mm512_set1_ps(6.7e-8f * n * n + kDenormalLoss);
-  __m512 error = _mm512_fmadd_ps(_mm512_set1_ps(n), _mm512_load_ps(rows.factor_norm), constant);
-  error = _mm512_fmadd_ps(_mm512_set1_ps(f), _mm512_load_ps(rows.factor_error), error);
-  error = _mm512_mul_ps(error, _mm512_set1_ps(1.000001f));
-  const __m512 upper = _mm512_load_ps(rows.upper);
-  __m512 limit = _mm512_add_ps(_mm512_add_ps(upper, _mm512_load_ps(rows.slack)), error);
-  limit = _mm512_fmadd_ps(_mm512_set1_ps(3e-7f), _mm512_add_ps(_mm512_abs_ps(upper), error), limit);
-  alignas(64) float errors[16], limits[16];
-  _mm512_store_ps(errors, error);
-  _mm512_store_ps(limits, limit);
-  const __m512 scale0 = _mm512_loadu_ps(int8.scale + first), scale1 = _mm512_loadu_ps(int8.scale + first + 16);
+  Vec scale[kPanelVecs];
+  for (int v = 0; v < kPanelVecs; ++v) scale[v] = Vec::load(int8.scale + first + v * Vec::kSize);
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
     const float* offset = (rows.centred[i] ? int8.offset_centred : int8.offset) + first;
-    const __m512 a = _mm512_set1_ps(rows.scale[i]), at_most = _mm512_set1_ps(limits[i]);
-    const __m512 score0 =
-        _mm512_fnmadd_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(dot[i][0]), scale0), _mm512_loadu_ps(offset));
-    const __m512 score1 =
-        _mm512_fnmadd_ps(a, _mm512_mul_ps(_mm512_cvtepi32_ps(dot[i][1]), scale1), _mm512_loadu_ps(offset + 16));
-    const __mmask16 hits0 = _mm512_cmp_ps_mask(score0, at_most, _CMP_LE_OQ);
-    const __mmask16 hits1 = _mm512_cmp_ps_mask(score1, at_most, _CMP_LE_OQ);
-    if (__builtin_expect((hits0 | hits1) != 0, 0)) {
-      take_int8_candidates(rows, i, score0, score1, hits0, hits1, errors[i], codebook.order + first);
+    const Vec a = Vec::fill(rows.scale[i]);
+    for (int v = 0; v < kPanelVecs; ++v) {
+      finish(i, v, negated_fma(a, to_float(dot[i][v]) * scale[v], Vec::load(offset + v * Vec::kSize)));
     }
   }
+}
+
+// Takes the outlier channels into account.
+inline void subtract_outliers(const Int8Panels& int8, int64_t panel, const Int8Rows& rows,
+                              float (&scores)[kRowTile][kPanelWidth]) {
+  for (int i = 0; i < kRowTile; ++i) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      float* part = scores[i] + v * Vec::kSize;
+      Vec score = Vec::load(part);
+      for (int o = 0; o < int8.num_outliers; ++o) {
+        const Vec e = Vec::load(int8.outliers + o * int8.outlier_stride + panel * kPanelWidth + v * Vec::kSize);
+        score = negated_fma(Vec::fill(rows.outlier[o][i]), e, score);
+      }
+      score.store(part);
+    }
+  }
+}
+
+// What the scan of a block leaves for one tile of rows.
+struct BlockScores {
+  alignas(64) float scores[kBlockPanels][kRowTile][kPanelWidth];
+  alignas(64) float least[kBlockGroups][kRowTile][Vec::kSize];  // of each group of panels, lane by lane
+  // Of the groups, the same for all tiles: the largest of max_norm, max_kept and max_error, and the part of E that does
+  // not depend on the row.
+  alignas(64) float norm[kBlockGroups], kept[kBlockGroups], error[kBlockGroups], constant[kBlockGroups];
+};
+
+inline void measure_groups(const Int8Panels& int8, int64_t begin, int64_t end, BlockScores& block) {
+  for (int g = 0; g < kBlockGroups; ++g) {
+    float norm = 0, kept = 0, error = 0;
+    for (int64_t p = begin + g * kGroupPanels; p < begin + (g + 1) * kGroupPanels && p < end; ++p) {
+      norm = int8.max_norm[p] > norm ? int8.max_norm[p] : norm;
+      kept = int8.max_kept[p] > kept ? int8.max_kept[p] : kept;
+      error = int8.max_error[p] > error ? int8.max_error[p] : error;
+    }
+    block.norm[g] = norm;
+    block.kept[g] = kept;
+    block.error[g] = error;
+    block.constant[g] = 1.86e-7f * norm * norm + kDenormalLoss;
+  }
+}
+
+inline void score_block(const PackedCodebook& codebook, const uint8_t* tile, int64_t begin, int64_t end,
+                        const Int8Rows& rows, BlockScores& block) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t p = panel - begin;
+    float (&scores)[kRowTile][kPanelWidth] = block.scores[p];
+    score_int8_panel(codebook, tile, panel, rows,
+                     [&scores](int i, int v, Vec score) { score.store(scores[i] + v * Vec::kSize); });
+    if (codebook.int8.num_outliers > 0) subtract_outliers(codebook.int8, panel, rows, scores);
+    float (&least)[kRowTile][Vec::kSize] = block.least[p / kGroupPanels];
+    for (int i = 0; i < kRowTile; ++i) {
+      Vec low = min(Vec::load(scores[i]), Vec::load(scores[i] + Vec::kSize));
+      if (p % kGroupPanels != 0) low = min(low, Vec::load(least[i]));
+      low.store(least[i]);
+    }
+  }
+}
+
+// Remembers the codes of a group of panels whose score for row i is at most `limit`.
+inline void take_group(const PackedCodebook& codebook, int64_t begin, int64_t end, const BlockScores& block, int g,
+                       int i, float limit, float error, float keep, Candidates& candidates) {
+  for (int64_t p = g * kGroupPanels; p < (g + 1) * kGroupPanels && begin + p < end; ++p) {
+    const float* scores = block.scores[p][i];
+    const Vec at = Vec::fill(limit);
+    uint32_t within = at_most(Vec::load(scores), at) | at_most(Vec::load(scores + Vec::kSize), at) << Vec::kSize;
+    for (; within != 0; within &= within - 1) {
+      const int w = __builtin_ctz(within);
+      const int32_t k = codebook.order[(begin + p) * kPanelWidth + w];
+      if (k < 0) continue;
+      __builtin_prefetch(codebook.codes_kc + k * codebook.channels);
+      const float least = scores[w] - error;
+      if (!add(candidates, k, least - 4.8e-7f * __builtin_fabsf(least), keep)) return;
+    }
+  }
+}
+
+// Lowers `upper` of a tile's rows, then remembers the codes that could be below it. First what all rows have in common,
+// without a branch, so that the rows' work overlaps. A float operation rounds by a share of 2^-24 = 6e-8.
+inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t end, const BlockScores& block,
+                        Int8Rows& rows) {
+  const int groups = int((end - begin + kGroupPanels - 1) / kGroupPanels);
+  alignas(64) float errors[kBlockGroups][Vec::kSize], limits[kBlockGroups][Vec::kSize];
+  alignas(64) float lowest[Vec::kSize] = {}, keep[Vec::kSize];
+  const Vec kept = Vec::load(rows.factor_kept), norm = Vec::load(rows.factor_norm);
+  const Vec error = Vec::load(rows.factor_error), rounding = Vec::fill(4.8e-7f);
+  for (int g = 0; g < groups; ++g) {
+    Vec sum = fma(norm, Vec::fill(block.norm[g]), Vec::fill(block.constant[g]));
+    sum = fma(error, Vec::fill(block.error[g]), fma(kept, Vec::fill(block.kept[g]), sum));
+    fma(sum, rounding, sum).store(errors[g]);
+  }
+  for (int i = 0; i < kRowTile; ++i) {
+    Vec low = Vec::load(block.least[0][i]) + Vec::fill(errors[0][i]);
+    for (int g = 1; g < groups; ++g) low = min(low, Vec::load(block.least[g][i]) + Vec::fill(errors[g][i]));
+    lowest[i] = smallest_of(low);
+  }
+  const Vec low = Vec::load(lowest), upper = min(fma(abs(low), rounding, low), Vec::load(rows.upper));
+  upper.store(rows.upper);
+  const Vec sum = upper + Vec::load(rows.slack), most = fma(abs(sum), rounding, sum);
+  most.store(keep);
+  for (int g = 0; g < groups; ++g) {
+    const Vec width = Vec::load(errors[g]);
+    fma(abs(most) + width, rounding, most + width).store(limits[g]);
+  }
+  for (int i = 0; i < kRowTile; ++i) {
+    uint32_t found = 0;
+    for (int g = 0; g < groups; ++g) {
+      found |= uint32_t(at_most(Vec::load(block.least[g][i]), Vec::fill(limits[g][i])) != 0) << g;
+    }
+    Candidates& candidates = rows.candidates[i];
+    for (; found != 0 && candidates.count >= 0; found &= found - 1) {
+      const int g = __builtin_ctz(found);
+      take_group(codebook, begin, end, block, g, i, limits[g][i], errors[g][i], keep[i], candidates);
+    }
+  }
+}
+
+// The certified nearest of row i's candidates.
+inline int64_t decide_int8(const PackedCodebook& codebook, const float* r, Int8Rows& rows, int i) {
+  Candidates& candidates = rows.candidates[i];
+  drop_above(candidates, round_up(double(rows.upper[i]) + double(rows.slack[i])));
+  if (candidates.count == 1) return candidates.code[0];
+  int likeliest = 0;
+  for (int j = 1; j < candidates.count; ++j) {
+    if (candidates.least[j] < candidates.least[likeliest]) likeliest = j;
+  }
+  Nearest nearest;
+  nearest.see(codebook, r, candidates.code[likeliest]);
+  // One slack for the distance measured here, one for that of the code that could be nearer.
+  const double limit = nearest.distance / 2 - rows.half_reach[i] + rows.reach_rounding[i] + 2 * double(rows.slack[i]);
+  for (int j = 0; j < candidates.count; ++j) {
+    if (j != likeliest && candidates.least[j] <= limit) nearest.see(codebook, r, candidates.code[j]);
+  }
+  return nearest.code;
 }
 
 // The rows as tiles of bytes, those that the scan cannot serve as zeros.
@@ -276,9 +443,10 @@ inline void quantize_tiles(const PackedCodebook& codebook, const float* residual
     uint8_t* tile = tiles + i / kRowTile * quads(channels) * kRowTile * 4;
     Int8Rows& state = rows[i / kRowTile];
     const int place = int(i % kRowTile);
+    // What lies past the last row of the tile is computed with too, and must not be slow (denormal).
     if (place == 0) {
-      for (int lane = kRowTile; lane < 16; ++lane) {
-        state.scale[lane] = state.factor_norm[lane] = state.factor_error[lane] = state.slack[lane] = state.upper[lane] = 0;
+      for (int j = kRowTile; j < Vec::kSize; ++j) {
+        state.factor_kept[j] = state.factor_norm[j] = state.factor_error[j] = state.slack[j] = state.upper[j] = 0;
       }
     }
     if (i >= count || !begin_int8_row(codebook, residuals + i * channels, squared_norms[i], state, place, tile)) {
@@ -290,23 +458,29 @@ inline void quantize_tiles(const PackedCodebook& codebook, const float* residual
 // As search_float, for all rows; leaves the rows it cannot serve in `left` and returns their number. Rows that are not
 // finite are among them.
 inline int64_t search_int8(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
-                           int64_t count, uint8_t* tiles, Int8Rows* rows, int64_t* codes, int32_t* left) {
+                           int64_t count, uint8_t* tiles, Int8Rows* rows, BlockScores& block, int64_t* codes,
+                           int32_t* left) {
   const int64_t channels = codebook.channels, num_tiles = (count + kRowTile - 1) / kRowTile;
   const int64_t tile_bytes = quads(channels) * kRowTile * 4;
   quantize_tiles(codebook, residuals, squared_norms, count, tiles, rows);
   const int64_t num_panels = (codebook.num_codes + kPanelWidth - 1) / kPanelWidth;
-  for (int64_t panel = 0; panel < num_panels; ++panel) {
-    for (int64_t t = 0; t < num_tiles; ++t) scan_int8_panel(codebook, tiles + t * tile_bytes, panel, rows[t]);
+  for (int64_t begin = 0; begin < num_panels; begin += kBlockPanels) {
+    const int64_t end = begin + kBlockPanels < num_panels ? begin + kBlockPanels : num_panels;
+    measure_groups(codebook.int8, begin, end, block);
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      score_block(codebook, tiles + t * tile_bytes, begin, end, rows[t], block);
+      select_int8(codebook, begin, end, block, rows[t]);
+    }
   }
   int64_t num_left = 0;
   for (int64_t i = 0; i < count; ++i) {
-    Candidates& candidates = rows[i / kRowTile].candidates[i % kRowTile];
-    if (candidates.count < 0) {
+    Int8Rows& tile = rows[i / kRowTile];
+    const int place = int(i % kRowTile);
+    if (tile.candidates[place].count < 0) {
       left[num_left++] = int32_t(i);
-      continue;
+    } else {
+      codes[i] = decide_int8(codebook, residuals + i * channels, tile, place);
     }
-    drop_above(candidates, int8_limit(rows[i / kRowTile], int(i % kRowTile)));
-    codes[i] = nearest_of(codebook, residuals + i * channels, candidates.code, candidates.count);
   }
   return num_left;
 }
