@@ -87,6 +87,17 @@ def one_large_channel(g: torch.Generator, n: int, k: int, c: int) -> tuple[Tenso
     return x, e
 
 
+def several_large_channels(g: torch.Generator, n: int, k: int, c: int) -> tuple[Tensor, Tensor]:
+    """Up to six channels of 5 to 1000 times the size of the others, around an offset; some rows lie far outside."""
+    size = torch.ones(c)
+    many = min(c, int(torch.randint(1, 7, (), generator=g)))
+    size[torch.randperm(c, generator=g)[:many]] = 5 * 200 ** torch.rand(many, generator=g)
+    middle = 3 * size * normal(g, c)
+    x, e = middle + size * normal(g, n, c), middle + size * normal(g, k, c)
+    x[::5] *= 100
+    return x, e
+
+
 def collapsed(g: torch.Generator, n: int, k: int, c: int) -> tuple[Tensor, Tensor]:
     """Nearly all codes are one and the same; a few live ones stand anywhere among them."""
     e = normal(g, 1, c).expand(k, c).clone()
@@ -109,6 +120,7 @@ SETS: dict[str, Draw] = {
     "offset 100": offset(100),
     "offset 1000": offset(1000),
     "one channel x100": one_large_channel,
+    "several large channels": several_large_channels,
     "collapsed": collapsed,
     "duplicates": duplicates,
 }

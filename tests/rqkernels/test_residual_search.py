@@ -187,6 +187,33 @@ def test_codes_do_not_depend_on_batch_or_threads() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("kind", ["normal", "near copies", "offset"])
+def test_few_rows_whose_threads_share_the_codes(kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    e = torch.randn(2, 4096, 256, generator=generator)
+    if kind == "near copies":  # more candidates than there is room for, in every share
+        e = e[:, :1] + 1e-6 * e
+    x = e[0, :25] + 0.5 * torch.randn(25, 256, generator=generator)
+    if kind == "offset":
+        x, e = x + 100, e + 100
+    x[3] = float("nan")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = rqk.residual_search(x, e, return_residuals=True)
+        sample = slice(2, 5)
+        assert torch.equal(expected.codes[sample], rqk.reference.residual_search(x[sample], e).codes)
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            for rows in (1, 4, 12, 13, 25):
+                found = rqk.residual_search(x[:rows], e, return_residuals=True)
+                for name in ("codes", "quantized", "residual_norms", "residuals"):
+                    one, other = getattr(found, name), getattr(expected, name)[:rows]
+                    assert torch.equal(one.nan_to_num(), other.nan_to_num()), (count, rows, name)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_flushing_of_denormals_changes_nothing(draw: Draw) -> None:
     x, e = draw("denormal", 50, 40, 8, torch.device("cpu"))
     expected = rqk.residual_search(x, e, 2).codes

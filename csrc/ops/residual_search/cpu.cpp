@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -33,6 +34,11 @@ constexpr int64_t kTilesPerChunk = 8;
 constexpr int64_t kRowsInTurn = 2;
 // A scan takes about as long as deciding among num_codes / so many candidates.
 constexpr int64_t kScanInCandidates = 80;
+
+// Threads share the codes of a tile of rows where each has at least so many numbers to read: fewer would be done
+// before the threads have met.
+constexpr int64_t kElementsPerPart = 1 << 18;
+constexpr int64_t kMostParts = 64;
 
 const SearchKernel& kernel_of_this_machine() {
 #ifdef RQK_X86
@@ -104,6 +110,42 @@ class Search {
     }
   }
 
+  // All rows at once, where they are too few to give each thread a tile: at every depth, threads share the codes of
+  // each tile. `groups`: for each tile of rows a workspace for each share, of which the first one's rows are at work.
+  void by_parts(std::vector<std::vector<Workspace>>& groups) {
+    const int64_t tiles = static_cast<int64_t>(groups.size()), parts = static_cast<int64_t>(groups[0].size());
+    auto rows_of = [this](int64_t tile) { return std::min<int64_t>(chunk_, p_.rows - tile * chunk_); };
+    for (int64_t t = 0; t < tiles; ++t) {
+      Workspace& at = groups[t][0];
+      for (int64_t i = 0; i < rows_of(t); ++i) {
+        at.squared[i] = begin_row(t * chunk_ + i, at.residuals + i * p_.channels);
+      }
+    }
+    for (int64_t d = 0; d < p_.depth; ++d) {
+      const bool try_int8 = int8_pays_[d]();
+      if (try_int8) {
+        for_each_task(tiles * parts, [&](int64_t task) {
+          const int64_t tile = task / parts, part = task % parts;
+          const Workspace& at = groups[tile][0];
+          kernel_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows_of(tile), part, parts,
+                            groups[tile][part].scratch);
+        });
+      }
+      for_each_task(tiles, [&](int64_t tile) {
+        Workspace& at = groups[tile][0];
+        if (try_int8) {
+          std::array<void*, kMostParts> scratches;
+          for (int64_t part = 0; part < parts; ++part) scratches[part] = groups[tile][part].scratch;
+          decide(at, d, rows_of(tile), scratches.data(), parts);
+        } else {
+          kernel_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows_of(tile), at.scratch,
+                          at.codes);
+        }
+        take_all(at, tile * chunk_, d, rows_of(tile));
+      });
+    }
+  }
+
  private:
   // r_0 of a row. Returns its squared norm.
   double begin_row(int64_t row, float* residual) const {
@@ -141,13 +183,26 @@ class Search {
     const int64_t rows = end - begin;
     for (int64_t i = 0; i < rows; ++i) at.squared[i] = begin_row(begin + i, at.residuals + i * p_.channels);
     for (int64_t d = 0; d < p_.depth; ++d) {
-      const bool try_int8 = codebooks_.int8() && int8_pays_[d]();
-      const PackedCodebook codebook = try_int8 ? codebooks_.at(d) : codebooks_.with_float_panels(d);
-      const int64_t left = kernel_.nearest(codebook, at.residuals, at.squared, rows, try_int8, at.scratch, at.codes);
-      if (try_int8) int8_pays_[d].record(rows, left);
-      for (int64_t i = 0; i < rows; ++i) {
-        at.squared[i] = take(begin + i, d, at.codes[i], at.residuals + i * p_.channels);
+      if (codebooks_.int8() && int8_pays_[d]()) {
+        void* scratch = at.scratch;
+        kernel_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows, 0, 1, scratch);
+        decide(at, d, rows, &scratch, 1);
+      } else {
+        kernel_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows, at.scratch, at.codes);
       }
+      take_all(at, begin, d, rows);
+    }
+  }
+
+  void decide(Workspace& at, int64_t depth, int64_t rows, void* const* scratches, int64_t parts) {
+    const int64_t left =
+        kernel_.decide_parts(codebooks_.at(depth), at.residuals, at.squared, rows, scratches, parts, at.codes);
+    int8_pays_[depth].record(rows, left);
+  }
+
+  void take_all(Workspace& at, int64_t begin, int64_t depth, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      at.squared[i] = take(begin + i, depth, at.codes[i], at.residuals + i * p_.channels);
     }
   }
 
@@ -217,8 +272,7 @@ class Search {
   void without_scores(Workspace& at, int64_t left) {
     if (left == 0) return;
     for (int64_t j = 0; j < left; ++j) copy_residual(at, at.left[j], at.left_residuals, at.left_squared, j);
-    kernel_.nearest(codebooks_.with_float_panels(0), at.left_residuals, at.left_squared, left, false, at.scratch,
-                    at.codes);
+    kernel_.nearest(codebooks_.with_float_panels(0), at.left_residuals, at.left_squared, left, at.scratch, at.codes);
     for (int64_t j = 0; j < left; ++j) {
       const int64_t i = at.left[j];
       at.squared[i] = take(at.row[i], at.depth[i]++, at.codes[j], at.residuals + i * p_.channels);
@@ -252,6 +306,14 @@ class Search {
   std::vector<Worthwhile> int8_pays_;
   std::atomic<int64_t> next_{0};
 };
+
+// Into how many shares the codes are cut for each tile of rows, where so many threads have no tile of their own.
+int64_t parts_of_codes(const SearchKernel& kernel, const PackedCodebooks& codebooks, const ResidualSearchParams& p,
+                       int64_t threads) {
+  if (!codebooks.int8() || codebooks.gram() || p.rows == 0) return 1;
+  return std::min(
+      {threads, kMostParts, p.num_codes / kernel.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
+}
 
 [[noreturn]] void refuse_not_finite(const char* op, const float* values, int64_t count, int64_t num_codes,
                                     int64_t channels, bool per_depth) {
@@ -289,6 +351,15 @@ void launch(const ResidualSearchParams& p, void*) {
   const int64_t chunk = tiles_per_chunk * kernel.row_tile;
   // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
   const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
+  const int64_t parts = parts_of_codes(kernel, codebooks, p, threads / std::max<int64_t>(1, slots));
+  if (parts > 1) {
+    std::vector<std::vector<Workspace>> groups(static_cast<size_t>(slots));
+    for (auto& group : groups) {
+      for (int64_t part = 0; part < parts; ++part) group.emplace_back(kernel, codebooks, chunk, p.channels);
+    }
+    Search(p, kernel, codebooks, chunk).by_parts(groups);
+    return;
+  }
   std::vector<Workspace> workspaces;
   for (int64_t i = 0; i < slots; ++i) workspaces.emplace_back(kernel, codebooks, chunk, p.channels);
   Search search(p, kernel, codebooks, chunk);

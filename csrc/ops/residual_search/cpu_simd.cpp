@@ -97,24 +97,12 @@ Scratch divide(void* memory, int64_t rows, int64_t channels) {
 
 size_t scratch_bytes(int64_t rows, int64_t channels) { return divide(nullptr, rows, channels).bytes; }
 
-int64_t nearest(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
-                bool try_int8, void* memory, int64_t* codes) {
-  const Scratch scratch = divide(memory, rows, codebook.channels);
-  int64_t num_left = rows, num_given_up = 0;
-#if defined(__AVX2__)
-  if (try_int8) {
-    num_left = search_int8(codebook, residuals, squared_norms, rows, scratch.byte_tiles, scratch.int8_rows,
-                           *scratch.block, codes, scratch.left);
-  } else {
-    for (int64_t i = 0; i < rows; ++i) scratch.left[i] = int32_t(i);
-  }
-#else
-  (void)try_int8;
-  for (int64_t i = 0; i < rows; ++i) scratch.left[i] = int32_t(i);
-#endif
+// codes[i] of the rows scratch.left[0 .. count) by the float scan, -1 where they are not finite. Returns how many are.
+int64_t nearest_by_float(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
+                         int64_t count, const Scratch& scratch, int64_t* codes) {
   // Squares of floats cannot overflow float64, so the norm is finite where the row is.
   int64_t finite = 0;
-  for (int64_t j = 0; j < num_left; ++j) {
+  for (int64_t j = 0; j < count; ++j) {
     const int32_t i = scratch.left[j];
     if (__builtin_isfinite(squared_norms[i])) {
       scratch.left[finite++] = i;
@@ -122,13 +110,46 @@ int64_t nearest(const PackedCodebook& codebook, const float* residuals, const do
       codes[i] = -1;
     }
   }
-  if (try_int8) num_given_up = finite;
   if (finite > 0) {
     search_float(codebook, residuals, squared_norms, scratch.left, finite, scratch.tiles, scratch.panel,
                  scratch.float_rows, codes);
   }
-  return num_given_up;
+  return finite;
 }
+
+void nearest(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+             void* memory, int64_t* codes) {
+  const Scratch scratch = divide(memory, rows, codebook.channels);
+  for (int64_t i = 0; i < rows; ++i) scratch.left[i] = int32_t(i);
+  nearest_by_float(codebook, residuals, squared_norms, rows, scratch, codes);
+}
+
+#if defined(__AVX2__)
+void scan_part(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+               int64_t part, int64_t parts, void* memory) {
+  const Scratch scratch = divide(memory, rows, codebook.channels);
+  scan_int8(codebook, residuals, squared_norms, rows, part, parts, scratch.byte_tiles, scratch.int8_rows,
+            *scratch.block);
+}
+
+int64_t decide_parts(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                     void* const* memories, int64_t parts, int64_t* codes) {
+  const Scratch scratch = divide(memories[0], rows, codebook.channels);
+  for (int64_t part = 1; part < parts; ++part) {
+    const Scratch other = divide(memories[part], rows, codebook.channels);
+    for (int64_t t = 0; t < (rows + kRowTile - 1) / kRowTile; ++t) {
+      merge_int8(scratch.int8_rows[t], other.int8_rows[t]);
+    }
+  }
+  const int64_t left = decide_int8(codebook, residuals, rows, scratch.int8_rows, codes, scratch.left);
+  return nearest_by_float(codebook, residuals, squared_norms, left, scratch, codes);
+}
+constexpr int kCodesPerBlock = kBlockPanels * kPanelWidth;
+#else
+constexpr decltype(SearchKernel::scan_part) scan_part = nullptr;
+constexpr decltype(SearchKernel::decide_parts) decide_parts = nullptr;
+constexpr int kCodesPerBlock = 0;
+#endif
 
 #if defined(__AVX512VNNI__)
 void scan_scores(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
@@ -148,9 +169,10 @@ constexpr decltype(SearchKernel::nearest_by_scores) nearest_by_scores = nullptr;
 }  // namespace
 
 extern const SearchKernel search_kernel;
-const SearchKernel search_kernel = {kRowTile,   kPanelWidth,   kHasInt8,          measure,         pack,
-                                    pack_float, scratch_bytes, nearest,           kGramRowsAtOnce, pack_centred,
-                                    pack_gram,  scan_scores,   nearest_by_scores, squared_norm};
+const SearchKernel search_kernel = {kRowTile,          kPanelWidth,     kHasInt8,     measure,        pack,
+                                    pack_float,        scratch_bytes,   nearest,      kCodesPerBlock, scan_part,
+                                    decide_parts,      kGramRowsAtOnce, pack_centred, pack_gram,      scan_scores,
+                                    nearest_by_scores, squared_norm};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -85,12 +85,20 @@ struct SearchKernel {
                int64_t end);
   // The float panels [begin, end).
   void (*pack_float)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels);
-  // Bytes of scratch that `nearest` needs for this many rows, a multiple of 64.
+  // Bytes of scratch that the searches need for this many rows, a multiple of 64.
   size_t (*scratch_bytes)(int64_t rows, int64_t channels);
   // codes[i] = certified nearest code of row i of residuals (rows, channels), given its |r|^2; -1 where the row is not
-  // finite. Returns how many rows the int8 scan had to leave to the float scan (0 where try_int8 is false).
-  int64_t (*nearest)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
-                     bool try_int8, void* scratch, int64_t* codes);
+  // finite. By the float scan.
+  void (*nearest)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                  void* scratch, int64_t* codes);
+  // The same by the int8 scan, null without it, in two steps: the candidates among a share of the codes, in whole
+  // blocks of `codes_per_block`, each share with a scratch of its own; and the codes, from the scratches of all shares.
+  // The second returns how many rows the int8 scan had to leave to the float scan.
+  int codes_per_block;
+  void (*scan_part)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                    int64_t part, int64_t parts, void* scratch);
+  int64_t (*decide_parts)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
+                          int64_t rows, void* const* scratches, int64_t parts, int64_t* codes);
   // Gram rows, null without int8. pack_centred: e - m in float panels. pack_gram: rows of codes [begin, end), at most
   // `gram_rows_at_once`, from these panels and a scratch of tiles (gram_rows_at_once, channels) and products
   // (gram_rows_at_once, num_blocks * kBlock).

@@ -416,10 +416,13 @@ inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t e
   }
 }
 
+// upper + slack, rounded up: a code whose least score is above cannot win.
+inline float int8_limit(const Int8Rows& rows, int i) { return round_up(double(rows.upper[i]) + double(rows.slack[i])); }
+
 // The certified nearest of row i's candidates.
-inline int64_t decide_int8(const PackedCodebook& codebook, const float* r, Int8Rows& rows, int i) {
+inline int64_t nearest_candidate(const PackedCodebook& codebook, const float* r, Int8Rows& rows, int i) {
   Candidates& candidates = rows.candidates[i];
-  drop_above(candidates, round_up(double(rows.upper[i]) + double(rows.slack[i])));
+  drop_above(candidates, int8_limit(rows, i));
   if (candidates.count == 1) return candidates.code[0];
   int likeliest = 0;
   for (int j = 1; j < candidates.count; ++j) {
@@ -455,16 +458,15 @@ inline void quantize_tiles(const PackedCodebook& codebook, const float* residual
   }
 }
 
-// As search_float, for all rows; leaves the rows it cannot serve in `left` and returns their number. Rows that are not
-// finite are among them.
-inline int64_t search_int8(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
-                           int64_t count, uint8_t* tiles, Int8Rows* rows, BlockScores& block, int64_t* codes,
-                           int32_t* left) {
-  const int64_t channels = codebook.channels, num_tiles = (count + kRowTile - 1) / kRowTile;
-  const int64_t tile_bytes = quads(channels) * kRowTile * 4;
+// The candidates of all rows among a share of the codes: of `parts` shares, in whole blocks, number `part`.
+inline void scan_int8(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
+                      int64_t count, int64_t part, int64_t parts, uint8_t* tiles, Int8Rows* rows, BlockScores& block) {
+  const int64_t num_tiles = (count + kRowTile - 1) / kRowTile, tile_bytes = quads(codebook.channels) * kRowTile * 4;
   quantize_tiles(codebook, residuals, squared_norms, count, tiles, rows);
   const int64_t num_panels = (codebook.num_codes + kPanelWidth - 1) / kPanelWidth;
-  for (int64_t begin = 0; begin < num_panels; begin += kBlockPanels) {
+  const int64_t blocks = (num_panels + kBlockPanels - 1) / kBlockPanels;
+  for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
+    const int64_t begin = b * kBlockPanels;
     const int64_t end = begin + kBlockPanels < num_panels ? begin + kBlockPanels : num_panels;
     measure_groups(codebook.int8, begin, end, block);
     for (int64_t t = 0; t < num_tiles; ++t) {
@@ -472,6 +474,26 @@ inline int64_t search_int8(const PackedCodebook& codebook, const float* residual
       select_int8(codebook, begin, end, block, rows[t]);
     }
   }
+}
+
+// Joins what another share of the codes gave for the same rows.
+inline void merge_int8(Int8Rows& rows, const Int8Rows& others) {
+  for (int i = 0; i < kRowTile; ++i) {
+    Candidates& candidates = rows.candidates[i];
+    const Candidates& more = others.candidates[i];
+    if (others.upper[i] < rows.upper[i]) rows.upper[i] = others.upper[i];
+    if (more.count < 0) candidates.count = -1;
+    const float keep = int8_limit(rows, i);
+    for (int j = 0; j < more.count && candidates.count >= 0; ++j) {
+      if (more.least[j] <= keep) add(candidates, more.code[j], more.least[j], keep);
+    }
+  }
+}
+
+// codes[i] of the rows that were scanned; leaves those that the scan could not serve in `left` and returns their
+// number. Rows that are not finite are among them.
+inline int64_t decide_int8(const PackedCodebook& codebook, const float* residuals, int64_t count, Int8Rows* rows,
+                           int64_t* codes, int32_t* left) {
   int64_t num_left = 0;
   for (int64_t i = 0; i < count; ++i) {
     Int8Rows& tile = rows[i / kRowTile];
@@ -479,7 +501,7 @@ inline int64_t search_int8(const PackedCodebook& codebook, const float* residual
     if (tile.candidates[place].count < 0) {
       left[num_left++] = int32_t(i);
     } else {
-      codes[i] = decide_int8(codebook, residuals + i * channels, tile, place);
+      codes[i] = nearest_candidate(codebook, residuals + i * codebook.channels, tile, place);
     }
   }
   return num_left;
