@@ -43,6 +43,12 @@ struct VecInt {
   static VecInt fill(int32_t a) { return {_mm512_set1_epi32(a)}; }
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Vec rounded(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a 2^n for an integral n; what falls below the normal floats becomes zero.
+inline Vec times_power_of_two(Vec a, Vec n) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
+}
 inline VecInt nearest_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline Vec to_float(VecInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline int32_t sum_of(VecInt a) { return _mm512_reduce_add_epi32(a.v); }
@@ -121,6 +127,13 @@ struct VecInt {
   static VecInt fill(int32_t a) { return {_mm256_set1_epi32(a)}; }
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Vec rounded(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a 2^n for an integral n <= 127; what falls below the normal floats becomes zero.
+inline Vec times_power_of_two(Vec a, Vec n) {
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126), _CMP_NLT_UQ);
+  return {_mm256_and_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(power)), normal)};
+}
 inline VecInt nearest_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline Vec to_float(VecInt a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline int32_t sum_of(VecInt a) {
@@ -196,6 +209,29 @@ inline uint32_t at_most(Vec a, Vec limit) {
   return mask;
 }
 
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec rounded(Vec a) {
+  for (int j = 0; j < Vec::kSize; ++j) a.v[j] = __builtin_rintf(a.v[j]);
+  return a;
+}
+// a 2^n for an integral n <= 127; what falls below the normal floats becomes zero.
+inline Vec times_power_of_two(Vec a, Vec n) {
+  for (int j = 0; j < Vec::kSize; ++j) {
+    if (n.v[j] < -126) {
+      a.v[j] = 0;
+    } else if (n.v[j] == n.v[j]) {
+      const int32_t power = (int32_t(n.v[j]) + 127) << 23;
+      float factor;
+      __builtin_memcpy(&factor, &power, sizeof factor);
+      a.v[j] *= factor;
+    }
+  }
+  return a;
+}
+
 // Eight numbers of float64.
 struct Lanes8 {
   double v[8];
@@ -217,10 +253,26 @@ struct Lanes8 {
     for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] op b.v[j]; \
     return a;                                              \
   }
-RQK_LANES8(+) RQK_LANES8(-) RQK_LANES8(*)
+RQK_LANES8(+)
+RQK_LANES8(-) RQK_LANES8(*)
 #undef RQK_LANES8
 
 #endif
+
+constexpr float kExpSeries[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+
+// e^x for x <= 88, off by less than 2 units in the last place; below -87 zero, NaN where x is. x = n ln 2 + r with
+// |r| <= ln 2 / 2 (ln 2 in two parts, so that r is as good as x), then e^r by its series: the terms left out,
+// r^8/40320, are below 6e-9.
+inline Vec exp(Vec x) {
+  x = max(Vec::fill(-200.0f), x);  // of a NaN the second
+  const Vec n = rounded(x * Vec::fill(1.44269504f));
+  Vec r = fma(n, Vec::fill(-0.693359375f), x);
+  r = fma(n, Vec::fill(2.12194440e-4f), r);
+  Vec series = Vec::fill(1.0f / 5040);
+  for (const float factor : kExpSeries) series = fma(series, r, Vec::fill(factor));
+  return times_power_of_two(series, n);
+}
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

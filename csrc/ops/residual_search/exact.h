@@ -1,35 +1,12 @@
-// The definition's arithmetic: float64, in its fixed summation order, never fused. For cpu_simd.cpp.
+// The decision between candidates, in the definition's arithmetic. For cpu_simd.cpp.
 #pragma once
 
-#include "common/simd.h"
+#include "common/exact.h"
 #include "ops/residual_search/scan.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
-
-// Eight lanes, lane j adds terms j, j + 8, ...; then the lanes are halved three times. term(load) gives the next eight
-// terms of arrays load(array).
-template <class Term>
-inline double lane_sum(int64_t channels, Term term) {
-  Lanes8 sum = Lanes8::zero();
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8) sum = sum + term([c](const float* p) { return Lanes8::load(p + c); });
-  const int64_t left = channels - c;
-  if (left > 0) sum = sum + term([c, left](const float* p) { return Lanes8::load_first(p + c, left); });
-  return sum.sum();
-}
-
-inline double squared_norm(const float* r, int64_t channels) {
-  return lane_sum(channels, [r](auto load) { return load(r) * load(r); });
-}
-
-inline double squared_distance(const float* r, const float* e, int64_t channels) {
-  return lane_sum(channels, [r, e](auto load) {
-    const Lanes8 difference = load(r) - load(e);
-    return difference * difference;
-  });
-}
 
 // How far two exact half distances can lie apart while the definition, whose sums carry a relative error of at most
 // (C/8 + 8) 2^-53, still finds them the other way round. `extent` is |r| + max|e|.

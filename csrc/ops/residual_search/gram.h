@@ -79,9 +79,8 @@ void pack_gram(const PackedCodebook& codebook, const float* panels, int64_t begi
   const int64_t channels = codebook.channels, size = num_blocks(codebook) * kBlock;
   float* products = scratch + kGramRowsAtOnce * channels;
   for (int i = 0; i < kGramRowsAtOnce; ++i) {
-    float* column = scratch + i / kRowTile * kRowTile * channels + i % kRowTile;
     const float* e = begin + i < end ? codebook.codes_kc + (begin + i) * channels : nullptr;
-    for (int64_t c = 0; c < channels; ++c) column[c * kRowTile] = e != nullptr ? e[c] : 0.0f;
+    pack_column(e, channels, kRowTile, scratch + i / kRowTile * kRowTile * channels + i % kRowTile);
   }
   const int64_t num_panels = (codebook.num_codes + kPanelWidth - 1) / kPanelWidth;
   for (int64_t panel = 0; panel < size / kPanelWidth; ++panel) {

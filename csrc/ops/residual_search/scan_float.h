@@ -15,20 +15,13 @@
 // has come to, and every code that passes goes to float64 at once. Where a score could overflow, all codes do.
 #pragma once
 
+#include "common/panels.h"
 #include "common/simd.h"
 #include "ops/residual_search/exact.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kRowTile = 12;  // 12 x 2 accumulators of the 32 registers
-#else
-constexpr int kRowTile = 6;  // 6 x 2 accumulators of 16
-#endif
-constexpr int kPanelVecs = 2;
-constexpr int kPanelWidth = kPanelVecs * Vec::kSize;
 
 constexpr double kHuge = 1e37;  // a tenth of float's range
 
@@ -43,11 +36,9 @@ struct FloatRows {
 };
 
 inline void pack_float_panel(const PackedCodebook& codebook, int64_t first, float* panel) {
-  const int64_t channels = codebook.channels;
   for (int w = 0; w < kPanelWidth; ++w) {
     const int64_t k = codebook.order[first + w];
-    for (int64_t c = 0; c < channels; ++c)
-      panel[c * kPanelWidth + w] = k >= 0 ? codebook.codes_kc[k * channels + c] : 0;
+    pack_column(k < 0 ? nullptr : codebook.codes_kc + k * codebook.channels, codebook.channels, kPanelWidth, panel + w);
   }
 }
 
@@ -81,24 +72,6 @@ inline void take_candidates(FloatRows& rows, int i, const float* scores, float e
   for (int w = 0; w < kPanelWidth && rows.candidates[i].count >= 0; ++w) {
     const float least = least_of(scores[w], error);
     if (least <= rows.keep[i] && order[w] >= 0) add(rows.candidates[i], order[w], least, rows.keep[i]);
-  }
-}
-
-// Products of one tile of rows, (channels, kRowTile), with one panel, (channels, kPanelWidth), in registers.
-[[gnu::always_inline]] inline void multiply_panel(const float* __restrict__ tile, const float* __restrict__ panel,
-                                                  int64_t channels, Vec (&dot)[kRowTile][kPanelVecs]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kRowTile; ++i) {
-    for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = Vec::zero();
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    Vec e[kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) e[v] = Vec::load(panel + c * kPanelWidth + v * Vec::kSize);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRowTile; ++i) {
-      const Vec r = Vec::fill(tile[c * kRowTile + i]);
-      for (int v = 0; v < kPanelVecs; ++v) dot[i][v] = fma(r, e[v], dot[i][v]);
-    }
   }
 }
 
@@ -145,9 +118,8 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
     return static_cast<const float*>(panel);
   };
   for (int64_t i = 0; i < num_tiles * kRowTile; ++i) {
-    float* column = tiles + i / kRowTile * kRowTile * channels + i % kRowTile;
     const float* r = i < count ? residuals + which[i] * channels : nullptr;
-    for (int64_t c = 0; c < channels; ++c) column[c * kRowTile] = r != nullptr ? r[c] : 0.0f;
+    pack_column(r, channels, kRowTile, tiles + i / kRowTile * kRowTile * channels + i % kRowTile);
     // A place without a row is left out like one whose norm is not a number.
     const double squared = r != nullptr ? squared_norms[which[i]] : __builtin_nan("");
     if (!begin_row(codebook, squared, rows[i / kRowTile], int(i % kRowTile)) && r != nullptr) {

@@ -1,0 +1,36 @@
+// The arithmetic by which codes are defined: float64, in one fixed summation order, never fused. For files compiled
+// once per instruction set.
+#pragma once
+
+#include "common/simd.h"
+
+namespace rqk {
+namespace RQK_CAPABILITY {
+namespace {
+
+// Eight lanes, lane j adds terms j, j + 8, ...; then the lanes are halved three times. term(load) gives the next eight
+// terms of arrays load(array).
+template <class Term>
+inline double lane_sum(int64_t channels, Term term) {
+  Lanes8 sum = Lanes8::zero();
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) sum = sum + term([c](const float* p) { return Lanes8::load(p + c); });
+  const int64_t left = channels - c;
+  if (left > 0) sum = sum + term([c, left](const float* p) { return Lanes8::load_first(p + c, left); });
+  return sum.sum();
+}
+
+inline double squared_norm(const float* r, int64_t channels) {
+  return lane_sum(channels, [r](auto load) { return load(r) * load(r); });
+}
+
+inline double squared_distance(const float* r, const float* e, int64_t channels) {
+  return lane_sum(channels, [r, e](auto load) {
+    const Lanes8 difference = load(r) - load(e);
+    return difference * difference;
+  });
+}
+
+}  // namespace
+}  // namespace RQK_CAPABILITY
+}  // namespace rqk
