@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._library import FLOAT_DTYPES, check_depth, check_tensor
-from .code_statistics import code_statistics
+from .code_statistics import code_statistics, statistics_by_depth
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, *, check: bool = True) -> Tensor:
@@ -60,13 +60,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
     num_codes = ctx.codebooks_shape[-2]
     # Only check=False lets a bad code come this far; its row is NaN, and no code had a part in it.
     codes = codes.masked_fill((codes < 0) | (codes >= num_codes), -1)
-    # A depth at a time: the gradient of one row belongs to each of its codes, and is not copied D times.
-    per_depth = [code_statistics(grad, codes[..., d], num_codes)[1] for d in range(ctx.depth)]
+    # A row's gradient belongs to each of its codes: it is read D times, and never copied.
+    codes = codes[..., : ctx.depth]
+    grad = grad.float().contiguous().unsqueeze(-2).expand(*codes.shape, -1)
     if len(ctx.codebooks_shape) == 2:
-        total = torch.stack(per_depth).sum(0)
+        total = code_statistics(grad, codes, num_codes)[1]
     else:
-        unused = ctx.codebooks_shape[0] - ctx.depth
-        total = torch.stack(per_depth + [torch.zeros_like(per_depth[0])] * unused)
+        per_depth = statistics_by_depth(grad, codes, num_codes)[1]
+        total = torch.nn.functional.pad(per_depth, (0, 0, 0, 0, 0, ctx.codebooks_shape[0] - ctx.depth))
     return None, total.to(ctx.codebooks_dtype), None, None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._library import FLOAT_DTYPES, check_depth, check_tensor
 from ..reference.residual_search import ResidualCodes
-from .code_statistics import code_statistics
+from .code_statistics import code_statistics, statistics_by_depth
 
 
 class FrozenCodebook:
@@ -116,7 +116,8 @@ def residual_search(
         depth: D. Required with a shared codebook; otherwise None or the number of codebooks.
         return_residuals: also return r_0 .. r_{D-1}.
         return_statistics: also return counts and sums of the residuals by code (see `code_statistics`): over all
-            depths together for a shared codebook, stacked by depth for one per depth.
+            depths together for a shared codebook, stacked by depth for one per depth. The residuals are formed for it,
+            rows * D * C floats, once and never copied, and left out of the result unless asked for.
 
     Returns:
         `ResidualCodes`: codes int64 (..., D); quantized (..., C) in the dtype of x, the float32 sum of the chosen codes
@@ -142,14 +143,8 @@ def residual_search(
     )
     statistics = None
     if return_statistics:
-        num_codes = codebooks.shape[-2]
-        if codebooks.dim() == 2:
-            statistics = code_statistics(residuals, codes, num_codes)
-        else:
-            per_depth = [
-                code_statistics(residuals[..., d, :], codes[..., d], num_codes) for d in range(codebooks.shape[0])
-            ]
-            statistics = (torch.stack([c for c, _ in per_depth]), torch.stack([s for _, s in per_depth]))
+        of_residuals = code_statistics if codebooks.dim() == 2 else statistics_by_depth
+        statistics = of_residuals(residuals, codes, codebooks.shape[-2])
     return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, statistics)
 
 

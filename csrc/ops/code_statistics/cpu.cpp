@@ -1,58 +1,165 @@
-// Counts and sums by code on the CPU: a counting sort of the row numbers, then each code adds its rows in row order.
+// Counts and sums by code on the CPU, in one of two ways that add the same numbers in the same order.
 //
-// Threads split the codes, not the rows, so every sum is made by one thread in one order: the result does not depend on
-// their number. Reads x once, in segments; the sort moves 8 bytes per row.
+// Direct, where float64 accumulators of all codes fit into a core's own cache (kAccumulatorBytes): rows are read in
+// their order, and each is added where its code's accumulators are. Reads x once, and the codes once per slice.
+// Sorted, where they do not: a counting sort of the rows (8 bytes each), then each code adds its rows. Reads x once, in
+// segments.
+//
+// Threads split channels and codes, never a code's rows, so every sum is made by one thread in one order, whatever
+// their number. Denormal rows widen to normal numbers of float64; only the last cast could flush, and must not.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <vector>
 
-#include "ops/code_statistics/params.h"
+#include "common/cpu_capability.h"
+#include "common/denormals.h"
+#include "ops/code_statistics/cpu_simd.h"
 
 namespace rqk {
 namespace {
 
+using code_statistics::Accumulators;
+using code_statistics::Slice;
+
+constexpr int64_t kAccumulatorBytes = 1 << 20;
+constexpr int64_t kLine = 16;  // floats to a cache line: slices are multiples of it
 constexpr int64_t kElementsPerTask = 1 << 15;
 
-}  // namespace
+const code_statistics::Kernels& kernels() {
+#ifdef RQK_X86
+  if (cpu_capability() == CpuCapability::kAvx512) return avx512::statistics_kernels;
+  if (cpu_capability() == CpuCapability::kAvx2) return avx2::statistics_kernels;
+#endif
+  return default_::statistics_kernels;
+}
 
-void launch(const CodeStatisticsParams& p, void*) {
-  // begin[k] .. begin[k + 1] are the places of code k's rows in `order`.
-  std::vector<int64_t> begin(static_cast<size_t>(p.num_codes) + 1, 0);
-  for (int64_t n = 0; n < p.rows; ++n) {
-    if (p.codes[n] >= 0) ++begin[p.codes[n] + 1];
-  }
-  for (int64_t k = 0; k < p.num_codes; ++k) begin[k + 1] += begin[k];
-  std::vector<int64_t> order(static_cast<size_t>(begin.back()));
-  std::vector<int64_t> place(begin.begin(), begin.end() - 1);
-  for (int64_t n = 0; n < p.rows; ++n) {
-    if (p.codes[n] >= 0) order[place[p.codes[n]]++] = n;
+int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+struct Plan {
+  bool direct;
+  int64_t slice, slices, workers;
+};
+
+Plan plan_of(const CodeStatisticsParams& p) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  Plan plan{};
+  plan.direct = p.channels * p.num_codes <= kAccumulatorBytes / static_cast<int64_t>(sizeof(double));
+  // Slices enough for all threads, unless they get too thin.
+  const int64_t wanted = plan.direct ? (threads + p.codebooks - 1) / p.codebooks : threads;
+  plan.slice = round_up((p.channels + wanted - 1) / wanted, kLine);
+  if (!plan.direct) plan.slice = std::min(plan.slice, code_statistics::kSliceChannels);
+  plan.slice = std::min(plan.slice, p.channels);
+  plan.slices = (p.channels + plan.slice - 1) / plan.slice;
+  plan.workers = plan.direct ? std::min(threads, p.codebooks * plan.slices) : threads;
+  return plan;
+}
+
+// Parts of the workspace, each from a cache line on.
+struct Parts {
+  explicit Parts(uint8_t* memory) : begin(reinterpret_cast<uintptr_t>(memory)), end(begin) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(end);
+    end += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return part;
   }
 
-  // One float64 accumulator row per worker, taken here: memory must not run out inside parallel_for.
-  const int64_t work_per_code = (1 + p.rows / p.num_codes) * p.channels;
-  const int64_t codes_per_task = std::max<int64_t>(1, kElementsPerTask / work_per_code);
-  const int64_t tasks = (p.num_codes + codes_per_task - 1) / codes_per_task;
-  const int64_t workers = std::min<int64_t>(tasks, std::max<int64_t>(1, torch::stable::get_num_threads()));
-  std::vector<double> accumulators(static_cast<size_t>(workers * p.channels));
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first_worker, int64_t last_worker) {
+  uintptr_t begin, end;
+};
+
+Accumulators take_accumulators(Parts& parts, const CodeStatisticsParams& p, const Plan& plan) {
+  const int64_t elements = p.num_codes * plan.slice;
+  double *sums = parts.take<double>(elements), *totals = parts.take<double>(elements);
+  return {sums, totals, parts.take<int64_t>(p.num_codes)};
+}
+
+struct Sorted {
+  int64_t *begin, *next, *offsets;
+};
+
+Sorted take_sorted(Parts& parts, const CodeStatisticsParams& p) {
+  int64_t *begin = parts.take<int64_t>(p.num_codes + 1), *next = parts.take<int64_t>(p.num_codes);
+  return {begin, next, parts.take<int64_t>((p.codebooks > 1 ? p.rows : p.rows * p.depth) + 1)};
+}
+
+void launch_direct(const CodeStatisticsParams& p, const Plan& plan) {
+  torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t first_worker, int64_t last_worker) {
+    const KeepDenormals keep;
     for (int64_t worker = first_worker; worker < last_worker; ++worker) {
-      double* sum = accumulators.data() + worker * p.channels;
-      for (int64_t task = worker; task < tasks; task += workers) {
-        const int64_t end = std::min((task + 1) * codes_per_task, p.num_codes);
-        for (int64_t k = task * codes_per_task; k < end; ++k) {
-          std::fill(sum, sum + p.channels, 0.0);
-          for (int64_t i = begin[k]; i < begin[k + 1]; ++i) {
-            const float* row = p.x + order[i] * p.channels;
-            for (int64_t c = 0; c < p.channels; ++c) sum[c] += double(row[c]);
-          }
-          p.counts[k] = static_cast<float>(begin[k + 1] - begin[k]);
-          std::copy(sum, sum + p.channels, p.sums + k * p.channels);
-        }
+      Parts parts(p.workspace);
+      Accumulators own{};
+      for (int64_t w = 0; w <= worker; ++w) own = take_accumulators(parts, p, plan);
+      for (int64_t task = worker; task < p.codebooks * plan.slices; task += plan.workers) {
+        const int64_t first = task % plan.slices * plan.slice;
+        kernels().add_direct(p, {task / plan.slices, first, std::min(plan.slice, p.channels - first)}, own);
       }
     }
   });
+}
+
+template <class Visit>
+void for_each_item(const CodeStatisticsParams& p, int64_t codebook, const Visit& visit) {
+  const int64_t first = p.codebooks > 1 ? codebook : 0, end = p.codebooks > 1 ? codebook + 1 : p.depth;
+  for (int64_t n = 0; n < p.rows; ++n) {
+    for (int64_t d = first; d < end; ++d) {
+      const int64_t code = p.codes[n * p.code_row_stride + d * p.code_depth_stride];
+      if (code >= 0) visit(code, n * p.x_row_stride + d * p.x_depth_stride);
+    }
+  }
+}
+
+void launch_sorted(const CodeStatisticsParams& p, const Plan& plan) {
+  Parts parts(p.workspace);
+  const Sorted sorted = take_sorted(parts, p);
+  const int64_t work_per_code = (1 + p.rows * p.depth / p.num_codes) * plan.slice;
+  const int64_t codes_per_task = std::max<int64_t>(1, kElementsPerTask / work_per_code);
+  const int64_t tasks = (p.num_codes + codes_per_task - 1) / codes_per_task * plan.slices;
+  for (int64_t b = 0; b < p.codebooks; ++b) {
+    std::fill(sorted.begin, sorted.begin + p.num_codes + 1, 0);
+    for_each_item(p, b, [&sorted](int64_t code, int64_t) { ++sorted.begin[code + 1]; });
+    for (int64_t k = 0; k < p.num_codes; ++k) {
+      sorted.next[k] = sorted.begin[k];
+      sorted.begin[k + 1] += sorted.begin[k];
+    }
+    for_each_item(p, b, [&sorted](int64_t code, int64_t offset) { sorted.offsets[sorted.next[code]++] = offset; });
+
+    sorted.offsets[sorted.begin[p.num_codes]] = 0;
+
+    // Neighbouring tasks are slices of the same codes: a code that has most of the rows is still shared out.
+    torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t first_worker, int64_t last_worker) {
+      const KeepDenormals keep;
+      for (int64_t worker = first_worker; worker < last_worker; ++worker) {
+        for (int64_t task = worker; task < tasks; task += plan.workers) {
+          const int64_t first = task % plan.slices * plan.slice, begin = task / plan.slices * codes_per_task;
+          kernels().add_sorted(p, {b, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
+                               begin, std::min(begin + codes_per_task, p.num_codes));
+        }
+      }
+    });
+  }
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const CodeStatisticsParams& p) {
+  const Plan plan = plan_of(p);
+  Parts parts(nullptr);
+  if (plan.direct) {
+    for (int64_t w = 0; w < plan.workers; ++w) take_accumulators(parts, p, plan);
+  } else {
+    take_sorted(parts, p);
+  }
+  return static_cast<int64_t>(parts.end - parts.begin);
+}
+
+void launch(const CodeStatisticsParams& p, void*) {
+  const Plan plan = plan_of(p);
+  if (plan.direct) {
+    launch_direct(p, plan);
+  } else {
+    launch_sorted(p, plan);
+  }
 }
 
 }  // namespace rqk

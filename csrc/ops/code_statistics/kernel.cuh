@@ -1,7 +1,17 @@
-// Counts and sums by code on a GPU: the direct, deterministic form, one block per code.
+// Counts and sums by code on a GPU: a stable radix sort of the rows by code, then every code adds its rows in row
+// order.
 //
-// A block reads all codes tile by tile into shared memory and adds the rows that are its own, in row order and float64,
-// each thread its channels. Reads rows*8 bytes of codes per block, and x once over all blocks.
+// An item is a row at a depth; its key is its code, with an offset per depth where each depth counts for itself.
+// Digits of 8 bits, the lowest first; per digit three kernels: count_digits (a histogram per chunk of items),
+// scan_chunks (for each digit, where each chunk's items of it begin), place_items (ranks by warp match and counts per
+// warp: no order hangs on which thread comes first). find_segments then finds each key's items, and add_rows adds them
+// in float64, a thread kWidth channels of a key. A key of more than kRowsPerPiece items is added piece by piece,
+// by as many threads as it has pieces, and add_pieces adds the pieces in their order: rows that all chose one code are
+// spread over the device like any others.
+//
+// Moves, for M items of K keys: M*(8 + 8) bytes in the first digit's kernels, M*(4 + 8 + 8) in each other's, then x
+// once, M*4 bytes of item numbers, K*C*4 of sums. No atomics but those of integer histograms in shared memory; the
+// number of chunks is bounded (kMaxChunks), so the workspace is 16 M + 4 K bytes, 1/256 of x for pieces, and 1 MiB.
 #pragma once
 
 #include <cstdint>
@@ -12,35 +22,261 @@
 namespace rqk {
 namespace code_statistics {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
+static_assert(kDigits == kThreads, "a thread is a digit where a block scans them");
+constexpr int kItemsPerThread = 4, kTile = kThreads * kItemsPerThread;
+constexpr int kMaxChunks = 1024;
+// Rows that a thread loads before it adds the first of them: what hides the memory's latency.
+constexpr int kRowsAhead = 8;
+// The key of an item that counts nowhere: no digit is it, so that it is dropped by the first pass.
+constexpr uint32_t kDropped = 0xffffffffu;
 
-__global__ void __launch_bounds__(kThreads) gather(CodeStatisticsParams p) {
-  CU_SHARED(int64_t, tile, [kThreads]);
-  const float nan = __int_as_float(0x7fffffff);
+// The parts of the workspace, as a kernel finds them.
+struct Workspace {
+  int64_t items, keys, windows;
+  int chunks;
+  int64_t items_per_chunk;
+  int pass;  // of the sort: which digit; 0 reads the codes, others the two arrays that the one before wrote
+  uint32_t *keys_in, *items_in;    // (items) each; in the end sorted
+  uint32_t *keys_out, *items_out;  // (items) each
+  uint32_t* places;                // (kDigits, chunks): counts, then places within the digit
+  uint32_t* totals;                // (kDigits)
+  uint32_t* bad_in_chunk;          // (chunks)
+  uint32_t* valid;                 // (1): items that count somewhere
+  uint32_t* bad;                   // (1): whether a code was out of range
+  uint32_t* begin;                 // (keys + 1)
+  double* pieces;                  // (windows, 2, channels)
+};
 
-  for (int64_t k = blockIdx.x; k < p.num_codes; k += gridDim.x) {
-    int64_t count = 0;
-    bool bad = false;
-    // Channels in passes of one per thread; one pass where there are at most kThreads.
-    for (int64_t first_channel = 0; first_channel < p.channels; first_channel += kThreads) {
-      const int64_t c = first_channel + threadIdx.x;
-      double sum = 0;
-      count = 0;
-      for (int64_t first = 0; first < p.rows; first += kThreads) {
-        const int64_t n = first + threadIdx.x;
-        const int64_t code = n < p.rows ? p.codes[n] : -1;
-        tile[threadIdx.x] = code;
-        const int own = __syncthreads_count(code == k);
-        bad |= __syncthreads_or(code < -1 || code >= p.num_codes) != 0;
-        count += own;
-        for (int i = 0; own > 0 && i < kThreads; ++i) {
-          if (tile[i] == k && c < p.channels) sum += double(p.x[(first + i) * p.channels + c]);
-        }
-        __syncthreads();  // before the next tile overwrites this one
-      }
-      if (c < p.channels) p.sums[k * p.channels + c] = bad ? nan : float(sum);
+// The key of item i as it comes; sets `bad` where its code is out of range.
+__device__ inline uint32_t key_of(const CodeStatisticsParams& p, int64_t i, bool& bad) {
+  const int64_t n = p.depth == 1 ? i : i / p.depth, d = i - n * p.depth;
+  const int64_t code = p.codes[n * p.code_row_stride + d * p.code_depth_stride];
+  bad |= code < -1 || code >= p.num_codes;
+  if (code < 0 || code >= p.num_codes) return kDropped;
+  return static_cast<uint32_t>(code + (p.codebooks > 1 ? d * p.num_codes : 0));
+}
+
+// The sum of the values of this lane and all before it.
+__device__ inline uint32_t scan_warp(uint32_t value) {
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, value, distance);
+    if (static_cast<int>(threadIdx.x) % 32 >= distance) value += other;
+  }
+  return value;
+}
+
+// Grid: chunks.
+__global__ void __launch_bounds__(kThreads) count_digits(CodeStatisticsParams p, Workspace w) {
+  CU_SHARED(uint32_t, count, [kDigits]);
+  count[threadIdx.x] = 0;
+  __syncthreads();
+  const int64_t first = blockIdx.x * w.items_per_chunk;
+  const int64_t end = min(first + w.items_per_chunk, w.pass == 0 ? w.items : int64_t(*w.valid));
+  bool bad = false;
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
+    const uint32_t key = w.pass == 0 ? key_of(p, i, bad) : w.keys_in[i];
+    if (key != kDropped) atomicAdd(&count[(key >> (w.pass * kDigitBits)) % kDigits], 1u);
+  }
+  const int any_bad = __syncthreads_or(bad);
+  w.places[int64_t(threadIdx.x) * w.chunks + blockIdx.x] = count[threadIdx.x];
+  if (w.pass == 0 && threadIdx.x == 0) w.bad_in_chunk[blockIdx.x] = any_bad != 0;
+}
+
+// A warp is a digit: its counts by chunk become the number of its items in the chunks before.
+__global__ void __launch_bounds__(kThreads) scan_chunks(Workspace w) {
+  const int lane = threadIdx.x % 32;
+  const int64_t digit = blockIdx.x * kWarps + threadIdx.x / 32;
+  uint32_t* places = w.places + digit * w.chunks;
+  uint32_t total = 0;
+  bool bad = false;
+  for (int first = 0; first < w.chunks; first += 32) {
+    const int chunk = first + lane;
+    const uint32_t count = chunk < w.chunks ? places[chunk] : 0;
+    const uint32_t inclusive = scan_warp(count);
+    if (chunk < w.chunks) places[chunk] = total + inclusive - count;
+    total += __shfl_sync(0xffffffffu, inclusive, 31);
+    bad |= w.pass == 0 && digit == 0 && chunk < w.chunks && w.bad_in_chunk[chunk] != 0;
+  }
+  if (lane == 0) w.totals[digit] = total;
+  if (w.pass > 0 || digit > 0) return;
+  const int any_bad = __any_sync(0xffffffffu, bad);
+  if (lane == 0) *w.bad = any_bad != 0;
+}
+
+// Grid: chunks. Every item to its place among those of its digit, in the order in which they stand.
+__global__ void __launch_bounds__(kThreads) place_items(CodeStatisticsParams p, Workspace w) {
+  CU_SHARED(uint32_t, warp_totals, [kWarps]);
+  // First how many of a digit a warp has met in this tile, then where the first of them goes.
+  CU_SHARED(uint32_t, place, [kWarps][kDigits]);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, shift = w.pass * kDigitBits;
+  const int64_t items = w.pass == 0 ? w.items : int64_t(*w.valid);
+  const int64_t first = blockIdx.x * w.items_per_chunk, end = min(first + w.items_per_chunk, items);
+
+  // Thread d knows where the next item of digit d goes.
+  uint32_t next = w.totals[threadIdx.x], valid = 0;
+  const uint32_t inclusive = scan_warp(next);
+  if (lane == 31) warp_totals[warp] = inclusive;
+  __syncthreads();
+  next = inclusive - next + w.places[int64_t(threadIdx.x) * w.chunks + blockIdx.x];
+  for (int j = 0; j < kWarps; ++j) {
+    if (j < warp) next += warp_totals[j];
+    valid += warp_totals[j];
+  }
+  // Later passes read it.
+  if (w.pass == 0 && blockIdx.x == 0 && threadIdx.x == 0) *w.valid = valid;
+
+  for (int64_t tile = first; tile < end; tile += kTile) {
+    for (int j = 0; j < kWarps; ++j) place[j][threadIdx.x] = 0;
+    __syncthreads();
+    uint32_t key[kItemsPerThread], number[kItemsPerThread], rank[kItemsPerThread];
+    for (int j = 0; j < kItemsPerThread; ++j) {
+      const int64_t i = tile + (warp * kItemsPerThread + j) * 32 + lane;
+      bool bad = false;
+      key[j] = i >= end ? kDropped : w.pass == 0 ? key_of(p, i, bad) : w.keys_in[i];
+      number[j] = w.pass == 0 || i >= end ? static_cast<uint32_t>(i) : w.items_in[i];
+      const uint32_t digit = key[j] == kDropped ? kDigits : (key[j] >> shift) % kDigits;
+      const unsigned same = __match_any_sync(0xffffffffu, digit);
+      const unsigned before = same & ((1u << lane) - 1);
+      rank[j] = digit == kDigits ? 0 : place[warp][digit] + __popc(before);
+      __syncwarp();
+      if (before == 0 && digit < kDigits) place[warp][digit] += __popc(same);
+      __syncwarp();
     }
-    if (threadIdx.x == 0) p.counts[k] = bad ? nan : float(count);
+    __syncthreads();
+    for (int j = 0; j < kWarps; ++j) {
+      const uint32_t count = place[j][threadIdx.x];
+      place[j][threadIdx.x] = next;
+      next += count;
+    }
+    __syncthreads();
+    for (int j = 0; j < kItemsPerThread; ++j) {
+      if (key[j] == kDropped) continue;
+      const uint32_t at = place[warp][(key[j] >> shift) % kDigits] + rank[j];
+      w.keys_out[at] = key[j];
+      w.items_out[at] = number[j];
+    }
+    __syncthreads();  // before the next tile clears the places
+  }
+}
+
+// begin[k] .. begin[k + 1] are key k's items; a thread is a key.
+__global__ void __launch_bounds__(kThreads) find_segments(Workspace w) {
+  for (int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x; k <= w.keys; k += int64_t(gridDim.x) * kThreads) {
+    uint32_t low = 0, high = *w.valid;
+    while (low < high) {
+      const uint32_t middle = low + (high - low) / 2;
+      if (w.keys_in[middle] < k) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    w.begin[k] = low;
+  }
+}
+
+struct Piece {
+  int64_t key, begin, end;
+};
+
+// Pieces of long keys by where they begin: in one window of kRowsPerPiece places at most one first piece of a key and
+// one later piece can. For only a key's last piece is shorter than the window, so that another may begin behind it, and
+// what begins there is a long key's first piece, which reaches beyond the window. A piece that is not there is empty.
+__device__ inline Piece piece_at(const Workspace& w, int64_t window, bool later) {
+  const int64_t start = window * kRowsPerPiece, valid = *w.valid;
+  // A long key with its first piece in this window holds the next window's first place; one with a later piece here
+  // holds this window's.
+  const int64_t inside = later ? start : start + kRowsPerPiece;
+  if (inside >= valid) return {0, 0, 0};
+  const int64_t key = w.keys_in[inside], begin = w.begin[key], end = w.begin[key + 1];
+  if (end - begin <= kRowsPerPiece || (begin < start) != later) return {0, 0, 0};
+  const int64_t from = later ? begin + (start - begin + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece : begin;
+  return {key, from, min(from + kRowsPerPiece, end)};
+}
+
+template <int kWidth>
+__device__ inline void load(const float* from, float (&values)[kWidth]) {
+  if constexpr (kWidth == 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  } else {
+    for (int c = 0; c < kWidth; ++c) values[c] = from[c];
+  }
+}
+
+// Adds channels c .. c + kWidth of items[begin .. end) to `sum`, in their order.
+template <int kWidth>
+__device__ inline void add_items(const CodeStatisticsParams& p, const uint32_t* items, int64_t begin, int64_t end,
+                                 int64_t c, double (&sum)[kWidth]) {
+  for (int64_t first = begin; first < end; first += kRowsAhead) {
+    float ahead[kRowsAhead][kWidth];
+    for (int j = 0; j < kRowsAhead; ++j) {
+      // Zero behind the last changes no sum: none is -0.
+      for (int v = 0; v < kWidth; ++v) ahead[j][v] = 0;
+      if (first + j >= end) continue;
+      const uint32_t item = items[first + j], depth = static_cast<uint32_t>(p.depth);
+      const uint32_t n = depth == 1 ? item : item / depth, d = item - n * depth;
+      load(p.x + n * p.x_row_stride + d * p.x_depth_stride + c, ahead[j]);
+    }
+    for (int j = 0; j < kRowsAhead; ++j) {
+      for (int v = 0; v < kWidth; ++v) sum[v] += double(ahead[j][v]);
+    }
+  }
+}
+
+// How add_rows and add_pieces share work out: a block has 2^log_columns threads side by side for the columns of a unit,
+// and blockIdx.y more columns of the same units. A power of two, so that no index is divided.
+struct Share {
+  int64_t unit, stride, column;
+  __device__ explicit Share(int log_columns)
+      : unit((int64_t(blockIdx.x) * kThreads + threadIdx.x) >> log_columns),
+        stride((int64_t(gridDim.x) * kThreads) >> log_columns),
+        column((int64_t(blockIdx.y) << log_columns) + (threadIdx.x & ((1u << log_columns) - 1))) {}
+};
+
+// A unit is a piece, the long work first, or a key; a column is kWidth channels. Where kWidth is 4, rows are aligned to
+// 16 bytes.
+template <int kWidth>
+__global__ void __launch_bounds__(kThreads) add_rows(CodeStatisticsParams p, Workspace w, int log_columns) {
+  const float nan = __int_as_float(0x7fffffff);
+  const bool bad = *w.bad != 0;
+  const Share share(log_columns);
+  const int64_t c = share.column * kWidth;
+  if (c >= p.channels) return;
+  for (int64_t unit = share.unit; unit < 2 * w.windows + w.keys; unit += share.stride) {
+    const int64_t k = unit - 2 * w.windows;
+    double sum[kWidth] = {};
+    if (k < 0) {
+      const Piece piece = piece_at(w, unit / 2, unit % 2 != 0);
+      if (piece.begin == piece.end) continue;
+      add_items<kWidth>(p, w.items_in, piece.begin, piece.end, c, sum);
+      for (int v = 0; v < kWidth; ++v) w.pieces[unit * p.channels + c + v] = sum[v];
+    } else {
+      const int64_t begin = w.begin[k], end = w.begin[k + 1];
+      if (c == 0) p.counts[k] = bad ? nan : float(end - begin);
+      if (end - begin > kRowsPerPiece) continue;
+      add_items<kWidth>(p, w.items_in, begin, end, c, sum);
+      for (int v = 0; v < kWidth; ++v) p.sums[k * p.channels + c + v] = bad ? nan : float(sum[v]);
+    }
+  }
+}
+
+// A unit is a window: the long key whose first piece begins there. A column is a channel.
+__global__ void __launch_bounds__(kThreads) add_pieces(CodeStatisticsParams p, Workspace w, int log_columns) {
+  const float nan = __int_as_float(0x7fffffff);
+  const bool bad = *w.bad != 0;
+  const Share share(log_columns);
+  const int64_t c = share.column;
+  if (c >= p.channels) return;
+  for (int64_t window = share.unit; window < w.windows; window += share.stride) {
+    const Piece first = piece_at(w, window, false);
+    if (first.begin == first.end) continue;
+    const int64_t rows = int64_t(w.begin[first.key + 1]) - first.begin;
+    double sum = w.pieces[2 * window * p.channels + c];
+    for (int64_t i = 1; i * kRowsPerPiece < rows; ++i) sum += w.pieces[(2 * (window + i) + 1) * p.channels + c];
+    p.sums[first.key * p.channels + c] = bad ? nan : float(sum);
   }
 }
 

@@ -1,4 +1,4 @@
-// What code statistics work on. All arrays are contiguous.
+// What code statistics work on.
 #pragma once
 
 #include <cstdint>
@@ -6,12 +6,26 @@
 namespace rqk {
 
 struct CodeStatisticsParams {
-  const float* x;        // (rows, channels)
-  const int64_t* codes;  // (rows); -1 counts nowhere
-  int64_t rows, channels, num_codes;
-  float* counts;  // (num_codes)
-  float* sums;    // (num_codes, channels)
+  const float* x;        // (rows, depth, channels); channels lie side by side
+  const int64_t* codes;  // (rows, depth); -1 counts nowhere
+  int64_t rows, depth, channels, num_codes;
+  // In elements; 0 where all rows or all depths share what is there.
+  int64_t x_row_stride, x_depth_stride, code_row_stride, code_depth_stride;
+  int64_t codebooks;   // 1: all depths count together; or depth: each for itself
+  float* counts;       // (codebooks, num_codes)
+  float* sums;         // (codebooks, num_codes, channels)
+  uint8_t* workspace;  // workspace_bytes(params) of them, aligned to 64 bytes; nothing need be in it
 };
+
+namespace code_statistics {
+
+// A code's rows are added in row order, in pieces of so many: each piece from zero, then the pieces in their order. It
+// belongs to the definition (rqkernels/reference): a GPU adds pieces beside one another, and the bits are the same.
+constexpr int64_t kRowsPerPiece = 1024;
+
+}  // namespace code_statistics
+
+int64_t workspace_bytes(const CodeStatisticsParams& params);
 
 // Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).
 void launch(const CodeStatisticsParams& params, void* stream);

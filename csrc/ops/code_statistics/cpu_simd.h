@@ -1,0 +1,48 @@
+// The part of the CPU code statistics that is compiled once per instruction set, as cpu.cpp calls it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ops/code_statistics/params.h"
+
+namespace rqk {
+namespace code_statistics {
+
+// Channels [first, first + channels) of one codebook's statistics.
+struct Slice {
+  int64_t codebook, first, channels;
+};
+
+// The most channels of a slice of the sorted way.
+constexpr int64_t kSliceChannels = 512;
+
+// Memory of one worker of the direct way; nothing need be in it.
+struct Accumulators {
+  double* sums;     // (num_codes, slice's channels)
+  double* totals;   // the same: of the pieces that are whole
+  int64_t* counts;  // (num_codes)
+};
+
+struct Kernels {
+  // Reads the rows in their order and adds each where its code's accumulators are.
+  void (*add_direct)(const CodeStatisticsParams&, Slice, const Accumulators&);
+  // For codes [begin, end): adds the rows of places[k] .. places[k + 1], given as offsets in x, with one more (of any
+  // row) behind the last.
+  void (*add_sorted)(const CodeStatisticsParams&, Slice, const int64_t* places, const int64_t* offsets, int64_t begin,
+                     int64_t end);
+};
+
+}  // namespace code_statistics
+
+namespace default_ {
+extern const code_statistics::Kernels statistics_kernels;
+}
+namespace avx2 {
+extern const code_statistics::Kernels statistics_kernels;
+}
+namespace avx512 {
+extern const code_statistics::Kernels statistics_kernels;
+}
+
+}  // namespace rqk
