@@ -12,6 +12,7 @@ benchmarks/bench_<slug>.py --device cuda`) that needs torch alone.
     RQK_BENCH_QUICK=1     tiny shapes, two rounds: does it run at all
     RQK_BENCH_OUT=DIR     where the JSON goes (benchmarks/results)
     RQK_BENCH_THREADS=N   torch threads (torch's own default)
+    RQK_BENCH_SECONDS=S   how long the rounds of one case take, roughly (20)
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ WARM_HEAP = {
     "MALLOC_TOP_PAD_": "268435456",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-_SECONDS_PER_CASE = 20.0
+_SECONDS_PER_CASE = float(os.environ.get("RQK_BENCH_SECONDS", "20"))
 
 
 @dataclass(frozen=True)
@@ -361,13 +362,18 @@ def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]
         record = run_case(case, run.device)
         run.cases.append(record)
         print(describe(record), flush=True)
-    print(run.write())
+        path = run.write()  # after each case: what is ended early has what it measured
+    peak = peaks(run.device)
+    copy, matmul = peak.copy_bytes_per_s / 1e9, peak.matmul_flop_per_s / 1e9
+    print(f"measured here: copy {copy:.4g} GB/s, {peak.dtype} matmul {matmul:.4g} GFLOP/s".replace("torch.", ""))
+    print(path)
 
 
 def describe(record: Mapping[str, Any]) -> str:
     """One case in a few lines, for the terminal."""
     floor = record["floor"]
-    lines = [f"{record['case']}: {floor['percent_of_floor']:.1f} % of the floor ({floor['limit']})"]
+    percent, floor_ms = floor["percent_of_floor"], floor["ns"] / 1e6
+    lines = [f"{record['case']}: {percent:.1f} % of the floor, {floor_ms:.3f} ms ({floor['limit']})"]
     for c in record["contenders"]:
         lines.append(f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours")
     return "\n".join(lines)

@@ -1,34 +1,150 @@
-"""What needs a card: the tests marked gpu, then the benchmarks on it. Results as JSON in one folder.
+"""What needs a card: tests marked gpu, compute-sanitizer, the benchmarks. Results as JSON in one folder, in one call.
 
-    python benchmarks/gpu_check.py [--out DIR]
+    python benchmarks/gpu_check.py [--out DIR] [--budget SECONDS] [--ncu]
 
 Uses this Python as it is (torch, pytest and numpy must be there), reads the repository and writes only into
 DIR. Where the repository holds no compiled libraries they are built in a temporary copy (cmake, ninja, nvcc).
 
-Exit status: 0 all well; 1 a test or a benchmark failed; 2 something that is needed is missing; 3 no GPU.
+Steps, in this order; one that the budget leaves no time for is skipped, and one that overruns its share is ended (what
+a benchmark has measured until then stays):
+
+    tests        the tests marked gpu
+    memcheck     compute-sanitizer over ragged shapes of each operator and the smaller of the tests
+    racecheck    compute-sanitizer over the ragged shapes
+    bench_*      every benchmark on the card
+    ncu          with --ncu: what each kernel makes of the tensor cores, FP64 units, DRAM and L2
+
+Exit status: 0 all well; 1 a step failed or overran; 2 something that is needed is missing, or a step was skipped;
+3 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import importlib.util
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+# The search first: it is what most is asked of.
+BENCHMARKS = sorted(
+    (ROOT / "benchmarks").glob("bench_*.py"), key=lambda path: (path.stem != "bench_residual_search", path)
+)
 # What the models' tests import beyond torch; without all of it only the kernels are tested.
 MODEL_PACKAGES = ("accelerate", "omegaconf", "rich", "safetensors", "sklearn", "typer", "yaml")
+# Few launches, and none into a CUDA graph: the sanitizer takes a while for each, and sees through torch's allocator
+# only where that caches nothing, which a graph cannot do without.
+SMALL_TESTS = ("tests/rqkernels/test_code_statistics.py", "tests/rqkernels/test_residual_decode.py")
+BUDGET = 540.0
+SECONDS_PER_CASE = 3.0
+TAIL = 4000  # characters of a step's output that are kept
 
 
 class Missing(Exception):
     """Something that this script will not fetch by itself."""
+
+
+# --- steps and their time --------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """Part of the check. `run` gets the seconds it may take and returns its record, "outcome" among it."""
+
+    name: str
+    share: float  # of the whole budget, at most
+    least: float  # seconds without which it is not begun
+    run: Callable[[float], dict[str, Any]]
+
+
+def run_steps(
+    steps: Sequence[Step], budget: float, clock: Callable[[], float] = time.monotonic
+) -> dict[str, dict[str, Any]]:
+    """Each step's record by name: what it returned and its seconds, or that it was skipped or misses something."""
+    start = clock()
+    records = {}
+    for step in steps:
+        begin = clock()
+        left = start + budget - begin
+        if left < step.least:
+            records[step.name] = {"outcome": "skipped", "why": f"{max(left, 0):.0f} s of the budget were left"}
+        else:
+            try:
+                record = step.run(min(left, step.share * budget))
+            except Missing as error:
+                record = {"outcome": "missing", "why": str(error)}
+            records[step.name] = {**record, "seconds": round(clock() - begin, 1)}
+        why = records[step.name].get("why")
+        print(f"gpu-check: {step.name}: {records[step.name]['outcome']}{f' ({why})' if why else ''}", flush=True)
+    return records
+
+
+def exit_status(records: Mapping[str, Mapping[str, Any]]) -> int:
+    outcomes = {record["outcome"] for record in records.values()}
+    if outcomes & {"failed", "timed out"}:
+        return 1
+    return 2 if outcomes & {"missing", "skipped"} else 0
+
+
+def execute(
+    command: Sequence[object],
+    seconds: float,
+    environment: Mapping[str, str],
+    folder: Path,
+    *,
+    stdout: Path | None = None,
+) -> dict[str, Any]:
+    """Runs a command in its own process group, which ends with it; its output is shown, or goes to a file."""
+    with tempfile.TemporaryFile() as shown, open(stdout, "wb") if stdout else contextlib.nullcontext(shown) as target:
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=folder, env=dict(environment), stdout=target, stderr=shown,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(seconds)
+            outcome = "passed" if status == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status, outcome = None, "timed out"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shown.seek(0)
+        text = shown.read().decode(errors="replace")
+    print(text, end="", flush=True)
+    record: dict[str, Any] = {"outcome": outcome, "status": status}
+    if outcome != "passed":
+        record |= {
+            "why": f"ended after {seconds:.0f} s" if status is None else f"exit status {status}",
+            "tail": text[-TAIL:],
+        }
+    return record
+
+
+def tool(name: str) -> str:
+    """The path of a tool of the CUDA toolkit.
+
+    Raises:
+        Missing: it is not installed.
+    """
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join([f"{home}/bin", f"{home}/compute-sanitizer"]))
+    if found is None:
+        raise Missing(f"{name} is not installed here")
+    return found
+
+
+# --- what is run on the card -----------------------------------------------------------------------------
 
 
 def find_package(scratch: Path) -> Path:
@@ -57,26 +173,180 @@ def capability() -> str:
     return "{}{}".format(*torch.cuda.get_device_capability())
 
 
-def run_tests(environment: dict[str, str], scratch: Path) -> dict[str, object]:
-    """The tests marked gpu, their outcome by name."""
-    without = [name for name in MODEL_PACKAGES if importlib.util.find_spec(name) is None]
-    folders = ["tests/rqkernels", *([] if without else ["tests/rqgen"])]
-    report = scratch / "gpu-tests.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, *(ROOT / name for name in folders)]
+def pytest_command(*paths: str) -> list[object]:
     # Not from the repository's root: its own rqkernels, perhaps without libraries, would be found first.
-    status = subprocess.run(command, cwd=scratch, env=environment).returncode
+    options = ["-m", "gpu", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    return [sys.executable, "-m", "pytest", *options, *(ROOT / path for path in paths)]
+
+
+def steps_on(scratch: Path, environment: Mapping[str, str], out: Path, with_ncu: bool) -> Iterator[Step]:
+    def tests(seconds: float) -> dict[str, Any]:
+        without = [name for name in MODEL_PACKAGES if importlib.util.find_spec(name) is None]
+        folders = ["tests/rqkernels", *([] if without else ["tests/rqgen"])]
+        report = scratch / "gpu-tests.xml"
+        record = execute([*pytest_command(*folders), f"--junitxml={report}"], seconds, environment, scratch)
+        return {**record, "folders": folders, "packages_missing": without, "outcomes": test_outcomes(report)}
+
+    def sanitize(name: str, *commands: Sequence[object]) -> Callable[[float], dict[str, Any]]:
+        def run(seconds: float) -> dict[str, Any]:
+            # Every tensor its own allocation, so that what lies beyond one is beyond memory.
+            uncached = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            sanitizer, end = tool("compute-sanitizer"), time.monotonic() + seconds
+            record: dict[str, Any] = {}
+            for command in commands:
+                watched = [sanitizer, "--tool", name, "--error-exitcode", "1", *command]
+                record = execute(watched, max(1.0, end - time.monotonic()), uncached, scratch)
+                if record["outcome"] != "passed":
+                    break
+            return record
+
+        return run
+
+    def bench(path: Path) -> Callable[[float], dict[str, Any]]:
+        environment_of_bench = {**environment, "RQK_BENCH_SECONDS": str(SECONDS_PER_CASE)}
+        command = [sys.executable, path, "--device", "cuda", "--out", out]
+        return lambda seconds: execute(command, seconds, environment_of_bench, scratch)
+
+    def ncu(seconds: float) -> dict[str, Any]:
+        report = scratch / "ncu.csv"
+        sections = [part for name in NCU_SECTIONS for part in ("--section", name)]
+        command = [tool("ncu"), "--csv", "--page", "raw", *sections, "--kernel-name-base", "demangled"]
+        command += ["--kernel-name", "regex:rqk::", sys.executable, __file__, "--calls", "typical"]
+        record = execute(command, seconds, environment, scratch, stdout=report)
+        kernels = summarize_ncu(report.read_text(errors="replace")) if report.exists() else {}
+        if record["outcome"] == "passed" and not kernels:
+            tail = report.read_text(errors="replace")[-TAIL:]
+            record |= {"outcome": "failed", "why": "its report names no kernel of ours", "tail": tail}
+        return {**record, "kernels": kernels}
+
+    ragged = [sys.executable, __file__, "--calls", "ragged"]
+    yield Step("tests", 0.35, 20, tests)
+    yield Step("memcheck", 0.2, 20, sanitize("memcheck", ragged, pytest_command(*SMALL_TESTS)))
+    yield Step("racecheck", 0.15, 20, sanitize("racecheck", ragged))
+    for path in BENCHMARKS:
+        yield Step(path.stem, 0.5 if path.stem == "bench_residual_search" else 0.25, 20, bench(path))
+    if with_ncu:
+        yield Step("ncu", 0.25, 20, ncu)
+
+
+def test_outcomes(report: Path) -> dict[str, str]:
+    """The outcome of each test by name, from pytest's XML; empty where pytest did not get as far as writing it."""
     cases = list(ET.parse(report).iter("testcase")) if report.exists() else []
-    outcomes = {
-        f"{case.get('classname')}::{case.get('name')}": case[0].tag if len(case) else "passed" for case in cases
-    }
-    return {"status": status, "folders": folders, "packages_missing": without, "outcomes": outcomes}
+    return {f"{case.get('classname')}::{case.get('name')}": case[0].tag if len(case) else "passed" for case in cases}
+
+
+# --- one call of each operator ---------------------------------------------------------------------------
+
+
+def call_ragged() -> None:
+    """Shapes that fit no tile, each result compared with the CPU's: for compute-sanitizer."""
+    import torch
+
+    import rqkernels
+
+    generator = torch.Generator().manual_seed(0)
+
+    def everything(x: Any, codebooks: Any, depth: int) -> list[Any]:
+        found = rqkernels.residual_search(x, codebooks, depth, return_residuals=True, return_statistics=True)
+        decoded = rqkernels.residual_decode(found.codes, codebooks, check=False)
+        counted = rqkernels.code_statistics(x, found.codes[..., 0], codebooks.shape[-2])
+        results = [*found[:4], *found.statistics, decoded, *counted]
+        if codebooks.dim() == 2:
+            results += rqkernels.residual_search(x, rqkernels.FrozenCodebook(codebooks), depth)[:3]
+        return results
+
+    shapes = [(0, 5, 4, 1), (1, 1, 1, 1), (129, 257, 17, 3), (70, 256, 256, 2), (300, 31, 8, 4), (1500, 1, 3, 1)]
+    for n, k, c, depth in shapes:
+        for leading in ((), (depth,)):
+            x = torch.randn(n, c, generator=generator)
+            codebooks = torch.randn(*leading, k, c, generator=generator)
+            if n > 3:
+                x[2] = torch.nan
+            ours, expected = everything(x.cuda(), codebooks.cuda(), depth), everything(x, codebooks, depth)
+            for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+                same = torch.allclose(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+                assert same, f"result {i} differs from the CPU's at N, K, C, D = {n, k, c, depth}"
+
+
+def call_typical() -> None:
+    """Shapes of the benchmarks, one call each: for ncu."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from _shapes import SHAPES
+
+    import rqkernels
+
+    device = torch.device("cuda")
+    for case in SHAPES[:3]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(case.rows(device), case.channels, generator=generator).to(device)
+        codebooks = case.codebooks(generator).to(device)
+        found = rqkernels.residual_search(x, codebooks, case.depth, return_statistics=True)
+        rqkernels.residual_decode(found.codes, codebooks, check=False)
+    torch.cuda.synchronize()
+
+
+# --- what ncu says ---------------------------------------------------------------------------------------
+
+NCU_SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
+# By what a metric's name holds: names differ a little from one architecture to the next.
+NCU_METRICS = {
+    "sm": "sm__throughput.avg.pct_of_peak",
+    "tensor": "pipe_tensor",
+    "fp64": "pipe_fp64",
+    "dram": "dram__throughput.avg.pct_of_peak",
+    "l2": "lts__throughput.avg.pct_of_peak",
+}
+NCU_NS = {"ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9}
+
+
+def summarize_ncu(report: str) -> dict[str, dict[str, Any]]:
+    """`ncu --csv --page raw`, by kernel: launches, nanoseconds of all, and percent of peak by unit, weighted by time.
+
+    Of several metrics of one unit the largest counts (a pipe has one for each kind of instruction).
+    """
+    lines = report.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if first is None:
+        return {}
+    header, units, *rows = csv.reader(io.StringIO("\n".join(lines[first:])))
+    kernels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if len(row) != len(header):
+            continue
+        entry = dict(zip(header, row, strict=True))
+        duration = next(i for i, name in enumerate(header) if name.startswith("gpu__time_duration"))
+        ns = number(row[duration]) * NCU_NS[units[duration]]
+        kernel = kernels.setdefault(entry["Kernel Name"].split("(")[0], {"launches": 0, "ns": 0.0, "percent": {}})
+        kernel["launches"] += 1
+        kernel["ns"] += ns
+        for unit, part in NCU_METRICS.items():
+            values = [
+                number(v) for name, u, v in zip(header, units, row, strict=True) if part in name and u == "%" and v
+            ]
+            if values:
+                kernel["percent"][unit] = kernel["percent"].get(unit, 0.0) + max(values) * ns
+    for kernel in kernels.values():
+        kernel["percent"] = {unit: round(sum_ / kernel["ns"], 1) for unit, sum_ in kernel["percent"].items()}
+    return kernels
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+# --- the whole -------------------------------------------------------------------------------------------
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tests and benchmarks that need a GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps (%(default).0f)")
+    parser.add_argument("--ncu", action="store_true", help="also profile each kernel")
+    parser.add_argument("--calls", choices=["ragged", "typical"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    start = time.monotonic()
     try:
         import pytest  # noqa: F401
         import torch
@@ -86,6 +356,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"gpu-check: no GPU: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
         return 3
+    if args.calls is not None:
+        {"ragged": call_ragged, "typical": call_typical}[args.calls]()
+        return 0
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,25 +374,20 @@ def main() -> int:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        tests = run_tests(environment, scratch)
-        failed = [
-            path.stem
-            for path in BENCHMARKS
-            if subprocess.run(
-                [sys.executable, path, "--device", "cuda", "--out", out], cwd=scratch, env=environment
-            ).returncode
-        ]
+        built = time.monotonic() - start
+        records = run_steps(list(steps_on(scratch, environment, out, args.ncu)), args.budget - built)
     name = "-".join(torch.cuda.get_device_name().lower().split())
     summary = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "tests": tests,
-        "benchmarks_failed": failed,
+        "budget_seconds": args.budget,
+        "build_seconds": round(built, 1),
+        "steps": records,
     }
     (out / f"{name}-gpu-tests.json").write_text(json.dumps(summary, indent=1) + "\n")
-    ok = tests["status"] == 0 and not failed
-    print(f"gpu-check: {'passed' if ok else 'FAILED'}, results in {out}")
-    return 0 if ok else 1
+    status = exit_status(records)
+    print(f"gpu-check: {('passed', 'FAILED', 'INCOMPLETE')[status]}, results in {out}")
+    return status
 
 
 if __name__ == "__main__":

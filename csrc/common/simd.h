@@ -23,7 +23,12 @@ struct Vec {
   static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
+  static Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec negated_fma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -101,7 +106,14 @@ struct Vec {
   }
   static Vec fill(float a) { return {_mm256_set1_ps(a)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
+  static Vec load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store_first(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+  static __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
 };
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec negated_fma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -199,7 +211,13 @@ struct Vec {
   }
   static Vec fill(float a) { return {Lanes{a, a, a, a}}; }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
+  static Vec load_first(const float* p, int n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
+  void store_first(float* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
 };
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 // Bit j: a[j] <= limit[j]; false where either is NaN.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -143,3 +146,110 @@ def test_gpu_check_without_a_gpu_says_so_and_writes_nothing(tmp_path: Path) -> N
     (line,) = run.stderr.splitlines()
     assert line.startswith("gpu-check: no GPU: ")
     assert not out.exists()
+
+
+# --- gpu_check, but for the card --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", BENCHMARKS / "gpu_check.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_steps_beyond_the_budget_are_skipped_by_name(gpu_check: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    now, given = [100.0], {}
+
+    def step(name: str, share: float, takes: float) -> object:
+        def run(seconds: float) -> dict[str, str]:
+            given[name] = seconds
+            now[0] += takes
+            return {"outcome": "passed"}
+
+        return gpu_check.Step(name, share, 10, run)
+
+    steps = [step("first", 0.5, 30), step("second", 0.5, 65), step("third", 0.1, 1)]
+    records = gpu_check.run_steps(steps, 100, lambda: now[0])
+    assert given == {"first": 50, "second": 50}
+    assert records["first"] == {"outcome": "passed", "seconds": 30}
+    assert records["third"] == {"outcome": "skipped", "why": "5 s of the budget were left"}
+    assert gpu_check.exit_status(records) == 2
+    assert "gpu-check: third: skipped (5 s of the budget were left)" in capsys.readouterr().out
+
+
+def test_a_missing_tool_is_noted_and_is_no_pass(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    steps = [step for step in gpu_check.steps_on(Path(), {}, Path(), True) if step.name in ("racecheck", "ncu")]
+    records = gpu_check.run_steps(steps, 100)
+    assert records["racecheck"]["outcome"] == records["ncu"]["outcome"] == "missing"
+    assert records["racecheck"]["why"] == "compute-sanitizer is not installed here"
+    assert gpu_check.exit_status(records) == 2
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [(["passed"], 0), (["passed", "failed", "missing"], 1), (["timed out"], 1), (["passed", "missing"], 2)],
+)
+def test_exit_status(gpu_check: ModuleType, outcomes: list[str], status: int) -> None:
+    assert gpu_check.exit_status({str(i): {"outcome": outcome} for i, outcome in enumerate(outcomes)}) == status
+
+
+def test_all_that_is_asked_of_the_card_is_a_step(gpu_check: ModuleType) -> None:
+    names = [step.name for step in gpu_check.steps_on(Path(), {}, Path(), False)]
+    assert names[:4] == ["tests", "memcheck", "racecheck", "bench_residual_search"]
+    assert set(names[3:]) == {path.stem for path in BENCHMARKS.glob("bench_*.py")}
+    assert all((ROOT / path).is_file() for path in gpu_check.SMALL_TESTS)
+
+
+def test_a_step_that_overruns_is_ended_with_its_children(gpu_check: ModuleType, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    child = f"import time; time.sleep(3); open({str(marker)!r}, 'w')"
+    parent = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    record = gpu_check.execute([sys.executable, "-c", parent], 1.5, os.environ, tmp_path)
+    assert record["outcome"] == "timed out" and record["tail"] == "begun\n"
+    time.sleep(3)
+    assert not marker.exists()
+
+
+def test_a_command_that_fails_leaves_its_last_words(gpu_check: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"]
+    record = gpu_check.execute(command, 60, os.environ, tmp_path)
+    assert record == {"outcome": "failed", "status": 3, "why": "exit status 3", "tail": "why\n"}
+
+
+def test_outcomes_of_tests_come_from_their_report(gpu_check: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    assert gpu_check.test_outcomes(report) == {}
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="x"/>'
+        '<testcase classname="a" name="y"><failure message="m"/></testcase></testsuite></testsuites>'
+    )
+    assert gpu_check.test_outcomes(report) == {"a::x": "passed", "a::y": "failure"}
+
+
+def test_what_ncu_measured_is_weighted_by_time(gpu_check: ModuleType) -> None:
+    columns = [
+        ("ID", ""),
+        ("Kernel Name", ""),
+        ("gpu__time_duration.sum", "us"),
+        ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "%"),
+        ("sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active", "%"),
+        ("sm__inst_executed_pipe_tensor_op_imma.avg.pct_of_peak_sustained_active", "%"),
+        ("sm__inst_executed_pipe_tensor_op_imma.sum", "inst"),
+    ]
+    rows = [
+        ("0", "rqk::residual_search::search(rqk::ResidualSearchParams)", "30", "10", "0", "80", "1,000,000"),
+        ("1", "rqk::residual_search::search(rqk::ResidualSearchParams)", "10", "50", "0", "40", "9"),
+        ("2", "void rqk::code_statistics::add_rows<4>(int, float)", "1,000", "90.5", "", "", "0"),
+    ]
+    table = [tuple(name for name, _ in columns), tuple(unit for _, unit in columns), *rows]
+    text = "==PROF== Connected\n" + "\n".join(",".join(f'"{cell}"' for cell in row) for row in table) + "\n"
+    assert gpu_check.summarize_ncu(text) == {
+        "rqk::residual_search::search": {"launches": 2, "ns": 40e3, "percent": {"tensor": 70.0, "dram": 20.0}},
+        "void rqk::code_statistics::add_rows<4>": {"launches": 1, "ns": 1e6, "percent": {"dram": 90.5}},
+    }
+    assert gpu_check.summarize_ncu("==ERROR== no permission\n") == {}

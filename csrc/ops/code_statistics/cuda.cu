@@ -23,7 +23,8 @@ int64_t lay_out(const CodeStatisticsParams& p, Workspace& w) {
   }
   w.windows = (w.items + kRowsPerPiece - 1) / kRowsPerPiece;
   const int64_t tiles = std::max<int64_t>(1, (w.items + kTile - 1) / kTile);
-  w.items_per_chunk = (tiles + kMaxChunks - 1) / kMaxChunks * kTile;
+  const int64_t most_chunks = grid_for(std::min<int64_t>(tiles, kMaxChunks));
+  w.items_per_chunk = (tiles + most_chunks - 1) / most_chunks * kTile;
   w.chunks = static_cast<int>((tiles * kTile + w.items_per_chunk - 1) / w.items_per_chunk);
 
   int64_t bytes = 0;
