@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,6 +22,95 @@ def test_equals_the_definition(n: int, k: int, c: int, device: torch.device) -> 
     ):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, expected)
+
+
+# On a CPU codes of up to 2^17 values are added up directly, others after a sort, here in slices of channels too.
+@pytest.mark.parametrize(("k", "c"), [(40, 16), (40, 24), (3000, 48), (400, 600), (140_000, 1)])
+@pytest.mark.parametrize("rows_of_one_code", [0, 1023, 1024, 2500])
+def test_codes_of_many_rows_and_of_none(k: int, c: int, rows_of_one_code: int, device: torch.device) -> None:
+    x = torch.randn(rows_of_one_code + 150, c, device=device)
+    x[7] = -0.0
+    codes = torch.randint(-1, k, (len(x),), device=device)
+    codes[100 : 100 + rows_of_one_code] = 3
+    for ours, expected in zip(
+        rqk.code_statistics(x, codes, k), rqk.reference.code_statistics(x, codes, k), strict=True
+    ):
+        assert torch.equal(ours, expected)
+        assert not (ours.signbit() & (ours == 0)).any()
+
+
+@pytest.mark.parametrize("by_depth", [False, True])
+def test_strides_of_rows_and_depths(by_depth: bool, device: torch.device) -> None:
+    big, codes = torch.randn(6, 10, 7, 12, device=device), torch.randint(0, 5, (6, 10, 7), device=device)
+    views = {
+        "whole": (big, codes),
+        "some channels": (big[..., 3:9], codes),
+        "some depths": (big[:, :, 1:6:2], codes[:, :, 2:5]),
+        "some rows": (big[:, ::2], codes[:, 5:]),
+        "one row": (big[2, 4], codes[2, 4]),
+        "shared by the depths": (big[:, :, :1].expand(6, 10, 7, 12), codes),
+        "turned round": (big.permute(2, 0, 1, 3), codes.permute(2, 0, 1)),
+        "channels apart": (big.permute(0, 1, 3, 2)[:, :, :7, :5], codes),
+    }
+    for name, (x, some) in views.items():
+        ours = torch.ops.rqkernels.code_statistics(x, some, 5, by_depth)
+        parts = [(x[..., d, :], some[..., d]) for d in range(some.shape[-1])] if by_depth else [(x, some)]
+        for d, part in enumerate(parts):
+            for a, b in zip(ours, rqk.reference.code_statistics(*part, 5), strict=True):
+                assert torch.equal(a[d] if by_depth else a, b), name
+
+
+def test_no_rows_by_depth(device: torch.device) -> None:
+    x, codes = torch.zeros(0, 3, 2, device=device), torch.zeros(0, 3, dtype=torch.int64, device=device)
+    counts, sums = torch.ops.rqkernels.code_statistics(x, codes, 4, True)
+    assert counts.shape == (3, 4) and sums.shape == (3, 4, 2)
+    assert not counts.any() and not sums.any()
+
+
+def test_strided_rows_are_not_copied() -> None:
+    residuals, codes = torch.randn(2**16, 4, 32), torch.randint(0, 50, (2**16, 4))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        rqk.code_statistics(residuals[:, 1], codes[:, 1], 50)
+        torch.ops.rqkernels.code_statistics(residuals, codes, 50, True)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    # A copy of a depth takes 8 MiB; accumulators and results a tenth of one.
+    assert 0 < allocated < 2**22
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    levels = ["default", "avx2", "avx512"]
+    code = """
+import hashlib, torch, rqkernels as rqk
+torch.manual_seed(1)
+digest = hashlib.sha256()
+for n, k, c in ((3000, 2, 17), (500, 100, 48), (3000, 3000, 61), (300, 2000, 600)):
+    for tensor in rqk.code_statistics(torch.randn(n, c), torch.randint(-1, k, (n,)), k):
+        digest.update(tensor.numpy().tobytes())
+print(rqk.info()["cpu_capability"], digest.hexdigest())
+"""
+    digests = set()
+    for level in levels[: levels.index(rqk.info()["cpu_capability"]) + 1]:
+        environment = {**os.environ, "RQK_CPU_CAPABILITY": level}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        used, digest = run.stdout.split()
+        assert used == level
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("k", [2, 40_000])  # added up directly, and after a sort
+def test_flushing_denormals_changes_nothing(k: int) -> None:
+    x, codes = torch.randn(50, 4) * 1e-41, torch.randint(0, 2, (50,))
+    expected = rqk.code_statistics(x, codes, k)[1]
+    assert (expected != 0).any()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        ours = rqk.code_statistics(x, codes, k)[1]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(ours, expected)
 
 
 def test_equals_a_one_hot_product(device: torch.device) -> None:
@@ -73,6 +166,8 @@ def test_not_differentiable(device: torch.device) -> None:
 def test_opcheck(device: torch.device) -> None:
     op = torch.ops.rqkernels.code_statistics.default
     torch.library.opcheck(op, (torch.randn(6, 4, device=device), torch.randint(0, 3, (6,), device=device), 3))
+    codes = torch.randint(0, 3, (5, 6), device=device)
+    torch.library.opcheck(op, (torch.randn(5, 6, 4, device=device), codes, 3, True))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -16,6 +20,59 @@ def test_equals_the_definition(n: int, shared: bool, depth: int | None, device: 
         e = torch.randn(*(() if shared else (4,)), k, c, device=device)
         codes = torch.randint(0, k, (n, 4), device=device)
         assert torch.equal(rqk.residual_decode(codes, e, depth), rqk.reference.residual_decode(codes, e, depth))
+
+
+# Vectors of 4, 8 and 16 channels, alone and in eights, and what is left of them; rows in fours and alone.
+@pytest.mark.parametrize("c", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 20, 31, 32, 33, 47, 64, 129, 200])
+@pytest.mark.parametrize("k", [9, 3000])  # codebooks within a core's cache, and beyond it
+def test_every_width_of_a_row(c: int, k: int, device: torch.device) -> None:
+    for d in (1, 5):
+        e, codes = torch.randn(d, k, c, device=device), torch.randint(0, k, (23, d), device=device)
+        e[:, 0] = -0.0
+        codes[4] = 0
+        decoded = rqk.residual_decode(codes, e)
+        assert torch.equal(decoded, rqk.reference.residual_decode(codes, e))
+        assert not (decoded.signbit() & (decoded == 0)).any()  # a sum from zero
+        codes[[1, 6, 22], [0, -1, 0]] = torch.tensor([k, -1, 2**62], device=device)
+        bad = rqk.residual_decode(codes, e, check=False)
+        assert bad[[1, 6, 22]].isnan().all()
+        rest = [row for row in range(23) if row not in (1, 6, 22)]
+        assert torch.equal(bad[rest], decoded[rest])
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    levels = ["default", "avx2", "avx512"]
+    code = """
+import hashlib, torch, rqkernels as rqk
+torch.manual_seed(1)
+digest = hashlib.sha256()
+for k, c in ((9, 1), (9, 8), (3000, 17), (20, 48), (3000, 200)):
+    decoded = rqk.residual_decode(torch.randint(0, k, (23, 5)), torch.randn(5, k, c))
+    digest.update(decoded.numpy().tobytes())
+print(rqk.info()["cpu_capability"], digest.hexdigest())
+"""
+    digests = set()
+    for level in levels[: levels.index(rqk.info()["cpu_capability"]) + 1]:
+        environment = {**os.environ, "RQK_CPU_CAPABILITY": level}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        used, digest = run.stdout.split()
+        assert used == level
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+def test_flushing_denormals_changes_nothing() -> None:
+    e, codes = torch.randn(9, 20) * 1e-41, torch.randint(0, 9, (5, 3))
+    expected = rqk.residual_decode(codes, e)
+    assert (expected != 0).any()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        decoded = rqk.residual_decode(codes, e)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(decoded, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -62,6 +119,15 @@ def test_gradient_of_the_codebooks(shared: bool, depth: int | None, device: torc
     (grad,) = torch.autograd.grad((rqk.residual_decode(codes, e, depth) * weight).sum(), e)
     (expected,) = torch.autograd.grad((rqk.reference.residual_decode(codes, e, depth) * weight).sum(), e)
     torch.testing.assert_close(grad, expected)
+
+
+def test_gradient_of_half_codebooks_and_strided_codes(device: torch.device) -> None:
+    e = torch.randn(2, 6, 8, device=device).bfloat16().requires_grad_()
+    codes = torch.randint(0, 6, (2, 5, 4), device=device).transpose(0, 2)  # (4, 5, 2)
+    (grad,) = torch.autograd.grad(rqk.residual_decode(codes, e).sum(), e)
+    expected = torch.stack([torch.bincount(codes[..., d].flatten(), minlength=6) for d in range(2)])
+    assert grad.dtype == torch.bfloat16
+    assert torch.equal(grad, expected[..., None].expand(2, 6, 8).bfloat16())
 
 
 def test_gradient_skips_bad_codes(device: torch.device) -> None:
