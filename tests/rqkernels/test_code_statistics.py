@@ -24,7 +24,7 @@ def test_equals_the_definition(n: int, k: int, c: int, device: torch.device) -> 
         assert torch.equal(ours, expected)
 
 
-# On a CPU codes of up to 2^17 values are added up directly, others after a sort, here in slices of channels too.
+# On a CPU rows of few codes are added up directly, others after a sort, here in slices of channels too.
 @pytest.mark.parametrize(("k", "c"), [(40, 16), (40, 24), (3000, 48), (400, 600), (140_000, 1)])
 @pytest.mark.parametrize("rows_of_one_code", [0, 1023, 1024, 2500])
 def test_codes_of_many_rows_and_of_none(k: int, c: int, rows_of_one_code: int, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 // Counts and sums by code on the CPU, in one of two ways that add the same numbers in the same order.
 //
-// Direct, where float64 accumulators of all codes fit into a core's own cache (kAccumulatorBytes): rows are read in
-// their order, and each is added where its code's accumulators are. Reads x once, and the codes once per slice.
-// Sorted, where they do not: a counting sort of the rows (8 bytes each), then each code adds its rows. Reads x once, in
+// Direct, where float64 accumulators of all codes fit into a core's own cache (kAccumulatorBytes) and rows are so many
+// that clearing and reading them does not count (kRowsPerCode): rows are read in their order, and each is added where
+// its code's accumulators are. Reads x once, and the codes once per slice.
+// Sorted, elsewhere: a counting sort of the rows (8 bytes each), then each code adds its rows. Reads x once, in
 // segments.
 //
 // Threads split channels and codes, never a code's rows, so every sum is made by one thread in one order, whatever
@@ -22,6 +23,7 @@ using code_statistics::Accumulators;
 using code_statistics::Slice;
 
 constexpr int64_t kAccumulatorBytes = 1 << 20;
+constexpr int64_t kRowsPerCode = 16;
 constexpr int64_t kLine = 16;  // floats to a cache line: slices are multiples of it
 constexpr int64_t kElementsPerTask = 1 << 15;
 
@@ -43,7 +45,9 @@ struct Plan {
 Plan plan_of(const CodeStatisticsParams& p) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   Plan plan{};
-  plan.direct = p.channels * p.num_codes <= kAccumulatorBytes / static_cast<int64_t>(sizeof(double));
+  const int64_t items = p.codebooks > 1 ? p.rows : p.rows * p.depth;
+  plan.direct = items >= kRowsPerCode * p.num_codes &&
+                p.channels * p.num_codes <= kAccumulatorBytes / static_cast<int64_t>(sizeof(double));
   // Slices enough for all threads, unless they get too thin.
   const int64_t wanted = plan.direct ? (threads + p.codebooks - 1) / p.codebooks : threads;
   plan.slice = round_up((p.channels + wanted - 1) / wanted, kLine);
