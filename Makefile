@@ -89,7 +89,7 @@ bench: $(VENV)/.bench ## all benchmarks, results into benchmarks/results, tables
 	$(PY) benchmarks/render.py
 
 # Makes no environment and fetches nothing: the first Python here that has torch and pytest.
-gpu-check: ## tests marked gpu and benchmarks on the card, JSON into OUT (benchmarks/results)
+gpu-check: ## tests marked gpu, compute-sanitizer, benchmarks on the card; JSON into OUT (benchmarks/results)
 	@for python in $(PYTHON) $(PY); do \
 		if $$python -c 'import torch, pytest' 2>/dev/null; then \
 			exec env $(BENCH_ENV) $$python benchmarks/gpu_check.py --out "$(OUT)" $(ARGS); \

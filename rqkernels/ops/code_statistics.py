@@ -13,12 +13,14 @@ def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
 
         counts_k = #{n : k_n = k}        sums_k = sum of x_n over k_n = k
 
-    Naively `one_hot(codes).T.float() @ x`, with a one-hot of rows x codes; here it is a scatter. A code's rows are added
-    in float64 in row order, every 1024 of them from zero and then these sums in their order, and rounded once: the
-    result does not depend on threads or device. (Lee et al. 2022, section 3.1: the codebook is the exponential moving
-    average of these sums over these counts.) No copy is made of x or codes where x is float32, its channels lie side by
-    side, and at most two strides lead through the other dimensions. Beside the results there are 8 bytes per row and
-    code on a CPU, or at most 3 MiB per thread where codes are few; on CUDA 16 bytes per row, 4 per code, and 1/256 of x.
+    Naively `one_hot(codes).T.float() @ x`, with a one-hot of rows x codes; here it is a scatter. A code's rows are
+    added in float64 in row order, every 1024 of them from zero and then these sums in their order, and rounded once:
+    the result does not depend on threads or device. (Lee et al. 2022, section 3.1: the codebook is the exponential
+    moving average of these sums over these counts.)
+
+    Neither x nor codes is copied where x is float32, its channels lie side by side, and at most two strides lead
+    through the other dimensions. Beside the results it takes 8 bytes per row and 16 per code on a CPU, or 3 MiB per
+    thread at most where codes are few; on CUDA 16 bytes per row, 4 per code, 1/256 of x, and 1 MiB.
 
     Not differentiable: x is taken detached.
 
