@@ -23,6 +23,7 @@ class Case(NamedTuple):
     codes: int
     rows_cpu: int
     rows_cuda: int
+    first_code: float = 0.0  # share of the rows that chose code 0, beside the others' even spread
 
 
 CASES = (
@@ -32,6 +33,7 @@ CASES = (
         Case("rq-vae", 256, 16384, 8192, 262144),
         Case("var", 32, 4096, 65536, 2_097_152),
         Case("audio-8", 8, 1024, 262144, 4_194_304),
+        Case("collapsed", 256, 16384, 8192, 262144, 0.9),
     ]
 )
 
@@ -53,6 +55,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, case.channels, generator=generator).to(device)
     codes = torch.randint(case.codes, (rows,), generator=generator).to(device)
+    codes[: int(case.first_code * rows)] = 0
     reference_rows = min(rows, REFERENCE_ROWS)
     # A one-hot matrix of all rows of the largest case would not fit: it gets the rows that fill 1 GiB.
     one_hot_rows = min(rows, (1 << 28) // case.codes)

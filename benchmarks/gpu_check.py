@@ -268,7 +268,7 @@ def call_ragged() -> None:
                 assert same, f"result {i} differs from the CPU's at N, K, C, D = {n, k, c, depth}"
 
 
-def call_typical() -> None:
+def call_typical(device: str = "cuda") -> None:
     """Shapes of the benchmarks, one call each: for ncu."""
     import torch
 
@@ -277,14 +277,12 @@ def call_typical() -> None:
 
     import rqkernels
 
-    device = torch.device("cuda")
     for case in SHAPES[:3]:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(case.rows(device), case.channels, generator=generator).to(device)
+        x = torch.randn(case.rows(torch.device(device)), case.channels, generator=generator).to(device)
         codebooks = case.codebooks(generator).to(device)
         found = rqkernels.residual_search(x, codebooks, case.depth, return_statistics=True)
-        rqkernels.residual_decode(found.codes, codebooks, check=False)
-    torch.cuda.synchronize()
+        rqkernels.residual_decode(found.codes, codebooks, check=False).cpu()
 
 
 # --- what ncu says ---------------------------------------------------------------------------------------

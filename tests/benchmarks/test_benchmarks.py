@@ -160,6 +160,65 @@ def gpu_check() -> ModuleType:
     return module
 
 
+def test_the_whole_is_summed_up_in_one_file(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def steps(scratch: Path, environment: dict[str, str], out: Path, with_ncu: bool) -> list[object]:
+        assert environment["PYTHONPATH"].startswith(f"{ROOT}{os.pathsep}{ROOT / 'python'}")
+        command = [sys.executable, "-c", "import rqkernels, sys; sys.exit('no kernel')"]
+        return [
+            gpu_check.Step("one", 1.0, 0, lambda seconds: gpu_check.execute(command, seconds, environment, scratch))
+        ]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Card")
+    monkeypatch.setattr(gpu_check, "find_package", lambda scratch: ROOT)
+    monkeypatch.setattr(gpu_check, "steps_on", steps)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out"), "--budget", "60"])
+    assert gpu_check.main() == 1
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == "a-card-gpu-tests.json"
+    summary = json.loads(path.read_text())
+    assert summary["device"] == "A Card" and summary["budget_seconds"] == 60
+    assert summary["steps"]["one"]["outcome"] == "failed"
+    assert summary["steps"]["one"]["tail"] == "no kernel\n"
+
+
+def test_the_ragged_calls_compare_with_the_cpu(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)
+    gpu_check.call_ragged()
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor * (1 + 2**-20))
+    with pytest.raises(AssertionError, match="differs from the CPU's at N, K, C, D = "):
+        gpu_check.call_ragged()
+
+
+def test_the_typical_calls_run(tmp_path: Path) -> None:
+    script = tmp_path / "typical.py"
+    script.write_text("import gpu_check\ngpu_check.call_typical('cpu')\n")
+    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_formulations_for_the_card_alone_do_the_same_work(tmp_path: Path) -> None:
+    script = tmp_path / "formulations.py"
+    script.write_text(
+        "import bench_residual_search as bench, torch\n"
+        "x, codebooks = torch.randn(50, 8), torch.randn(3, 20, 8)\n"
+        "codes, total = bench.published_search(x, codebooks, 3)\n"
+        "precisions = []\n"
+        "def search(*args):\n"
+        "    precisions.append(torch.get_float32_matmul_precision())\n"
+        "    return bench.cdist_search(*args)\n"
+        "other = bench.with_tf32(search)(x, codebooks, 3)\n"
+        "assert torch.equal(other[0], codes) and torch.equal(other[1], total)\n"
+        "assert [*precisions, torch.get_float32_matmul_precision()] == ['high', 'highest']\n"
+    )
+    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_steps_beyond_the_budget_are_skipped_by_name(gpu_check: ModuleType, capsys: pytest.CaptureFixture) -> None:
     now, given = [100.0], {}
 
