@@ -45,9 +45,13 @@ def test_rows_that_all_chose_one_code(emulation: Emulation, n: int) -> None:
     check(emulation, normal(n, 4), np.full(n, 2), 3)
 
 
-def test_long_and_short_codes_beside_one_another(emulation: Emulation) -> None:
-    # Pieces of two long codes begin in one window of the sorted rows: the last of the one, the first of the other.
-    codes = np.repeat(np.arange(5), (100, 1500, 1300, 1024, 1030))
+# Pieces of two long codes begin in one window of 1024 sorted rows: the last of the one, the first of the other. And
+# long codes that begin where a window does, and end there.
+@pytest.mark.parametrize(
+    "rows_of_code", [(100, 1500, 1300, 1024, 1030), (1024, 1500, 548, 2048, 1025), (2048, 0, 1026), (1, 2047, 1100)]
+)
+def test_long_and_short_codes_beside_one_another(emulation: Emulation, rows_of_code: tuple[int, ...]) -> None:
+    codes = np.repeat(np.arange(len(rows_of_code)), rows_of_code)
     np.random.default_rng(2).shuffle(codes)
     check(emulation, normal(len(codes), 1), codes, 300)
 

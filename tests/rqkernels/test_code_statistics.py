@@ -40,8 +40,9 @@ def test_codes_of_many_rows_and_of_none(k: int, c: int, rows_of_one_code: int, d
 
 
 @pytest.mark.parametrize("by_depth", [False, True])
-def test_strides_of_rows_and_depths(by_depth: bool, device: torch.device) -> None:
-    big, codes = torch.randn(6, 10, 7, 12, device=device), torch.randint(0, 5, (6, 10, 7), device=device)
+@pytest.mark.parametrize("k", [2, 40])  # on a CPU added up directly, and after a sort
+def test_strides_of_rows_and_depths(k: int, by_depth: bool, device: torch.device) -> None:
+    big, codes = torch.randn(6, 10, 7, 12, device=device), torch.randint(0, k, (6, 10, 7), device=device)
     views = {
         "whole": (big, codes),
         "some channels": (big[..., 3:9], codes),
@@ -53,10 +54,10 @@ def test_strides_of_rows_and_depths(by_depth: bool, device: torch.device) -> Non
         "channels apart": (big.permute(0, 1, 3, 2)[:, :, :7, :5], codes),
     }
     for name, (x, some) in views.items():
-        ours = torch.ops.rqkernels.code_statistics(x, some, 5, by_depth)
+        ours = torch.ops.rqkernels.code_statistics(x, some, k, by_depth)
         parts = [(x[..., d, :], some[..., d]) for d in range(some.shape[-1])] if by_depth else [(x, some)]
         for d, part in enumerate(parts):
-            for a, b in zip(ours, rqk.reference.code_statistics(*part, 5), strict=True):
+            for a, b in zip(ours, rqk.reference.code_statistics(*part, k), strict=True):
                 assert torch.equal(a[d] if by_depth else a, b), name
 
 
@@ -138,17 +139,21 @@ def test_half_and_strided_input(device: torch.device) -> None:
         assert torch.equal(ours, expected)
 
 
-def test_sums_do_not_depend_on_threads() -> None:
-    x, codes = torch.randn(5000, 33), torch.randint(0, 40, (5000,))
+@pytest.mark.parametrize("by_depth", [False, True])
+@pytest.mark.parametrize("k", [40, 3000])
+def test_sums_do_not_depend_on_threads(k: int, by_depth: bool) -> None:
+    x, codes = torch.randn(1000, 5, 53), torch.randint(0, k, (1000, 5))
+    codes[:, 2] = 1
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = rqk.code_statistics(x, codes, 40)
-        torch.set_num_threads(3)
-        together = rqk.code_statistics(x, codes, 40)
+        results = []
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(torch.ops.rqkernels.code_statistics(x, codes, k, by_depth))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone[1], together[1])
+    for counts, sums in results[1:]:
+        assert torch.equal(counts, results[0][0]) and torch.equal(sums, results[0][1])
 
 
 def test_small_terms_survive_a_long_sum(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 // Counts and sums by code on the CPU, in one of two ways that add the same numbers in the same order.
 //
-// Direct, where float64 accumulators of all codes fit into a core's own cache (kAccumulatorBytes) and rows are so many
+// Direct, where float64 accumulators of all codes fit into a core's own cache (kAccumulators) and rows are so many
 // that clearing and reading them does not count (kRowsPerCode): rows are read in their order, and each is added where
 // its code's accumulators are. Reads x once, and the codes once per slice.
 // Sorted, elsewhere: a counting sort of the rows (8 bytes each), then each code adds its rows. Reads x once, in
@@ -22,7 +22,7 @@ namespace {
 using code_statistics::Accumulators;
 using code_statistics::Slice;
 
-constexpr int64_t kAccumulatorBytes = 1 << 20;
+constexpr int64_t kAccumulators = (1 << 20) / sizeof(double);  // of a thread: 1 MiB
 constexpr int64_t kRowsPerCode = 16;
 constexpr int64_t kLine = 16;  // floats to a cache line: slices are multiples of it
 constexpr int64_t kElementsPerTask = 1 << 15;
@@ -39,22 +39,27 @@ int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
 struct Plan {
   bool direct;
-  int64_t slice, slices, workers;
+  int64_t slice, slices;  // channels of a slice, slices
+  int64_t group, groups;  // codebooks of a slice of the direct way, groups of them
+  int64_t workers;
 };
 
 Plan plan_of(const CodeStatisticsParams& p) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   Plan plan{};
   const int64_t items = p.codebooks > 1 ? p.rows : p.rows * p.depth;
-  plan.direct = items >= kRowsPerCode * p.num_codes &&
-                p.channels * p.num_codes <= kAccumulatorBytes / static_cast<int64_t>(sizeof(double));
+  plan.direct = items >= kRowsPerCode * p.num_codes && p.channels * p.num_codes <= kAccumulators;
   // Slices enough for all threads, unless they get too thin.
-  const int64_t wanted = plan.direct ? (threads + p.codebooks - 1) / p.codebooks : threads;
-  plan.slice = round_up((p.channels + wanted - 1) / wanted, kLine);
+  plan.slice = round_up((p.channels + threads - 1) / threads, kLine);
   if (!plan.direct) plan.slice = std::min(plan.slice, code_statistics::kSliceChannels);
   plan.slice = std::min(plan.slice, p.channels);
   plan.slices = (p.channels + plan.slice - 1) / plan.slice;
-  plan.workers = plan.direct ? std::min(threads, p.codebooks * plan.slices) : threads;
+  // Rows are read at once for as many codebooks as the cache takes, and the threads left to share out.
+  const int64_t in_cache = std::max<int64_t>(1, kAccumulators / (p.num_codes * plan.slice));
+  const int64_t shared_out = (p.codebooks * plan.slices + threads - 1) / threads;
+  plan.group = plan.direct ? std::min({p.codebooks, in_cache, shared_out}) : 1;
+  plan.groups = (p.codebooks + plan.group - 1) / plan.group;
+  plan.workers = plan.direct ? std::min(threads, plan.groups * plan.slices) : threads;
   return plan;
 }
 
@@ -73,9 +78,9 @@ struct Parts {
 };
 
 Accumulators take_accumulators(Parts& parts, const CodeStatisticsParams& p, const Plan& plan) {
-  const int64_t elements = p.num_codes * plan.slice;
+  const int64_t num_codes = plan.group * p.num_codes, elements = num_codes * plan.slice;
   double *sums = parts.take<double>(elements), *totals = parts.take<double>(elements);
-  return {sums, totals, parts.take<int64_t>(p.num_codes)};
+  return {sums, totals, parts.take<int64_t>(num_codes)};
 }
 
 struct Sorted {
@@ -94,9 +99,10 @@ void launch_direct(const CodeStatisticsParams& p, const Plan& plan) {
       Parts parts(p.workspace);
       Accumulators own{};
       for (int64_t w = 0; w <= worker; ++w) own = take_accumulators(parts, p, plan);
-      for (int64_t task = worker; task < p.codebooks * plan.slices; task += plan.workers) {
-        const int64_t first = task % plan.slices * plan.slice;
-        kernels().add_direct(p, {task / plan.slices, first, std::min(plan.slice, p.channels - first)}, own);
+      for (int64_t task = worker; task < plan.groups * plan.slices; task += plan.workers) {
+        const int64_t first = task % plan.slices * plan.slice, codebook = task / plan.slices * plan.group;
+        const int64_t codebooks = std::min(plan.group, p.codebooks - codebook);
+        kernels().add_direct(p, {codebook, codebooks, first, std::min(plan.slice, p.channels - first)}, own);
       }
     }
   });
@@ -136,7 +142,7 @@ void launch_sorted(const CodeStatisticsParams& p, const Plan& plan) {
       for (int64_t worker = first_worker; worker < last_worker; ++worker) {
         for (int64_t task = worker; task < tasks; task += plan.workers) {
           const int64_t first = task % plan.slices * plan.slice, begin = task / plan.slices * codes_per_task;
-          kernels().add_sorted(p, {b, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
+          kernels().add_sorted(p, {b, 1, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
                                begin, std::min(begin + codes_per_task, p.num_codes));
         }
       }

@@ -25,17 +25,18 @@ template <int kBlock>
 void add_rows_direct(const CodeStatisticsParams& p, Slice slice, const Accumulators& to) {
   const int64_t channels = slice.channels;
   const int64_t first_depth = p.codebooks > 1 ? slice.codebook : 0;
-  const int64_t end_depth = p.codebooks > 1 ? first_depth + 1 : p.depth;
+  const int64_t end_depth = p.codebooks > 1 ? first_depth + slice.codebooks : p.depth;
   for (int64_t n = 0; n < p.rows; ++n) {
     for (int64_t d = first_depth; d < end_depth; ++d) {
       const int64_t code = p.codes[n * p.code_row_stride + d * p.code_depth_stride];
       if (code < 0) continue;
-      double* sum = to.sums + code * channels;
+      const int64_t k = code + (p.codebooks > 1 ? (d - first_depth) * p.num_codes : 0);
+      double* sum = to.sums + k * channels;
       add_row<kBlock>(p.x + n * p.x_row_stride + d * p.x_depth_stride + slice.first, channels, sum);
-      const int64_t count = ++to.counts[code];
+      const int64_t count = ++to.counts[k];
       if (count % kRowsPerPiece != 0) continue;
       // The first piece stands alone: totals hold nothing before it.
-      double* total = to.totals + code * channels;
+      double* total = to.totals + k * channels;
       for (int64_t c = 0; c < channels; ++c) {
         total[c] = count == kRowsPerPiece ? sum[c] : total[c] + sum[c];
         sum[c] = 0;
@@ -45,9 +46,9 @@ void add_rows_direct(const CodeStatisticsParams& p, Slice slice, const Accumulat
 }
 
 void add_direct(const CodeStatisticsParams& p, Slice slice, const Accumulators& to) {
-  const int64_t channels = slice.channels;
-  __builtin_memset(to.sums, 0, size_t(p.num_codes * channels) * sizeof(double));
-  __builtin_memset(to.counts, 0, size_t(p.num_codes) * sizeof(int64_t));
+  const int64_t channels = slice.channels, num_codes = slice.codebooks * p.num_codes;
+  __builtin_memset(to.sums, 0, size_t(num_codes * channels) * sizeof(double));
+  __builtin_memset(to.counts, 0, size_t(num_codes) * sizeof(int64_t));
   if (channels % 16 == 0) {
     add_rows_direct<16>(p, slice, to);
   } else if (channels % 8 == 0) {
@@ -57,7 +58,7 @@ void add_direct(const CodeStatisticsParams& p, Slice slice, const Accumulators& 
   }
   float* counts = p.counts + slice.codebook * p.num_codes;
   float* sums = p.sums + slice.codebook * p.num_codes * p.channels + slice.first;
-  for (int64_t k = 0; k < p.num_codes; ++k) {
+  for (int64_t k = 0; k < num_codes; ++k) {
     // Every slice counts the same.
     if (slice.first == 0) counts[k] = float(to.counts[k]);
     const double *sum = to.sums + k * channels, *total = to.totals + k * channels;

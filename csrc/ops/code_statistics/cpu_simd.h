@@ -9,9 +9,9 @@
 namespace rqk {
 namespace code_statistics {
 
-// Channels [first, first + channels) of one codebook's statistics.
+// Channels [first, first + channels) of the statistics of some codebooks, one behind the other.
 struct Slice {
-  int64_t codebook, first, channels;
+  int64_t codebook, codebooks, first, channels;
 };
 
 // The most channels of a slice of the sorted way.
@@ -19,16 +19,16 @@ constexpr int64_t kSliceChannels = 512;
 
 // Memory of one worker of the direct way; nothing need be in it.
 struct Accumulators {
-  double* sums;     // (num_codes, slice's channels)
+  double* sums;     // (slice's codebooks, num_codes, slice's channels)
   double* totals;   // the same: of the pieces that are whole
-  int64_t* counts;  // (num_codes)
+  int64_t* counts;  // (slice's codebooks, num_codes)
 };
 
 struct Kernels {
   // Reads the rows in their order and adds each where its code's accumulators are.
   void (*add_direct)(const CodeStatisticsParams&, Slice, const Accumulators&);
-  // For codes [begin, end): adds the rows of places[k] .. places[k + 1], given as offsets in x, with one more (of any
-  // row) behind the last.
+  // For codes [begin, end) of a slice of one codebook: adds the rows of places[k] .. places[k + 1], given as offsets in
+  // x, with one more (of any row) behind the last.
   void (*add_sorted)(const CodeStatisticsParams&, Slice, const int64_t* places, const int64_t* offsets, int64_t begin,
                      int64_t end);
 };

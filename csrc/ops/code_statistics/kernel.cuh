@@ -186,14 +186,14 @@ struct Piece {
 // what begins there is a long key's first piece, which reaches beyond the window. A piece that is not there is empty.
 __device__ inline Piece piece_at(const Workspace& w, int64_t window, bool later) {
   const int64_t start = window * kRowsPerPiece, valid = *w.valid;
-  // A long key with its first piece in this window holds the next window's first place; one with a later piece here
-  // holds this window's.
+  // A long key with its first piece in this window holds the next window's first place, and begins before it; one with
+  // a later piece here holds this window's, and begins before that.
   const int64_t inside = later ? start : start + kRowsPerPiece;
   if (inside >= valid) return {0, 0, 0};
   const int64_t key = w.keys_in[inside], begin = w.begin[key], end = w.begin[key + 1];
-  if (end - begin <= kRowsPerPiece || (begin < start) != later) return {0, 0, 0};
+  if (end - begin <= kRowsPerPiece || begin == inside || (begin < start) != later) return {0, 0, 0};
   const int64_t from = later ? begin + (start - begin + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece : begin;
-  return {key, from, min(from + kRowsPerPiece, end)};
+  return from < end ? Piece{key, from, min(from + kRowsPerPiece, end)} : Piece{0, 0, 0};
 }
 
 template <int kWidth>
