@@ -224,7 +224,7 @@ def steps_on(scratch: Path, environment: Mapping[str, str], out: Path, with_ncu:
     yield Step("memcheck", 0.2, 20, sanitize("memcheck", ragged, pytest_command(*SMALL_TESTS)))
     yield Step("racecheck", 0.15, 20, sanitize("racecheck", ragged))
     for path in BENCHMARKS:
-        yield Step(path.stem, 0.5 if path.stem == "bench_residual_search" else 0.25, 20, bench(path))
+        yield Step(path.stem, 0.6 if path.stem == "bench_residual_search" else 0.25, 20, bench(path))
     if with_ncu:
         yield Step("ncu", 0.25, 20, ncu)
 

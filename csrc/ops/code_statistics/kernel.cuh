@@ -1,17 +1,17 @@
-// Counts and sums by code on a GPU: a stable radix sort of the rows by code, then every code adds its rows in row
-// order.
+// Counts and sums by code on a GPU: a stable radix sort of the rows by code, then each code adds its rows.
 //
 // An item is a row at a depth; its key is its code, with an offset per depth where each depth counts for itself.
 // Digits of 8 bits, the lowest first; per digit three kernels: count_digits (a histogram per chunk of items),
 // scan_chunks (for each digit, where each chunk's items of it begin), place_items (ranks by warp match and counts per
 // warp: no order hangs on which thread comes first). find_segments then finds each key's items, and add_rows adds them
-// in float64, a thread kWidth channels of a key. A key of more than kRowsPerPiece items is added piece by piece,
-// by as many threads as it has pieces, and add_pieces adds the pieces in their order: rows that all chose one code are
+// in float64, a thread kWidth channels of a key. A key of more than kRowsPerPiece items is added piece by piece, by
+// as many threads as it has pieces, and add_pieces adds the pieces in their order: rows that all chose one code are
 // spread over the device like any others.
 //
-// Moves, for M items of K keys: M*(8 + 8) bytes in the first digit's kernels, M*(4 + 8 + 8) in each other's, then x
-// once, M*4 bytes of item numbers, K*C*4 of sums. No atomics but those of integer histograms in shared memory; the
-// number of chunks is bounded (kMaxChunks), so the workspace is 16 M + 4 K bytes, 1/256 of x for pieces, and 1 MiB.
+// Moves, for M items of K keys: M*(8 + 8 + 8) bytes in the first digit's kernels, M*(4 + 8 + 8) in each other's, then
+// x once, M*4 bytes of item numbers, K*C*4 of sums; additions M*C, in float64. No atomics but those of integer
+// histograms in shared memory; the number of chunks is bounded (kMaxChunks), so the workspace is 16 M + 4 K bytes,
+// 1/256 of x for pieces, and 1 MiB.
 #pragma once
 
 #include <cstdint>
