@@ -206,23 +206,28 @@ __device__ inline void load(const float* from, float (&values)[kWidth]) {
   }
 }
 
+template <int kWidth>
+__device__ inline void load_item(const CodeStatisticsParams& p, uint32_t item, int64_t c, float (&values)[kWidth]) {
+  const uint32_t depth = static_cast<uint32_t>(p.depth), n = depth == 1 ? item : item / depth, d = item - n * depth;
+  load(p.x + n * p.x_row_stride + d * p.x_depth_stride + c, values);
+}
+
 // Adds channels c .. c + kWidth of items[begin .. end) to `sum`, in their order.
 template <int kWidth>
 __device__ inline void add_items(const CodeStatisticsParams& p, const uint32_t* items, int64_t begin, int64_t end,
                                  int64_t c, double (&sum)[kWidth]) {
-  for (int64_t first = begin; first < end; first += kRowsAhead) {
+  int64_t i = begin;
+  for (; i + kRowsAhead <= end; i += kRowsAhead) {
     float ahead[kRowsAhead][kWidth];
-    for (int j = 0; j < kRowsAhead; ++j) {
-      // Zero behind the last changes no sum: none is -0.
-      for (int v = 0; v < kWidth; ++v) ahead[j][v] = 0;
-      if (first + j >= end) continue;
-      const uint32_t item = items[first + j], depth = static_cast<uint32_t>(p.depth);
-      const uint32_t n = depth == 1 ? item : item / depth, d = item - n * depth;
-      load(p.x + n * p.x_row_stride + d * p.x_depth_stride + c, ahead[j]);
-    }
+    for (int j = 0; j < kRowsAhead; ++j) load_item(p, items[i + j], c, ahead[j]);
     for (int j = 0; j < kRowsAhead; ++j) {
       for (int v = 0; v < kWidth; ++v) sum[v] += double(ahead[j][v]);
     }
+  }
+  for (; i < end; ++i) {
+    float row[kWidth];
+    load_item(p, items[i], c, row);
+    for (int v = 0; v < kWidth; ++v) sum[v] += double(row[v]);
   }
 }
 
