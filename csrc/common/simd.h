@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -19,20 +19,19 @@ struct Vec {
   __m512 v;
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  // The first n floats at p, fewer than kSize, and zeros.
-  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p)}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Past the caches, to an aligned address; finish_streams() before another thread may read it.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-  void store_first(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec negated_fma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -99,16 +98,13 @@ struct Vec {
   __m256 v;
   static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  // The first n floats at p, fewer than kSize, and zeros.
-  static Vec load_first(const float* p, int64_t n) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lane))};
-  }
   static Vec fill(float a) { return {_mm256_set1_ps(a)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  // Past the caches, to an aligned address; finish_streams() before another thread may read it.
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
-  void store_first(float* p, int n) const { _mm256_maskstore_ps(p, first(n), v); }
+  static Vec load_first(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store_first(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   static __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -117,7 +113,6 @@ inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec negated_fma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -211,9 +206,15 @@ struct Vec {
   }
   static Vec fill(float a) { return {Lanes{a, a, a, a}}; }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
+  // Past the caches where the processor can, to an aligned address; finish_streams() before another thread may read it.
+#if defined(__SSE2__)
+  void stream(float* p) const { _mm_stream_ps(p, (__m128)v); }
+#else
+  void stream(float* p) const { store(p); }
+#endif
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
-  void store_first(float* p, int n) const {
+  static Vec load_first(const float* p, int64_t n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
+  void store_first(float* p, int64_t n) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 };
@@ -227,7 +228,6 @@ inline uint32_t at_most(Vec a, Vec limit) {
   return mask;
 }
 
-inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
@@ -272,7 +272,8 @@ struct Lanes8 {
     return a;                                              \
   }
 RQK_LANES8(+)
-RQK_LANES8(-) RQK_LANES8(*)
+RQK_LANES8(-)
+RQK_LANES8(*)
 #undef RQK_LANES8
 
 #endif
@@ -290,6 +291,12 @@ inline Vec exp(Vec x) {
   Vec series = Vec::fill(1.0f / 5040);
   for (const float factor : kExpSeries) series = fma(series, r, Vec::fill(factor));
   return times_power_of_two(series, n);
+}
+
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace RQK_CAPABILITY

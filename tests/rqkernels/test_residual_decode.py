@@ -40,14 +40,28 @@ def test_every_width_of_a_row(c: int, k: int, device: torch.device) -> None:
         assert torch.equal(bad[rest], decoded[rest])
 
 
+# From 32 MiB on a CPU writes past its caches, where a row is a whole number of vectors.
+@pytest.mark.parametrize("c", [8, 12, 16, 160])
+def test_more_than_the_caches_hold(c: int, device: torch.device) -> None:
+    n = 2**23 // c + 5
+    e, codes = torch.randn(2, 7, c, device=device), torch.randint(0, 7, (n, 2), device=device)
+    codes[n // 2, 1] = 9
+    decoded = rqk.residual_decode(codes, e, check=False)
+    assert decoded[n // 2].isnan().all()
+    codes[n // 2, 1] = 0
+    expected = 0.0 + e[0][codes[:, 0]] + e[1][codes[:, 1]]
+    decoded[n // 2] = expected[n // 2]
+    assert torch.equal(decoded, expected)
+
+
 def test_every_instruction_set_gives_the_same_bits() -> None:
     levels = ["default", "avx2", "avx512"]
     code = """
 import hashlib, torch, rqkernels as rqk
 torch.manual_seed(1)
 digest = hashlib.sha256()
-for k, c in ((9, 1), (9, 8), (3000, 17), (20, 48), (3000, 200)):
-    decoded = rqk.residual_decode(torch.randint(0, k, (23, 5)), torch.randn(5, k, c))
+for n, k, c in ((23, 9, 1), (23, 9, 8), (23, 3000, 17), (23, 20, 48), (23, 3000, 200), (2**18, 9, 32)):
+    decoded = rqk.residual_decode(torch.randint(0, k, (n, 5)), torch.randn(5, k, c))
     digest.update(decoded.numpy().tobytes())
 print(rqk.info()["cpu_capability"], digest.hexdigest())
 """

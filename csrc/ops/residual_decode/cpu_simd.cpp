@@ -14,6 +14,9 @@ constexpr int kVectors = 8;  // of sums held at once: codebook rows are read in 
 constexpr int kGroup = 4;    // short rows at once
 constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kCacheBytes = 1 << 20;
+// Decoded rows of so much in all are gone from the caches before anyone reads them: they are written past them, which
+// saves reading what is overwritten.
+constexpr int64_t kStreamedBytes = 32 << 20;
 
 inline const float* codebook_row(const ResidualDecodeParams& p, int64_t d, int64_t code) {
   return p.codebooks + d * p.codebook_stride + code * p.channels;
@@ -25,7 +28,7 @@ inline bool is_code(const ResidualDecodeParams& p, int64_t code) {
 
 // Channels [c, c + kCount * Vec::kSize) of the sums of kRows rows: from zero, in depth order.
 template <int kRows, int kCount>
-inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64_t c, float* out) {
+inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64_t c, float* out, bool is_streamed) {
   Vec sum[kRows][kCount];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -43,7 +46,14 @@ inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kCount; ++v) sum[r][v].store(out + r * p.channels + c + v * Vec::kSize);
+    for (int v = 0; v < kCount; ++v) {
+      float* at = out + r * p.channels + c + v * Vec::kSize;
+      if (is_streamed) {
+        sum[r][v].stream(at);
+      } else {
+        sum[r][v].store(at);
+      }
+    }
   }
 }
 
@@ -66,11 +76,13 @@ inline void add_last_channels(const ResidualDecodeParams& p, const int64_t* code
 
 // kRows rows whose codes are good.
 template <int kRows>
-inline void decode_good(const ResidualDecodeParams& p, const int64_t* codes, float* out) {
+inline void decode_good(const ResidualDecodeParams& p, const int64_t* codes, float* out, bool is_streamed) {
   constexpr int kCount = kVectors / kRows;
   int64_t c = 0;
-  for (; c + kCount * Vec::kSize <= p.channels; c += kCount * Vec::kSize) add_codes<kRows, kCount>(p, codes, c, out);
-  for (; c + Vec::kSize <= p.channels; c += Vec::kSize) add_codes<kRows, 1>(p, codes, c, out);
+  for (; c + kCount * Vec::kSize <= p.channels; c += kCount * Vec::kSize) {
+    add_codes<kRows, kCount>(p, codes, c, out, is_streamed);
+  }
+  for (; c + Vec::kSize <= p.channels; c += Vec::kSize) add_codes<kRows, 1>(p, codes, c, out, is_streamed);
   if (c < p.channels) add_last_channels<kRows>(p, codes, c, out);
 }
 
@@ -96,6 +108,8 @@ bool decode_rows(const ResidualDecodeParams& p, int64_t begin, int64_t end) {
   const int64_t codebooks = p.codebook_stride == 0 ? 1 : p.depth;
   const bool is_large = codebooks * p.num_codes * p.channels * int64_t(sizeof(float)) > kCacheBytes;
   const bool is_short = p.channels <= kVectors / kGroup * Vec::kSize;
+  const bool is_streamed = p.rows * p.channels * int64_t(sizeof(float)) >= kStreamedBytes &&
+                           p.channels % Vec::kSize == 0 && reinterpret_cast<uintptr_t>(p.decoded) % sizeof(Vec) == 0;
   bool good = true;
   for (int64_t row = begin; row < end;) {
     const int64_t* codes = p.codes + row * p.code_depth;
@@ -107,18 +121,19 @@ bool decode_rows(const ResidualDecodeParams& p, int64_t begin, int64_t end) {
       }
     }
     if (rows == kGroup && all_good(p, codes, kGroup)) {
-      decode_good<kGroup>(p, codes, out);
+      decode_good<kGroup>(p, codes, out, is_streamed);
       row += kGroup;
       continue;
     }
     if (all_good(p, codes, 1)) {
-      decode_good<1>(p, codes, out);
+      decode_good<1>(p, codes, out, is_streamed);
     } else {
       good = false;
       for (int64_t c = 0; c < p.channels; ++c) out[c] = __builtin_nanf("");
     }
     ++row;
   }
+  if (is_streamed) finish_streams();
   return good;
 }
 
