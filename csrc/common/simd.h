@@ -26,7 +26,7 @@ struct Vec {
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
   static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -105,7 +105,7 @@ struct Vec {
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
   static Vec load_first(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   void store_first(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
-  static __m256i first(int n) {
+  static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
 };
