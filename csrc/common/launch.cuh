@@ -11,6 +11,29 @@
 
 namespace rqk {
 
+// What launchers size their work by, of the current device.
+struct DeviceLimits {
+  int multiprocessors;
+  int64_t shared_bytes;  // of a block that asks for all it may have
+};
+
+inline DeviceLimits device_limits(const char* op) {
+#ifdef __CUDACC__
+  // Attributes are known to the host: nothing here waits for the device.
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+  return {multiprocessors, shared_bytes};
+#else
+  static_cast<void>(op);
+  return {emulation::device().multiprocessors, emulation::device().shared_bytes};
+#endif
+}
+
 // Blocks of a kernel that loops over `items` with a stride of the grid.
 inline unsigned grid_for(int64_t items) {
 #ifdef RQK_EMULATION

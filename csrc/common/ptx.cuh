@@ -53,13 +53,19 @@ __device__ inline void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
   }
 }
 
-#define RQK_MMA(name, shape_and_types, T, constraint)                                                         \
-  __device__ inline void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                     \
-    asm volatile("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-                 : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
+#define RQK_MMA(name, shape_and_types, T, constraint)                                                             \
+  __device__ inline void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                         \
+    asm volatile("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"     \
+                 : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
+  }                                                                                                               \
+  __device__ inline void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const T(&c)[4]) {         \
+    asm volatile("mma.sync.aligned." shape_and_types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \
+                 : "=" constraint(d[0]), "=" constraint(d[1]), "=" constraint(d[2]), "=" constraint(d[3])         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), constraint(c[0]),            \
+                   constraint(c[1]), constraint(c[2]), constraint(c[3]));                                         \
   }
-// d += a b
+// d += a b, and d = a b + c
 RQK_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
 RQK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32", float, "f")
 RQK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32", float, "f")
@@ -86,10 +92,14 @@ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], const void* row, rqk_site at 
   emulation::load_matrices(d, row, kTranspose, at);
 }
 
-#define RQK_MMA(name, type, T)                                                        \
-  __forceinline__ void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], \
-                            rqk_site at = rqk_site::current()) {                      \
-    emulation::multiply_matrices(type, d, a, b, at);                                  \
+#define RQK_MMA(name, type, T)                                                                        \
+  __forceinline__ void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],                 \
+                            rqk_site at = rqk_site::current()) {                                      \
+    emulation::multiply_matrices(type, d, a, b, d, at);                                               \
+  }                                                                                                   \
+  __forceinline__ void name(T(&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const T(&c)[4], \
+                            rqk_site at = rqk_site::current()) {                                      \
+    emulation::multiply_matrices(type, d, a, b, c, at);                                               \
   }
 RQK_MMA(mma_bf16, emulation::Element::bf16, float)
 RQK_MMA(mma_f16, emulation::Element::f16, float)

@@ -63,6 +63,7 @@ std::vector<Array> run_case(const std::string& name, const Inputs& inputs, const
   std::vector<Array> first;
   for (size_t s = 0; s < seeds.size(); ++s) {
     set_schedule(seeds[s]);
+    device() = {};
     std::vector<Array> results = run_once(name, inputs);
     for (size_t i = 0; s > 0 && i < results.size(); ++i) {
       if (results[i].data != first[i].data) {

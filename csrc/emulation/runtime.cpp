@@ -60,7 +60,6 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kMaxStaticShared = 48 * 1024;
-constexpr size_t kMaxShared = 227 * 1024;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
 
@@ -79,6 +78,8 @@ struct Random {
 };
 
 uint64_t schedule_seed = 0;
+
+size_t max_shared() { return static_cast<size_t>(device().shared_bytes); }
 
 // --- stacks --------------------------------------------------------------------------------------------
 
@@ -452,8 +453,8 @@ void check_limits(const char* name, dim3 grid, dim3 block, size_t dynamic_shared
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     fail(std::string(name) + ": a grid has 1 to (2147483647, 65535, 65535) blocks; got " + text(grid));
   }
-  if (dynamic_shared > kMaxShared) {
-    fail(std::string(name) + ": a block has at most " + std::to_string(kMaxShared) +
+  if (dynamic_shared > max_shared()) {
+    fail(std::string(name) + ": a block has at most " + std::to_string(max_shared()) +
          " bytes of shared memory; the launch asks for " + std::to_string(dynamic_shared));
   }
 }
@@ -476,6 +477,11 @@ std::string describe(const Site& site) {
 }
 
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
+
+Device& device() {
+  static Device of_this_process;
+  return of_this_process;
+}
 
 int64_t strided_grid(int64_t items) { return schedule_seed != 0 && schedule_seed % 2 == 0 ? (items + 2) / 3 : items; }
 
@@ -546,8 +552,8 @@ void* shared_variable(const void* key, const char* name, size_t bytes, size_t al
     fail("static shared memory is limited to " + std::to_string(kMaxStaticShared) + " bytes; with " + name +
          " the kernel declares " + std::to_string(l.static_shared_bytes));
   }
-  if (l.static_shared_bytes + l.dynamic_shared_bytes > kMaxShared) {
-    fail("a block has at most " + std::to_string(kMaxShared) + " bytes of shared memory; with " + name +
+  if (l.static_shared_bytes + l.dynamic_shared_bytes > max_shared()) {
+    fail("a block has at most " + std::to_string(max_shared()) + " bytes of shared memory; with " + name +
          " the kernel uses " + std::to_string(l.static_shared_bytes + l.dynamic_shared_bytes));
   }
   return add_shared(l, key, name, bytes, alignment).data;
@@ -769,12 +775,14 @@ double element_value(Element type, uint32_t word, unsigned j) {
 
 }  // namespace
 
-void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
+void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const void* c,
+                       const Site& site) {
   struct Argument {
     Element type;
     void* d;
     const uint32_t *a, *b;
-  } mine{type, d, a, b};
+    const void* c;
+  } mine{type, d, a, b, c};
   static constexpr const char* kNames[] = {"mma bf16", "mma f16", "mma tf32", "mma s8"};
   warp_exchange(
       0xffffffffu, kNames[static_cast<int>(type)], &mine,
@@ -802,11 +810,12 @@ void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint
             for (unsigned k = 0; k < depth; ++k) sum += a_mk[m][k] * b_kn[k][n];
             if (type == Element::s8) {
               // Wraps around, as the device does without .satfinite; the products of 32 int8 fit.
-              int32_t& to = static_cast<int32_t*>(lane_of(lane)->d)[i];
-              to = static_cast<int32_t>(static_cast<uint32_t>(to) + static_cast<uint32_t>(static_cast<int32_t>(sum)));
+              const auto start = static_cast<uint32_t>(static_cast<const int32_t*>(lane_of(lane)->c)[i]);
+              static_cast<int32_t*>(lane_of(lane)->d)[i] =
+                  static_cast<int32_t>(start + static_cast<uint32_t>(static_cast<int32_t>(sum)));
             } else {
-              float& to = static_cast<float*>(lane_of(lane)->d)[i];
-              to = static_cast<float>(double{to} + sum);
+              const double start = static_cast<const float*>(lane_of(lane)->c)[i];
+              static_cast<float*>(lane_of(lane)->d)[i] = static_cast<float>(start + sum);
             }
           }
         }

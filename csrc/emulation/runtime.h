@@ -39,6 +39,13 @@ void set_schedule(uint64_t seed);
 // Blocks for a kernel that would take `items` of them but works with any number: fewer under every second seed.
 int64_t strided_grid(int64_t items);
 
+// What a device reports of itself. The H100's unless a case says otherwise; launches keep to it.
+struct Device {
+  int multiprocessors = 132;
+  int shared_bytes = 227 * 1024;  // of a block
+};
+Device& device();
+
 // --- launches and memory -------------------------------------------------------------------------------
 
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context);
@@ -107,8 +114,9 @@ void async_wait(size_t pending_groups);
 void load_matrices(uint32_t (&d)[4], const void* row, bool transpose, const Site& site);
 
 enum class Element { bf16, f16, tf32, s8 };
-// `d` is float[4], int32_t[4] for s8.
-void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site);
+// d = a b + c. `c` and `d` are float[4], int32_t[4] for s8; they may be the same.
+void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const void* c,
+                       const Site& site);
 
 // Called before a read-modify-write: others may run first.
 void before_atomic(void* address, size_t bytes, const void* pc);

@@ -107,7 +107,8 @@ __global__ void three_dimensions(SelfTestParams p) {
   p.out[i] = static_cast<int32_t>(i) + p.in[i];
 }
 
-// One mma on 10 registers of each lane, a (4), b (2) and d (4); d comes back in the first 4.
+// One mma on 10 registers of each lane, a (4), b (2) and d (4); d comes back in the first 4, and once more in the next
+// 4 from the form that leaves its addend alone, which stands in the last 2.
 #define RQK_MULTIPLY(name, mma, T)                                                              \
   __global__ void name(SelfTestParams p) {                                                      \
     const int32_t* in = p.in + 10 * threadIdx.x;                                                \
@@ -115,8 +116,13 @@ __global__ void three_dimensions(SelfTestParams p) {
     const uint32_t b[2] = {uint32_t(in[4]), uint32_t(in[5])};                                   \
     T d[4];                                                                                     \
     for (int i = 0; i < 4; ++i) d[i] = as<T>(in[6 + i]);                                        \
+    T apart[4], c[4] = {d[0], d[1], d[2], d[3]};                                                \
+    ptx::mma(apart, a, b, c);                                                                   \
     ptx::mma(d, a, b);                                                                          \
-    for (int i = 0; i < 4; ++i) p.out[10 * threadIdx.x + i] = as<int32_t>(d[i]);                \
+    int32_t* out = p.out + 10 * threadIdx.x;                                                    \
+    for (int i = 0; i < 4; ++i) out[i] = as<int32_t>(d[i]);                                     \
+    for (int i = 0; i < 4; ++i) out[4 + i] = as<int32_t>(apart[i]);                             \
+    for (int i = 0; i < 2; ++i) out[8 + i] = as<int32_t>(c[i]);                                 \
   }
 template <class T>
 __device__ T as(int32_t bits) {

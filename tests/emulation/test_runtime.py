@@ -179,10 +179,13 @@ def test_mma(emulation: Emulation, case: str, bits, place_a, place_b, depth: int
         expected = d + a @ b
     registers = [fragment(bits(a), place_a, 4), fragment(bits(b), place_b, 2), fragment(d, d_fragment, 4)]
     (out,) = emulation.run(case, np.concatenate(registers, axis=1).reshape(-1))
-    got = np.empty_like(d)
-    for i in range(4):
-        got[d_fragment(i)] = out.reshape(32, 10)[:, i].copy().view(d.dtype)
-    np.testing.assert_array_equal(got, expected)
+    out = out.reshape(32, 10)
+    for first in (0, 4):  # in place, and with the addend apart
+        got = np.empty_like(d)
+        for i in range(4):
+            got[d_fragment(i)] = out[:, first + i].copy().view(d.dtype)
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(out[:, 8:], registers[2][:, :2])
 
 
 def test_mma_tf32_ignores_the_lower_bits(emulation: Emulation) -> None:

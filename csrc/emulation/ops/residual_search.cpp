@@ -1,13 +1,15 @@
-#include "ops/residual_search/params.h"
-
 #include "emulation/cases.h"
+#include "ops/residual_search/plan.h"
 
 namespace rqk::emulation {
 
-// x (n, c), codebooks (1 or depth, k, c), depth -> codes, quantized, residual_norms, residuals
+// x (n, c), codebooks (1 or depth, k, c), depth, multiprocessors, bytes of shared memory of a block
+//   -> codes, quantized, residual_norms, residuals, and what the search counted: rows (times depths) that were searched
+//      directly, codes evaluated for the others
 std::vector<Array> residual_search(const Inputs& inputs) {
   const Array &x = inputs.array(0, "<f4", 2), &codebooks = inputs.array(1, "<f4", 3);
   const int64_t depth = inputs.number(2), n = x.shape[0], c = x.shape[1];
+  device() = {static_cast<int>(inputs.number(3)), static_cast<int>(inputs.number(4))};
   const DeviceBuffer x_device = to_device(x), codebooks_device = to_device(codebooks);
   const DeviceBuffer codes = device_array("<i8", {n, depth}), quantized = device_array("<f4", {n, c});
   const DeviceBuffer norms = device_array("<f4", {n, depth}), residuals = device_array("<f4", {n, depth, c});
@@ -24,9 +26,17 @@ std::vector<Array> residual_search(const Inputs& inputs) {
   p.quantized = static_cast<float*>(quantized.data());
   p.residual_norms = static_cast<float*>(norms.data());
   p.residuals = static_cast<float*>(residuals.data());
-  launch(p, nullptr);
+  Array counted{"<i8", {2}, std::vector<std::byte>(sizeof(rqk::residual_search::Counters))};
+  if (n > 0) {
+    const DeviceBuffer workspace(static_cast<size_t>(workspace_bytes(p)));
+    p.workspace = static_cast<uint8_t*>(workspace.data());
+    launch(p, nullptr);
+    rqk::residual_search::Work w;
+    rqk::residual_search::plan(p, device().multiprocessors, device().shared_bytes, p.workspace, &w);
+    if (w.counters != nullptr) std::memcpy(counted.data.data(), w.counters, counted.data.size());
+  }
   return {to_host(codes, "<i8", {n, depth}), to_host(quantized, "<f4", {n, c}), to_host(norms, "<f4", {n, depth}),
-          to_host(residuals, "<f4", {n, depth, c})};
+          to_host(residuals, "<f4", {n, depth, c}), counted};
 }
 
 }  // namespace rqk::emulation

@@ -1,104 +1,65 @@
-// Residual search on a GPU: the direct form, all depths of a row in one block, float64 throughout.
+// Residual search on a GPU: codes that could win are found by tensor cores, and decided by the definition in float64.
 //
-// A group of eight threads computes one distance, thread j of it the definition's lane j, so that the sums round as the
-// definition's do; 32 groups per block take the codes in turn. The residual stays in shared memory over all depths.
-// Per row and depth it reads the codebook once (K*C*4 bytes, from L2) and does 3*K*C float64 operations.
+//   prepare.cuh   the codebooks in bf16, tile by tile, once per call
+//   scan.cuh      a block of rows against the codes of some tiles: lists of candidates (and the bound, derived there)
+//   decide.cuh    the candidates of a row evaluated exactly; residual, quantized sum and norm of the next depth
+//   groups.cuh    exact distances, and the direct search for rows that the scan cannot serve
+//   plan.h        tile shapes, the workspace, how many blocks
+//
+// Where blocks of rows alone fill the device, one launch goes through all depths. Where they do not, the codes are
+// split over blocks too, and each depth is a scan and a decision. Residuals between depths lie in the workspace. No
+// array of N x K, and nothing that the host must wait for.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "ops/residual_search/params.h"
+#include "ops/residual_search/decide.cuh"
+#include "ops/residual_search/prepare.cuh"
+#include "ops/residual_search/scan.cuh"
 
 namespace rqk {
 namespace residual_search {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMaxChannels = 8192;  // 32 KiB of the 48 KiB of shared memory that every launch may use
-constexpr int kLanes = 8;
-constexpr int kGroups = kThreads / kLanes;
-constexpr unsigned kFullWarp = 0xffffffffu;
+// Depths [first_depth, last_depth) of all rows, where one block has all codes; else the lists of one depth for
+// decide_splits. Eight warps of at most 255 registers to a multiprocessor.
+template <int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
+    scan_rows(ResidualSearchParams p, Work w, int64_t first_depth, int64_t last_depth) {
+  constexpr int kRows = kWarps * kWarpRows;
+  CU_DYN_SMEM(uint8_t, rows);
+  CU_SHARED(RowTable<kRows>, table);
+  CU_SHARED(DirectRows, direct);
+  uint8_t* ring = rows + w.chunks * kRows * kChunk * 2;
+  const int split = int(blockIdx.x % w.splits);
 
-// Valid in lane 0 of each group. Every thread of the warp must call.
-__device__ inline double sum_lanes(double lane) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    lane = __dadd_rn(lane, __shfl_down_sync(kFullWarp, lane, half, kLanes));
-  }
-  return lane;
-}
-
-// Lane j of |a - b|^2, or of |a|^2 where b is null.
-__device__ inline double squared_lane(const float* a, const float* b, int64_t channels, int j) {
-  double lane = 0;
-  for (int64_t c = j; c < channels; c += kLanes) {
-    const double difference = b == nullptr ? double(a[c]) : double(a[c]) - double(b[c]);
-    lane = __dadd_rn(lane, __dmul_rn(difference, difference));
-  }
-  return lane;
-}
-
-// At least 4 blocks per multiprocessor, 64 registers: left to itself ptxas takes 48 on sm_90 and spills.
-__global__ void __launch_bounds__(kThreads, 4) search_rows(ResidualSearchParams p) {
-  CU_DYN_SMEM(float, residual);  // (channels)
-  CU_SHARED(double, group_distance, [kGroups]);
-  CU_SHARED(int64_t, group_code, [kGroups]);
-  CU_SHARED(int64_t, chosen);
-  const int group = threadIdx.x / kLanes, j = threadIdx.x % kLanes;
-  const float nan = __int_as_float(0x7fffffff), inf = __int_as_float(0x7f800000);
-
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    for (int64_t c = threadIdx.x; c < p.channels; c += kThreads) {
-      residual[c] = p.x[row * p.channels + c];
-      p.quantized[row * p.channels + c] = 0.0f;
+  for (int64_t block = blockIdx.x / w.splits; block < w.row_blocks; block += gridDim.x / w.splits) {
+    const int64_t first_row = block * kRows, slot = w.splits > 1 ? block * w.splits + split : blockIdx.x;
+    const int64_t first_tile = split * w.tiles_per_split, last_tile = min(first_tile + w.tiles_per_split, w.tiles);
+    for (int64_t d = first_depth; d < last_depth; ++d) {
+      const int kind = load_rows<kWarps>(p, w, d, first_row, rows, table);
+      const uint8_t* packed = w.packed + (p.codebook_stride == 0 ? 0 : d) * w.tiles * w.tile_bytes;
+      scan<kWarps>(w, packed, first_tile, last_tile, kind, rows, ring, table, slot);
+      __syncthreads();
+      if (w.splits > 1) continue;
+      decide_rows(p, w, d, first_row, int(min(int64_t(kRows), p.rows - first_row)), slot, 0, direct);
+      __syncthreads();
     }
-    __syncthreads();
+  }
+}
 
-    for (int64_t d = 0; d < p.depth; ++d) {
-      const float* codebook = p.codebooks + d * p.codebook_stride;
-      double nearest = inf;
-      int64_t code = -1;
-      // All groups of a warp go round equally often, since the shuffle needs every thread.
-      for (int64_t first = 0; first < p.num_codes; first += kGroups) {
-        const int64_t k = first + group < p.num_codes ? first + group : p.num_codes - 1;
-        const double distance = sum_lanes(squared_lane(residual, codebook + k * p.channels, p.channels, j));
-        // A distance that is not finite (a bad code, a bad row) never wins; k ascends, so equal distances keep the
-        // lower index.
-        if (distance < nearest) {
-          nearest = distance;
-          code = k;
-        }
-      }
-      if (j == 0) {
-        group_distance[group] = nearest;
-        group_code[group] = code;
-      }
+// The decision of depths [first_depth, last_depth), a row to a group; or, where nothing was scanned, one row to a
+// block.
+__global__ void __launch_bounds__(kGroupThreads)
+    decide_splits(ResidualSearchParams p, Work w, int64_t first_depth, int64_t last_depth) {
+  CU_SHARED(DirectRows, direct);
+  const int at_once = w.warps == 0 ? 1 : kGroupThreads / kLanes, rows_of_block = w.warps * kWarpRows;
+  for (int64_t row = int64_t(blockIdx.x) * at_once; row < p.rows; row += int64_t(gridDim.x) * at_once) {
+    const int64_t block = w.warps == 0 ? 0 : row / rows_of_block;
+    for (int64_t d = first_depth; d < last_depth; ++d) {
+      decide_rows(p, w, d, row, int(min(int64_t(at_once), p.rows - row)), block * w.splits,
+                  int(row - block * rows_of_block), direct);
       __syncthreads();
-      if (threadIdx.x == 0) {
-        for (int g = 1; g < kGroups; ++g) {
-          if (group_code[g] < 0) continue;
-          if (code < 0 || group_distance[g] < nearest || (group_distance[g] == nearest && group_code[g] < code)) {
-            nearest = group_distance[g];
-            code = group_code[g];
-          }
-        }
-        chosen = code;
-        p.codes[row * p.depth + d] = code;
-      }
-      __syncthreads();
-      const int64_t k = chosen;
-      for (int64_t c = threadIdx.x; c < p.channels; c += kThreads) {
-        const float r = residual[c], e = k < 0 ? nan : codebook[k * p.channels + c];
-        if (p.residuals != nullptr) p.residuals[(row * p.depth + d) * p.channels + c] = r;
-        residual[c] = r - e;
-        p.quantized[row * p.channels + c] += e;
-      }
-      __syncthreads();
-      if (threadIdx.x < 32) {
-        const double norm = sum_lanes(squared_lane(residual, nullptr, p.channels, j));
-        if (threadIdx.x == 0) p.residual_norms[row * p.depth + d] = float(norm);
-      }
-      // The next row overwrites the residual; the next depth only reads it, and writes `chosen` behind a barrier.
-      if (d + 1 == p.depth) __syncthreads();
     }
   }
 }

@@ -90,9 +90,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
     params.packed = packed->const_data_ptr<uint8_t>();
     params.packed_bytes = packed->numel();
   }
-  // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
-  // the device: there a bad code is never chosen.
-  if (params.rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
+#ifdef RQK_CUDA_LIBRARY
+  if (params.rows == 0) return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
+  // Given back when this function returns, and used again only behind what it has launched: torch's allocator keeps
+  // memory to its stream.
+  const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
+  params.workspace = workspace.mutable_data_ptr<uint8_t>();
+#endif
+  // On a CPU it refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for the
+  // device: there a bad code is never chosen.
+  rqk::launch(params, scope.stream());
   return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
 }
 

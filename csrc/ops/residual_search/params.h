@@ -17,7 +17,11 @@ struct ResidualSearchParams {
   float* residuals;         // (rows, depth, channels), or null
   const uint8_t* packed;    // what pack_codebook made of the shared codebook, on the CPU; or null
   int64_t packed_bytes;
+  uint8_t* workspace;  // workspace_bytes(params) on a GPU, 256-byte aligned; unused on the CPU
 };
+
+// CUDA: of the current device.
+int64_t workspace_bytes(const ResidualSearchParams& params);
 
 // Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).
 void launch(const ResidualSearchParams& params, void* stream);

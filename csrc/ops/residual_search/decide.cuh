@@ -1,0 +1,114 @@
+// The decision: a row's candidates evaluated by the definition, a group of eight threads to a row. Where the scan left
+// one code, it is taken as it is; where it left too many, or could not serve the row, the block searches directly.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "ops/residual_search/groups.cuh"
+
+namespace rqk {
+namespace residual_search {
+
+// The nearest of the codes seen so far, which come in any order: an equal distance goes to the lower index. A first
+// code is not evaluated before there is a second.
+struct Nearest {
+  int64_t code = -1;
+  double distance = 0;
+  int seen = 0;
+
+  __device__ void see(const float* r, const float* codebook, int64_t channels, int64_t k) {
+    if (seen++ == 0) {
+      code = k;
+      return;
+    }
+    if (seen == 2) distance = squared_distance(r, codebook + code * channels, channels);
+    const double other = squared_distance(r, codebook + k * channels, channels);
+    if (other < distance || (other == distance && k < code)) {
+      distance = other;
+      code = k;
+    }
+  }
+};
+
+// Row number `row` of the block of rows whose lists start at `slot`, `rows_of_block` to each split. Returns its state;
+// the code where that is kScanned.
+__device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, const float* r, const float* codebook,
+                                 int64_t slot, int rows_of_block, int row, Nearest& nearest) {
+  const int lists = w.splits * kQuad, j = lane_of_group();
+  const unsigned mask = group_mask();
+  // List l is that of split l / kQuad and thread l % kQuad.
+  auto place = [&](int l) { return (slot + l / kQuad) * rows_of_block + row; };
+  int state = kScanned;
+  float floor = -__int_as_float(0x7f800000);
+  for (int l = j; l < lists; l += kLanes) {
+    state = min(state, w.counts[place(l) * kQuad + l % kQuad]);
+    floor = max(floor, w.floors[place(l)]);
+  }
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    state = min(state, __shfl_xor_sync(mask, state, lanes, kLanes));
+    floor = max(floor, __shfl_xor_sync(mask, floor, lanes, kLanes));
+  }
+  if (state != kScanned) return state;
+
+  for (int first = 0; first < lists; first += kLanes) {
+    const int l = first + j;
+    const int64_t list = l < lists ? place(l) * kQuad + l % kQuad : 0;
+    const int count = l < lists ? w.counts[list] : 0;
+    int longest = count;
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+      longest = max(longest, __shfl_xor_sync(mask, longest, lanes, kLanes));
+    }
+    for (int i = 0; i < longest; ++i) {
+      Candidate mine{0, 0, 0};
+      if (i < count) mine = w.candidates[list * kCapacity + i];
+      const bool alive = i < count && mine.upper > floor;
+      unsigned left = __ballot_sync(mask, alive) >> (threadIdx.x % 32 / kLanes * kLanes) & 0xffu;
+      for (; left != 0; left &= left - 1) {
+        const int from = __ffs(int(left)) - 1;
+        const int32_t tile = __shfl_sync(mask, mine.tile, from, kLanes);
+        for (uint32_t codes = __shfl_sync(mask, mine.mask, from, kLanes); codes != 0; codes &= codes - 1) {
+          const int bit = __ffs(int(codes)) - 1;
+          const int64_t k = int64_t(tile) * kTileCodes + bit / 2 * 8 + from % kQuad * 2 + bit % 2;
+          nearest.see(r, codebook, p.channels, k);
+        }
+      }
+    }
+  }
+  if (nearest.seen > 1 && j == 0)
+    atomicAdd(&w.counters->evaluated_codes, static_cast<unsigned long long>(nearest.seen));
+  return state;
+}
+
+// Chooses and takes the codes of rows [first_row, first_row + num_rows), which are rows `first`.. of the block of rows
+// whose lists start at `slot`. The whole block calls, and again only behind a barrier.
+__device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
+                                   int num_rows, int64_t slot, int first, DirectRows& shared) {
+  const float* codebook = codebook_at(p, d);
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  for (int i = threadIdx.x / kLanes; i < num_rows; i += blockDim.x / kLanes) {
+    const int64_t row = first_row + i;
+    Nearest nearest;
+    const int state = w.warps == 0 ? kDirect
+                                   : decide_row(p, w, residual_at(p, w, d, row), codebook, slot, w.warps * kWarpRows,
+                                                first + i, nearest);
+    if (state != kDirect) {
+      take_code(p, w, d, row, state == kScanned ? nearest.code : -1);
+    } else if (lane_of_group() == 0) {
+      shared.row[atomicAdd(&shared.count, 1)] = i;
+    }
+  }
+  __syncthreads();
+  for (int i = 0; i < shared.count; ++i) {
+    const int64_t row = first_row + shared.row[i];
+    const int64_t k = nearest_of_all(p, residual_at(p, w, d, row), codebook, shared);
+    if (threadIdx.x < kLanes) take_code(p, w, d, row, k);
+  }
+  if (threadIdx.x == 0 && w.counters != nullptr && shared.count > 0) {
+    atomicAdd(&w.counters->direct_rows, static_cast<unsigned long long>(shared.count));
+  }
+}
+
+}  // namespace residual_search
+}  // namespace rqk

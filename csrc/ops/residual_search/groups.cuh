@@ -1,0 +1,101 @@
+// Groups of eight threads, thread j of them the definition's lane j: exact distances and the direct search.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "ops/residual_search/plan.h"
+
+namespace rqk {
+namespace residual_search {
+
+// This thread's lane of its group, and the group's threads within the warp.
+__device__ inline int lane_of_group() { return threadIdx.x % kLanes; }
+__device__ inline unsigned group_mask() { return 0xffu << (threadIdx.x % 32 / kLanes * kLanes); }
+
+// The eight lanes' sum in the definition's order, in every lane: addition commutes, so the mirrored halves agree.
+__device__ inline double sum_lanes(double lane) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    lane = __dadd_rn(lane, __shfl_xor_sync(group_mask(), lane, half, kLanes));
+  }
+  return lane;
+}
+
+// |r - e|^2.
+__device__ inline double squared_distance(const float* r, const float* e, int64_t channels) {
+  double lane = 0;
+  for (int64_t c = lane_of_group(); c < channels; c += kLanes) {
+    const double difference = double(r[c]) - double(e[c]);
+    lane = __dadd_rn(lane, __dmul_rn(difference, difference));
+  }
+  return sum_lanes(lane);
+}
+
+__device__ inline const float* codebook_at(const ResidualSearchParams& p, int64_t d) {
+  return p.codebooks + d * p.codebook_stride;
+}
+
+// r_d: x itself at first.
+__device__ inline const float* residual_at(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t row) {
+  return (d == 0 ? p.x : w.residual) + row * p.channels;
+}
+
+// Subtracts code k (-1: none) from r_d and writes what the search returns of this depth.
+__device__ inline void take_code(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t row, int64_t k) {
+  const float nan = __int_as_float(0x7fffffff);
+  const float* r = residual_at(p, w, d, row);
+  const float* e = codebook_at(p, d) + (k < 0 ? 0 : k) * p.channels;
+  double lane = 0;
+  for (int64_t c = lane_of_group(); c < p.channels; c += kLanes) {
+    const float from = r[c], taken = k < 0 ? nan : e[c], left = from - taken;
+    float* quantized = p.quantized + row * p.channels + c;
+    if (p.residuals != nullptr) p.residuals[(row * p.depth + d) * p.channels + c] = from;
+    if (d + 1 < p.depth) w.residual[row * p.channels + c] = left;
+    *quantized = (d == 0 ? 0.0f : *quantized) + taken;
+    lane = __dadd_rn(lane, __dmul_rn(double(left), double(left)));
+  }
+  const double norm = sum_lanes(lane);
+  if (lane_of_group() == 0) {
+    p.codes[row * p.depth + d] = k;
+    p.residual_norms[row * p.depth + d] = float(norm);
+  }
+}
+
+// The direct search: every code evaluated, the block's groups taking them in turn. Valid in the first group; the whole
+// block calls. Reads the codebook once, from L2, and does 3 K C float64 operations.
+__device__ inline int64_t nearest_of_all(const ResidualSearchParams& p, const float* r, const float* codebook,
+                                         DirectRows& shared) {
+  const int group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
+  double nearest = __int_as_float(0x7f800000);
+  int64_t code = -1;
+  for (int64_t k = group; k < p.num_codes; k += groups) {
+    const double distance = squared_distance(r, codebook + k * p.channels, p.channels);
+    // A distance that is not finite (a bad code) never wins; k ascends, so equal distances keep the lower index.
+    if (distance < nearest) {
+      nearest = distance;
+      code = k;
+    }
+  }
+  if (lane_of_group() == 0) {
+    shared.distance[group] = nearest;
+    shared.code[group] = code;
+  }
+  __syncthreads();
+  if (group == 0) {
+    for (int g = 1; g < groups; ++g) {
+      const double distance = shared.distance[g];
+      const int64_t other = shared.code[g];
+      if (other < 0 || distance > nearest) continue;
+      if (code < 0 || distance < nearest || other < code) {
+        nearest = distance;
+        code = other;
+      }
+    }
+  }
+  // The next row's distances go where this one's were read.
+  __syncthreads();
+  return code;
+}
+
+}  // namespace residual_search
+}  // namespace rqk

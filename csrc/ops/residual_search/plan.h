@@ -1,0 +1,148 @@
+// How a search on a GPU is cut into blocks, and where its workspace holds what. For the host and for kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "ops/residual_search/params.h"
+
+namespace rqk {
+namespace residual_search {
+
+constexpr int kWarpRows = 32;       // of x, per warp of a scanning block
+constexpr int kTileCodes = 128;     // scanned at a time, by every warp
+constexpr int kChunk = 32;          // channels of a tile that one stage holds
+constexpr int kStages = 3;          // of the ring through which the codes come
+constexpr int kLanes = 8;           // threads of a group, one to each lane of the definition's sums
+constexpr int kGroupThreads = 128;  // of a block that works in groups only
+constexpr int kQuad = 4;            // threads that share a row in an mma fragment
+constexpr int kCapacity = 8;        // candidates (of up to 32 codes) that a thread keeps of a row
+
+constexpr int kChunkBytes = kTileCodes * kChunk * 2;
+
+// Codes `32 bits of mask` of a tile that belong to one thread: bit 2 j + b is code 8 j + 2 (lane % 4) + b.
+struct Candidate {
+  float upper;  // no score among them is above
+  int32_t tile;
+  uint32_t mask;
+};
+
+// What the scan knows of a tile's codes; scan.cuh says what the numbers mean. [0] for rows from which the codebook's
+// middle is taken away, [1] for rows as they are.
+struct TileHeader {
+  float start[2][kTileCodes];
+  float width[kTileCodes];
+  float widest, gap[2], unused;
+};
+
+// As a stage holds it, for one kind of rows.
+struct StagedHeader {
+  float start[kTileCodes];
+  float width[kTileCodes];
+  float widest, gap[2], unused;
+};
+static_assert(sizeof(TileHeader) % 16 == 0 && sizeof(StagedHeader) % 16 == 0, "cp.async copies 16 bytes");
+
+// Bits of floats that are not negative, so that they compare as integers.
+struct Extent {
+  int32_t norm;          // no |e| of a codebook is above
+  int32_t centred_norm;  // no |e - middle|
+};
+
+struct Counters {
+  unsigned long long direct_rows;      // rows and depths that the scan left to the direct search
+  unsigned long long evaluated_codes;  // distances that were evaluated for the others
+};
+
+// A scanning block's rows, in shared memory.
+enum RowState : int32_t { kScanned = 0, kDirect = -1, kNotFinite = -2 };
+template <int kRows>
+struct RowTable {
+  double norm_squared[2][kRows];  // of r - middle and of r
+  float reach[kRows];
+  float slack[kRows];
+  int32_t state[kRows];
+};
+
+struct DirectRows {
+  double distance[kGroupThreads / kLanes];
+  int64_t code[kGroupThreads / kLanes];
+  int32_t count;
+  int32_t row[kWarpRows * 4];
+};
+
+// The plan, and pointers into the workspace.
+struct Work {
+  int warps;                   // of a scanning block; 0: so many channels that every row is searched directly
+  int splits;                  // of the codes over blocks; 1: one launch does everything
+  int64_t row_blocks, blocks;  // blocks of rows, and how many of them are under way at a time
+  int64_t codebooks, tiles, tiles_per_split, chunks;
+  int64_t tile_bytes, scan_shared_bytes;
+
+  float* middles;   // (codebooks, chunks * kChunk)
+  Extent* extents;  // (codebooks)
+  Counters* counters;
+  uint8_t* packed;        // (codebooks, tiles): TileHeader, then chunks of kChunkBytes
+  float* residual;        // (rows, channels), from the second depth on
+  float* floors;          // (blocks, splits, rows of a block)
+  int32_t* counts;        // (blocks, splits, rows of a block, kQuad); or a RowState
+  Candidate* candidates;  // (blocks, splits, rows of a block, kQuad, kCapacity)
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Shared memory of a scanning block: its rows in bf16 and the ring; and what it declares statically.
+inline int64_t scan_shared_bytes(int warps, int64_t chunks) {
+  return chunks * warps * kWarpRows * kChunk * 2 + kStages * (kChunkBytes + int64_t(sizeof(StagedHeader)));
+}
+inline int64_t static_shared_bytes(int warps) {
+  return warps * int64_t(sizeof(RowTable<kWarpRows>)) + int64_t(sizeof(DirectRows)) + 64;
+}
+
+// Pointers count from `base`; returns the bytes in all.
+inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t shared_bytes, uint8_t* base, Work* w) {
+  // A scanning warp takes an eighth of a multiprocessor's registers.
+  constexpr int kWarpsPerMultiprocessor = 8;
+  constexpr int kMaxWarps = 4;
+  *w = {};
+  w->codebooks = p.codebook_stride == 0 ? 1 : p.depth;
+  w->chunks = divide_up(p.channels, kChunk);
+  w->tiles = divide_up(p.num_codes, kTileCodes);
+  w->tile_bytes = int64_t(sizeof(TileHeader)) + w->chunks * kChunkBytes;
+  auto shared = [w](int warps) { return scan_shared_bytes(warps, w->chunks) + static_shared_bytes(warps); };
+  w->warps = kMaxWarps;
+  while (w->warps > 0 && (shared(w->warps) > shared_bytes || p.rows <= w->warps / 2 * kWarpRows)) w->warps /= 2;
+
+  int64_t bytes = 0;
+  auto take = [&bytes, base](auto** piece, int64_t count) {
+    *piece = reinterpret_cast<std::remove_reference_t<decltype(*piece)>>(reinterpret_cast<uintptr_t>(base) + bytes);
+    bytes += divide_up(count * int64_t(sizeof(**piece)), 256) * 256;
+  };
+  take(&w->residual, p.depth > 1 ? p.rows * p.channels : 0);
+  if (w->warps == 0) return bytes;
+
+  // As many blocks as the device holds at a time; more of the codes' splits than that would only wait.
+  const int64_t resident = std::min<int64_t>(kWarpsPerMultiprocessor / w->warps, shared_bytes / shared(w->warps));
+  const int64_t at_once = multiprocessors * std::max<int64_t>(resident, 1);
+  const int rows_of_block = w->warps * kWarpRows;
+  w->scan_shared_bytes = scan_shared_bytes(w->warps, w->chunks);
+  w->row_blocks = divide_up(p.rows, rows_of_block);
+  w->tiles_per_split = divide_up(w->tiles, std::max<int64_t>(1, std::min(at_once / w->row_blocks, w->tiles)));
+  w->splits = int(divide_up(w->tiles, w->tiles_per_split));
+  w->blocks = w->splits > 1 ? w->row_blocks : std::min(w->row_blocks, 2 * at_once);
+  const int64_t lists = w->blocks * w->splits * rows_of_block;
+
+  take(&w->middles, w->codebooks * w->chunks * kChunk);
+  take(&w->extents, w->codebooks);
+  take(&w->counters, 1);
+  take(&w->packed, w->codebooks * w->tiles * w->tile_bytes);
+  take(&w->floors, lists);
+  take(&w->counts, lists * kQuad);
+  take(&w->candidates, lists * kQuad * kCapacity);
+  return bytes;
+}
+
+}  // namespace residual_search
+}  // namespace rqk

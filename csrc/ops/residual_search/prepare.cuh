@@ -1,0 +1,99 @@
+// Once per call: the codebooks as the scan reads them. Reads them once, and writes half as many bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "ops/residual_search/bound.cuh"
+
+namespace rqk {
+namespace residual_search {
+
+constexpr int64_t kMiddleSample = 256;
+
+// A vector in the middle of each codebook, the mean of some codes. Any would be right. Also zeroes what pack_codes and
+// the search add to.
+__global__ void __launch_bounds__(kGroupThreads) find_middles(ResidualSearchParams p, Work w) {
+  const int64_t padded = w.chunks * kChunk, sample = min(p.num_codes, kMiddleSample);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *w.counters = {0, 0};
+  for (int64_t i = int64_t(blockIdx.x) * kGroupThreads + threadIdx.x; i < w.codebooks * padded;
+       i += int64_t(gridDim.x) * kGroupThreads) {
+    const int64_t q = i / padded, c = i % padded;
+    if (c == 0) w.extents[q] = {0, 0};
+    double sum = 0;
+    int count = 0;
+    for (int64_t s = 0; s < sample && c < p.channels; ++s) {
+      const float value = codebook_at(p, q)[s * p.num_codes / sample * p.channels + c];
+      if (!(fabsf(value) < 1e15f)) continue;
+      sum += value;
+      ++count;
+    }
+    w.middles[i] = count == 0 ? 0.0f : float(sum / count);
+  }
+}
+
+// One code, by a group: its chunks' row and its place in the header. Returns false for one that can never be chosen.
+__device__ inline bool pack_code(const ResidualSearchParams& p, const Work& w, int64_t q, int64_t k, int place,
+                                 TileHeader* header, float (&gap)[2]) {
+  const float* e = k < p.num_codes ? codebook_at(p, q) + k * p.channels : nullptr;
+  const float* middle = w.middles + q * w.chunks * kChunk;
+  const Rounded rounded =
+      round_row(e, middle, p.channels, w.chunks, place, reinterpret_cast<uint8_t*>(header + 1), kChunkBytes);
+  double product = 0, squared = 0;
+  for (int64_t c = lane_of_group(); c < p.channels && e != nullptr; c += kLanes) {
+    product += double(middle[c]) * (double(e[c]) - double(middle[c]));
+    squared += double(e[c]) * double(e[c]);
+  }
+  product = sum_lanes(product);
+  squared = sum_lanes(squared);
+  const bool finite = e != nullptr && squared < 1e300;
+  const double g[2] = {rounded.norm_squared / 2, rounded.norm_squared / 2 + product};
+  const double accumulation = accumulation_error(w), share = 1.2 * accumulation + 0x1p-22;
+  // The middle is no longer than |e| + |e - middle|; g in float64 is off by less than this.
+  const double loss = 0x1p-40 * (2 * rounded.norm_squared + sqrt(rounded.norm_squared * squared));
+  for (int kind = 0; kind < 2; ++kind) {
+    const double extra = share * fabs(g[kind]) + loss + denormal_loss(p.channels);
+    if (lane_of_group() == 0)
+      header->start[kind][place] = finite ? float(extra - g[kind]) : -__int_as_float(0x7f800000);
+    gap[kind] = round_up(2.01 * extra);
+  }
+  const double norm = 1.000001 * sqrt(rounded.norm_squared), error = error_norm(rounded, p.channels);
+  if (lane_of_group() == 0) {
+    header->width[place] = finite ? round_up(1.0001 * (norm / 1024 + error + accumulation * (norm + error))) : 0.0f;
+    if (finite) {
+      atomicMax(&w.extents[q].norm, __float_as_int(round_up(1.000001 * sqrt(squared))));
+      atomicMax(&w.extents[q].centred_norm, __float_as_int(round_up(norm)));
+    }
+  }
+  return finite;
+}
+
+// A tile to a block at a time, a code to a group.
+__global__ void __launch_bounds__(kGroupThreads) pack_codes(ResidualSearchParams p, Work w) {
+  CU_SHARED(int32_t, widest);  // bits of floats that are not negative
+  CU_SHARED(int32_t, gaps, [2]);
+  for (int64_t i = blockIdx.x; i < w.codebooks * w.tiles; i += gridDim.x) {
+    auto* header = reinterpret_cast<TileHeader*>(w.packed + i * w.tile_bytes);
+    if (threadIdx.x == 0) widest = gaps[0] = gaps[1] = 0;
+    __syncthreads();
+    for (int place = threadIdx.x / kLanes; place < kTileCodes; place += kGroupThreads / kLanes) {
+      float gap[2];
+      if (!pack_code(p, w, i / w.tiles, i % w.tiles * kTileCodes + place, place, header, gap)) continue;
+      if (lane_of_group() == 0) {
+        atomicMax(&widest, __float_as_int(header->width[place]));
+        atomicMax(&gaps[0], __float_as_int(gap[0]));
+        atomicMax(&gaps[1], __float_as_int(gap[1]));
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      header->widest = __int_as_float(widest);
+      header->gap[0] = __int_as_float(gaps[0]);
+      header->gap[1] = __int_as_float(gaps[1]);
+      header->unused = 0.0f;
+    }
+  }
+}
+
+}  // namespace residual_search
+}  // namespace rqk

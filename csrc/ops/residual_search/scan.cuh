@@ -1,0 +1,280 @@
+// The scan: scores of all codes by tensor cores in bf16, and a bound that says which codes it cannot rule out.
+//
+// With m the middle of a codebook, e'_k = e_k - m, and v = r - m, or v = r where that is shorter for most rows of the
+// block (the later depths of data that lie far from zero):
+//   half distance = constant of the row - s_k,  s_k = <v, e'_k> - g_k,  g_k = |e'_k|^2/2 (v = r - m) or
+//                                                                             |e'_k|^2/2 + <m, e'_k> (v = r)
+// so the nearest code has the largest s. In bf16 (rounded to nearest even), e'_k = q_k + (error of norm <= f_k) and
+// v = p + (error of norm <= z), both measured; the scan computes a_k = c_k + <p, q_k>, starting from a float c_k.
+//
+// Products of bf16 are exact in float. How a tensor core adds them is not documented; assumed is that an mma of depth
+// 16 errs by at most 2^-18 (|addend| + sum|products|). (Alignment to the largest of 17 terms and truncation after 23
+// bits, the worst that was reported of any of them, errs by 17 * 2^-23 of it.) For C channels, padded, in C/16 mma:
+//   G = 1.1 (C/16) 2^-18,  |a_k - c_k - <p, q_k>| <= G (|c_k| + |p| |q_k|).
+// With n_k = |e'_k| and what denormals lose (2 C 2^-126, in z, f and B):
+//   <v - p, e'_k>            <= z n_k
+//   <p, e'_k - q_k>          <= (|v| + z) f_k
+//   the mma                  <= G |c_k| + G (|v| + z)(n_k + f_k)
+//   c_k rounded to float     <= 2^-24 |c_k|
+// Starting from c_k = B_k - g_k, with B_k = (1.2 G + 2^-22) |g_k| + (the rounding of g_k in float64), gives
+//   a_k - A w_k - 2 B_k <= s_k <= a_k + A w_k,
+//   w_k = n_k/1024 + f_k + G (n_k + f_k)  (`width`),   A = max(|v| + z, 1024 z)  (`reach`).
+// A row keeps its `floor`: the largest of a_k - A w_k - 2 B_k over the codes seen, less decision_slack (how far two
+// half distances can lie apart that the definition's float64 sums still find the other way round: 1.1 (C/8 + 8) 2^-53
+// (|r| + max|e|)^2), and less a margin for the floats that all this is computed in. A code could win only if
+// a_k + A w_k > floor: that is the test.
+//
+// A warp scores 32 rows x 128 codes in 128 accumulators; a block is one, two or four warps, which share the codes.
+// Warps lie along the rows alone, so that the four threads of a quad see all codes of their rows and keep floors to
+// themselves. The rows stay in shared memory in bf16; codes come through a ring of kStages chunks of 32 channels.
+// Per chunk and warp: 64 mma, 20 ldmatrix.x4 (10 KiB of shared memory: 160 bytes per mma); per chunk and block 8 KiB
+// from L2, which a block of 128 rows uses for 256 mma. Per tile and warp the epilogue is one max per score and one
+// compare per 32 scores; where a row of a quad beats its floor (about 1.2 (ln(K/128) + 0.6) times per row on Gaussian
+// data), the slow part raises the floor and writes down a mask of codes.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "common/ptx.cuh"
+#include "ops/residual_search/bound.cuh"
+
+namespace rqk {
+namespace residual_search {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The rows of a block in bf16 (chunks, rows, kChunk), and the table of their numbers. Returns whether they are as they
+// are (1) or have the middle taken away (0). The whole block calls; others see the tile behind a barrier.
+template <int kWarps>
+__device__ inline int load_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
+                                uint8_t* rows, RowTable<kWarps * kWarpRows>& table) {
+  constexpr int kRows = kWarps * kWarpRows, kGroups = kRows / kLanes;
+  const int64_t q = p.codebook_stride == 0 ? 0 : d;
+  const float* middle = w.middles + q * w.chunks * kChunk;
+  const int valid = int(min(int64_t(kRows), p.rows - first_row));
+  for (int row = threadIdx.x / kLanes; row < kRows; row += kGroups) {
+    const float* r = residual_at(p, w, d, first_row + row);
+    double centred = 0, plain = 0;
+    for (int64_t c = lane_of_group(); c < p.channels && row < valid; c += kLanes) {
+      const double difference = double(r[c]) - double(middle[c]);
+      centred += difference * difference;
+      plain += double(r[c]) * double(r[c]);
+    }
+    centred = sum_lanes(centred);
+    plain = sum_lanes(plain);
+    if (lane_of_group() == 0) {
+      table.norm_squared[0][row] = centred;
+      table.norm_squared[1][row] = plain;
+    }
+  }
+  __syncthreads();
+  const int votes = __syncthreads_count(table.norm_squared[1][threadIdx.x] < table.norm_squared[0][threadIdx.x]);
+  const int kind = 2 * votes > valid ? 1 : 0;
+
+  const float max_norm = __int_as_float(w.extents[q].norm), max_centred = __int_as_float(w.extents[q].centred_norm);
+  for (int row = threadIdx.x / kLanes; row < kRows; row += kGroups) {
+    const float* r = row < valid ? residual_at(p, w, d, first_row + row) : nullptr;
+    const Rounded rounded =
+        round_row(r, kind == 0 ? middle : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
+    if (lane_of_group() != 0) continue;
+    const double plain = table.norm_squared[1][row], error = error_norm(rounded, p.channels);
+    const double extent = sqrt(plain) + double(max_norm);
+    const double reach = 1.0001 * max(sqrt(rounded.norm_squared) + error, 1024 * error);
+    const bool scanned = reach < double(kLargest) && max_centred < kLargest;
+    table.state[row] = !(plain < 1e300) ? kNotFinite : scanned ? kScanned : kDirect;
+    table.reach[row] = scanned ? round_up(reach) : 0.0f;
+    table.slack[row] = round_up(1.1 * (double(p.channels) / 8 + 8) * 0x1p-53 * extent * extent);
+  }
+  return kind;
+}
+
+// What a thread knows of one of its rows.
+struct RowScan {
+  float reach, floor;
+  int count;  // of its candidates; or kDirect
+};
+
+// Adds a candidate, those below the floor giving way where the list is full. A row whose list stays full is left to the
+// direct search: nothing beats its floor any more.
+__device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate* list) {
+  if (row.count == kCapacity) {
+    row.count = 0;
+    for (int i = 0; i < kCapacity; ++i) {
+      if (list[i].upper > row.floor) list[row.count++] = list[i];
+    }
+  }
+  if (row.count == kCapacity) {
+    row.floor = __int_as_float(0x7f800000);
+    row.count = kDirect;
+  } else {
+    list[row.count++] = candidate;
+  }
+}
+
+// One chunk of 32 channels: scores += rows * codes, or from `start` where it is the first.
+template <bool kFirst>
+__device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* rows, const uint8_t* codes,
+                                      const float* start) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < kChunk / 16; ++step) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      ptx::ldmatrix_x4<false>(a[m], rows + unit_offset(16 * m + lane % 16, 2 * step + lane / 16));
+    }
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4<false>(b, codes + unit_offset(16 * pair + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int n = 2 * pair + half;
+        const uint32_t b_half[2] = {b[2 * half], b[2 * half + 1]};
+        if (kFirst && step == 0) {
+          const float2 from = *reinterpret_cast<const float2*>(start + 8 * n + 2 * (lane % kQuad));
+          const float c[4] = {from.x, from.y, from.x, from.y};
+#pragma unroll
+          for (int m = 0; m < 2; ++m) ptx::mma_bf16(scores[m][n], a[m], b_half, c);
+        } else {
+#pragma unroll
+          for (int m = 0; m < 2; ++m) ptx::mma_bf16(scores[m][n], a[m], b_half);
+        }
+      }
+    }
+  }
+}
+
+// The largest of a thread's scores of a row, n-tiles [first, first + kCount).
+template <int kCount>
+__device__ inline float largest(const float (&scores)[16][4], int half, int first) {
+  float top = max(scores[first][2 * half], scores[first][2 * half + 1]);
+#pragma unroll
+  for (int n = 1; n < kCount; ++n) {
+    top = max(top, max(scores[first + n][2 * half], scores[first + n][2 * half + 1]));
+  }
+  return top;
+}
+
+// Candidates among a tile's scores. The whole warp calls.
+__device__ inline void select(const float (&scores)[2][16][4], const StagedHeader& header, int kind, int32_t tile,
+                              const float* slack, RowScan (&row)[4], Candidate* lists) {
+  const int lane = threadIdx.x % 32;
+  float top[4];
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    top[i] = largest<16>(scores[i / 2], i % 2, 0);
+    any = any || top[i] > __fmaf_rn(-row[i].reach, header.widest, row[i].floor);
+  }
+  if (!__any_sync(kFullWarp, any)) return;
+
+  const float gap = kind == 0 ? header.gap[0] : header.gap[1];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float error = row[i].reach * header.widest;
+    if (!__any_sync(kFullWarp, top[i] > row[i].floor - error)) continue;
+    // The quad's floor first, so that a first tile does not make candidates of all its codes. 1e-5 and 2e-6 cover the
+    // roundings here and in the tests.
+    float floor = top[i] - (1.00001f * (error + gap + slack[lane / kQuad + 8 * i]) + 2e-6f * fabsf(top[i]));
+    floor = max(floor, __shfl_xor_sync(kFullWarp, floor, 1));
+    floor = max(floor, __shfl_xor_sync(kFullWarp, floor, 2));
+    row[i].floor = max(row[i].floor, floor);
+    if (!(top[i] > row[i].floor - error)) continue;
+    uint32_t mask = 0;
+#pragma unroll
+    for (int first = 0; first < 16; first += 4) {
+      if (!(largest<4>(scores[i / 2], i % 2, first) > row[i].floor - error)) continue;
+      // Each code by its own width: one outlier does not make candidates of its tile.
+#pragma unroll
+      for (int n = first; n < first + 4; ++n) {
+        const float2 width = *reinterpret_cast<const float2*>(header.width + 8 * n + 2 * (lane % kQuad));
+        const float left = scores[i / 2][n][2 * (i % 2)], right = scores[i / 2][n][2 * (i % 2) + 1];
+        if (left > __fmaf_rn(-row[i].reach, width.x, row[i].floor)) mask |= 1u << 2 * n;
+        if (right > __fmaf_rn(-row[i].reach, width.y, row[i].floor)) mask |= 2u << 2 * n;
+      }
+    }
+    if (mask != 0) keep(row[i], {top[i] + error, tile, mask}, lists + 8 * i * (kQuad * kCapacity));
+  }
+}
+
+// Scans tiles [first_tile, last_tile) for the block's rows and writes its lists as number `slot`. The whole block
+// calls, and again only behind a barrier.
+template <int kWarps>
+__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, int kind,
+                            const uint8_t* rows, uint8_t* ring, const RowTable<kWarps * kWarpRows>& table,
+                            int64_t slot) {
+  constexpr int kRows = kWarps * kWarpRows, kThreads = kWarps * 32;
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows;
+  auto* headers = reinterpret_cast<StagedHeader*>(ring + kStages * kChunkBytes);
+
+  // Chunks come in the order in which they are scanned; a tile's header comes with its first one.
+  int64_t fetched_tile = first_tile, fetched_chunk = 0;
+  int stage = 0, header_stage = 0;
+  auto fetch = [&] {
+    if (fetched_tile < last_tile) {
+      const uint8_t* tile = packed + fetched_tile * w.tile_bytes;
+      const uint8_t* chunk = tile + sizeof(TileHeader) + fetched_chunk * kChunkBytes;
+      for (int i = 16 * threadIdx.x; i < kChunkBytes; i += 16 * kThreads) {
+        ptx::cp_async_16(ring + stage * kChunkBytes + i, chunk + i);
+      }
+      if (fetched_chunk == 0) {
+        constexpr int kStart = int(sizeof(TileHeader::start[0]));
+        auto* header = reinterpret_cast<uint8_t*>(headers + header_stage);
+        for (int i = 16 * threadIdx.x; i < int(sizeof(StagedHeader)); i += 16 * kThreads) {
+          ptx::cp_async_16(header + i, tile + (i < kStart ? kind * kStart : kStart) + i);
+        }
+        header_stage = header_stage + 1 == kStages ? 0 : header_stage + 1;
+      }
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+      if (++fetched_chunk == w.chunks) {
+        fetched_chunk = 0;
+        ++fetched_tile;
+      }
+    }
+    // Where nothing is left to fetch too, so that the number of groups says which chunk has come.
+    ptx::cp_async_commit();
+  };
+  for (int i = 0; i < kStages - 1; ++i) fetch();
+  __syncthreads();  // the rows' table is there
+
+  RowScan row[4];
+  const float inf = __int_as_float(0x7f800000);
+  for (int i = 0; i < 4; ++i) {
+    const int r = warp_row + 8 * i + lane / kQuad;
+    row[i] = {table.reach[r], table.state[r] == kScanned ? -inf : inf, table.state[r]};
+  }
+  Candidate* lists = w.candidates + ((slot * kRows + warp_row + lane / kQuad) * kQuad + lane % kQuad) * kCapacity;
+
+  int current = 0, current_header = 0;
+  float scores[2][16][4];
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const StagedHeader& header = headers[current_header];
+    for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+      // This chunk has come, and all are done with the last one, whose place the next fetch takes.
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();
+      fetch();
+      const uint8_t* rows_chunk = rows + (chunk * kRows + warp_row) * (kChunk * 2);
+      if (chunk == 0) {
+        multiply_chunk<true>(scores, rows_chunk, ring + current * kChunkBytes, header.start);
+      } else {
+        multiply_chunk<false>(scores, rows_chunk, ring + current * kChunkBytes, nullptr);
+      }
+      current = current + 1 == kStages ? 0 : current + 1;
+    }
+    select(scores, header, kind, int32_t(tile), table.slack + warp_row, row, lists);
+    current_header = current_header + 1 == kStages ? 0 : current_header + 1;
+  }
+  ptx::cp_async_wait<0>();
+
+  for (int i = 0; i < 4; ++i) {
+    const int64_t place = slot * kRows + warp_row + 8 * i + lane / kQuad;
+    w.counts[place * kQuad + lane % kQuad] = row[i].count;
+    if (lane % kQuad == 0) w.floors[place] = row[i].floor;
+  }
+}
+
+}  // namespace residual_search
+}  // namespace rqk
