@@ -29,21 +29,14 @@ struct Candidate {
   uint32_t mask;
 };
 
-// What the scan knows of a tile's codes; scan.cuh says what the numbers mean. [0] for rows from which the codebook's
-// middle is taken away, [1] for rows as they are.
+// What the scan knows of a tile's codes; scan.cuh says what the numbers mean. `start` holds those of codes 2 i and 2 i
+// + 1 twice over: that is what an mma adds to, and nothing has to be copied into its place.
 struct TileHeader {
-  float start[2][kTileCodes];
+  float start[kTileCodes / 2][4];
   float width[kTileCodes];
-  float widest, gap[2], unused;
+  float widest, gap, unused[2];
 };
-
-// As a stage holds it, for one kind of rows.
-struct StagedHeader {
-  float start[kTileCodes];
-  float width[kTileCodes];
-  float widest, gap[2], unused;
-};
-static_assert(sizeof(TileHeader) % 16 == 0 && sizeof(StagedHeader) % 16 == 0, "cp.async copies 16 bytes");
+static_assert(sizeof(TileHeader) % 16 == 0, "cp.async copies 16 bytes");
 
 // Bits of floats that are not negative, so that they compare as integers.
 struct Extent {
@@ -84,10 +77,11 @@ struct Work {
   float* middles;   // (codebooks, chunks * kChunk)
   Extent* extents;  // (codebooks)
   Counters* counters;
-  uint8_t* packed;        // (codebooks, tiles): TileHeader, then chunks of kChunkBytes
-  float* residual;        // (rows, channels), from the second depth on
-  float* floors;          // (blocks, splits, rows of a block)
-  int32_t* counts;        // (blocks, splits, rows of a block, kQuad); or a RowState
+  uint8_t* packed;  // (codebooks, tiles): a TileHeader for rows from which the codebook's middle is taken away, one
+                    // for rows as they are; then chunks of kChunkBytes
+  float* residual;  // (rows, channels), from the second depth on
+  float* floors;    // (blocks, splits, rows of a block)
+  int32_t* counts;  // (blocks, splits, rows of a block, kQuad); or a RowState
   Candidate* candidates;  // (blocks, splits, rows of a block, kQuad, kCapacity)
 };
 
@@ -95,7 +89,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Shared memory of a scanning block: its rows in bf16 and the ring; and what it declares statically.
 inline int64_t scan_shared_bytes(int warps, int64_t chunks) {
-  return chunks * warps * kWarpRows * kChunk * 2 + kStages * (kChunkBytes + int64_t(sizeof(StagedHeader)));
+  return chunks * warps * kWarpRows * kChunk * 2 + kStages * (kChunkBytes + int64_t(sizeof(TileHeader)));
 }
 inline int64_t static_shared_bytes(int warps) {
   return warps * int64_t(sizeof(RowTable<kWarpRows>)) + int64_t(sizeof(DirectRows)) + 64;
@@ -110,7 +104,7 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   w->codebooks = p.codebook_stride == 0 ? 1 : p.depth;
   w->chunks = divide_up(p.channels, kChunk);
   w->tiles = divide_up(p.num_codes, kTileCodes);
-  w->tile_bytes = int64_t(sizeof(TileHeader)) + w->chunks * kChunkBytes;
+  w->tile_bytes = 2 * int64_t(sizeof(TileHeader)) + w->chunks * kChunkBytes;
   auto shared = [w](int warps) { return scan_shared_bytes(warps, w->chunks) + static_shared_bytes(warps); };
   w->warps = kMaxWarps;
   while (w->warps > 0 && (shared(w->warps) > shared_bytes || p.rows <= w->warps / 2 * kWarpRows)) w->warps /= 2;

@@ -32,13 +32,18 @@ __global__ void __launch_bounds__(kGroupThreads) find_middles(ResidualSearchPara
   }
 }
 
-// One code, by a group: its chunks' row and its place in the header. Returns false for one that can never be chosen.
-__device__ inline bool pack_code(const ResidualSearchParams& p, const Work& w, int64_t q, int64_t k, int place,
-                                 TileHeader* header, float (&gap)[2]) {
+// A tile's bounds as they come together: bits of floats that are not negative.
+struct TileBounds {
+  int32_t widest, gap[2];
+};
+
+// One code, by a group: its row in the chunks, its place in the headers, its share of the bounds.
+__device__ inline void pack_code(const ResidualSearchParams& p, const Work& w, int64_t q, int64_t k, int place,
+                                 TileHeader* headers, TileBounds& bounds) {
   const float* e = k < p.num_codes ? codebook_at(p, q) + k * p.channels : nullptr;
   const float* middle = w.middles + q * w.chunks * kChunk;
   const Rounded rounded =
-      round_row(e, middle, p.channels, w.chunks, place, reinterpret_cast<uint8_t*>(header + 1), kChunkBytes);
+      round_row(e, middle, p.channels, w.chunks, place, reinterpret_cast<uint8_t*>(headers + 2), kChunkBytes);
   double product = 0, squared = 0;
   for (int64_t c = lane_of_group(); c < p.channels && e != nullptr; c += kLanes) {
     product += double(middle[c]) * (double(e[c]) - double(middle[c]));
@@ -46,51 +51,44 @@ __device__ inline bool pack_code(const ResidualSearchParams& p, const Work& w, i
   }
   product = sum_lanes(product);
   squared = sum_lanes(squared);
+  if (lane_of_group() != 0) return;
+  // One that is not finite can never be chosen, nor can one past the last.
   const bool finite = e != nullptr && squared < 1e300;
-  const double g[2] = {rounded.norm_squared / 2, rounded.norm_squared / 2 + product};
   const double accumulation = accumulation_error(w), share = 1.2 * accumulation + 0x1p-22;
   // The middle is no longer than |e| + |e - middle|; g in float64 is off by less than this.
   const double loss = 0x1p-40 * (2 * rounded.norm_squared + sqrt(rounded.norm_squared * squared));
   for (int kind = 0; kind < 2; ++kind) {
-    const double extra = share * fabs(g[kind]) + loss + denormal_loss(p.channels);
-    if (lane_of_group() == 0)
-      header->start[kind][place] = finite ? float(extra - g[kind]) : -__int_as_float(0x7f800000);
-    gap[kind] = round_up(2.01 * extra);
+    const double g = rounded.norm_squared / 2 + (kind == 0 ? 0.0 : product);
+    const double extra = share * fabs(g) + loss + denormal_loss(p.channels);
+    float* start = headers[kind].start[place / 2] + place % 2;
+    start[0] = start[2] = finite ? float(extra - g) : -__int_as_float(0x7f800000);
+    if (finite) atomicMax(&bounds.gap[kind], __float_as_int(round_up(2.01 * extra)));
   }
   const double norm = 1.000001 * sqrt(rounded.norm_squared), error = error_norm(rounded, p.channels);
-  if (lane_of_group() == 0) {
-    header->width[place] = finite ? round_up(1.0001 * (norm / 1024 + error + accumulation * (norm + error))) : 0.0f;
-    if (finite) {
-      atomicMax(&w.extents[q].norm, __float_as_int(round_up(1.000001 * sqrt(squared))));
-      atomicMax(&w.extents[q].centred_norm, __float_as_int(round_up(norm)));
-    }
-  }
-  return finite;
+  const float width = finite ? round_up(1.0001 * (norm / 1024 + error + accumulation * (norm + error))) : 0.0f;
+  headers[0].width[place] = headers[1].width[place] = width;
+  if (!finite) return;
+  atomicMax(&bounds.widest, __float_as_int(width));
+  atomicMax(&w.extents[q].norm, __float_as_int(round_up(1.000001 * sqrt(squared))));
+  atomicMax(&w.extents[q].centred_norm, __float_as_int(round_up(norm)));
 }
 
 // A tile to a block at a time, a code to a group.
 __global__ void __launch_bounds__(kGroupThreads) pack_codes(ResidualSearchParams p, Work w) {
-  CU_SHARED(int32_t, widest);  // bits of floats that are not negative
-  CU_SHARED(int32_t, gaps, [2]);
+  CU_SHARED(TileBounds, bounds);
   for (int64_t i = blockIdx.x; i < w.codebooks * w.tiles; i += gridDim.x) {
-    auto* header = reinterpret_cast<TileHeader*>(w.packed + i * w.tile_bytes);
-    if (threadIdx.x == 0) widest = gaps[0] = gaps[1] = 0;
+    auto* headers = reinterpret_cast<TileHeader*>(w.packed + i * w.tile_bytes);
+    if (threadIdx.x == 0) bounds = {0, {0, 0}};
     __syncthreads();
     for (int place = threadIdx.x / kLanes; place < kTileCodes; place += kGroupThreads / kLanes) {
-      float gap[2];
-      if (!pack_code(p, w, i / w.tiles, i % w.tiles * kTileCodes + place, place, header, gap)) continue;
-      if (lane_of_group() == 0) {
-        atomicMax(&widest, __float_as_int(header->width[place]));
-        atomicMax(&gaps[0], __float_as_int(gap[0]));
-        atomicMax(&gaps[1], __float_as_int(gap[1]));
-      }
+      pack_code(p, w, i / w.tiles, i % w.tiles * kTileCodes + place, place, headers, bounds);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      header->widest = __int_as_float(widest);
-      header->gap[0] = __int_as_float(gaps[0]);
-      header->gap[1] = __int_as_float(gaps[1]);
-      header->unused = 0.0f;
+    if (threadIdx.x != 0) continue;
+    for (int kind = 0; kind < 2; ++kind) {
+      headers[kind].widest = __int_as_float(bounds.widest);
+      headers[kind].gap = __int_as_float(bounds.gap[kind]);
+      headers[kind].unused[0] = headers[kind].unused[1] = 0.0f;
     }
   }
 }

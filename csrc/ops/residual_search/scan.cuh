@@ -115,7 +115,7 @@ __device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate*
 // One chunk of 32 channels: scores += rows * codes, or from `start` where it is the first.
 template <bool kFirst>
 __device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* rows, const uint8_t* codes,
-                                      const float* start) {
+                                      const float (*start)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 0; step < kChunk / 16; ++step) {
@@ -133,8 +133,8 @@ __device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* 
         const int n = 2 * pair + half;
         const uint32_t b_half[2] = {b[2 * half], b[2 * half + 1]};
         if (kFirst && step == 0) {
-          const float2 from = *reinterpret_cast<const float2*>(start + 8 * n + 2 * (lane % kQuad));
-          const float c[4] = {from.x, from.y, from.x, from.y};
+          const float4 from = *reinterpret_cast<const float4*>(start[4 * n + lane % kQuad]);
+          const float c[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
           for (int m = 0; m < 2; ++m) ptx::mma_bf16(scores[m][n], a[m], b_half, c);
         } else {
@@ -158,7 +158,7 @@ __device__ inline float largest(const float (&scores)[16][4], int half, int firs
 }
 
 // Candidates among a tile's scores. The whole warp calls.
-__device__ inline void select(const float (&scores)[2][16][4], const StagedHeader& header, int kind, int32_t tile,
+__device__ inline void select(const float (&scores)[2][16][4], const TileHeader& header, int32_t tile,
                               const float* slack, RowScan (&row)[4], Candidate* lists) {
   const int lane = threadIdx.x % 32;
   float top[4];
@@ -170,14 +170,13 @@ __device__ inline void select(const float (&scores)[2][16][4], const StagedHeade
   }
   if (!__any_sync(kFullWarp, any)) return;
 
-  const float gap = kind == 0 ? header.gap[0] : header.gap[1];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float error = row[i].reach * header.widest;
     if (!__any_sync(kFullWarp, top[i] > row[i].floor - error)) continue;
     // The quad's floor first, so that a first tile does not make candidates of all its codes. 1e-5 and 2e-6 cover the
     // roundings here and in the tests.
-    float floor = top[i] - (1.00001f * (error + gap + slack[lane / kQuad + 8 * i]) + 2e-6f * fabsf(top[i]));
+    float floor = top[i] - (1.00001f * (error + header.gap + slack[lane / kQuad + 8 * i]) + 2e-6f * fabsf(top[i]));
     floor = max(floor, __shfl_xor_sync(kFullWarp, floor, 1));
     floor = max(floor, __shfl_xor_sync(kFullWarp, floor, 2));
     row[i].floor = max(row[i].floor, floor);
@@ -207,30 +206,33 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
                             int64_t slot) {
   constexpr int kRows = kWarps * kWarpRows, kThreads = kWarps * 32;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows;
-  auto* headers = reinterpret_cast<StagedHeader*>(ring + kStages * kChunkBytes);
+  auto* headers = reinterpret_cast<TileHeader*>(ring + kStages * kChunkBytes);
 
   // Chunks come in the order in which they are scanned; a tile's header comes with its first one.
-  int64_t fetched_tile = first_tile, fetched_chunk = 0;
+  int64_t tiles_to_fetch = last_tile - first_tile, fetched_chunk = 0;
+  const uint8_t* from = packed + first_tile * w.tile_bytes + 16 * threadIdx.x;
   int stage = 0, header_stage = 0;
   auto fetch = [&] {
-    if (fetched_tile < last_tile) {
-      const uint8_t* tile = packed + fetched_tile * w.tile_bytes;
-      const uint8_t* chunk = tile + sizeof(TileHeader) + fetched_chunk * kChunkBytes;
-      for (int i = 16 * threadIdx.x; i < kChunkBytes; i += 16 * kThreads) {
-        ptx::cp_async_16(ring + stage * kChunkBytes + i, chunk + i);
-      }
+    constexpr int kBytes = 16 * kThreads;  // at a time
+    if (tiles_to_fetch > 0) {
       if (fetched_chunk == 0) {
-        constexpr int kStart = int(sizeof(TileHeader::start[0]));
-        auto* header = reinterpret_cast<uint8_t*>(headers + header_stage);
-        for (int i = 16 * threadIdx.x; i < int(sizeof(StagedHeader)); i += 16 * kThreads) {
-          ptx::cp_async_16(header + i, tile + (i < kStart ? kind * kStart : kStart) + i);
+        auto* to = reinterpret_cast<uint8_t*>(headers + header_stage) + 16 * threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < int(sizeof(TileHeader)); i += kBytes) {
+          if (i + 16 * int(threadIdx.x) >= int(sizeof(TileHeader))) break;
+          ptx::cp_async_16(to + i, from + kind * sizeof(TileHeader) + i);
         }
+        from += 2 * sizeof(TileHeader);
         header_stage = header_stage + 1 == kStages ? 0 : header_stage + 1;
       }
+      uint8_t* to = ring + stage * kChunkBytes + 16 * threadIdx.x;
+#pragma unroll
+      for (int i = 0; i < kChunkBytes; i += kBytes) ptx::cp_async_16(to + i, from + i);
+      from += kChunkBytes;
       stage = stage + 1 == kStages ? 0 : stage + 1;
       if (++fetched_chunk == w.chunks) {
         fetched_chunk = 0;
-        ++fetched_tile;
+        --tiles_to_fetch;
       }
     }
     // Where nothing is left to fetch too, so that the number of groups says which chunk has come.
@@ -250,7 +252,7 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
   int current = 0, current_header = 0;
   float scores[2][16][4];
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    const StagedHeader& header = headers[current_header];
+    const TileHeader& header = headers[current_header];
     for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
       // This chunk has come, and all are done with the last one, whose place the next fetch takes.
       ptx::cp_async_wait<kStages - 2>();
@@ -264,7 +266,7 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
       }
       current = current + 1 == kStages ? 0 : current + 1;
     }
-    select(scores, header, kind, int32_t(tile), table.slack + warp_row, row, lists);
+    select(scores, header, int32_t(tile), table.slack + warp_row, row, lists);
     current_header = current_header + 1 == kStages ? 0 : current_header + 1;
   }
   ptx::cp_async_wait<0>();
