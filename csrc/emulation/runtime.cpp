@@ -806,8 +806,12 @@ void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint
         for (unsigned lane = 0; lane < kWarp; ++lane) {
           for (unsigned i = 0; i < 4; ++i) {
             const unsigned m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
-            double sum = 0;
-            for (unsigned k = 0; k < depth; ++k) sum += a_mk[m][k] * b_kn[k][n];
+            double sum = 0, magnitudes = 0;
+            for (unsigned k = 0; k < depth; ++k) {
+              const double product = a_mk[m][k] * b_kn[k][n];
+              sum += product;
+              magnitudes += std::fabs(product);
+            }
             if (type == Element::s8) {
               // Wraps around, as the device does without .satfinite; the products of 32 int8 fit.
               const auto start = static_cast<uint32_t>(static_cast<const int32_t*>(lane_of(lane)->c)[i]);
@@ -815,6 +819,10 @@ void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint
                   static_cast<int32_t>(start + static_cast<uint32_t>(static_cast<int32_t>(sum)));
             } else {
               const double start = static_cast<const float*>(lane_of(lane)->c)[i];
+              if (device().mma_error > 0 && std::isfinite(start)) {
+                const double error = device().mma_error * (magnitudes + std::fabs(start));
+                sum += current->random.below(2) == 0 ? error : -error;
+              }
               static_cast<float*>(lane_of(lane)->d)[i] = static_cast<float>(start + sum);
             }
           }

@@ -39,10 +39,13 @@ void set_schedule(uint64_t seed);
 // Blocks for a kernel that would take `items` of them but works with any number: fewer under every second seed.
 int64_t strided_grid(int64_t items);
 
-// What a device reports of itself. The H100's unless a case says otherwise; launches keep to it.
+// What a device is like. An H100 unless a case says otherwise; launches keep to it.
 struct Device {
   int multiprocessors = 132;
   int shared_bytes = 227 * 1024;  // of a block
+  // An mma of floats errs by so much of the sum of its terms' magnitudes, up or down by the schedule's chance. How a
+  // device adds them is not documented: what a kernel assumes can be tried.
+  double mma_error = 0;
 };
 Device& device();
 

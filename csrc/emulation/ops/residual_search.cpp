@@ -1,15 +1,19 @@
+#include <cmath>
+
 #include "emulation/cases.h"
 #include "ops/residual_search/plan.h"
 
 namespace rqk::emulation {
 
-// x (n, c), codebooks (1 or depth, k, c), depth, multiprocessors, bytes of shared memory of a block
+// x (n, c), codebooks (1 or depth, k, c), depth, multiprocessors, bytes of shared memory of a block, bits after which
+// an mma errs (0: exact)
 //   -> codes, quantized, residual_norms, residuals, and what the search counted: rows (times depths) that were searched
 //      directly, codes evaluated for the others
 std::vector<Array> residual_search(const Inputs& inputs) {
   const Array &x = inputs.array(0, "<f4", 2), &codebooks = inputs.array(1, "<f4", 3);
   const int64_t depth = inputs.number(2), n = x.shape[0], c = x.shape[1];
-  device() = {static_cast<int>(inputs.number(3)), static_cast<int>(inputs.number(4))};
+  device() = {static_cast<int>(inputs.number(3)), static_cast<int>(inputs.number(4)),
+              inputs.number(5) == 0 ? 0.0 : std::ldexp(1.0, -static_cast<int>(inputs.number(5)))};
   const DeviceBuffer x_device = to_device(x), codebooks_device = to_device(codebooks);
   const DeviceBuffer codes = device_array("<i8", {n, depth}), quantized = device_array("<f4", {n, c});
   const DeviceBuffer norms = device_array("<f4", {n, depth}), residuals = device_array("<f4", {n, depth, c});

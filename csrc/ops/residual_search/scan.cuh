@@ -112,28 +112,33 @@ __device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate*
   }
 }
 
-// One chunk of 32 channels: scores += rows * codes, or from `start` where it is the first.
+// Where a lane's row of 16 bytes lies for the first ldmatrix of a chunk, of 16 rows and of 16 codes. The next 16
+// channels are 32 bytes away, up or down; the next 16 rows or codes, whose swizzle is the same, 16 whole rows further.
+__device__ inline int row_offset(int lane) { return unit_offset(lane % 16, lane / 16); }
+__device__ inline int code_offset(int lane) { return unit_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
+
+// One chunk of 32 channels: scores += rows * codes, or from `start` where it is the first. `start`, `rows` and `codes`
+// are the lane's own, the last two less its offset.
 template <bool kFirst>
 __device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* rows, const uint8_t* codes,
-                                      const float (*start)[4]) {
-  const int lane = threadIdx.x % 32;
+                                      int row_offset, int code_offset, const float (*start)[4]) {
 #pragma unroll
   for (int step = 0; step < kChunk / 16; ++step) {
     uint32_t a[2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      ptx::ldmatrix_x4<false>(a[m], rows + unit_offset(16 * m + lane % 16, 2 * step + lane / 16));
+      ptx::ldmatrix_x4<false>(a[m], rows + 16 * m * (kChunk * 2) + (row_offset ^ 32 * step));
     }
 #pragma unroll
     for (int pair = 0; pair < 8; ++pair) {
       uint32_t b[4];
-      ptx::ldmatrix_x4<false>(b, codes + unit_offset(16 * pair + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+      ptx::ldmatrix_x4<false>(b, codes + 16 * pair * (kChunk * 2) + (code_offset ^ 32 * step));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int n = 2 * pair + half;
         const uint32_t b_half[2] = {b[2 * half], b[2 * half + 1]};
         if (kFirst && step == 0) {
-          const float4 from = *reinterpret_cast<const float4*>(start[4 * n + lane % kQuad]);
+          const float4 from = *reinterpret_cast<const float4*>(start[4 * n]);
           const float c[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
           for (int m = 0; m < 2; ++m) ptx::mma_bf16(scores[m][n], a[m], b_half, c);
@@ -209,7 +214,9 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
   auto* headers = reinterpret_cast<TileHeader*>(ring + kStages * kChunkBytes);
 
   // Chunks come in the order in which they are scanned; a tile's header comes with its first one.
-  int64_t tiles_to_fetch = last_tile - first_tile, fetched_chunk = 0;
+  const int chunks = int(w.chunks);
+  int64_t tiles_to_fetch = last_tile - first_tile;
+  int fetched_chunk = 0;
   const uint8_t* from = packed + first_tile * w.tile_bytes + 16 * threadIdx.x;
   int stage = 0, header_stage = 0;
   auto fetch = [&] {
@@ -230,7 +237,7 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
       for (int i = 0; i < kChunkBytes; i += kBytes) ptx::cp_async_16(to + i, from + i);
       from += kChunkBytes;
       stage = stage + 1 == kStages ? 0 : stage + 1;
-      if (++fetched_chunk == w.chunks) {
+      if (++fetched_chunk == chunks) {
         fetched_chunk = 0;
         --tiles_to_fetch;
       }
@@ -249,20 +256,22 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
   }
   Candidate* lists = w.candidates + ((slot * kRows + warp_row + lane / kQuad) * kQuad + lane % kQuad) * kCapacity;
 
+  const int rows_at = row_offset(lane), codes_at = code_offset(lane);
   int current = 0, current_header = 0;
   float scores[2][16][4];
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const TileHeader& header = headers[current_header];
-    for (int64_t chunk = 0; chunk < w.chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       // This chunk has come, and all are done with the last one, whose place the next fetch takes.
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
       fetch();
       const uint8_t* rows_chunk = rows + (chunk * kRows + warp_row) * (kChunk * 2);
+      const uint8_t* codes_chunk = ring + current * kChunkBytes;
       if (chunk == 0) {
-        multiply_chunk<true>(scores, rows_chunk, ring + current * kChunkBytes, header.start);
+        multiply_chunk<true>(scores, rows_chunk, codes_chunk, rows_at, codes_at, header.start + lane % kQuad);
       } else {
-        multiply_chunk<false>(scores, rows_chunk, ring + current * kChunkBytes, nullptr);
+        multiply_chunk<false>(scores, rows_chunk, codes_chunk, rows_at, codes_at, nullptr);
       }
       current = current + 1 == kStages ? 0 : current + 1;
     }
