@@ -162,7 +162,7 @@ def include_violations(root: Path) -> list[str]:
             for other in set(target.split("/")[:-1]) & (set(slugs) - {here}):
                 if here in slugs or here == "common":
                     found.append(f"{at}: {here} includes {other}")
-            if path.name in ("params.h", "kernel.cuh") and target.split("/")[0] in ("torch", "ATen", "c10"):
+            if (path.name == "params.h" or path.suffix == ".cuh") and target.split("/")[0] in ("torch", "ATen", "c10"):
                 found.append(f"{at}: {path.name} includes {target}")
     return found
 
@@ -180,7 +180,7 @@ def emulation_violations(root: Path) -> list[str]:
             at, target = where(path, root, number), posixpath.normpath(match.group(1))
             if "emulation" in target.split("/") and not inside and path != csrc / "common" / "device.h":
                 found.append(f"{at}: {target} is reached through common/device.h only")
-            if path.name == "kernel.cuh" and target.startswith("cuda"):
+            if path.suffix == ".cuh" and target.startswith("cuda"):
                 found.append(f"{at}: a kernel gets CUDA through common/device.h, not {target}")
     for path in sorted((csrc / "emulation").rglob("CMakeLists.txt")):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -347,6 +347,7 @@ def test_a_broken_kernel_package_is_found(tmp_path: Path, file: str, text: str, 
         ("ops/decode/kernel.cuh", '"search/kernel.cuh"', "decode includes search"),
         ("common/checks.h", '"ops/search/params.h"', "csrc/common/checks.h:1: common includes search"),
         ("ops/search/kernel.cuh", "<torch/csrc/stable/tensor.h>", "kernel.cuh includes torch/csrc"),
+        ("ops/search/scan.cuh", "<torch/csrc/stable/tensor.h>", "scan.cuh includes torch/csrc"),
         ("ops/search/params.h", "<torch/csrc/stable/tensor.h>", "params.h includes torch/csrc"),
     ],
 )
@@ -362,6 +363,7 @@ def test_a_broken_include_is_found(tmp_path: Path, file: str, include: str, mess
         ("ops/search/kernel.cuh", '#include "emulation/device.h"\n', "kernel.cuh:1: emulation/device.h is reached"),
         ("ops/search/cpu.cpp", '#include "../../emulation/cases.h"\n', "cpu.cpp:1: ../../emulation/cases.h is reached"),
         ("ops/search/kernel.cuh", "#include <cuda_fp16.h>\n", "gets CUDA through common/device.h, not cuda_fp16.h"),
+        ("ops/search/scan.cuh", "#include <cuda_fp16.h>\n", "gets CUDA through common/device.h, not cuda_fp16.h"),
         ("emulation/CMakeLists.txt", "x()\ninstall(TARGETS x)\n", "CMakeLists.txt:2: the emulation is installed"),
     ],
 )

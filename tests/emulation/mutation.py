@@ -1,4 +1,4 @@
-"""Deletes each barrier of each kernel in turn, and expects the emulation's tests of that kernel to fail.
+"""Deletes each barrier of each kernel (*.cuh) in turn, and expects the emulation's tests of that operator to fail.
 
 A mutant that survives is either a barrier that no test needs (add a shape that does) or one that nothing needs
 (take it out of the kernel). Run by .ci/run; by hand, for one operator:
@@ -78,9 +78,8 @@ def main() -> int:
     slugs = sys.argv[1:] or sorted(p.name for p in (source / "csrc" / "ops").iterdir())
     survivors = total = 0
     for slug in slugs:
-        kernel = source / "csrc" / "ops" / slug / "kernel.cuh"
-        original = kernel.read_text()
-        found = list(mutants(original))
+        files = sorted((source / "csrc" / "ops" / slug).glob("*.cuh"))
+        found = [(file, mutant) for file in files for mutant in mutants(file.read_text())]
         total += len(found)
         if not found:
             print(f"mutation: {slug}: nothing synchronises")
@@ -88,16 +87,17 @@ def main() -> int:
         name = caught_by(slug, source)
         if name is not None:
             sys.exit(f"mutation: the tests of {slug} fail in the {name} build before anything is deleted")
-        for mutant in found:
+        for file, mutant in found:
             start = time.monotonic()
-            kernel.write_text(mutant.text)
+            original = file.read_text()
+            file.write_text(mutant.text)
             name = caught_by(slug, source)
+            file.write_text(original)
             survivors += name is None
             verdict = "SURVIVES" if name is None else f"caught by {name}"
             seconds = time.monotonic() - start
-            where = f"{slug}/kernel.cuh:{mutant.line}"
+            where = f"{slug}/{file.name}:{mutant.line}"
             print(f"mutation: {where}: {mutant.deleted}: {verdict} ({seconds:.0f} s)", flush=True)
-        kernel.write_text(original)
     print(f"mutation: {total - survivors} of {total} caught")
     return 1 if survivors else 0
 

@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     const int64_t first_row = block * kRows, slot = w.splits > 1 ? block * w.splits + split : blockIdx.x;
     const int64_t first_tile = split * w.tiles_per_split, last_tile = min(first_tile + w.tiles_per_split, w.tiles);
     for (int64_t d = first_depth; d < last_depth; ++d) {
-      const int kind = load_rows<kWarps>(p, w, d, first_row, rows, table);
+      load_rows<kWarps>(p, w, d, first_row, rows, table);
       const uint8_t* packed = w.packed + (p.codebook_stride == 0 ? 0 : d) * w.tiles * w.tile_bytes;
-      scan<kWarps>(w, packed, first_tile, last_tile, kind, rows, ring, table, slot);
+      scan<kWarps>(w, packed, first_tile, last_tile, is_centred(d), rows, ring, table, slot);
       __syncthreads();
       if (w.splits > 1) continue;
       decide_rows(p, w, d, first_row, int(min(int64_t(kRows), p.rows - first_row)), slot, 0, direct);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
 
 // The decision of depths [first_depth, last_depth), a row to a group; or, where nothing was scanned, one row to a
 // block.
-__global__ void __launch_bounds__(kGroupThreads)
+__global__ void __launch_bounds__(kGroupThreads, 4)
     decide_splits(ResidualSearchParams p, Work w, int64_t first_depth, int64_t last_depth) {
   CU_SHARED(DirectRows, direct);
   const int at_once = w.warps == 0 ? 1 : kGroupThreads / kLanes, rows_of_block = w.warps * kWarpRows;

@@ -53,7 +53,6 @@ struct Counters {
 enum RowState : int32_t { kScanned = 0, kDirect = -1, kNotFinite = -2 };
 template <int kRows>
 struct RowTable {
-  double norm_squared[2][kRows];  // of r - middle and of r
   float reach[kRows];
   float slack[kRows];
   int32_t state[kRows];

@@ -44,27 +44,30 @@ __device__ inline void pack_code(const ResidualSearchParams& p, const Work& w, i
   const float* middle = w.middles + q * w.chunks * kChunk;
   const Rounded rounded =
       round_row(e, middle, p.channels, w.chunks, place, reinterpret_cast<uint8_t*>(headers + 2), kChunkBytes);
-  double product = 0, squared = 0;
+  double centred = 0, product = 0, squared = 0;
   for (int64_t c = lane_of_group(); c < p.channels && e != nullptr; c += kLanes) {
-    product += double(middle[c]) * (double(e[c]) - double(middle[c]));
-    squared += double(e[c]) * double(e[c]);
+    const double code = e[c], difference = code - double(middle[c]);
+    centred += difference * difference;
+    product += double(middle[c]) * difference;
+    squared += code * code;
   }
+  centred = sum_lanes(centred);
   product = sum_lanes(product);
   squared = sum_lanes(squared);
   if (lane_of_group() != 0) return;
   // One that is not finite can never be chosen, nor can one past the last.
-  const bool finite = e != nullptr && squared < 1e300;
+  const bool finite = e != nullptr && rounded.finite;
   const double accumulation = accumulation_error(w), share = 1.2 * accumulation + 0x1p-22;
   // The middle is no longer than |e| + |e - middle|; g in float64 is off by less than this.
-  const double loss = 0x1p-40 * (2 * rounded.norm_squared + sqrt(rounded.norm_squared * squared));
+  const double loss = 0x1p-40 * (2 * centred + sqrt(centred * squared));
   for (int kind = 0; kind < 2; ++kind) {
-    const double g = rounded.norm_squared / 2 + (kind == 0 ? 0.0 : product);
+    const double g = centred / 2 + (kind == 0 ? 0.0 : product);
     const double extra = share * fabs(g) + loss + denormal_loss(p.channels);
     float* start = headers[kind].start[place / 2] + place % 2;
     start[0] = start[2] = finite ? float(extra - g) : -__int_as_float(0x7f800000);
     if (finite) atomicMax(&bounds.gap[kind], __float_as_int(round_up(2.01 * extra)));
   }
-  const double norm = 1.000001 * sqrt(rounded.norm_squared), error = error_norm(rounded, p.channels);
+  const double norm = 1.000001 * sqrt(centred), error = rounded_error(rounded, p.channels);
   const float width = finite ? round_up(1.0001 * (norm / 1024 + error + accumulation * (norm + error))) : 0.0f;
   headers[0].width[place] = headers[1].width[place] = width;
   if (!finite) return;

@@ -1,7 +1,7 @@
 // The scan: scores of all codes by tensor cores in bf16, and a bound that says which codes it cannot rule out.
 //
-// With m the middle of a codebook, e'_k = e_k - m, and v = r - m, or v = r where that is shorter for most rows of the
-// block (the later depths of data that lie far from zero):
+// With m the middle of a codebook, e'_k = e_k - m, and v = r - m at the first depth, v = r at the later ones, where
+// residuals lie around zero wherever the data does:
 //   half distance = constant of the row - s_k,  s_k = <v, e'_k> - g_k,  g_k = |e'_k|^2/2 (v = r - m) or
 //                                                                             |e'_k|^2/2 + <m, e'_k> (v = r)
 // so the nearest code has the largest s. In bf16 (rounded to nearest even), e'_k = q_k + (error of norm <= f_k) and
@@ -44,49 +44,32 @@ namespace residual_search {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// The rows of a block in bf16 (chunks, rows, kChunk), and the table of their numbers. Returns whether they are as they
-// are (1) or have the middle taken away (0). The whole block calls; others see the tile behind a barrier.
+// Whether a depth's rows have the middle taken away.
+__device__ inline bool is_centred(int64_t d) { return d == 0; }
+
+// The rows of a block in bf16 (chunks, rows, kChunk), and the table of their numbers. The whole block calls; others see
+// both behind a barrier.
 template <int kWarps>
-__device__ inline int load_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
-                                uint8_t* rows, RowTable<kWarps * kWarpRows>& table) {
+__device__ inline void load_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
+                                 uint8_t* rows, RowTable<kWarps * kWarpRows>& table) {
   constexpr int kRows = kWarps * kWarpRows, kGroups = kRows / kLanes;
   const int64_t q = p.codebook_stride == 0 ? 0 : d;
   const float* middle = w.middles + q * w.chunks * kChunk;
-  const int valid = int(min(int64_t(kRows), p.rows - first_row));
+  const double max_norm = __int_as_float(w.extents[q].norm), max_centred = __int_as_float(w.extents[q].centred_norm);
   for (int row = threadIdx.x / kLanes; row < kRows; row += kGroups) {
-    const float* r = residual_at(p, w, d, first_row + row);
-    double centred = 0, plain = 0;
-    for (int64_t c = lane_of_group(); c < p.channels && row < valid; c += kLanes) {
-      const double difference = double(r[c]) - double(middle[c]);
-      centred += difference * difference;
-      plain += double(r[c]) * double(r[c]);
-    }
-    centred = sum_lanes(centred);
-    plain = sum_lanes(plain);
-    if (lane_of_group() == 0) {
-      table.norm_squared[0][row] = centred;
-      table.norm_squared[1][row] = plain;
-    }
-  }
-  __syncthreads();
-  const int votes = __syncthreads_count(table.norm_squared[1][threadIdx.x] < table.norm_squared[0][threadIdx.x]);
-  const int kind = 2 * votes > valid ? 1 : 0;
-
-  const float max_norm = __int_as_float(w.extents[q].norm), max_centred = __int_as_float(w.extents[q].centred_norm);
-  for (int row = threadIdx.x / kLanes; row < kRows; row += kGroups) {
-    const float* r = row < valid ? residual_at(p, w, d, first_row + row) : nullptr;
+    const float* r = first_row + row < p.rows ? residual_at(p, w, d, first_row + row) : nullptr;
     const Rounded rounded =
-        round_row(r, kind == 0 ? middle : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
+        round_row(r, is_centred(d) ? middle : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
     if (lane_of_group() != 0) continue;
-    const double plain = table.norm_squared[1][row], error = error_norm(rounded, p.channels);
-    const double extent = sqrt(plain) + double(max_norm);
-    const double reach = 1.0001 * max(sqrt(rounded.norm_squared) + error, 1024 * error);
-    const bool scanned = reach < double(kLargest) && max_centred < kLargest;
-    table.state[row] = !(plain < 1e300) ? kNotFinite : scanned ? kScanned : kDirect;
+    const double norm = rounded_norm(rounded, p.channels), error = rounded_error(rounded, p.channels);
+    const double reach = 1.0001 * max(norm + error, 1024 * error);
+    // |r| + max|e|: the middle is no longer than |e| + |e - middle|.
+    const double extent = norm + (is_centred(d) ? max_norm + max_centred : 0.0) + max_norm;
+    const bool scanned = reach < kLargest && max_centred < kLargest;
+    table.state[row] = !rounded.finite ? kNotFinite : scanned ? kScanned : kDirect;
     table.reach[row] = scanned ? round_up(reach) : 0.0f;
     table.slack[row] = round_up(1.1 * (double(p.channels) / 8 + 8) * 0x1p-53 * extent * extent);
   }
-  return kind;
 }
 
 // What a thread knows of one of its rows.
@@ -206,7 +189,7 @@ __device__ inline void select(const float (&scores)[2][16][4], const TileHeader&
 // Scans tiles [first_tile, last_tile) for the block's rows and writes its lists as number `slot`. The whole block
 // calls, and again only behind a barrier.
 template <int kWarps>
-__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, int kind,
+__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, bool centred,
                             const uint8_t* rows, uint8_t* ring, const RowTable<kWarps * kWarpRows>& table,
                             int64_t slot) {
   constexpr int kRows = kWarps * kWarpRows, kThreads = kWarps * 32;
@@ -227,7 +210,7 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
 #pragma unroll
         for (int i = 0; i < int(sizeof(TileHeader)); i += kBytes) {
           if (i + 16 * int(threadIdx.x) >= int(sizeof(TileHeader))) break;
-          ptx::cp_async_16(to + i, from + kind * sizeof(TileHeader) + i);
+          ptx::cp_async_16(to + i, from + (centred ? 0 : sizeof(TileHeader)) + i);
         }
         from += 2 * sizeof(TileHeader);
         header_stage = header_stage + 1 == kStages ? 0 : header_stage + 1;
