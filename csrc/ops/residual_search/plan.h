@@ -68,6 +68,7 @@ struct DirectRows {
 // The plan, and pointers into the workspace.
 struct Work {
   int warps;                   // of a scanning block; 0: so many channels that every row is searched directly
+  bool halved;                 // the channels are no more than half a chunk: so are the products
   int splits;                  // of the codes over blocks; 1: one launch does everything
   int64_t row_blocks, blocks;  // blocks of rows, and how many of them are under way at a time
   int64_t codebooks, tiles, tiles_per_split, chunks;
@@ -102,6 +103,7 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   *w = {};
   w->codebooks = p.codebook_stride == 0 ? 1 : p.depth;
   w->chunks = divide_up(p.channels, kChunk);
+  w->halved = p.channels <= kChunk / 2;
   w->tiles = divide_up(p.num_codes, kTileCodes);
   w->tile_bytes = 2 * int64_t(sizeof(TileHeader)) + w->chunks * kChunkBytes;
   auto shared = [w](int warps) { return scan_shared_bytes(warps, w->chunks) + static_shared_bytes(warps); };

@@ -100,13 +100,13 @@ __device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate*
 __device__ inline int row_offset(int lane) { return unit_offset(lane % 16, lane / 16); }
 __device__ inline int code_offset(int lane) { return unit_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
 
-// One chunk of 32 channels: scores += rows * codes, or from `start` where it is the first. `start`, `rows` and `codes`
-// are the lane's own, the last two less its offset.
-template <bool kFirst>
+// kSteps times 16 channels of a chunk: scores += rows * codes, or from `start` where it is the first. `start` is the
+// lane's own, so are `rows` and `codes` with its offsets.
+template <bool kFirst, int kSteps>
 __device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* rows, const uint8_t* codes,
                                       int row_offset, int code_offset, const float (*start)[4]) {
 #pragma unroll
-  for (int step = 0; step < kChunk / 16; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     uint32_t a[2][4];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -251,10 +251,12 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
       fetch();
       const uint8_t* rows_chunk = rows + (chunk * kRows + warp_row) * (kChunk * 2);
       const uint8_t* codes_chunk = ring + current * kChunkBytes;
-      if (chunk == 0) {
-        multiply_chunk<true>(scores, rows_chunk, codes_chunk, rows_at, codes_at, header.start + lane % kQuad);
+      if (chunk > 0) {
+        multiply_chunk<false, 2>(scores, rows_chunk, codes_chunk, rows_at, codes_at, nullptr);
+      } else if (w.halved) {
+        multiply_chunk<true, 1>(scores, rows_chunk, codes_chunk, rows_at, codes_at, header.start + lane % kQuad);
       } else {
-        multiply_chunk<false>(scores, rows_chunk, codes_chunk, rows_at, codes_at, nullptr);
+        multiply_chunk<true, 2>(scores, rows_chunk, codes_chunk, rows_at, codes_at, header.start + lane % kQuad);
       }
       current = current + 1 == kStages ? 0 : current + 1;
     }
