@@ -50,8 +50,9 @@ void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 bl
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
   cudaError_t error = cudaSuccess;
-  // More than every launch may use must be asked for.
-  if (shared > 48 * 1024) {
+  // More than the 48 KiB that every launch may use must be asked for; static shared memory counts too, and no kernel
+  // here has more than 16 KiB of it.
+  if (shared > 32 * 1024) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   }
   if (error == cudaSuccess) {

@@ -31,26 +31,42 @@ struct Nearest {
   }
 };
 
-// Row number `row` of the block of rows whose lists start at `slot`, `rows_of_block` to each split. Returns its state;
-// the code where that is kScanned.
+// Row number `row` of the block of rows whose lists start at `slot`, `rows_of_block` to each split, and whose summaries
+// these are. Returns its state; the code where that is kScanned.
 __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, const float* r, const float* codebook,
-                                 int64_t slot, int rows_of_block, int row, Nearest& nearest) {
-  const int lists = w.splits * kQuad, j = lane_of_group();
+                                 int64_t slot, const Summary* summaries, int rows_of_block, int row, Nearest& nearest) {
+  const int j = lane_of_group();
   const unsigned mask = group_mask();
-  // List l is that of split l / kQuad and thread l % kQuad.
-  auto place = [&](int l) { return (slot + l / kQuad) * rows_of_block + row; };
-  int state = kScanned;
+  int state = kScanned, codes = 0, code = -1;
   float floor = -__int_as_float(0x7f800000);
-  for (int l = j; l < lists; l += kLanes) {
-    state = min(state, w.counts[place(l) * kQuad + l % kQuad]);
-    floor = max(floor, w.floors[place(l)]);
+  for (int s = j; s < w.splits; s += kLanes) {
+    const Summary summary = summaries[s * rows_of_block + row];
+    state = min(state, summary.codes);
+    floor = max(floor, summary.floor);
   }
   for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
     state = min(state, __shfl_xor_sync(mask, state, lanes, kLanes));
     floor = max(floor, __shfl_xor_sync(mask, floor, lanes, kLanes));
   }
   if (state != kScanned) return state;
+  for (int s = j; s < w.splits; s += kLanes) {
+    const Summary summary = summaries[s * rows_of_block + row];
+    if (!(summary.top > floor)) continue;
+    codes += summary.codes;
+    code = summary.code;
+  }
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    codes += __shfl_xor_sync(mask, codes, lanes, kLanes);
+    code = max(code, __shfl_xor_sync(mask, code, lanes, kLanes));
+  }
+  if (codes <= 1) {
+    nearest.code = code;
+    return state;
+  }
 
+  // List l is that of split l / kQuad and thread l % kQuad.
+  const int lists = w.splits * kQuad;
+  auto place = [&](int l) { return (slot + l / kQuad) * rows_of_block + row; };
   for (int first = 0; first < lists; first += kLanes) {
     const int l = first + j;
     const int64_t list = l < lists ? place(l) * kQuad + l % kQuad : 0;
@@ -69,8 +85,7 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
         const int32_t tile = __shfl_sync(mask, mine.tile, from, kLanes);
         for (uint32_t codes = __shfl_sync(mask, mine.mask, from, kLanes); codes != 0; codes &= codes - 1) {
           const int bit = __ffs(int(codes)) - 1;
-          const int64_t k = int64_t(tile) * kTileCodes + bit / 2 * 8 + from % kQuad * 2 + bit % 2;
-          nearest.see(r, codebook, p.channels, k);
+          nearest.see(r, codebook, p.channels, code_of(tile, bit, from % kQuad));
         }
       }
     }
@@ -81,9 +96,10 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
 }
 
 // Chooses and takes the codes of rows [first_row, first_row + num_rows), which are rows `first`.. of the block of rows
-// whose lists start at `slot`. The whole block calls, and again only behind a barrier.
+// whose lists start at `slot` and whose summaries these are. The whole block calls, and again only behind a barrier.
 __device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
-                                   int num_rows, int64_t slot, int first, DirectRows& shared) {
+                                   int num_rows, int64_t slot, const Summary* summaries, int first,
+                                   DirectRows& shared) {
   const float* codebook = codebook_at(p, d);
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
@@ -91,8 +107,8 @@ __device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w,
     const int64_t row = first_row + i;
     Nearest nearest;
     const int state = w.warps == 0 ? kDirect
-                                   : decide_row(p, w, residual_at(p, w, d, row), codebook, slot, w.warps * kWarpRows,
-                                                first + i, nearest);
+                                   : decide_row(p, w, residual_at(p, w, d, row), codebook, slot, summaries,
+                                                w.warps * kWarpRows, first + i, nearest);
     if (state != kDirect) {
       take_code(p, w, d, row, state == kScanned ? nearest.code : -1);
     } else if (lane_of_group() == 0) {

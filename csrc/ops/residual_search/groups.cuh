@@ -31,6 +31,11 @@ __device__ inline double squared_distance(const float* r, const float* e, int64_
   return sum_lanes(lane);
 }
 
+// Code of a candidate's bit in thread `t` of a quad.
+__device__ inline int32_t code_of(int32_t tile, int bit, int t) {
+  return tile * kTileCodes + bit / 2 * 8 + 2 * t + bit % 2;
+}
+
 __device__ inline const float* codebook_at(const ResidualSearchParams& p, int64_t d) {
   return p.codebooks + d * p.codebook_stride;
 }

@@ -39,10 +39,11 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     for (int64_t d = first_depth; d < last_depth; ++d) {
       load_rows<kWarps>(p, w, d, first_row, rows, table);
       const uint8_t* packed = w.packed + (p.codebook_stride == 0 ? 0 : d) * w.tiles * w.tile_bytes;
-      scan<kWarps>(w, packed, first_tile, last_tile, is_centred(d), rows, ring, table, slot);
+      scan<kWarps>(w, packed, first_tile, last_tile, is_centred(d), rows, ring, table, slot,
+                   w.splits > 1 ? w.summaries + slot * kRows : table.summary);
       __syncthreads();
       if (w.splits > 1) continue;
-      decide_rows(p, w, d, first_row, int(min(int64_t(kRows), p.rows - first_row)), slot, 0, direct);
+      decide_rows(p, w, d, first_row, int(min(int64_t(kRows), p.rows - first_row)), slot, table.summary, 0, direct);
       __syncthreads();
     }
   }
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kGroupThreads, 4)
     const int64_t block = w.warps == 0 ? 0 : row / rows_of_block;
     for (int64_t d = first_depth; d < last_depth; ++d) {
       decide_rows(p, w, d, row, int(min(int64_t(at_once), p.rows - row)), block * w.splits,
-                  int(row - block * rows_of_block), direct);
+                  w.summaries + block * w.splits * rows_of_block, int(row - block * rows_of_block), direct);
       __syncthreads();
     }
   }

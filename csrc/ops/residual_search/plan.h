@@ -38,6 +38,16 @@ struct TileHeader {
 };
 static_assert(sizeof(TileHeader) % 16 == 0, "cp.async copies 16 bytes");
 
+enum RowState : int32_t { kScanned = 0, kDirect = -1, kNotFinite = -2 };
+
+// What a scan leaves of a row.
+struct Summary {
+  float floor;    // no code whose score's upper bound is not above this one can win
+  float top;      // no upper bound of a candidate is above
+  int32_t codes;  // how many candidates; or a RowState other than kScanned
+  int32_t code;   // which, where it is one
+};
+
 // Bits of floats that are not negative, so that they compare as integers.
 struct Extent {
   int32_t norm;          // no |e| of a codebook is above
@@ -50,12 +60,12 @@ struct Counters {
 };
 
 // A scanning block's rows, in shared memory.
-enum RowState : int32_t { kScanned = 0, kDirect = -1, kNotFinite = -2 };
 template <int kRows>
 struct RowTable {
   float reach[kRows];
   float slack[kRows];
   int32_t state[kRows];
+  Summary summary[kRows];
 };
 
 struct DirectRows {
@@ -77,11 +87,11 @@ struct Work {
   float* middles;   // (codebooks, chunks * kChunk)
   Extent* extents;  // (codebooks)
   Counters* counters;
-  uint8_t* packed;  // (codebooks, tiles): a TileHeader for rows from which the codebook's middle is taken away, one
-                    // for rows as they are; then chunks of kChunkBytes
-  float* residual;  // (rows, channels), from the second depth on
-  float* floors;    // (blocks, splits, rows of a block)
-  int32_t* counts;  // (blocks, splits, rows of a block, kQuad); or a RowState
+  uint8_t* packed;     // (codebooks, tiles): a TileHeader for rows from which the codebook's middle is taken away, one
+                       // for rows as they are; then chunks of kChunkBytes
+  float* residual;     // (rows, channels), from the second depth on
+  Summary* summaries;  // (blocks, splits, rows of a block), where there is more than one split
+  int32_t* counts;     // (blocks, splits, rows of a block, kQuad): of candidates
   Candidate* candidates;  // (blocks, splits, rows of a block, kQuad, kCapacity)
 };
 
@@ -133,7 +143,7 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   take(&w->extents, w->codebooks);
   take(&w->counters, 1);
   take(&w->packed, w->codebooks * w->tiles * w->tile_bytes);
-  take(&w->floors, lists);
+  take(&w->summaries, w->splits > 1 ? lists : 0);
   take(&w->counts, lists * kQuad);
   take(&w->candidates, lists * kQuad * kCapacity);
   return bytes;

@@ -186,14 +186,55 @@ __device__ inline void select(const float (&scores)[2][16][4], const TileHeader&
   }
 }
 
-// Scans tiles [first_tile, last_tile) for the block's rows and writes its lists as number `slot`. The whole block
-// calls, and again only behind a barrier.
+// Drops the candidates that the last floor rules out, and sums up what is left. The whole warp calls; lists, counts and
+// summaries are those of the thread's first row.
+__device__ inline void settle(const RowScan (&row)[4], Candidate* lists, int32_t* counts, Summary* summaries) {
+  const float inf = __int_as_float(0x7f800000);
+  // All reads are under way at once.
+  float upper[4][kCapacity];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int e = 0; e < kCapacity; ++e) {
+      upper[i][e] = e < row[i].count ? lists[8 * i * (kQuad * kCapacity) + e].upper : -inf;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    Candidate* list = lists + 8 * i * (kQuad * kCapacity);
+    Summary sum{row[i].floor, -inf, 0, -1};
+    int kept = 0, state = min(row[i].count, int(kScanned));
+#pragma unroll
+    for (int e = 0; e < kCapacity; ++e) {
+      if (!(upper[i][e] > row[i].floor)) continue;
+      const Candidate candidate = list[e];
+      list[kept++] = candidate;
+      sum.top = max(sum.top, candidate.upper);
+      sum.codes += __popc(candidate.mask);
+      sum.code = code_of(candidate.tile, __ffs(int(candidate.mask)) - 1, threadIdx.x % kQuad);
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kQuad; lanes *= 2) {
+      state = min(state, __shfl_xor_sync(kFullWarp, state, lanes));
+      sum.floor = max(sum.floor, __shfl_xor_sync(kFullWarp, sum.floor, lanes));
+      sum.top = max(sum.top, __shfl_xor_sync(kFullWarp, sum.top, lanes));
+      sum.codes += __shfl_xor_sync(kFullWarp, sum.codes, lanes);
+      sum.code = max(sum.code, __shfl_xor_sync(kFullWarp, sum.code, lanes));
+    }
+    if (state != kScanned) sum.codes = state;
+    counts[8 * i * kQuad] = kept;
+    if (threadIdx.x % kQuad == 0) summaries[8 * i] = sum;
+  }
+}
+
+// Scans tiles [first_tile, last_tile) for the block's rows; writes its lists as number `slot`, and the rows' summaries.
+// The whole block calls, and again only behind a barrier.
 template <int kWarps>
 __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, bool centred,
-                            const uint8_t* rows, uint8_t* ring, const RowTable<kWarps * kWarpRows>& table,
-                            int64_t slot) {
+                            const uint8_t* rows, uint8_t* ring, const RowTable<kWarps * kWarpRows>& table, int64_t slot,
+                            Summary* summaries) {
   constexpr int kRows = kWarps * kWarpRows, kThreads = kWarps * 32;
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows;
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows, first_row = warp_row + lane / kQuad;
   auto* headers = reinterpret_cast<TileHeader*>(ring + kStages * kChunkBytes);
 
   // Chunks come in the order in which they are scanned; a tile's header comes with its first one.
@@ -234,10 +275,10 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
   RowScan row[4];
   const float inf = __int_as_float(0x7f800000);
   for (int i = 0; i < 4; ++i) {
-    const int r = warp_row + 8 * i + lane / kQuad;
+    const int r = first_row + 8 * i;
     row[i] = {table.reach[r], table.state[r] == kScanned ? -inf : inf, table.state[r]};
   }
-  Candidate* lists = w.candidates + ((slot * kRows + warp_row + lane / kQuad) * kQuad + lane % kQuad) * kCapacity;
+  Candidate* lists = w.candidates + ((slot * kRows + first_row) * kQuad + lane % kQuad) * kCapacity;
 
   const int rows_at = row_offset(lane), codes_at = code_offset(lane);
   int current = 0, current_header = 0;
@@ -265,11 +306,8 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
   }
   ptx::cp_async_wait<0>();
 
-  for (int i = 0; i < 4; ++i) {
-    const int64_t place = slot * kRows + warp_row + 8 * i + lane / kQuad;
-    w.counts[place * kQuad + lane % kQuad] = row[i].count;
-    if (lane % kQuad == 0) w.floors[place] = row[i].floor;
-  }
+  const int64_t place = slot * kRows + first_row;
+  settle(row, lists, w.counts + place * kQuad + lane % kQuad, summaries + first_row);
 }
 
 }  // namespace residual_search
