@@ -45,19 +45,34 @@ __device__ inline const float* residual_at(const ResidualSearchParams& p, const 
   return (d == 0 ? p.x : w.residual) + row * p.channels;
 }
 
-// Subtracts code k (-1: none) from r_d and writes what the search returns of this depth.
+// Subtracts code k (-1: none) from r_d and writes what the search returns of this depth. By a group.
 __device__ inline void take_code(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t row, int64_t k) {
+  constexpr int kAtOnce = 8;  // so that as many reads are under way, which may not pass the writes
   const float nan = __int_as_float(0x7fffffff);
   const float* r = residual_at(p, w, d, row);
   const float* e = codebook_at(p, d) + (k < 0 ? 0 : k) * p.channels;
+  float* quantized = p.quantized + row * p.channels;
   double lane = 0;
-  for (int64_t c = lane_of_group(); c < p.channels; c += kLanes) {
-    const float from = r[c], taken = k < 0 ? nan : e[c], left = from - taken;
-    float* quantized = p.quantized + row * p.channels + c;
-    if (p.residuals != nullptr) p.residuals[(row * p.depth + d) * p.channels + c] = from;
-    if (d + 1 < p.depth) w.residual[row * p.channels + c] = left;
-    *quantized = (d == 0 ? 0.0f : *quantized) + taken;
-    lane = __dadd_rn(lane, __dmul_rn(double(left), double(left)));
+  for (int64_t first = lane_of_group(); first < p.channels; first += kAtOnce * kLanes) {
+    float from[kAtOnce], taken[kAtOnce], before[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t c = first + i * kLanes;
+      const bool real = c < p.channels;
+      from[i] = real ? r[c] : 0.0f;
+      taken[i] = real && k >= 0 ? e[c] : nan;
+      before[i] = real && d > 0 ? quantized[c] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int64_t c = first + i * kLanes;
+      if (c >= p.channels) continue;
+      const float left = from[i] - taken[i];
+      if (p.residuals != nullptr) p.residuals[(row * p.depth + d) * p.channels + c] = from[i];
+      if (d + 1 < p.depth) w.residual[row * p.channels + c] = left;
+      quantized[c] = before[i] + taken[i];
+      lane = __dadd_rn(lane, __dmul_rn(double(left), double(left)));
+    }
   }
   const double norm = sum_lanes(lane);
   if (lane_of_group() == 0) {

@@ -9,26 +9,31 @@
 namespace rqk {
 namespace residual_search {
 
-constexpr int64_t kMiddleSample = 256;
+constexpr int kMiddleSample = 32;
 
 // A vector in the middle of each codebook, the mean of some codes. Any would be right. Also zeroes what pack_codes and
 // the search add to.
 __global__ void __launch_bounds__(kGroupThreads) find_middles(ResidualSearchParams p, Work w) {
-  const int64_t padded = w.chunks * kChunk, sample = min(p.num_codes, kMiddleSample);
+  const int64_t padded = w.chunks * kChunk;
   if (blockIdx.x == 0 && threadIdx.x == 0) *w.counters = {0, 0};
   for (int64_t i = int64_t(blockIdx.x) * kGroupThreads + threadIdx.x; i < w.codebooks * padded;
        i += int64_t(gridDim.x) * kGroupThreads) {
     const int64_t q = i / padded, c = i % padded;
     if (c == 0) w.extents[q] = {0, 0};
-    double sum = 0;
-    int count = 0;
-    for (int64_t s = 0; s < sample && c < p.channels; ++s) {
-      const float value = codebook_at(p, q)[s * p.num_codes / sample * p.channels + c];
-      if (!(fabsf(value) < 1e15f)) continue;
-      sum += value;
-      ++count;
+    float values[kMiddleSample];  // all reads under way at once
+#pragma unroll
+    for (int s = 0; s < kMiddleSample; ++s) {
+      values[s] = c < p.channels ? codebook_at(p, q)[s * p.num_codes / kMiddleSample * p.channels + c] : 0.0f;
     }
-    w.middles[i] = count == 0 ? 0.0f : float(sum / count);
+    float sum = 0;
+    int count = 0;
+#pragma unroll
+    for (int s = 0; s < kMiddleSample; ++s) {
+      const bool usual = fabsf(values[s]) < 1e15f;
+      sum += usual ? values[s] : 0.0f;
+      count += usual ? 1 : 0;
+    }
+    w.middles[i] = count == 0 ? 0.0f : sum / float(count);
   }
 }
 
