@@ -36,8 +36,8 @@ every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 class Counted(NamedTuple):
-    direct_rows: int
-    evaluated_codes: int
+    direct_rows: int  # times depths, that a scan left to the direct search; -1: there was no scan
+    evaluated_codes: int  # for the other rows
 
 
 def search(
@@ -81,7 +81,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_shapes(emulation: Emulation, way: Device, n: int, k: int, c: int, d: int) -> None:
     rows = min(n, ROWS[emulation.build])
     schedules = (0, 2) if rows * k * c > 10**5 else (0, 1, 2, 3)
-    check(emulation, normal(rows, c), normal(1, k, c, seed=1), d, way, schedules=schedules)
+    _, counted = check(emulation, normal(rows, c), normal(1, k, c, seed=1), d, way, schedules=schedules)
+    assert counted.direct_rows == (-1 if rows and way is WAYS["direct"] else 0)
 
 
 @pytest.mark.parametrize(
@@ -228,4 +229,5 @@ def test_a_bad_code_is_never_chosen(emulation: Emulation, way: Device) -> None:
 
 
 def test_more_channels_than_a_scan_takes(emulation: Emulation) -> None:
-    check(emulation, normal(2, 8193), normal(1, 5, 8193, seed=1), 2, H100, schedules=(0, 1))
+    _, counted = check(emulation, normal(2, 8193), normal(1, 5, 8193, seed=1), 2, H100, schedules=(0, 1))
+    assert counted.direct_rows == -1

@@ -8,7 +8,7 @@ namespace rqk::emulation {
 // x (n, c), codebooks (1 or depth, k, c), depth, multiprocessors, bytes of shared memory of a block, bits after which
 // an mma errs (0: exact)
 //   -> codes, quantized, residual_norms, residuals, and what the search counted: rows (times depths) that were searched
-//      directly, codes evaluated for the others
+//      directly, codes evaluated for the others; -1 where the device or the channels leave no room for a scan
 std::vector<Array> residual_search(const Inputs& inputs) {
   const Array &x = inputs.array(0, "<f4", 2), &codebooks = inputs.array(1, "<f4", 3);
   const int64_t depth = inputs.number(2), n = x.shape[0], c = x.shape[1];
@@ -37,7 +37,11 @@ std::vector<Array> residual_search(const Inputs& inputs) {
     launch(p, nullptr);
     rqk::residual_search::Work w;
     rqk::residual_search::plan(p, device().multiprocessors, device().shared_bytes, p.workspace, &w);
-    if (w.counters != nullptr) std::memcpy(counted.data.data(), w.counters, counted.data.size());
+    if (w.counters == nullptr) {
+      std::memset(counted.data.data(), 0xff, counted.data.size());
+    } else {
+      std::memcpy(counted.data.data(), w.counters, counted.data.size());
+    }
   }
   return {to_host(codes, "<i8", {n, depth}), to_host(quantized, "<f4", {n, c}), to_host(norms, "<f4", {n, depth}),
           to_host(residuals, "<f4", {n, depth, c}), counted};

@@ -129,8 +129,10 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   if (w->warps == 0) return bytes;
 
   // As many blocks as the device holds at a time; more of the codes' splits than that would only wait.
-  const int64_t resident = std::min<int64_t>(kWarpsPerMultiprocessor / w->warps, shared_bytes / shared(w->warps));
-  const int64_t at_once = multiprocessors * std::max<int64_t>(resident, 1);
+  // A multiprocessor has shared memory for its largest block, of which every block takes a KiB more than it asks for.
+  const int64_t fitting = (shared_bytes + 1024) / (shared(w->warps) + 1024);
+  const int64_t resident = std::min<int64_t>(kWarpsPerMultiprocessor / w->warps, fitting);
+  const int64_t at_once = multiprocessors * resident;
   const int rows_of_block = w->warps * kWarpRows;
   w->scan_shared_bytes = scan_shared_bytes(w->warps, w->chunks);
   w->row_blocks = divide_up(p.rows, rows_of_block);

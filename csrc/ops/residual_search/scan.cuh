@@ -87,6 +87,7 @@ struct RowScan {
 __device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate* list) {
   if (row.count == kCapacity) {
     row.count = 0;
+#pragma unroll 1
     for (int i = 0; i < kCapacity; ++i) {
       if (list[i].upper > row.floor) list[row.count++] = list[i];
     }
