@@ -8,8 +8,9 @@
 // v = p + (error of norm <= z), both measured; the scan computes a_k = c_k + <p, q_k>, starting from a float c_k.
 //
 // Products of bf16 are exact in float. How a tensor core adds them is not documented; assumed is that an mma of depth
-// 16 errs by at most 2^-18 (|addend| + sum|products|). (Alignment to the largest of 17 terms and truncation after 23
-// bits, the worst that was reported of any of them, errs by 17 * 2^-23 of it.) For C channels, padded, in C/16 mma:
+// 16 errs by at most 2^-18 (|addend| + sum|products|). (Aligning 17 terms to the largest and cutting each off 23 bits
+// below it, with no rounding, errs by 17 * 2^-23 of it; doing so in two steps by 20 * 2^-23.) For C channels, padded,
+// in C/16 mma:
 //   G = 1.1 (C/16) 2^-18,  |a_k - c_k - <p, q_k>| <= G (|c_k| + |p| |q_k|).
 // With n_k = |e'_k| and what denormals lose (2 C 2^-126, in z, f and B):
 //   <v - p, e'_k>            <= z n_k
