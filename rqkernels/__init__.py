@@ -8,6 +8,7 @@ from ._info import info
 from .ops.code_statistics import code_statistics
 from .ops.residual_decode import residual_decode
 from .ops.residual_search import FrozenCodebook, residual_search
+from .ops.stochastic_residual_search import stochastic_residual_search
 from .reference.residual_search import ResidualCodes
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "reference",
     "residual_decode",
     "residual_search",
+    "stochastic_residual_search",
 ]

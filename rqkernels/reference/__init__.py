@@ -1,16 +1,17 @@
 """Plain-PyTorch definitions: slow, obvious, and what "right" means for every kernel.
 
 Each function has the name, arguments and meaning of its twin in `rqkernels`. They import only torch, so
-that a doubt about a kernel can be settled by reading one page. Those without a twin yet
-(`stochastic_residual_search`, the soft labels, `sample_logits`) are the definition their kernels will meet.
+that a doubt about a kernel can be settled by reading one page. Those without a twin yet (the soft labels,
+`sample_logits`) are the definition their kernels will meet.
 """
 
 from .code_statistics import code_statistics
 from .philox import OP_SAMPLE_LOGITS, OP_STOCHASTIC_RESIDUAL_SEARCH, philox_uniform
 from .residual_decode import residual_decode
-from .residual_search import FrozenCodebook, ResidualCodes, residual_search, stochastic_residual_search
+from .residual_search import FrozenCodebook, ResidualCodes, residual_search
 from .sample_logits import sample_logits
 from .soft_label import distance_softmax, soft_label_cross_entropy
+from .stochastic_residual_search import stochastic_residual_search
 
 __all__ = [
     "OP_SAMPLE_LOGITS",

@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .philox import OP_STOCHASTIC_RESIDUAL_SEARCH, inverse_cdf, philox_uniform
-from .soft_label import distance_softmax
-
 _LANES = 8
 # Rows are taken in chunks, so that the float64 temporaries of one chunk stay near this many elements.
 _CHUNK_ELEMENTS = 1 << 23
@@ -57,20 +54,31 @@ def lane_sum(terms: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
+def choose_by_distances(
+    r_nc: Tensor, codebook_kc: Tensor, choose: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """`choose(squared, rows) -> codes` for chunks of rows, from their float64 squared distances to all codes, by the
+    definition. (n, C), (K, C) -> (n,)."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, codebook_kc.numel()))
+    e_kc = codebook_kc.double()
+    codes = [
+        choose(lane_sum((r_nc[rows].double()[:, None, :] - e_kc) ** 2), rows)
+        for rows in (slice(first, first + size) for first in range(0, r_nc.shape[0], size))
+    ]
+    return torch.cat(codes) if codes else r_nc.new_zeros(0, dtype=torch.int64)
+
+
 def _nearest(r_nc: Tensor, codebook_kc: Tensor) -> Tensor:
     """Lowest index among the codes with the smallest float64 squared distance. (n, C), (K, C) -> (n,)."""
-    rows = max(1, _CHUNK_ELEMENTS // max(1, codebook_kc.numel()))
-    e_kc = codebook_kc.double()
     # argmin promises the first index of equal values.
-    codes = [lane_sum((r.double()[:, None, :] - e_kc) ** 2).argmin(dim=-1) for r in r_nc.split(rows)]
-    return torch.cat(codes) if codes else r_nc.new_zeros(0, dtype=torch.int64)
+    return choose_by_distances(r_nc, codebook_kc, lambda squared, rows: squared.argmin(dim=-1))
 
 
 def _codebook_at(codebooks: Tensor, d: int) -> Tensor:
     return codebooks if codebooks.dim() == 2 else codebooks[d]
 
 
-def _search(
+def residual_loop(
     x: Tensor, codebooks: Tensor, depth: int | None, choose: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 ) -> tuple[ResidualCodes, Tensor]:
     """The residual loop, paper equations (3)-(5). `choose(r_nc, rows_n, codebook_kc, d) -> codes_n` picks k_d."""
@@ -128,7 +136,7 @@ def residual_search(
 
     if isinstance(codebooks, FrozenCodebook):
         codebooks = codebooks.codebook
-    result, residuals = _search(x, codebooks, depth, lambda r, rows, codebook, d: _nearest(r, codebook))
+    result, residuals = residual_loop(x, codebooks, depth, lambda r, rows, codebook, d: _nearest(r, codebook))
     statistics = None
     if return_statistics:
         num_codes = codebooks.shape[-2]
@@ -141,35 +149,3 @@ def residual_search(
             ]
             statistics = (torch.stack([c for c, _ in per_depth]), torch.stack([s for _, s in per_depth]))
     return result._replace(residuals=residuals if return_residuals else None, statistics=statistics)
-
-
-def stochastic_residual_search(
-    x: Tensor,
-    codebooks: Tensor,
-    depth: int | None = None,
-    *,
-    tau: float,
-    seed: int,
-    offset: int = 0,
-    return_residuals: bool = False,
-) -> ResidualCodes:
-    """Codes sampled at every depth: `k_d ~ Q_tau(. | r_{d-1})` (Lee et al. 2022, section 3.2.3).
-
-    One uniform per choice, from `philox_uniform(row, stream=d)` with row = offset + flattened index of the
-    row and d = 0 .. D-1, inverted through Q_tau in code order. Shapes and the rest are `residual_search`'s.
-
-    Raises:
-        ValueError: tau <= 0, or what `residual_search` raises.
-    """
-
-    def sample(r_nc: Tensor, rows: Tensor, codebook_kc: Tensor, d: int) -> Tensor:
-        uniform = philox_uniform(rows + offset, seed=seed, stream=d, op_id=OP_STOCHASTIC_RESIDUAL_SEARCH)
-        chunk = max(1, _CHUNK_ELEMENTS // codebook_kc.shape[0])
-        picks = [
-            inverse_cdf(distance_softmax(r, codebook_kc, tau, dtype=torch.float64), u)
-            for r, u in zip(r_nc.split(chunk), uniform.split(chunk), strict=True)
-        ]
-        return torch.cat(picks) if picks else rows
-
-    result, residuals = _search(x, codebooks, depth, sample)
-    return result._replace(residuals=residuals if return_residuals else None)

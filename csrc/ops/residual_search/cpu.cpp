@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/cpu_capability.h"
+#include "common/residual_rows.h"
 #include "common/tensors.h"
 #include "ops/residual_search/codebook_cache.h"
 #include "ops/residual_search/packed_codebook.h"
@@ -147,35 +148,11 @@ class Search {
   }
 
  private:
-  // r_0 of a row. Returns its squared norm.
   double begin_row(int64_t row, float* residual) const {
-    std::copy(p_.x + row * p_.channels, p_.x + (row + 1) * p_.channels, residual);
-    std::fill(p_.quantized + row * p_.channels, p_.quantized + (row + 1) * p_.channels, 0.0f);
-    return kernel_.squared_norm(residual, p_.channels);
+    return rqk::begin_row(p_, row, residual, kernel_.squared_norm);
   }
-
-  // Records the code of a depth and moves the residual on. Returns its squared norm.
   double take(int64_t row, int64_t depth, int64_t code, float* residual) const {
-    constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-    const int64_t channels = p_.channels;
-    float* q = p_.quantized + row * channels;
-    if (p_.residuals != nullptr) {
-      std::copy(residual, residual + channels, p_.residuals + (row * p_.depth + depth) * channels);
-    }
-    if (code >= 0) {
-      const float* e = codebooks_.at(depth).codes_kc + code * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        residual[c] -= e[c];
-        q[c] += e[c];
-      }
-    } else {
-      std::fill(residual, residual + channels, kNan);
-      std::fill(q, q + channels, kNan);
-    }
-    const double squared = kernel_.squared_norm(residual, channels);
-    p_.codes[row * p_.depth + depth] = code;
-    p_.residual_norms[row * p_.depth + depth] = static_cast<float>(squared);
-    return squared;
+    return take_code(p_, row, depth, code, codebooks_.at(depth).codes_kc, residual, kernel_.squared_norm);
   }
 
   // Rows [begin, end), depth by depth, each with a scan of its own.
@@ -313,17 +290,6 @@ int64_t parts_of_codes(const SearchKernel& kernel, const PackedCodebooks& codebo
   if (!codebooks.int8() || codebooks.gram() || p.rows == 0) return 1;
   return std::min(
       {threads, kMostParts, p.num_codes / kernel.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
-}
-
-[[noreturn]] void refuse_not_finite(const char* op, const float* values, int64_t count, int64_t num_codes,
-                                    int64_t channels, bool per_depth) {
-  const float* end = values + count * num_codes * channels;
-  const float* bad = std::find_if(values, end, [](float value) { return !std::isfinite(value); });
-  // Otherwise another thread has written to them meanwhile.
-  if (bad == end) value_error(op, ": codebooks must be finite, and were not");
-  const int64_t code = (bad - values) / channels;
-  value_error(op, ": codebooks must be finite, got ", *bad, " in code ", code % num_codes,
-              per_depth ? " of depth " + std::to_string(code / num_codes) : "");
 }
 
 }  // namespace

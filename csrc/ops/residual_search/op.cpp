@@ -1,6 +1,7 @@
 // rqkernels::residual_search: schema, argument checks, tensors to params.
 #include <cstring>
 
+#include "common/residual_arguments.h"
 #include "common/tensors.h"
 #include "ops/residual_search/params.h"
 
@@ -10,37 +11,6 @@ using rqk::ScalarType;
 using rqk::Tensor;
 
 constexpr const char* kOp = "residual_search";
-
-int64_t resolve_depth(const Tensor& codebooks, std::optional<int64_t> depth) {
-  if (codebooks.dim() != 2 && codebooks.dim() != 3) {
-    rqk::value_error(kOp, ": codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; got ",
-                     rqk::shape_of(codebooks));
-  }
-  if (depth.has_value() && *depth < 1) rqk::value_error(kOp, ": depth must be >= 1, got ", *depth);
-  if (codebooks.dim() == 2) {
-    if (!depth.has_value()) rqk::value_error(kOp, ": depth is required with a shared codebook (K, C)");
-    return *depth;
-  }
-  if (depth.has_value() && *depth != codebooks.size(0)) {
-    rqk::value_error(kOp, ": depth is ", *depth, ", but codebooks ", rqk::shape_of(codebooks), " hold ",
-                     codebooks.size(0), " depths; leave depth out or slice the codebooks");
-  }
-  return codebooks.size(0);
-}
-
-void check(const Tensor& x, const Tensor& codebooks) {
-  if (x.dim() < 1) rqk::value_error(kOp, ": x must be (..., C), got a scalar");
-  const int64_t channels = x.size(x.dim() - 1);
-  if (codebooks.size(codebooks.dim() - 1) != channels) {
-    rqk::value_error(kOp, ": x ", rqk::shape_of(x), " has ", channels, " channels, codebooks ",
-                     rqk::shape_of(codebooks), " have ", codebooks.size(codebooks.dim() - 1));
-  }
-  if (codebooks.numel() == 0) rqk::value_error(kOp, ": codebooks must not be empty, got ", rqk::shape_of(codebooks));
-  if (codebooks.size(codebooks.dim() - 2) > INT32_MAX) {
-    rqk::value_error(kOp, ": codebooks may hold at most 2^31 - 1 codes, got ", rqk::shape_of(codebooks));
-  }
-  rqk::check_same_device(kOp, "x", x, "codebooks", codebooks);
-}
 
 void check_packed(const Tensor& codebooks, const Tensor& packed) {
   if (codebooks.is_cuda() || packed.is_cuda() || codebooks.dim() != 2 || packed.scalar_type() != ScalarType::Byte ||
@@ -52,8 +22,8 @@ void check_packed(const Tensor& codebooks, const Tensor& packed) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor codebooks, std::optional<int64_t> depth_,
                                                            bool return_residuals, std::optional<Tensor> packed) {
-  const int64_t depth = resolve_depth(codebooks, depth_);
-  check(x, codebooks);
+  const int64_t depth = rqk::resolve_depth(kOp, codebooks, depth_);
+  rqk::check_x_and_codebooks(kOp, x, codebooks);
   if (packed.has_value()) check_packed(codebooks, *packed);
   rqk::LaunchScope scope(x);
 

@@ -2,20 +2,17 @@
 // cpu.cpp.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "common/cpu_capability.h"
-#include "common/denormals.h"
+#include "common/parallel.h"
 #include "ops/residual_search/scan.h"
 
 namespace rqk {
@@ -35,42 +32,6 @@ constexpr int64_t kGramMaxBytes = int64_t(320) << 20;
 constexpr int64_t kGramMinChannels = 32;
 constexpr double kGramMinNorm = 1e-10, kGramMaxNorm = 1e10;
 constexpr double kGramNormSpread = 1e-6;  // no block's size is below that share of the largest
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Uninitialised memory, aligned to a cache line.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(bytes(size), kAlignment))) {}
-  // Empty where there is no memory left.
-  static Buffer if_available(int64_t size) {
-    Buffer buffer;
-    buffer.data_ = static_cast<T*>(::operator new(bytes(size), kAlignment, std::nothrow));
-    return buffer;
-  }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { ::operator delete(data_, kAlignment); }
-  operator T*() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(T); }
-  T* data_ = nullptr;
-};
-
-template <class Work>
-void for_each_task(int64_t tasks, Work work) {
-  torch::stable::parallel_for(0, tasks, 1, [&work](int64_t begin, int64_t end) {
-    KeepDenormals keep;
-    for (int64_t task = begin; task < end; ++task) work(task);
-  });
-}
 
 // Places of the codes in ascending order of size, coarsely: a counting sort by exponent and three bits of mantissa.
 void order_by_size(const double* squared_norms, int64_t num_codes, int64_t padded, int32_t* order) {

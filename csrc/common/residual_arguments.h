@@ -1,0 +1,41 @@
+// Checks that all residual searches share. For op.cpp files; `op` is the operator's name, for the message.
+#pragma once
+
+#include "common/tensors.h"
+
+namespace rqk {
+namespace {
+
+inline int64_t resolve_depth(const char* op, const Tensor& codebooks, std::optional<int64_t> depth) {
+  if (codebooks.dim() != 2 && codebooks.dim() != 3) {
+    value_error(op, ": codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; got ",
+                shape_of(codebooks));
+  }
+  if (depth.has_value() && *depth < 1) value_error(op, ": depth must be >= 1, got ", *depth);
+  if (codebooks.dim() == 2) {
+    if (!depth.has_value()) value_error(op, ": depth is required with a shared codebook (K, C)");
+    return *depth;
+  }
+  if (depth.has_value() && *depth != codebooks.size(0)) {
+    value_error(op, ": depth is ", *depth, ", but codebooks ", shape_of(codebooks), " hold ", codebooks.size(0),
+                " depths; leave depth out or slice the codebooks");
+  }
+  return codebooks.size(0);
+}
+
+inline void check_x_and_codebooks(const char* op, const Tensor& x, const Tensor& codebooks) {
+  if (x.dim() < 1) value_error(op, ": x must be (..., C), got a scalar");
+  const int64_t channels = x.size(x.dim() - 1);
+  if (codebooks.size(codebooks.dim() - 1) != channels) {
+    value_error(op, ": x ", shape_of(x), " has ", channels, " channels, codebooks ", shape_of(codebooks), " have ",
+                codebooks.size(codebooks.dim() - 1));
+  }
+  if (codebooks.numel() == 0) value_error(op, ": codebooks must not be empty, got ", shape_of(codebooks));
+  if (codebooks.size(codebooks.dim() - 2) > INT32_MAX) {
+    value_error(op, ": codebooks may hold at most 2^31 - 1 codes, got ", shape_of(codebooks));
+  }
+  check_same_device(op, "x", x, "codebooks", codebooks);
+}
+
+}  // namespace
+}  // namespace rqk

@@ -1,0 +1,62 @@
+// What all residual searches do with a row between choosing its codes, on the CPU. For cpu.cpp files; `Params` is the
+// operator's own, with the members of ResidualSearchParams.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "common/tensors.h"
+
+namespace rqk {
+namespace {
+
+// r_0 of a row. Returns its squared norm.
+template <class Params, class SquaredNorm>
+double begin_row(const Params& p, int64_t row, float* residual, SquaredNorm squared_norm) {
+  std::copy(p.x + row * p.channels, p.x + (row + 1) * p.channels, residual);
+  std::fill(p.quantized + row * p.channels, p.quantized + (row + 1) * p.channels, 0.0f);
+  return squared_norm(residual, p.channels);
+}
+
+// Records the code of a depth and moves the residual on by that code of `codes_kc`. Returns its squared norm.
+template <class Params, class SquaredNorm>
+double take_code(const Params& p, int64_t row, int64_t depth, int64_t code, const float* codes_kc, float* residual,
+                 SquaredNorm squared_norm) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t channels = p.channels;
+  float* q = p.quantized + row * channels;
+  if (p.residuals != nullptr) {
+    std::copy(residual, residual + channels, p.residuals + (row * p.depth + depth) * channels);
+  }
+  if (code >= 0) {
+    const float* e = codes_kc + code * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      residual[c] -= e[c];
+      q[c] += e[c];
+    }
+  } else {
+    std::fill(residual, residual + channels, kNan);
+    std::fill(q, q + channels, kNan);
+  }
+  const double squared = squared_norm(residual, channels);
+  p.codes[row * p.depth + depth] = code;
+  p.residual_norms[row * p.depth + depth] = static_cast<float>(squared);
+  return squared;
+}
+
+[[noreturn]] inline void refuse_not_finite(const char* op, const float* values, int64_t count, int64_t num_codes,
+                                           int64_t channels, bool per_depth) {
+  const float* end = values + count * num_codes * channels;
+  const float* bad = std::find_if(values, end, [](float value) { return !std::isfinite(value); });
+  // Otherwise another thread has written to them meanwhile.
+  if (bad == end) value_error(op, ": codebooks must be finite, and were not");
+  const int64_t code = (bad - values) / channels;
+  value_error(op, ": codebooks must be finite, got ", *bad, " in code ", code % num_codes,
+              per_depth ? " of depth " + std::to_string(code / num_codes) : "");
+}
+
+}  // namespace
+}  // namespace rqk

@@ -1,0 +1,70 @@
+// rqkernels::stochastic_residual_search: schema, argument checks, tensors to params.
+#include "common/residual_arguments.h"
+#include "common/tensors.h"
+#include "ops/stochastic_residual_search/params.h"
+
+namespace {
+
+using rqk::ScalarType;
+using rqk::Tensor;
+
+constexpr const char* kOp = "stochastic_residual_search";
+
+// `seed` holds the 64 bits of an unsigned one.
+std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, Tensor codebooks,
+                                                                      std::optional<int64_t> depth_, double tau,
+                                                                      int64_t seed, int64_t offset,
+                                                                      bool return_residuals) {
+  const int64_t depth = rqk::resolve_depth(kOp, codebooks, depth_);
+  rqk::check_x_and_codebooks(kOp, x, codebooks);
+  const int64_t channels = x.size(x.dim() - 1), rows = x.numel() / channels;
+  if (!(tau > 0)) rqk::value_error(kOp, ": tau must be > 0, got ", tau);
+  if (offset < 0 || offset > INT64_MAX - rows) {
+    rqk::value_error(kOp, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows, " rows");
+  }
+  rqk::LaunchScope scope(x);
+
+  const Tensor x_float = rqk::as_float(x);
+  const Tensor codebooks_float = rqk::as_float(codebooks);
+
+  std::vector<int64_t> leading = rqk::sizes_of(x);
+  leading.pop_back();
+  auto with = [&leading](std::initializer_list<int64_t> more) {
+    std::vector<int64_t> sizes = leading;
+    sizes.insert(sizes.end(), more);
+    return sizes;
+  };
+  const Tensor codes = rqk::empty(with({depth}), ScalarType::Long, x);
+  const Tensor quantized = rqk::empty(with({channels}), ScalarType::Float, x);
+  const Tensor norms = rqk::empty(with({depth}), ScalarType::Float, x);
+  const Tensor residuals = return_residuals ? rqk::empty(with({depth, channels}), ScalarType::Float, x)
+                                            : rqk::empty({0}, ScalarType::Float, x);
+
+  rqk::StochasticResidualSearchParams params{};
+  params.x = x_float.const_data_ptr<float>();
+  params.codebooks = codebooks_float.const_data_ptr<float>();
+  params.rows = rows;
+  params.channels = channels;
+  params.num_codes = codebooks.size(codebooks.dim() - 2);
+  params.depth = depth;
+  params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
+  params.tau = tau;
+  params.seed = static_cast<uint64_t>(seed);
+  params.offset = offset;
+  params.codes = codes.mutable_data_ptr<int64_t>();
+  params.quantized = quantized.mutable_data_ptr<float>();
+  params.residual_norms = norms.mutable_data_ptr<float>();
+  params.residuals = return_residuals ? residuals.mutable_data_ptr<float>() : nullptr;
+  // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
+  // the device: there a bad code is never drawn.
+  if (rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
+  return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
+}
+
+}  // namespace
+
+RQK_REGISTER("stochastic_residual_search",
+             "stochastic_residual_search(Tensor x, Tensor codebooks, int? depth, float tau, SymInt seed, SymInt offset,"
+             " bool return_residuals)"
+             " -> (Tensor codes, Tensor quantized, Tensor residual_norms, Tensor residuals)",
+             stochastic_residual_search)

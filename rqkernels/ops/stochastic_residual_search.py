@@ -1,0 +1,92 @@
+"""Residual search that draws its codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import FLOAT_DTYPES, check_depth, check_tensor
+from ..reference.residual_search import ResidualCodes
+
+_OP = "stochastic_residual_search"
+
+
+def stochastic_residual_search(
+    x: Tensor,
+    codebooks: Tensor,
+    depth: int | None = None,
+    *,
+    tau: float,
+    seed: int,
+    offset: int = 0,
+    return_residuals: bool = False,
+) -> ResidualCodes:
+    """Codes drawn at every depth by their distance, all depths in one call (Lee et al. 2022, section 3.2.3, eq. 15).
+
+        r_0 = x;   k_d ~ Q_tau(. | r_{d-1}),   Q_tau(k | r) = softmax_k(-|r - e_d(k)|^2 / tau);   r_d = r_{d-1} - e_d(k_d)
+
+    Naively, for each depth: `k = torch.multinomial((-torch.cdist(r, e).square() / tau).softmax(-1), 1); r = r - e[k]`.
+    Here no array of rows x codes is ever formed (a thread keeps the scores of at most 96 rows, about 4 MiB), and one
+    counter-based uniform u serves each choice: Philox4x32-10 with key `seed` and counter (offset + flattened index of
+    the row, depth, 1). The code is the first, in code order, whose cumulative weight exceeds u times the total, by
+    weights in float64. So a draw is a function of (seed, row, depth) and of the row's values alone: the same for every
+    batch size, position in the batch, thread count and instruction set, with other rows and depths independent of it.
+    Devices agree but where u falls within float64's rounding of a boundary between two codes.
+    `rqkernels.reference.stochastic_residual_search` is the definition in plain PyTorch.
+
+    tau -> 0 gives the codes of `residual_search`, but that codes at equal distances share their mass.
+
+    Not differentiable: inputs are taken detached. Autocast does not touch it.
+
+    Args:
+        x: (..., C), float32, float16 or bfloat16, any strides, on cpu or cuda. Searched as float32.
+        codebooks: (K, C), shared by all depths, or (D, K, C), one per depth; float32, float16 or bfloat16 (need not
+            be the dtype of x).
+        depth: D. Required with a shared codebook; otherwise None or the number of codebooks.
+        tau: temperature > 0, in squared units of x. Infinity draws all codes alike.
+        seed: 0 <= seed < 2^64.
+        offset: what the index of the first row counts from, >= 0: a part of a batch draws what it would within it.
+        return_residuals: also return r_0 .. r_{D-1}, which the soft labels of these codes are made of.
+
+    Returns:
+        `ResidualCodes`, as `residual_search` returns it; statistics None. A row that is not finite gets code -1 at
+        every depth, NaN quantized and NaN norms; a row whose residual overflows float32 from that depth on.
+
+    Raises:
+        TypeError: x or codebooks of another dtype (float64 among them) or not a tensor (a `FrozenCodebook` among them:
+            pass its `.codebook`), depth, seed or offset not an integer, tau not a number.
+        ValueError: shapes or devices that do not fit, an empty codebook, a depth that contradicts the codebooks, tau
+            <= 0 or NaN, a seed or an offset out of range; on a CPU a codebook that is not finite (on CUDA its bad codes
+            are never drawn).
+    """
+    check_tensor(_OP, "x", x, FLOAT_DTYPES)
+    check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
+    check_depth(_OP, depth)
+    if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{_OP}: tau must be a number, got {type(tau).__name__}")
+    for name, value, bits in (("seed", seed, 64), ("offset", offset, 63)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{_OP}: {name} must be in [0, 2^{bits}), got {value}")
+    # The operator takes the same 64 bits as a signed integer.
+    signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    codes, quantized, residual_norms, residuals = torch.ops.rqkernels.stochastic_residual_search(
+        x.detach(), codebooks.detach(), depth, float(tau), signed_seed, offset, return_residuals
+    )
+    return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, None)
+
+
+@torch.library.register_fake("rqkernels::stochastic_residual_search")
+def _fake(
+    x: Tensor, codebooks: Tensor, depth: int | None, tau: float, seed: int, offset: int, return_residuals: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if codebooks.dim() == 3:
+        depth = codebooks.shape[0]
+    leading, channels = x.shape[:-1], x.shape[-1]
+    return (
+        x.new_empty((*leading, depth), dtype=torch.int64),
+        x.new_empty(x.shape),
+        x.new_empty((*leading, depth), dtype=torch.float32),
+        x.new_empty((*leading, depth, channels) if return_residuals else (0,), dtype=torch.float32),
+    )
