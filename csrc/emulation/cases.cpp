@@ -12,6 +12,7 @@ constexpr struct {
     {"residual_search", residual_search},
     {"residual_decode", residual_decode},
     {"code_statistics", code_statistics},
+    {"stochastic_residual_search", stochastic_residual_search},
 };
 
 // in int32 (n) -> out int32 (n)

@@ -60,5 +60,6 @@ inline Array to_host(const DeviceBuffer& buffer, std::string dtype, std::vector<
 std::vector<Array> residual_search(const Inputs& inputs);
 std::vector<Array> residual_decode(const Inputs& inputs);
 std::vector<Array> code_statistics(const Inputs& inputs);
+std::vector<Array> stochastic_residual_search(const Inputs& inputs);
 
 }  // namespace rqk::emulation

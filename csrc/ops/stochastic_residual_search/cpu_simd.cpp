@@ -1,12 +1,17 @@
 // Codes drawn from Q_tau on a CPU, compiled once per instruction set.
 //
 // The definition draws the first code, in code order, whose cumulative weight exceeds u times the total, with weights
-// W_k = exp(-D_k / tau) of the float64 distances D_k. Two steps give exactly that code:
+// W_k = exp(-D_k / tau) of the float64 distances D_k. Two steps:
 //
 //   by float32   scores of all codes by row_tile x panel_width products in registers (2 C operations per row and code,
 //                a score written once and read twice from the cache), one exponential each, sums of blocks in float64.
 //                A bound on the error of every weight says whether u could fall to another code.
-//   by float64   where it could: distances of the codes near enough to have any weight, by the definition.
+//   by float64   where it could: distances of the codes near enough to have any weight, by the definition. These are
+//                few while tau is small, and then the code drawn is the definition's. Where the mass is spread over
+//                many codes, u lies near a boundary almost always, and float64 would cost more than the scan: there the
+//                first step's code stands, if its weights are off by a relative kTolerated at most.
+//
+// Both depend on the row alone, not on its place or its neighbours.
 //
 // A tile of rows keeps its scores of all codes; nothing of size rows x codes is kept.
 //
@@ -44,6 +49,10 @@ constexpr double kReach = 40;
 constexpr double kHuge = 1e37;       // a tenth of float's range
 constexpr double kBlurred = 0.25;    // a relative error of weights above that decides too little to be tried
 constexpr float kLeastFactor = 1e-44f;
+// Rows whose mass lies in more codes than few(K) keep the first step's code up to this error: u is then within half of
+// it of a boundary of the definition (a bound; sums of many errors come to a hundredth of it).
+constexpr double kTolerated = 0x1p-10;
+inline int64_t few(int64_t num_codes) { return 32 + num_codes / 64; }
 
 inline int64_t round_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -169,8 +178,13 @@ inline double sum_of_lanes(Vec a) {
   return sum;
 }
 
-// The code by float32 weights; -1 where they do not tell it. `eta` as above.
-int64_t draw_by_scores(const CentredCodebook& codebook, const float* scores, float lowest, double two_over_tau,
+struct Draw {
+  int64_t code;
+  bool certain;  // the definition's
+};
+
+// The code by float32 weights. `eta` as above.
+Draw draw_by_scores(const CentredCodebook& codebook, const float* scores, float lowest, double two_over_tau,
                        double uniform, double eta, double* blocks) {
   const int64_t num_blocks = round_to(kBlock, codebook.num_codes) / kBlock;
   // Never zero, so that the +inf past the last code stays infinite.
@@ -209,32 +223,77 @@ int64_t draw_by_scores(const CentredCodebook& codebook, const float* scores, flo
     const bool not_later =
         up_to * (1 - eta) * (1 - uniform) - rest_behind * (1 + eta) * uniform > negligible;
     const bool not_earlier = rest * (1 - eta) * uniform - without * (1 + eta) * (1 - uniform) > negligible;
-    return not_later && not_earlier ? b * kBlock + k : -1;
+    return {b * kBlock + k, not_later && not_earlier};
   }
-  return -1;
+  // The block's sum, made in another order, promised more than its weights hold: the last that has any.
+  int64_t last = kBlock - 1;
+  while (last > 0 && within[last] == 0) --last;
+  return {b * kBlock + last, false};
+}
+
+// visit(k) for all codes whose score is at most `limit`, in their order.
+template <class Visit>
+inline void for_each_near(const float* scores, int64_t num_codes, float limit, Visit visit) {
+  const Vec limits = Vec::fill(limit);
+  for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
+    for (uint32_t near = at_most(Vec::load(scores + k), limits); near != 0; near &= near - 1) {
+      visit(k + __builtin_ctz(near));
+    }
+  }
+}
+
+bool few_are_near(const float* scores, int64_t num_codes, float limit) {
+  const Vec limits = Vec::fill(limit);
+  int64_t count = 0;
+  for (int64_t k = 0; k < num_codes && count <= few(num_codes); k += Vec::kSize) {
+    count += __builtin_popcount(at_most(Vec::load(scores + k), limits));
+  }
+  return count <= few(num_codes);
+}
+
+// Distances of four codes together: one waits for its additions while the others go on.
+inline void squared_distances(const float* r, const float* codes_kc, int64_t channels, const int32_t* codes,
+                              double* distances) {
+  const float* e[4];
+  for (int i = 0; i < 4; ++i) e[i] = codes_kc + int64_t(codes[i]) * channels;
+  Lanes8 sum[4] = {Lanes8::zero(), Lanes8::zero(), Lanes8::zero(), Lanes8::zero()};
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    const Lanes8 row = Lanes8::load(r + c);
+    for (int i = 0; i < 4; ++i) {
+      const Lanes8 difference = row - Lanes8::load(e[i] + c);
+      sum[i] = sum[i] + difference * difference;
+    }
+  }
+  if (const int64_t left = channels - c; left > 0) {
+    const Lanes8 row = Lanes8::load_first(r + c, left);
+    for (int i = 0; i < 4; ++i) {
+      const Lanes8 difference = row - Lanes8::load_first(e[i] + c, left);
+      sum[i] = sum[i] + difference * difference;
+    }
+  }
+  for (int i = 0; i < 4; ++i) distances[i] = sum[i].sum();
 }
 
 // The code by the definition, among those whose score is at most `limit`; all where it is infinite.
 int64_t draw_by_distances(const CentredCodebook& codebook, const float* r, const float* scores, float limit, double tau,
                           double uniform, const Scratch& scratch) {
   int64_t count = 0;
-  double nearest = __builtin_inf();
-  auto see = [&](int64_t k) {
-    const double distance = squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels);
-    scratch.near[count] = int32_t(k);
-    scratch.weight[count++] = distance;
-    if (distance < nearest) nearest = distance;
-  };
   if (__builtin_isinf(limit)) {
-    for (int64_t k = 0; k < codebook.num_codes; ++k) see(k);
+    for (; count < codebook.num_codes; ++count) scratch.near[count] = int32_t(count);
   } else {
-    const Vec limits = Vec::fill(limit);
-    for (int64_t k = 0; k < codebook.num_codes; k += Vec::kSize) {
-      for (uint32_t near = at_most(Vec::load(scores + k), limits); near != 0; near &= near - 1) {
-        see(k + __builtin_ctz(near));
-      }
-    }
+    for_each_near(scores, codebook.num_codes, limit, [&](int64_t k) { scratch.near[count++] = int32_t(k); });
   }
+  int64_t done = 0;
+  for (; done + 4 <= count; done += 4) {
+    squared_distances(r, codebook.codes_kc, codebook.channels, scratch.near + done, scratch.weight + done);
+  }
+  for (; done < count; ++done) {
+    const float* e = codebook.codes_kc + int64_t(scratch.near[done]) * codebook.channels;
+    scratch.weight[done] = squared_distance(r, e, codebook.channels);
+  }
+  double nearest = scratch.weight[0];
+  for (int64_t i = 1; i < count; ++i) nearest = scratch.weight[i] < nearest ? scratch.weight[i] : nearest;
   double total = 0;
   for (int64_t i = 0; i < count; ++i) {
     scratch.weight[i] = __builtin_exp(-(scratch.weight[i] - nearest) / tau);
@@ -270,6 +329,7 @@ int64_t draw(const CentredCodebook& codebook, const float* r, const float* score
   float lowest = lowest_lanes[0];
   for (int lane = 1; lane < Vec::kSize; ++lane) lowest = lowest_lanes[lane] < lowest ? lowest_lanes[lane] : lowest;
   const double error = score_error(r_norm, codebook.max_norm, codebook.channels);
+  const float limit = round_up(double(lowest) + 2 * error + kReach / 2 * tau);
   if (2 * error / tau < kBlurred) {
     // Twice the lowest score and |r'|^2 make the smallest distance.
     const double nearest = 2 * (double(lowest) + error) + r_squared;
@@ -278,10 +338,9 @@ int64_t draw(const CentredCodebook& codebook, const float* r, const float* score
     const double farthest = extent * extent / tau, x = farthest < kReach ? farthest : kReach + 1;
     const double a = 2 * score_error(r_norm, q, codebook.channels) / tau + 3.1 * kRoundoff * (x + 1);
     const double eta = 1.01 * (a * (1 + a) + (5 + kAdditions) * kRoundoff);
-    const int64_t code = draw_by_scores(codebook, scores, lowest, 2 / tau, uniform, eta, scratch.blocks);
-    if (code >= 0) return code;
+    const Draw draw = draw_by_scores(codebook, scores, lowest, 2 / tau, uniform, eta, scratch.blocks);
+    if (draw.certain || (eta <= kTolerated && !few_are_near(scores, codebook.num_codes, limit))) return draw.code;
   }
-  const float limit = round_up(double(lowest) + 2 * error + kReach / 2 * tau);
   return draw_by_distances(codebook, r, scores, limit, tau, uniform, scratch);
 }
 
