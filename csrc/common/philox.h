@@ -1,5 +1,5 @@
-// Counter-based uniforms: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One source
-// for the CPU and the GPU: integers only, so both draw the same numbers.
+// Counter-based uniforms: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One
+// source for the CPU and the GPU: integers only, so both draw the same numbers.
 //
 // A draw is a pure function of (seed, row, stream, op): key = seed, counter = (row low, row high, stream, op).
 #pragma once

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._library import FLOAT_DTYPES, check_depth, check_tensor
 from ..reference.residual_search import ResidualCodes
+from .residual_search import FrozenCodebook
 
 _OP = "stochastic_residual_search"
 
@@ -23,16 +24,20 @@ def stochastic_residual_search(
 ) -> ResidualCodes:
     """Codes drawn at every depth by their distance, all depths in one call (Lee et al. 2022, section 3.2.3, eq. 15).
 
-        r_0 = x;   k_d ~ Q_tau(. | r_{d-1}),   Q_tau(k | r) = softmax_k(-|r - e_d(k)|^2 / tau);   r_d = r_{d-1} - e_d(k_d)
+        r_0 = x;   k_d ~ Q_tau(. | r_{d-1});   r_d = r_{d-1} - e_d(k_d)
+        Q_tau(k | r) = softmax_k(-|r - e_d(k)|^2 / tau)
 
     Naively, for each depth: `k = torch.multinomial((-torch.cdist(r, e).square() / tau).softmax(-1), 1); r = r - e[k]`.
-    Here no array of rows x codes is ever formed (a thread keeps the scores of at most 96 rows, about 4 MiB), and one
-    counter-based uniform u serves each choice: Philox4x32-10 with key `seed` and counter (offset + flattened index of
-    the row, depth, 1). The code is the first, in code order, whose cumulative weight exceeds u times the total, by
-    weights in float64. So a draw is a function of (seed, row, depth) and of the row's values alone: the same for every
-    batch size, position in the batch, thread count and instruction set, with other rows and depths independent of it.
-    Devices agree but where u falls within float64's rounding of a boundary between two codes.
-    `rqkernels.reference.stochastic_residual_search` is the definition in plain PyTorch.
+    Here no array of rows x codes is ever formed (on a CPU a thread keeps the scores of at most 96 rows, some 4 MiB),
+    and one counter-based uniform u serves each choice: Philox4x32-10 with key `seed` and counter (offset + flattened
+    index of the row, depth, 1). The code is the first, in code order, whose cumulative weight exceeds u times the
+    total. So a draw is a function of (seed, row, depth) and the row's values alone: the same for every batch size,
+    position in the batch and thread count; other rows, depths and seeds are independent of it.
+
+    The weights are those of float64 (`rqkernels.reference.stochastic_residual_search` is the definition in plain
+    PyTorch), with one exception: on a CPU, where the mass of a row is spread over many codes (more than 32 + K/64
+    within 40 tau of the nearest), they may carry float32's rounding, at most a relative 2^-10 by its bound and some
+    1e-6 in practice. Devices and instruction sets agree but where u is that near to a boundary between two codes.
 
     tau -> 0 gives the codes of `residual_search`, but that codes at equal distances share their mass.
 
@@ -60,6 +65,8 @@ def stochastic_residual_search(
             are never drawn).
     """
     check_tensor(_OP, "x", x, FLOAT_DTYPES)
+    if isinstance(codebooks, FrozenCodebook):
+        raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got FrozenCodebook; pass its .codebook")
     check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
     check_depth(_OP, depth)
     if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):

@@ -54,9 +54,7 @@ def lane_sum(terms: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
-def choose_by_distances(
-    r_nc: Tensor, codebook_kc: Tensor, choose: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
+def choose_by_distances(r_nc: Tensor, codebook_kc: Tensor, choose: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """`choose(squared, rows) -> codes` for chunks of rows, from their float64 squared distances to all codes, by the
     definition. (n, C), (K, C) -> (n,)."""
     size = max(1, _CHUNK_ELEMENTS // max(1, codebook_kc.numel()))

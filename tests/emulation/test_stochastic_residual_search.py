@@ -19,7 +19,13 @@ ROWS = {"plain": 129, "asan": 5, "race": 3}
 
 
 def draw(
-    emulation: Emulation, x_nc: np.ndarray, codebooks_dkc: np.ndarray, depth: int, tau: float, seed: int, offset: int = 0
+    emulation: Emulation,
+    x_nc: np.ndarray,
+    codebooks_dkc: np.ndarray,
+    depth: int,
+    tau: float,
+    seed: int,
+    offset: int = 0,
 ) -> list[np.ndarray]:
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     return emulation.run("stochastic_residual_search", x_nc, codebooks_dkc, np.array([tau]), depth, signed, offset)

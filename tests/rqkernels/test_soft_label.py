@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rqkernels as rqk
-from rqkernels.reference import distance_softmax, soft_label_cross_entropy, stochastic_residual_search
+from rqkernels.reference import distance_softmax, soft_label_cross_entropy
 
 
 def test_distance_softmax_is_equation_15() -> None:
@@ -76,36 +76,3 @@ def test_cross_entropy_names_bad_arguments(change: dict[str, object], message: s
     good = {"logits": torch.zeros(6, 9), "x": torch.zeros(6, 4), "codebook": torch.zeros(9, 4), "tau": 1.0}
     with pytest.raises(ValueError, match=message):
         soft_label_cross_entropy(**{**good, **change})
-
-
-def test_stochastic_codes_follow_the_distribution() -> None:
-    x, e = torch.randn(1, 4), torch.randn(6, 4)
-    q = distance_softmax(x, e, 2.0)[0].double()
-    codes = stochastic_residual_search(x.expand(200_000, 4), e, 1, tau=2.0, seed=3).codes[:, 0]
-    observed = torch.bincount(codes, minlength=6).double()
-    chi_square = ((observed - 200_000 * q).square() / (200_000 * q)).sum()
-    assert chi_square < 25.7  # the 1e-4 tail with 5 degrees of freedom
-
-
-def test_stochastic_codes_depend_on_the_row_alone() -> None:
-    x, e = torch.randn(40, 8), torch.randn(30, 8)
-    whole = stochastic_residual_search(x, e, 3, tau=1.0, seed=5, offset=100, return_residuals=True)
-    parts = [stochastic_residual_search(x[i : i + 7], e, 3, tau=1.0, seed=5, offset=100 + i) for i in range(0, 40, 7)]
-    assert torch.equal(torch.cat([p.codes for p in parts]), whole.codes)
-    assert not torch.equal(stochastic_residual_search(x, e, 3, tau=1.0, seed=6, offset=100).codes, whole.codes)
-    # Residuals are those of the codes drawn.
-    torch.testing.assert_close(whole.residuals[:, 1], x - e[whole.codes[:, 0]])
-    torch.testing.assert_close(whole.quantized, e[whole.codes].sum(1))
-
-
-def test_stochastic_codes_tend_to_the_certified_ones() -> None:
-    x, e = torch.randn(40, 8), torch.randn(3, 30, 8)
-    cold = stochastic_residual_search(x, e, tau=1e-7, seed=5)
-    assert torch.equal(cold.codes, rqk.residual_search(x, e).codes)
-
-
-def test_stochastic_codes_mark_rows_that_are_not_finite() -> None:
-    x = torch.randn(4, 8)
-    x[2, 1] = torch.nan
-    codes = stochastic_residual_search(x, torch.randn(30, 8), 2, tau=1.0, seed=5).codes
-    assert codes[2].eq(-1).all() and codes[[0, 1, 3]].ge(0).all()

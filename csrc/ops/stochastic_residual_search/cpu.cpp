@@ -56,14 +56,13 @@ class CentredCodebooks {
     for (int64_t d = 0; d < count(p); ++d) {
       const float* codes_kc = p.codebooks + d * p.codebook_stride;
       find_mean(codes_kc, p.num_codes, means_ + d * channels_);
-      views_.push_back({codes_kc, p.num_codes, channels_, means_ + d * channels_, 0,
-                        panels_ + d * padded_ * channels_, half_norms_ + d * padded_});
+      views_.push_back({codes_kc, p.num_codes, channels_, means_ + d * channels_, 0, panels_ + d * padded_ * channels_,
+                        half_norms_ + d * padded_});
     }
     std::vector<double> largest(static_cast<size_t>(count(p) * tasks_each));
     for_each_task(count(p) * tasks_each, [&](int64_t task) {
       const int64_t begin = task % tasks_each * kPanelsPerTask;
-      largest[task] =
-          kernel.pack(views_[task / tasks_each], begin, std::min(begin + kPanelsPerTask, num_panels_));
+      largest[task] = kernel.pack(views_[task / tasks_each], begin, std::min(begin + kPanelsPerTask, num_panels_));
     });
     for (int64_t d = 0; d < count(p); ++d) {
       const auto first = largest.begin() + d * tasks_each;
@@ -124,8 +123,8 @@ void draw_codes(const StochasticResidualSearchParams& p, const SampleKernel& ker
     }
     kernel.sample(codebook, at.residuals, at.squared, at.uniforms, p.tau, rows, at.scratch, at.codes);
     for (int64_t i = 0; i < rows; ++i) {
-      at.squared[i] = take_code(p, begin + i, d, at.codes[i], codebook.codes_kc, at.residuals + i * channels,
-                                kernel.squared_norm);
+      at.squared[i] =
+          take_code(p, begin + i, d, at.codes[i], codebook.codes_kc, at.residuals + i * channels, kernel.squared_norm);
     }
   }
 }

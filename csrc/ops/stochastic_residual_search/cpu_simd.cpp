@@ -26,10 +26,10 @@
 // and the definition's own sums are off by a relative (C/8 + 8) 2^-53 at most, which E(q) is made to include.
 //
 // Weights. w_k = exp((t_min - t_k) 2/tau), against W_k exp((2 t_min + |r'|^2) / tau), which differ by a factor in
-// exp(+-a), a = 2 E(q)/tau + 3.1 u x, x the size of the exponent; then by 4 u of `exp`, and by 1 u for every addition of
-// a block's lane. Codes farther than kReach tau from the nearest weigh less than e^-kReach, and as many of them as there
-// are do not count (`negligible`). The others satisfy x <= kReach + a and |e'_k| <= |r'| + sqrt(D_min + kReach tau),
-// which keeps q small at the later depths.
+// exp(+-a), a = 2 E(q)/tau + 3.1 u x, x the size of the exponent; then by 4 u of `exp`, and by 1 u for every addition
+// of a block's lane. Codes farther than kReach tau from the nearest weigh less than e^-kReach, and as many of them as
+// there are do not count (`negligible`). The others satisfy x <= kReach + a and |e'_k| <= |r'| + sqrt(D_min + kReach
+// tau), which keeps q small at the later depths.
 //
 // Test. With relative errors of at most `eta`, S the sum of the w up to and including code j and T the sum of those
 // behind, S (1 - eta) (1 - u) > T (1 + eta) u says that the exact sums are on the same side.
@@ -46,8 +46,8 @@ constexpr int64_t kBlock = 256;  // codes whose weights are summed in float32
 constexpr int kAdditions = kBlock / (2 * Vec::kSize) + 1;
 constexpr double kRoundoff = 0x1p-24;
 constexpr double kReach = 40;
-constexpr double kHuge = 1e37;       // a tenth of float's range
-constexpr double kBlurred = 0.25;    // a relative error of weights above that decides too little to be tried
+constexpr double kHuge = 1e37;     // a tenth of float's range
+constexpr double kBlurred = 0.25;  // a relative error of weights above that decides too little to be tried
 constexpr float kLeastFactor = 1e-44f;
 // Rows whose mass lies in more codes than few(K) keep the first step's code up to this error: u is then within half of
 // it of a boundary of the definition (a bound; sums of many errors come to a hundredth of it).
@@ -185,7 +185,7 @@ struct Draw {
 
 // The code by float32 weights. `eta` as above.
 Draw draw_by_scores(const CentredCodebook& codebook, const float* scores, float lowest, double two_over_tau,
-                       double uniform, double eta, double* blocks) {
+                    double uniform, double eta, double* blocks) {
   const int64_t num_blocks = round_to(kBlock, codebook.num_codes) / kBlock;
   // Never zero, so that the +inf past the last code stays infinite.
   const float factor = two_over_tau > double(kLeastFactor) ? float(two_over_tau) : kLeastFactor;
@@ -220,8 +220,7 @@ Draw draw_by_scores(const CentredCodebook& codebook, const float* scores, float 
     up_to += double(within[k]);
     if (up_to <= uniform * total) continue;
     const double rest = total - without, rest_behind = total - up_to;
-    const bool not_later =
-        up_to * (1 - eta) * (1 - uniform) - rest_behind * (1 + eta) * uniform > negligible;
+    const bool not_later = up_to * (1 - eta) * (1 - uniform) - rest_behind * (1 + eta) * uniform > negligible;
     const bool not_earlier = rest * (1 - eta) * uniform - without * (1 + eta) * (1 - uniform) > negligible;
     return {b * kBlock + k, not_later && not_earlier};
   }

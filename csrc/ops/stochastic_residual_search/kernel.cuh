@@ -1,12 +1,12 @@
 // Stochastic residual search on a GPU: the direct form, all depths of a row in one block, float64 throughout.
 //
 // The codes are cut into 32 parts, in code order, and a group of eight threads sums the weights of each:
-// exp(-(D - smallest D) / tau), by the definition's distances D. The first part with which the cumulative weight exceeds
-// u times the total is cut into 32 parts again, until a part is one code; so only the first round reads the whole
-// codebook, and no array of weights is kept. In that round the smallest distance is not known yet: every group takes its
-// own so far, and the sums are brought to the common one in the end.
-// The residual stays in shared memory over all depths. Per row and depth it reads the codebook 1 + 1/32 + ... times
-// (K*C*4 bytes, from L2) and does 3*K*C float64 operations and K exponentials.
+// exp(-(D - smallest D) / tau), by the definition's distances D. The first part with which the cumulative weight
+// exceeds u times the total is cut into 32 parts again, until a part is one code; so only the first round reads the
+// whole codebook, and no array of weights is kept. In that round the smallest distance is not known yet: every group
+// takes its own so far, and the sums are brought to the common one in the end. The residual stays in shared memory over
+// all depths. Per row and depth it reads the codebook 1 + 1/32 + ... times (K*C*4 bytes, from L2) and does 3*K*C
+// float64 operations and K exponentials.
 #pragma once
 
 #include <cstdint>

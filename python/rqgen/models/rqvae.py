@@ -316,7 +316,7 @@ class RQVAE(PretrainedModel):
         """
         latents = self.encode_latents(images).float()
         if stochastic:
-            found = rqkernels.reference.stochastic_residual_search(
+            found = rqkernels.stochastic_residual_search(
                 latents, self.codebooks, self.depth, tau=tau, seed=seed, offset=offset, return_residuals=True
             )
         else:

@@ -210,7 +210,7 @@ class PriorStage:
             found = rqkernels.residual_search(latents_bhwc, self._vae.codebooks, self._vae.depth, return_residuals=soft)
         else:
             height, width, _ = self._vae.code_shape
-            found = rqkernels.reference.stochastic_residual_search(
+            found = rqkernels.stochastic_residual_search(
                 latents_bhwc,
                 self._vae.codebooks,
                 self._vae.depth,
