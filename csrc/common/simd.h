@@ -60,6 +60,41 @@ inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(a.v));
 }
 
+inline Vec load_float16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_float16(Vec a, uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec load_bfloat16(const uint16_t* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
+inline void store_bfloat16(Vec a, uint16_t* p) {
+  const __m512i bits = _mm512_castps_si512(a.v), top = _mm512_srli_epi32(bits, 16);
+  const __m512i half = _mm512_add_epi32(_mm512_and_si512(top, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_mov_epi32(nearest, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
+// rows[j * stride .. + 4) = a[j], b[j], c[j], d[j].
+inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t stride) {
+  const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v)),
+                ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v)),
+                cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c.v, d.v)),
+                cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c.v, d.v));
+  const __m512 fours[4] = {
+      _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low)),
+      _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high))};
+  for (int j = 0; j < 4; ++j) {
+    _mm_storeu_ps(rows + j * stride, _mm512_castps512_ps128(fours[j]));
+    _mm_storeu_ps(rows + (j + 4) * stride, _mm512_extractf32x4_ps(fours[j], 1));
+    _mm_storeu_ps(rows + (j + 8) * stride, _mm512_extractf32x4_ps(fours[j], 2));
+    _mm_storeu_ps(rows + (j + 12) * stride, _mm512_extractf32x4_ps(fours[j], 3));
+  }
+}
+
 // Adds squares of floats in float64.
 struct SquareSum {
   __m512d sum = _mm512_setzero_pd();
@@ -155,6 +190,40 @@ inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(words, words));
 }
 
+inline Vec load_float16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_float16(Vec a, uint16_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Vec load_bfloat16(const uint16_t* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+}
+inline void store_bfloat16(Vec a, uint16_t* p) {
+  const __m256i bits = _mm256_castps_si256(a.v), top = _mm256_srli_epi32(bits, 16);
+  const __m256i half = _mm256_add_epi32(_mm256_and_si256(top, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const __m256i nearest = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1)));
+}
+// rows[j * stride .. + 4) = a[j], b[j], c[j], d[j].
+inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t stride) {
+  const __m256d ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(a.v, b.v)),
+                ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a.v, b.v)),
+                cd_low = _mm256_castps_pd(_mm256_unpacklo_ps(c.v, d.v)),
+                cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(c.v, d.v));
+  const __m256 fours[4] = {
+      _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low)),
+      _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high))};
+  for (int j = 0; j < 4; ++j) {
+    _mm_storeu_ps(rows + j * stride, _mm256_castps256_ps128(fours[j]));
+    _mm_storeu_ps(rows + (j + 4) * stride, _mm256_extractf128_ps(fours[j], 1));
+  }
+}
+
 // Adds squares of floats in float64.
 struct SquareSum {
   __m256d sum = _mm256_setzero_pd();
@@ -248,6 +317,60 @@ inline Vec times_power_of_two(Vec a, Vec n) {
     }
   }
   return a;
+}
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline Vec load_bfloat16(const uint16_t* p) {
+  Vec a;
+  for (int j = 0; j < Vec::kSize; ++j) a.v[j] = bits_to_float(uint32_t(p[j]) << 16);
+  return a;
+}
+inline void store_bfloat16(Vec a, uint16_t* p) {
+  for (int j = 0; j < Vec::kSize; ++j) {
+    const uint32_t bits = float_to_bits(a.v[j]);
+    p[j] = a.v[j] != a.v[j] ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+inline Vec load_float16(const uint16_t* p) {
+  Vec a;
+  for (int j = 0; j < Vec::kSize; ++j) {
+    const uint32_t sign = uint32_t(p[j] & 0x8000) << 16, rest = p[j] & 0x7fff;
+    // Below the normal ones a multiple of 2^-24; infinity and NaN keep the largest exponent.
+    const float size = rest < 0x400    ? float(rest) * 0x1p-24f
+                       : rest < 0x7c00 ? bits_to_float((rest << 13) + (112u << 23))
+                                       : bits_to_float((rest << 13) + (224u << 23));
+    a.v[j] = bits_to_float(float_to_bits(size) | sign);
+  }
+  return a;
+}
+inline void store_float16(Vec a, uint16_t* p) {
+  for (int j = 0; j < Vec::kSize; ++j) {
+    const uint32_t all = float_to_bits(a.v[j]), sign = all >> 16 & 0x8000, bits = all & 0x7fffffff;
+    uint32_t half;
+    if (bits > 0x7f800000) {
+      half = 0x7e00;
+    } else if (bits >= 0x477ff000) {  // 65520, from where on it rounds to infinity
+      half = 0x7c00;
+    } else if (bits >= 0x38800000) {  // 2^-14
+      half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    } else {
+      half = uint32_t(int32_t(__builtin_rintf(bits_to_float(bits) * 0x1p24f)));
+    }
+    p[j] = uint16_t(sign | half);
+  }
+}
+// rows[j * stride .. + 4) = a[j], b[j], c[j], d[j].
+inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t stride) {
+  for (int j = 0; j < Vec::kSize; ++j) Vec{Vec::Lanes{a.v[j], b.v[j], c.v[j], d.v[j]}}.store(rows + j * stride);
 }
 
 // Eight numbers of float64.

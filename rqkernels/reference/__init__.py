@@ -1,8 +1,8 @@
 """Plain-PyTorch definitions: slow, obvious, and what "right" means for every kernel.
 
 Each function has the name, arguments and meaning of its twin in `rqkernels`. They import only torch, so
-that a doubt about a kernel can be settled by reading one page. Those without a twin yet (the soft labels,
-`sample_logits`) are the definition their kernels will meet.
+that a doubt about a kernel can be settled by reading one page. One without a twin yet (`sample_logits`) is the
+definition its kernel will meet.
 """
 
 from .code_statistics import code_statistics
@@ -10,7 +10,7 @@ from .philox import OP_SAMPLE_LOGITS, OP_STOCHASTIC_RESIDUAL_SEARCH, philox_unif
 from .residual_decode import residual_decode
 from .residual_search import FrozenCodebook, ResidualCodes, residual_search
 from .sample_logits import sample_logits
-from .soft_label import distance_softmax, soft_label_cross_entropy
+from .soft_label import distance_softmax, fused_linear_soft_label_cross_entropy, soft_label_cross_entropy
 from .stochastic_residual_search import stochastic_residual_search
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ResidualCodes",
     "code_statistics",
     "distance_softmax",
+    "fused_linear_soft_label_cross_entropy",
     "philox_uniform",
     "residual_decode",
     "residual_search",

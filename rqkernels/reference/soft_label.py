@@ -11,7 +11,7 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float, *, dtype: torch.dt
 
     Args:
         x: (..., C), any floating dtype.
-        codebook: (K, C).
+        codebook: (K, C), or (D, K, C): one per depth of x (..., D, C).
         tau: temperature > 0, in squared units of x.
         dtype: of the result; the arithmetic is float64 throughout.
 
@@ -20,6 +20,11 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float, *, dtype: torch.dt
     """
     if not tau > 0:
         raise ValueError(f"tau must be > 0, got {tau}")
+    if codebook.dim() == 3:
+        if x.dim() < 2 or x.shape[-2] != codebook.shape[0]:
+            raise ValueError(f"x must be (..., {codebook.shape[0]}, C) for as many codebooks, got {tuple(x.shape)}")
+        per_depth = [distance_softmax(x[..., d, :], codebook[d], tau, dtype=dtype) for d in range(codebook.shape[0])]
+        return torch.stack(per_depth, dim=-2)
     # Centring on the mean code leaves distances alone and keeps the expanded square from cancelling.
     centre = codebook.detach().double().mean(dim=0)
     e_kc = codebook.detach().double() - centre
@@ -48,29 +53,48 @@ def soft_label_cross_entropy(
         reduction: "mean" (over counted rows), "sum" or "none" (masked rows 0).
 
     Returns:
-        float32 scalar, or the rows' losses. Differentiable in logits alone.
+        float32 scalar (float64 for float64 logits), or the rows' losses. Differentiable in logits alone.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if logits.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"logits {tuple(logits.shape)} and x {tuple(x.shape)} must agree up to the last dimension")
-    if codebook.dim() == 2:
-        target = distance_softmax(x, codebook, tau)
-    else:
-        if x.shape[-2] != codebook.shape[0]:
-            raise ValueError(f"x has {x.shape[-2]} depths, but there are {codebook.shape[0]} codebooks")
-        per_depth = [distance_softmax(x[..., d, :], codebook[d], tau) for d in range(codebook.shape[0])]
-        target = torch.stack(per_depth, dim=-2)
+    # float64 logits get all of float64: the truth that kernels are measured by.
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    target = distance_softmax(x, codebook, tau, dtype=dtype)
     if target.shape != logits.shape:
         raise ValueError(f"logits have {logits.shape[-1]} codes, the codebook has {codebook.shape[-2]}")
-    logits = logits.float()
+    logits = logits.to(dtype)
     # A logit of -inf with a label of zero is no loss, not NaN.
     weighted = torch.where(target > 0, target * logits, 0.0)
     loss = logits.logsumexp(dim=-1) - weighted.sum(dim=-1)
     if mask is not None:
-        loss = loss.masked_fill(~mask, 0.0)
+        loss = torch.where(mask, loss, 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / (loss.numel() if mask is None else mask.sum())
+
+
+def fused_linear_soft_label_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`soft_label_cross_entropy` of the logits `hidden @ weight.T + bias`. Differentiable in those three.
+
+    Args:
+        hidden: (..., H), or (..., D, H) where x is (..., D, C).
+        weight: (K, H).
+        bias: (K), or None.
+        x, codebook, tau, mask, reduction: as in `soft_label_cross_entropy`.
+    """
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return soft_label_cross_entropy(logits, x, codebook, tau, mask=mask, reduction=reduction)

@@ -1,0 +1,47 @@
+// What the soft labels work on: raw pointers, sizes and strides in elements, nothing of torch.
+//
+// Q(k | x) = softmax_k(-|x - e_k|^2 / tau). Rows are numbered (outer, inner), row = o * inner_size + i: where there is
+// a codebook per depth, inner is the depth; elsewhere it is the last leading dimension, whatever that is.
+#pragma once
+
+#include <cstdint>
+
+namespace rqk {
+
+enum class FloatType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// Where Q comes from.
+struct SoftLabels {
+  const float* x;           // (outer, inner, channels), contiguous
+  const float* codebook;    // (num_codes, channels), contiguous; or one such block per inner index
+  int64_t codebook_stride;  // from one inner index's codebook to the next; 0 where all share one
+  int64_t outer, inner, channels, num_codes;
+  double tau;  // > 0; may be infinite
+};
+
+struct DistanceSoftmaxParams {
+  SoftLabels labels;
+  float* q;  // (outer, inner, num_codes), contiguous
+};
+
+// loss = logsumexp(logits) - sum_k Q_k logits_k;  gradient = gradient_scale * weight * (softmax(logits) - Q).
+struct SoftLabelCrossEntropyParams {
+  SoftLabels labels;
+  const void* logits;  // (outer, inner, num_codes) of `type`: strides below, the last one 1
+  FloatType type;
+  int64_t logits_outer_stride, logits_inner_stride;
+  const uint8_t* mask;    // (outer, inner): rows with 0 are not read, lose nothing and have no gradient; or null
+  const float* weight;    // of a row's gradient: (outer, inner), or one for all; null: 1
+  int64_t weight_stride;  // 1, or 0 where all rows have one
+  float gradient_scale;   // so that a gradient in float16 does not underflow
+  float* losses;          // (outer, inner), without weight
+  float* total;           // weight[0] times the sum of all losses; null where it is not asked for
+  void* gradient;         // of `type`, may be `logits` (with their strides); or null
+  int64_t gradient_outer_stride, gradient_inner_stride;
+};
+
+// Run on the given CUDA stream, or on the CPU's threads (`stream` unused).
+void launch(const DistanceSoftmaxParams& params, void* stream);
+void launch(const SoftLabelCrossEntropyParams& params, void* stream);
+
+}  // namespace rqk

@@ -1,0 +1,425 @@
+"""Soft labels from distances, and the cross-entropies that never materialise them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._library import FLOAT_DTYPES, check_tensor
+
+# Bytes of logits that the fused linear holds at a time.
+_LOGITS_BUDGET = 32 << 20
+# A float16 gradient waits for backward times this: most of its entries are far below 1/K, where float16 has no digits.
+_FLOAT16_SCALE = 4096.0
+
+
+def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
+    if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, and there is no CUDA kernel yet: use rqkernels.reference.{op}"
+        )
+    check_tensor(op, name, tensor, dtypes)
+
+
+def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
+    _check_tensor(op, "x", x)
+    _check_tensor(op, "codebook", codebook)
+    if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: tau must be a number, got {type(tau).__name__}")
+
+
+def _check_loss(op: str, mask: object, reduction: object) -> None:
+    if mask is not None:
+        _check_tensor(op, "mask", mask, (torch.bool,))
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def _weight(x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
+    """What the sum of all losses is multiplied by: None for 1. One over no rows is infinite, and their mean NaN."""
+    if reduction != "mean":
+        return None
+    rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else mask.sum()
+    return rows.float().reciprocal()
+
+
+def _gradient_scale(dtype: torch.dtype) -> float:
+    return _FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether a factor can be left out: known for numbers in reach alone, not in a graph or on a device."""
+    return (
+        type(factor) is Tensor
+        and factor.dim() == 0
+        and factor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and factor.item() == 1
+    )
+
+
+def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
+    """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
+
+    Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances;
+    here products run in float32 on vectors centred among the codes, and wherever their rounding could be seen in Q
+    (|x - e|^2 / tau of some 10^4 and beyond), the codes that matter get their distances in float64. So with tau -> 0
+    Q tends to the certified code of `residual_search` (shared equally by equal codes). The relative error of Q is about
+    that of the float32 products over tau, for small Q as for large; below about 1e-38 it is zero.
+
+    Not differentiable: inputs are taken detached. For a loss, `soft_label_cross_entropy` needs no such tensor.
+
+    Args:
+        x: (..., C), float32, float16 or bfloat16; taken as float32.
+        codebook: (K, C), float32, float16 or bfloat16; or (D, K, C), one per depth of x (..., D, C).
+        tau: temperature > 0, in squared units of x.
+
+    Returns:
+        (..., K) float32, rows summing to one. NaN for a row of x that is not finite.
+
+    Raises:
+        TypeError: a wrong dtype (float64 among them).
+        ValueError: shapes that do not fit, an empty codebook or one that is not finite, tau not > 0; tensors on CUDA,
+            for which there is no kernel yet.
+    """
+    _check_labels("distance_softmax", x, codebook, tau)
+    return torch.ops.rqkernels.distance_softmax(x.detach(), codebook.detach(), tau)
+
+
+@torch.library.register_fake("rqkernels::distance_softmax")
+def _fake_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codebook.shape[-2]), dtype=torch.float32)
+
+
+def soft_label_cross_entropy(
+    logits: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    inplace: bool = False,
+) -> Tensor:
+    """Cross-entropy of logits against soft labels that are never materialised (Lee et al. 2022, section 3.2.3).
+
+        loss = logsumexp(logits) - sum_k Q_tau(k|x) logits_k        d loss / d logits = softmax(logits) - Q_tau
+
+    Naively `cross_entropy(logits.flatten(0, -2), distance_softmax(x, codebook, tau).flatten(0, -2))`: distances,
+    labels, log-softmax and gradient, each of the size of the logits. Here Q is formed for some rows at a time (see
+    `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits, and
+    nothing of their size is made but the gradient that is returned: in the forward call, in the dtype of the logits,
+    where a gradient will be asked for. A call also holds, for each thread, the labels of at most 32 rows, and a copy of
+    the codebook where it lies off the origin. Sums within a row are float32 and beyond 1024 terms float64, over rows
+    float64. A row's loss and gradient do not depend on threads or on the other rows.
+
+    Differentiable once, in logits alone. Autocast does not touch it: logits are used in the dtype in which they come.
+
+    Args:
+        logits: (..., K), or (..., D, K) where x is (..., D, C); float32, float16 or bfloat16. Strides that no (n, m, K)
+            tensor with contiguous K can have cost a copy.
+        x: (..., C) or (..., D, C): the residual that each label is for; float32, float16 or bfloat16.
+        codebook: (K, C), or (D, K, C): one per depth; any of these dtypes.
+        tau: temperature > 0, in squared units of x.
+        mask: bool, the shape of logits without K. False rows are not read (they may hold NaN), count nowhere and get a
+            gradient of zero.
+        reduction: "mean" (over counted rows; NaN where there are none), "sum" or "none" (masked rows 0).
+        inplace: where a gradient will be asked for, write it over the logits, which nobody may need afterwards, and
+            allocate nothing of their size. Autograd raises where another function has kept these logits for its own
+            backward. backward then runs once. Without a gradient to come, logits stay as they are.
+
+    Returns:
+        float32 scalar, or the rows' losses. For a row with
+        - a logit of -inf: +inf where its label is above zero, else as if that code were not there;
+        - logits of NaN, +inf or nothing but -inf, or x not finite: NaN, and a gradient of NaN.
+
+    Raises:
+        TypeError: a wrong dtype (float64 among them), tau not a number.
+        ValueError: shapes that do not fit, an empty codebook or one that is not finite, tau not > 0, an unknown
+            reduction; tensors on CUDA, for which there is no kernel yet. With inplace: logits that are a leaf with
+            requires_grad, that share memory with one another or have the strides named above, and torch.compile.
+        RuntimeError: a second derivative; with inplace, a second backward.
+    """
+    op = "soft_label_cross_entropy"
+    _check_tensor(op, "logits", logits)
+    _check_labels(op, x, codebook, tau)
+    _check_loss(op, mask, reduction)
+    x, codebook = x.detach(), codebook.detach()
+    weight, reduce = _weight(x, mask, reduction), reduction != "none"
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if inplace and with_gradient:
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{op}: inplace cannot be traced by torch.compile, which decides itself what to overwrite")
+        if logits.is_leaf:
+            raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
+        return _InPlace.apply(logits, x, codebook, tau, mask, weight, reduce)
+    scale = _gradient_scale(logits.dtype)
+    return torch.ops.rqkernels.soft_label_cross_entropy(
+        logits, x, codebook, tau, mask, weight, reduce, scale, with_gradient
+    )[0]
+
+
+@torch.library.register_fake("rqkernels::soft_label_cross_entropy")
+def _fake_cross_entropy(
+    logits: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduce: bool,
+    gradient_scale: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(() if reduce else logits.shape[:-1], dtype=torch.float32)
+    return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+
+
+@torch.library.register_fake("rqkernels::soft_label_cross_entropy_")
+def _fake_cross_entropy_(
+    logits: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduce: bool,
+    gradient_scale: float,
+) -> Tensor:
+    return logits.new_empty(() if reduce else logits.shape[:-1], dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gradient_scale, with_gradient = inputs[-2:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.gradient_scale, ctx.with_gradient = gradient_scale, with_gradient
+
+
+def _factor(grad: Tensor, gradient: Tensor, gradient_scale: float) -> Tensor:
+    """What the gradient that waited is multiplied by. A scalar stays float32; one for each row takes its dtype."""
+    factor = grad / gradient_scale
+    return factor if factor.dim() == 0 else factor.unsqueeze(-1).to(gradient.dtype)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.with_gradient:
+        raise RuntimeError("soft_label_cross_entropy: backward of a call that was made with with_gradient=False")
+    (gradient,) = ctx.saved_tensors
+    factor = _factor(grad, gradient, ctx.gradient_scale)
+    return gradient if _is_one(factor) else gradient * factor, *(None,) * 8
+
+
+torch.library.register_autograd("rqkernels::soft_label_cross_entropy", _backward, setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    """The gradient in the memory of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        x: Tensor,
+        codebook: Tensor,
+        tau: float,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        reduce: bool,
+    ) -> Tensor:
+        gradient = logits.detach()
+        ctx.gradient_scale = _gradient_scale(logits.dtype)
+        loss = torch.ops.rqkernels.soft_label_cross_entropy_(
+            gradient, x, codebook, tau, mask, weight, reduce, ctx.gradient_scale
+        )
+        # So that a function that kept the logits for its own backward finds them changed.
+        torch.autograd.graph.increment_version(logits)
+        ctx.gradient = gradient
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradient is None:
+            raise RuntimeError("soft_label_cross_entropy: with inplace=True backward runs once")
+        gradient, ctx.gradient = ctx.gradient, None
+        factor = _factor(grad, gradient, ctx.gradient_scale)
+        return gradient if _is_one(factor) else gradient.mul_(factor), *(None,) * 6
+
+
+def fused_linear_soft_label_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`soft_label_cross_entropy(linear(hidden, weight, bias), x, codebook, tau)`, without the logits of all rows.
+
+    Rows go through the matmul, the loss and the gradient's matmuls in chunks of at most 32 MiB of logits, which their
+    gradient overwrites; gradients of hidden, weight and bias wait for backward, the latter two summed in float32. With
+    "none" the rows' factors are not known in time: there backward computes the logits once more.
+
+    Under autocast the matmuls run in its dtype; the loss is float32 arithmetic, as in `soft_label_cross_entropy`.
+    Differentiable once, in hidden, weight and bias.
+
+    Args:
+        hidden: (..., H), or (..., D, H) where x is (..., D, C); float32, float16 or bfloat16.
+        weight: (K, H), and bias (K) or None: the classifier, in the dtype of hidden (any of these under autocast).
+        x, codebook, tau, mask, reduction: as in `soft_label_cross_entropy`.
+
+    Returns:
+        float32 scalar, or the rows' losses; see `soft_label_cross_entropy`.
+
+    Raises:
+        As `soft_label_cross_entropy`, and for hidden, weight and bias that do not fit.
+    """
+    op = "fused_linear_soft_label_cross_entropy"
+    _check_tensor(op, "hidden", hidden)
+    _check_tensor(op, "weight", weight)
+    if bias is not None:
+        _check_tensor(op, "bias", bias)
+    _check_labels(op, x, codebook, tau)
+    _check_loss(op, mask, reduction)
+    if hidden.dim() < 1 or hidden.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: hidden {tuple(hidden.shape)} and x {tuple(x.shape)} must agree up to the last dimension"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{op}: weight must be (K, {hidden.shape[-1]}) for this hidden, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be ({weight.shape[0]},) for this weight, got {tuple(bias.shape)}")
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    elif any(t is not None and t.dtype != dtype for t in (weight, bias)):
+        raise TypeError(f"{op}: weight and bias must have the dtype of hidden, {dtype}, outside of autocast")
+    x, codebook = x.detach(), codebook.detach()
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    row_weight, reduce = _weight(x, mask, reduction), reduction != "none"
+    return _fused_linear(hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype)[0]
+
+
+@torch.library.custom_op("rqkernels::fused_linear_soft_label_cross_entropy", mutates_args=())
+def _fused_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    reduce: bool,
+    with_gradient: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Rows in groups that must stay together: the depths of one position where each has a codebook.
+    together = 1 if codebook.dim() == 2 else codebook.shape[0]
+    num_codes = weight.shape[0]
+    group = () if codebook.dim() == 2 else (together,)
+    h = hidden.reshape(-1, *group, hidden.shape[-1])
+    x = x.reshape(-1, *group, x.shape[-1])
+    mask = None if mask is None else mask.reshape(-1, *group)
+    each_row = row_weight is not None and row_weight.dim() > 0
+    if each_row:
+        row_weight = row_weight.reshape(-1, *group)
+    w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+    losses = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    grads: tuple[Tensor, ...] = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
+    if with_gradient:
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight, dtype=torch.float32)
+        grad_b = weight.new_zeros(num_codes, dtype=torch.float32)
+    scale = _gradient_scale(dtype)
+    step = max(1, _LOGITS_BUDGET // (num_codes * dtype.itemsize * together))
+    logits_buffer = h.new_empty((min(step, h.shape[0]) * together, num_codes), dtype=dtype)
+    with torch.amp.autocast(hidden.device.type, enabled=False):
+        for begin in range(0, h.shape[0], step):
+            rows = slice(begin, begin + step)
+            part = h[rows].to(dtype).reshape(-1, h.shape[-1])
+            logits = logits_buffer[: part.shape[0]]
+            if b is None:
+                torch.mm(part, w.t(), out=logits)
+            else:
+                torch.addmm(b, part, w.t(), out=logits)
+            arguments = (
+                logits.view(*x[rows].shape[:-1], num_codes),
+                x[rows],
+                codebook,
+                tau,
+                None if mask is None else mask[rows],
+                row_weight[rows] if each_row else row_weight,
+            )
+            if not with_gradient:
+                no_weight = (*arguments[:-1], None)
+                losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy(*no_weight, False, 1.0, False)[0]
+                continue
+            losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy_(*arguments, False, scale)
+            grad_h[rows] = (logits @ w).view(grad_h[rows].shape) / scale
+            if dtype == torch.float32:
+                grad_w.addmm_(logits.t(), part)
+            else:
+                grad_w.add_(logits.t() @ part, alpha=1 / scale)
+            grad_b.add_(logits.sum(0, dtype=torch.float32), alpha=1 / scale)
+    if with_gradient:
+        grads = (grad_h.view(hidden.shape), grad_w.to(weight.dtype), grad_b if bias is None else grad_b.to(bias.dtype))
+    if not reduce:
+        return losses.view(hidden.shape[:-1]), *grads
+    total = losses.sum(dtype=torch.float64)
+    return (total if row_weight is None else total * row_weight).float(), *grads
+
+
+@_fused_linear.register_fake
+def _fake_fused_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    reduce: bool,
+    with_gradient: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty(() if reduce else hidden.shape[:-1], dtype=torch.float32)
+    if not with_gradient:
+        return loss, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    grad_b = weight.new_empty(weight.shape[0], dtype=torch.float32 if bias is None else bias.dtype)
+    return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_b
+
+
+def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, x, codebook, tau, mask, _, reduce, _, dtype = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.reduce, ctx.tau, ctx.dtype = reduce, tau, dtype
+    if reduce:
+        ctx.save_for_backward(*output[1:])
+    else:
+        ctx.save_for_backward(hidden, weight, bias, x, codebook, mask)
+
+
+@once_differentiable
+def _backward_fused(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.reduce:
+        grads = ctx.saved_tensors if _is_one(grad) else tuple(saved * grad for saved in ctx.saved_tensors)
+    else:
+        hidden, weight, bias, x, codebook, mask = ctx.saved_tensors
+        grads = _fused_linear(
+            hidden, weight, bias, x, codebook, ctx.tau, mask, grad.contiguous(), False, True, ctx.dtype
+        )[1:]
+    needed = (g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True))
+    return *needed, *(None,) * 8
+
+
+_fused_linear.register_autograd(_backward_fused, setup_context=_setup_fused)
