@@ -60,6 +60,9 @@ inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(a.v));
 }
 
+// Past the caches, to an address that is a multiple of the vector's size; in order after end_streams.
+inline void stream(Vec a, float* p) { _mm512_stream_ps(p, a.v); }
+inline void end_streams() { _mm_sfence(); }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -190,6 +193,9 @@ inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(words, words));
 }
 
+// Past the caches, to an address that is a multiple of the vector's size; in order after end_streams.
+inline void stream(Vec a, float* p) { _mm256_stream_ps(p, a.v); }
+inline void end_streams() { _mm_sfence(); }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -319,6 +325,9 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   return a;
 }
 
+// Past the caches, where the instruction set can.
+inline void stream(Vec a, float* p) { a.store(p); }
+inline void end_streams() {}
 inline float bits_to_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);

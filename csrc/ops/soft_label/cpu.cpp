@@ -176,6 +176,8 @@ void for_each_chunk(const SoftLabels& labels, const char* op, Counted counted, W
 }
 
 constexpr int kMostRows = 64;
+// A gradient from here on goes past the caches: written through them, it would be read first.
+constexpr int64_t kStreamedBytes = 16 << 20;
 
 int64_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
@@ -208,6 +210,7 @@ void launch(const SoftLabelCrossEntropyParams& p, void*) {
     const int64_t offset = row / labels.inner * p.gradient_outer_stride + row % labels.inner * p.gradient_inner_stride;
     return static_cast<char*>(p.gradient) + offset * size;
   };
+  const bool streams = p.gradient != p.logits && num_rows * labels.num_codes * size >= kStreamedBytes;
   auto counted = [&](int64_t row) { return p.mask == nullptr || p.mask[row] != 0; };
   for_each_chunk(
       labels, "soft_label_cross_entropy", counted,

@@ -36,7 +36,7 @@ namespace {
 constexpr int kRowVecs = 2;
 constexpr int kRows = kRowVecs * Vec::kSize;
 #if defined(__AVX512F__)
-constexpr int kCodeTile = 8;  // 8 x 2 accumulators of 32 registers
+constexpr int kCodeTile = 12;  // 12 x 2 accumulators of 32 registers
 #else
 constexpr int kCodeTile = 4;  // 4 x 2 of 16
 #endif
@@ -46,7 +46,7 @@ constexpr double kHuge = 1e37;  // a tenth of float's range
 
 int64_t round_up_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-int64_t padded(int64_t num_codes) { return round_up_to(num_codes, Vec::kSize > kCodeTile ? Vec::kSize : kCodeTile); }
+int64_t padded(int64_t num_codes) { return round_up_to(round_up_to(num_codes, Vec::kSize), kCodeTile); }
 
 // A cache line more than a row needs: rows a power of two apart would share the same few lines of the cache.
 int64_t row_stride(int64_t num_codes) { return round_up_to(padded(num_codes), 16) + 16; }
@@ -94,13 +94,25 @@ template <int V>
   for (int i = 0; i < kCodeTile; ++i) {
     for (int v = 0; v < V; ++v) dot[i][v] = Vec::zero();
   }
+  // A pointer for every fourth code, the others by strides; hidden from the compiler, which would make it a pointer for
+  // each, more than there are registers.
+  const float* fourth[kCodeTile / 4];
+  for (int i = 0; i < kCodeTile / 4; ++i) fourth[i] = codes + 4 * i * channels;
+  const int64_t three = 3 * channels;
   for (int64_t c = 0; c < channels; ++c) {
     Vec r[V];
     for (int v = 0; v < V; ++v) r[v] = Vec::load(x_cn + c * kRows + v * Vec::kSize);
+    // The next tile, which follows in memory.
+    __builtin_prefetch(codes + kCodeTile * (channels + c), 0, 2);
 #pragma GCC unroll 16
-    for (int i = 0; i < kCodeTile; ++i) {
-      const Vec e = Vec::fill(codes[i * channels + c]);
-      for (int v = 0; v < V; ++v) dot[i][v] = fma(e, r[v], dot[i][v]);
+    for (int i = 0; i < kCodeTile / 4; ++i) {
+      const float* e = fourth[i]++;
+      asm("" : "+r"(e));
+      const Vec four[4] = {Vec::fill(e[0]), Vec::fill(e[channels]), Vec::fill(e[2 * channels]), Vec::fill(e[three])};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        for (int v = 0; v < V; ++v) dot[4 * i + j][v] = fma(four[j], r[v], dot[4 * i + j][v]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -227,16 +239,19 @@ struct BlockSum {
 
 struct Float32 {
   using T = float;
+  static constexpr bool kStreams = true;
   static Vec load(const T* p) { return Vec::load(p); }
   static void store(Vec a, T* p) { a.store(p); }
 };
 struct Float16 {
   using T = uint16_t;
+  static constexpr bool kStreams = false;
   static Vec load(const T* p) { return load_float16(p); }
   static void store(Vec a, T* p) { store_float16(a, p); }
 };
 struct BFloat16 {
   using T = uint16_t;
+  static constexpr bool kStreams = false;
   static Vec load(const T* p) { return load_bfloat16(p); }
   static void store(Vec a, T* p) { store_bfloat16(a, p); }
 };
@@ -292,7 +307,7 @@ void distance_softmax(const LabelCodebook& codebook, const float* const* x, floa
     }
     const Exponent exponent = refine(codebook, x[row], scratch.squared[row], scratch.highest[row], scores);
     BlockSum sum;
-    for (int64_t k = 0; k < padded(num_codes); k += Vec::kSize) {
+    for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
       const Vec e = label_exponential(exponent, Vec::load(scores + k));
       e.store(scores + k);
       sum.within = sum.within + e;
@@ -306,13 +321,19 @@ void distance_softmax(const LabelCodebook& codebook, const float* const* x, floa
   }
 }
 
-// `scores` become the exponentials of the labels, `exps` those of the logits.
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % (sizeof(float) * Vec::kSize) == 0; }
+
+// `scores` become the exponentials of the labels, `exps` those of the logits. The logits of the next row are fetched on
+// the way; the last row may be its own next.
 template <class F, bool kGradient>
-void finish_row(const CrossEntropyRow& row, int64_t num_codes, const Exponent& exponent, float* scores, float* exps) {
+void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t num_codes, const Exponent& exponent,
+                float* scores, float* exps) {
+  const typename F::T* ahead = static_cast<const typename F::T*>(next.logits);
   const typename F::T* logits = static_cast<const typename F::T*>(row.logits);
   const float largest = largest_logit<F>(logits, num_codes);
   BlockSum label_sum, logit_sum, product_sum;
   auto take = [&](int64_t k, Vec logit) {
+    __builtin_prefetch(ahead + k, 0, 2);
     const Vec label = label_exponential(exponent, Vec::load(scores + k)), below = logit - Vec::fill(largest);
     const Vec e = exp(below);
     label.store(scores + k);
@@ -354,6 +375,10 @@ void finish_row(const CrossEntropyRow& row, int64_t num_codes, const Exponent& e
     return fma(Vec::load(scores + k), label_factor, Vec::load(exps + k) * logit_factor);
   };
   int64_t k = 0;
+  if (F::kStreams && row.streams && is_aligned(gradient)) {
+    for (; k + Vec::kSize <= num_codes; k += Vec::kSize) stream(gradient_at(k), reinterpret_cast<float*>(gradient + k));
+    end_streams();
+  }
   for (; k + Vec::kSize <= num_codes; k += Vec::kSize) F::store(gradient_at(k), gradient + k);
   if (k < num_codes) store_first<F>(gradient_at(k), gradient + k, num_codes - k);
 }
@@ -372,12 +397,13 @@ void finish_rows(const LabelCodebook& codebook, const CrossEntropyRow* rows, int
       }
       continue;
     }
+    const CrossEntropyRow& next = rows[i + 1 < count ? i + 1 : i];
     float* scores = scratch.scores + i * stride;
     const Exponent exponent = refine(codebook, row.x, scratch.squared[i], scratch.highest[i], scores);
     if (row.gradient != nullptr) {
-      finish_row<F, true>(row, num_codes, exponent, scores, scratch.exps);
+      finish_row<F, true>(row, next, num_codes, exponent, scores, scratch.exps);
     } else {
-      finish_row<F, false>(row, num_codes, exponent, scores, nullptr);
+      finish_row<F, false>(row, next, num_codes, exponent, scores, nullptr);
     }
   }
 }

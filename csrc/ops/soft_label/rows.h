@@ -25,6 +25,7 @@ struct CrossEntropyRow {
   void* gradient;  // or null
   float weight;
   float* loss;
+  bool streams;  // the gradient is not read again before it has left the cache
 };
 
 struct SoftLabelKernel {
