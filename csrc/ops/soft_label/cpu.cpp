@@ -219,7 +219,7 @@ void launch(const SoftLabelCrossEntropyParams& p, void*) {
         for (int i = 0; i < count; ++i) {
           all[i] = {labels.x + rows[i] * labels.channels, logits_at(rows[i]), gradient_at(rows[i]),
                     p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride]),
-                    p.losses + rows[i]};
+                    p.losses + rows[i], streams};
         }
         kernel.cross_entropy(codebook, all, p.type, count, memory);
       });
