@@ -39,7 +39,9 @@ def test_every_benchmark_wrote_its_results(results: dict[str, dict]) -> None:
     assert set(results) == {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
 
 
-@pytest.mark.parametrize("slug", ["residual_search", "residual_decode", "code_statistics", "stochastic_residual_search"])
+@pytest.mark.parametrize(
+    "slug", ["residual_search", "residual_decode", "code_statistics", "stochastic_residual_search"]
+)
 def test_a_result_says_what_was_measured_and_where(results: dict[str, dict], slug: str) -> None:
     result = results[slug]
     environment = result["environment"]

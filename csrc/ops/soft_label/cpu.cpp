@@ -217,9 +217,12 @@ void launch(const SoftLabelCrossEntropyParams& p, void*) {
       [&](const SoftLabelKernel& kernel, const LabelCodebook& codebook, const int64_t* rows, int count, void* memory) {
         CrossEntropyRow all[kMostRows];
         for (int i = 0; i < count; ++i) {
-          all[i] = {labels.x + rows[i] * labels.channels, logits_at(rows[i]), gradient_at(rows[i]),
+          all[i] = {labels.x + rows[i] * labels.channels,
+                    logits_at(rows[i]),
+                    gradient_at(rows[i]),
                     p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride]),
-                    p.losses + rows[i], streams};
+                    p.losses + rows[i],
+                    streams};
         }
         kernel.cross_entropy(codebook, all, p.type, count, memory);
       });

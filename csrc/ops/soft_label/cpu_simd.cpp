@@ -21,10 +21,15 @@
 //   the subtraction                                                   u (n^2 / 2 + a n)
 //   underflow: of C products and sums, of the three roundings         2^-125 (C + 3) (1 + a + n)
 //   together  E = g(C + 4) a n + 1.1 u n^2 + 2^-125 (C + 3) (1 + a + n)
-// and a difference of two scores by 4 E / tau. Where that is at most kSeen, the scores serve as they are: rounding
-// errors have signs, in practice they stay far below their bound. Elsewhere a code with h_k < max h - 2 E - 20 tau has
-// Q_k < e^-40 of the largest (its exact half score is more than 20 tau below that of the code with max h), and the
-// others get their scores from distances in the definition's float64: as tau -> 0, Q tends to the certified code.
+// and a difference of two scores by 4 E / tau. Where that is at most kSeldom, the scores serve as they are. Above,
+// codes that could have the most of Q get their scores from distances in the definition's float64: a code with h_k <
+// max h - 2 E - r tau has Q_k < e^-2r of the largest (its exact half score is more than r tau below that of the code
+// with max h) and stays out.
+//   4 E / tau > kSeen     r = 20: Q beyond is nothing. However many codes there are, for as tau -> 0 Q has to tend to
+//                         the certified code.
+//   above kSeldom         r = 6, where they are at most kFew: rounding errors have signs and stay far below their
+//   bound,
+//                         and a Q of more codes averages them; it is as good as one from any float32 products.
 #include "common/exact.h"
 #include "common/simd.h"
 #include "ops/soft_label/rows.h"
@@ -41,7 +46,8 @@ constexpr int kCodeTile = 12;  // 12 x 2 accumulators of 32 registers
 constexpr int kCodeTile = 4;  // 4 x 2 of 16
 #endif
 constexpr int kBlockVecs = 64;
-constexpr double kSeen = 1.0 / 16;
+constexpr double kSeen = 1.0 / 16, kSeldom = 1.0 / 4096;
+constexpr int kFew = 64;
 constexpr double kHuge = 1e37;  // a tenth of float's range
 
 int64_t round_up_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -190,33 +196,57 @@ double half_score_error(double a, double n, int64_t channels) {
   return terms * u / (1 - terms * u) * a * n + 1.1 * u * n * n + 0x1p-125 * terms * (1 + a + n);
 }
 
+// visit(k) for the codes with exponents[k] >= limit.
+template <class Visit>
+void for_each_above(const float* exponents, int64_t num_codes, float limit, Visit visit) {
+  const Vec least = Vec::fill(limit);
+  for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
+    for (uint32_t left = at_most(least, Vec::load(exponents + k)); left != 0; left &= left - 1) {
+      const int64_t found = k + __builtin_ctz(left);
+      if (found < num_codes) visit(found);
+    }
+  }
+}
+
 Exponent refine(const LabelCodebook& codebook, const float* x, double squared, float highest, float* scores) {
-  const int64_t channels = codebook.channels;
+  const int64_t channels = codebook.channels, num_codes = codebook.num_codes;
   const double a = __builtin_sqrt(squared), n = codebook.max_norm, tau = codebook.tau;
   const double most = 3e38, wanted = 2 / tau;
   const Exponent plain{highest, float(wanted < most ? wanted : most)};
+  auto exact = [&](int64_t k) { return squared_distance(x, codebook.codes_kc + k * channels, channels); };
   // Where a product could overflow, no score says anything.
-  const bool known = (a + n) * (a + n) < kHuge && double(channels) < 0x1p20;
-  const double error = half_score_error(a, n, channels);
-  if (known && 4 * error <= kSeen * tau) {
-    if (wanted >= 1e-37) return plain;
-    // A factor that small is no float: Q is all but uniform.
-    for (int64_t k = 0; k < codebook.num_codes; ++k) {
-      scores[k] = float((double(scores[k]) - double(highest)) * wanted);
-    }
+  if (!((a + n) * (a + n) < kHuge) || double(channels) > 0x1p20) {
+    double nearest = __builtin_inf();
+    for (int64_t k = 0; k < num_codes; ++k) nearest = exact(k) < nearest ? exact(k) : nearest;
+    for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((nearest - exact(k)) / tau);
     return {0.0f, 1.0f};
   }
-  const double limit = double(highest) - 2 * error - 20 * tau;
-  double nearest = __builtin_inf();
-  for (int64_t k = 0; k < codebook.num_codes; ++k) {
-    if (known && !(double(scores[k]) >= limit)) continue;
-    const double d = squared_distance(x, codebook.codes_kc + k * channels, channels);
-    nearest = d < nearest ? d : nearest;
+  if (wanted < 1e-37) {
+    // A factor that small is no float: Q is all but uniform.
+    for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((double(scores[k]) - double(highest)) * wanted);
+    return {0.0f, 1.0f};
   }
-  for (int64_t k = 0; k < codebook.num_codes; ++k) {
-    const bool refined = !known || double(scores[k]) >= limit;
-    const double d = refined ? squared_distance(x, codebook.codes_kc + k * channels, channels) : 0;
-    scores[k] = refined ? float((nearest - d) / tau) : (scores[k] - plain.shift) * plain.factor;
+  const double error = 4 * half_score_error(a, n, channels) / tau;
+  if (error <= kSeldom) return plain;
+  for (int64_t k = 0; k < num_codes; ++k) scores[k] = (scores[k] - plain.shift) * plain.factor;
+  const bool all = error > kSeen;
+  const float limit = float(-(error + (all ? 40 : 12)) * (1 + 1e-6));
+  int64_t first[kFew], count = 0;
+  for_each_above(scores, num_codes, limit, [&](int64_t k) {
+    if (count < kFew) first[count] = k;
+    ++count;
+  });
+  if (count <= kFew || all) {
+    auto for_each_candidate = [&](auto visit) {
+      if (count > kFew) {
+        for_each_above(scores, num_codes, limit, visit);
+      } else {
+        for (int64_t i = 0; i < count; ++i) visit(first[i]);
+      }
+    };
+    double nearest = __builtin_inf();
+    for_each_candidate([&](int64_t k) { nearest = exact(k) < nearest ? exact(k) : nearest; });
+    for_each_candidate([&](int64_t k) { scores[k] = float((nearest - exact(k)) / tau); });
   }
   return {0.0f, 1.0f};
 }
