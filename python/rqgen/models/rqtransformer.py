@@ -496,9 +496,7 @@ def prior_loss(
             raise ValueError(f"codes: expected shape {expected}, got {tuple(codes.shape)}")
         per_code = F.cross_entropy(output.logits.flatten(0, -2), codes.flatten(), reduction="none")
     else:
-        per_code = rqkernels.reference.soft_label_cross_entropy(
-            output.logits, residuals, codebooks, tau, reduction="none"
-        )
+        per_code = rqkernels.soft_label_cross_entropy(output.logits, residuals, codebooks, tau, reduction="none")
     per_depth = per_code.reshape(-1, output.logits.shape[-2]).mean(dim=0)
     codes_loss = per_depth.mean()
     if output.condition_logits is None:

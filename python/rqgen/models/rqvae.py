@@ -323,9 +323,7 @@ class RQVAE(PretrainedModel):
             found = rqkernels.residual_search(latents, self.codebooks, self.depth, return_residuals=True)
         shared = self.config.quantizer.shared_codebook
         soft = [
-            rqkernels.reference.distance_softmax(
-                found.residuals[..., d, :], self.codebooks if shared else self.codebooks[d], tau
-            )
+            rqkernels.distance_softmax(found.residuals[..., d, :], self.codebooks if shared else self.codebooks[d], tau)
             for d in range(self.depth)
         ]
         return torch.stack(soft, dim=-2), found.codes
