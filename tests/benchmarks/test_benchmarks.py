@@ -251,6 +251,13 @@ def test_a_missing_tool_is_noted_and_is_no_pass(gpu_check: ModuleType, monkeypat
     assert gpu_check.exit_status(records) == 2
 
 
+def test_a_model_that_cannot_be_imported_is_noted(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "MODEL_PACKAGES", ("no_such_package", "yaml"))
+    steps = [step for step in gpu_check.steps_on(Path(), {}, Path(), False) if step.name == "bench_prior_step"]
+    record = gpu_check.run_steps(steps, 100)["bench_prior_step"]
+    assert record == record | {"outcome": "missing", "why": "the models need no_such_package"}
+
+
 @pytest.mark.parametrize(
     ("outcomes", "status"),
     [(["passed"], 0), (["passed", "failed", "missing"], 1), (["timed out"], 1), (["passed", "missing"], 2)],
