@@ -107,9 +107,20 @@ def test_seeds_and_offsets(seed: int, offset: int, device: torch.device) -> None
 
 @pytest.mark.parametrize(("k", "c", "tau"), [(4096, 32, 0.5), (4096, 32, 2.0), (2048, 256, 1.0), (2048, 256, 4.0)])
 def test_few_likely_codes_are_decided_in_float64(k: int, c: int, tau: float, device: torch.device) -> None:
-    # Some thousand draws, a hundred of which float32 would not be sure of.
+    # Rows beside codes: the mass lies in a few, whose boundaries some of the uniforms come near to.
     e = torch.randn(k, c, device=device) * (0.2 + 0.8 * torch.rand(k, 1, device=device))
     assert_equals_definition(e[torch.randint(k, (700,))] + 0.1 * torch.randn(700, c, device=device), e, 2, tau=tau)
+
+
+@pytest.mark.parametrize("copies", [30, 100])
+def test_near_copies_that_float32_confuses_are_decided_in_float64(copies: int, device: torch.device) -> None:
+    # Ten clusters of codes, as far apart as a row is long, in each of which distances differ by little more than
+    # float32 scores are off: such weights would draw dozens of these codes wrongly.
+    centres = torch.randn(10, 256, device=device).repeat(copies, 1)
+    e = centres + 5e-3 * torch.randn(10 * copies, 256, device=device)
+    x = centres[torch.randint(10, (1000,))] + 5e-3 * torch.randn(1000, 256, device=device)
+    out = assert_equals_definition(x, e, 1, tau=7e-3)
+    assert out.codes.unique().numel() > 200
 
 
 def test_spread_mass_is_off_by_float32s_rounding_at_most(device: torch.device) -> None:
