@@ -65,10 +65,10 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
     """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
 
     Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances;
-    here products run in float32 on vectors centred among the codes, and wherever their rounding could be seen in Q
-    (|x - e|^2 / tau of some 10^4 and beyond), the codes that matter get their distances in float64. So with tau -> 0
-    Q tends to the certified code of `residual_search` (shared equally by equal codes). The relative error of Q is about
-    that of the float32 products over tau, for small Q as for large; below about 1e-38 it is zero.
+    here products run in float32 on vectors centred among the codes, and where their rounding could be seen in Q, the
+    codes that have the most of it get their distances in float64. So with tau -> 0 Q tends to the certified code of
+    `residual_search` (shared equally by equal codes). A small Q has the relative error of its float32 score, about
+    1e-7 |x||e| / tau plus 1e-7 times its exponent; below about 1e-38 it is zero.
 
     Not differentiable: inputs are taken detached. For a loss, `soft_label_cross_entropy` needs no such tensor.
 
@@ -195,6 +195,7 @@ def _fake_cross_entropy_(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     gradient_scale, with_gradient = inputs[-2:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or zeros, as many as logits, would come for it
     ctx.save_for_backward(output[1])
     ctx.gradient_scale, ctx.with_gradient = gradient_scale, with_gradient
 
@@ -206,7 +207,7 @@ def _factor(grad: Tensor, gradient: Tensor, gradient_scale: float) -> Tensor:
 
 
 @once_differentiable
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.with_gradient:
         raise RuntimeError("soft_label_cross_entropy: backward of a call that was made with with_gradient=False")
     (gradient,) = ctx.saved_tensors
@@ -402,6 +403,7 @@ def _fake_fused_linear(
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, x, codebook, tau, mask, _, reduce, _, dtype = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.reduce, ctx.tau, ctx.dtype = reduce, tau, dtype
     if reduce:
         ctx.save_for_backward(*output[1:])
@@ -410,7 +412,7 @@ def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 @once_differentiable
-def _backward_fused(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_fused(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     if ctx.reduce:
         grads = ctx.saved_tensors if _is_one(grad) else tuple(saved * grad for saved in ctx.saved_tensors)
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rqkernels as rqk
 from rqkernels.reference import (
@@ -224,6 +225,14 @@ def test_codes_off_the_origin_keep_their_digits() -> None:
     assert (rqk.distance_softmax(x, e, 8.0).double() - expected).abs().max() < 2e-5 < worst
 
 
+def test_small_labels_keep_their_relative_error() -> None:
+    x, e = torch.randn(60, 16), torch.randn(300, 16)
+    q, expected = rqk.distance_softmax(x, e, 0.5), distance_softmax(x, e, 0.5, dtype=torch.float64)
+    kept = expected > 1e-37
+    assert (expected[kept] < 1e-30).any()
+    assert ((q.double() - expected)[kept].abs() <= 1e-4 * expected[kept]).all()
+
+
 def test_values_at_the_ends_of_float() -> None:
     for scale in (1e-30, 1e18, 1e30):
         x, e = scale * torch.randn(9, 6), scale * torch.randn(40, 6)
@@ -391,6 +400,43 @@ def test_in_place_on_a_view() -> None:
         loss = rqk.soft_label_cross_entropy(logits, x, e, 2.0, inplace=inplace)
         results.append(torch.autograd.grad(loss, (hidden, weight)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+MEMORY_SCRIPT = """
+import ctypes, re, torch, rqkernels as rqk
+from pathlib import Path
+torch.set_num_threads(1)
+status = lambda key: int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def peak(call):
+    call(512)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    call(4096)
+    return (status("VmHWM") - before) / (4096 * 4096 * 4)
+x, e = torch.randn(4096, 16), torch.randn(4096, 16)
+logits = torch.randn(4096, 4096, requires_grad=True)
+h, w = torch.randn(4096, 32, requires_grad=True), torch.randn(4096, 32, requires_grad=True)
+def plain(n):
+    leaf = logits.detach()[:n].requires_grad_()
+    torch.autograd.grad(rqk.soft_label_cross_entropy(leaf, x[:n], e, 2.0), leaf)
+def in_place(n):
+    leaf = logits.detach()[:n].requires_grad_()
+    torch.autograd.grad(rqk.soft_label_cross_entropy(leaf.view_as(leaf), x[:n], e, 2.0, inplace=True), leaf)
+def fused(n):
+    torch.autograd.grad(rqk.fused_linear_soft_label_cross_entropy(h[:n], w, None, x[:n], e, 2.0), (h, w))
+print(peak(plain) - 1, peak(in_place), peak(fused))
+"""
+
+
+def test_memory_beside_the_gradient() -> None:
+    """In units of the logits: at most a twentieth with them, and with the classifier what its budget says."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(rqk.__file__).resolve().parent.parent)}
+    run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    plain, in_place, fused = map(float, run.stdout.split())
+    assert plain < 0.05 and in_place < 0.05
+    assert fused < 0.75  # 32 MiB of 64, and gradients
 
 
 def test_in_place_leaves_logits_alone_without_a_gradient_to_come() -> None:
@@ -649,6 +695,17 @@ def test_bad_arguments_of_the_fused_linear_are_named(
     )
     with pytest.raises(error, match=f"fused_linear_soft_label_cross_entropy: {message}"):
         rqk.fused_linear_soft_label_cross_entropy(**{**good, **change})
+
+
+def test_cuda_tensors_are_refused_by_name() -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+        with pytest.raises(
+            ValueError, match=r"distance_softmax: x is on cuda.* no CUDA kernel yet: use rqkernels\.ref"
+        ):
+            rqk.distance_softmax(x, torch.empty(4, 3), 1.0)
+        with pytest.raises(ValueError, match=r"soft_label_cross_entropy: logits is on cuda.* no CUDA kernel yet"):
+            rqk.soft_label_cross_entropy(torch.empty(2, 4, device="cuda"), x, torch.empty(4, 3), 1.0)
 
 
 def test_bad_arguments_of_the_softmax_are_named() -> None:

@@ -196,7 +196,16 @@ double half_score_error(double a, double n, int64_t channels) {
   return terms * u / (1 - terms * u) * a * n + 1.1 * u * n * n + 0x1p-125 * terms * (1 + a + n);
 }
 
-// visit(k) for the codes with exponents[k] >= limit.
+bool has_more_above(const float* scores, int64_t num_codes, float limit, int64_t few) {
+  const Vec least = Vec::fill(limit);
+  int64_t count = 0;
+  for (int64_t k = 0; k < num_codes && count <= few; k += Vec::kSize) {
+    count += __builtin_popcount(at_most(least, Vec::load(scores + k)));
+  }
+  return count > few;
+}
+
+// visit(k) for the codes with exponents[k] >= limit; it may change that one.
 template <class Visit>
 void for_each_above(const float* exponents, int64_t num_codes, float limit, Visit visit) {
   const Vec least = Vec::fill(limit);
@@ -228,26 +237,16 @@ Exponent refine(const LabelCodebook& codebook, const float* x, double squared, f
   }
   const double error = 4 * half_score_error(a, n, channels) / tau;
   if (error <= kSeldom) return plain;
-  for (int64_t k = 0; k < num_codes; ++k) scores[k] = (scores[k] - plain.shift) * plain.factor;
   const bool all = error > kSeen;
-  const float limit = float(-(error + (all ? 40 : 12)) * (1 + 1e-6));
-  int64_t first[kFew], count = 0;
-  for_each_above(scores, num_codes, limit, [&](int64_t k) {
-    if (count < kFew) first[count] = k;
-    ++count;
+  const double reach = (error + (all ? 40 : 12)) * (1 + 1e-6);
+  if (!all && has_more_above(scores, num_codes, float(double(highest) - reach / wanted), kFew)) return plain;
+  for (int64_t k = 0; k < num_codes; ++k) scores[k] = (scores[k] - plain.shift) * plain.factor;
+  double nearest = __builtin_inf();
+  for_each_above(scores, num_codes, float(-reach), [&](int64_t k) {
+    const double d = exact(k);
+    nearest = d < nearest ? d : nearest;
   });
-  if (count <= kFew || all) {
-    auto for_each_candidate = [&](auto visit) {
-      if (count > kFew) {
-        for_each_above(scores, num_codes, limit, visit);
-      } else {
-        for (int64_t i = 0; i < count; ++i) visit(first[i]);
-      }
-    };
-    double nearest = __builtin_inf();
-    for_each_candidate([&](int64_t k) { nearest = exact(k) < nearest ? exact(k) : nearest; });
-    for_each_candidate([&](int64_t k) { scores[k] = float((nearest - exact(k)) / tau); });
-  }
+  for_each_above(scores, num_codes, float(-reach), [&](int64_t k) { scores[k] = float((nearest - exact(k)) / tau); });
   return {0.0f, 1.0f};
 }
 
