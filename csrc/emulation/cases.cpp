@@ -13,6 +13,8 @@ constexpr struct {
     {"residual_decode", residual_decode},
     {"code_statistics", code_statistics},
     {"stochastic_residual_search", stochastic_residual_search},
+    {"distance_softmax", distance_softmax},
+    {"soft_label_cross_entropy", soft_label_cross_entropy},
 };
 
 // in int32 (n) -> out int32 (n)

@@ -61,5 +61,7 @@ std::vector<Array> residual_search(const Inputs& inputs);
 std::vector<Array> residual_decode(const Inputs& inputs);
 std::vector<Array> code_statistics(const Inputs& inputs);
 std::vector<Array> stochastic_residual_search(const Inputs& inputs);
+std::vector<Array> distance_softmax(const Inputs& inputs);
+std::vector<Array> soft_label_cross_entropy(const Inputs& inputs);
 
 }  // namespace rqk::emulation

@@ -1,0 +1,255 @@
+"""The CUDA kernels of the soft labels, on the CPU, against the definition in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from rqkernels import reference
+
+from .harness import Emulation, ragged_grid
+
+# A block has 32 rows, a warp four of them; a tile is 128 codes and 32 channels.
+ROWS = {"plain": 129, "asan": 34, "race": 34}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def to_numpy(t: torch.Tensor) -> np.ndarray:
+    """bfloat16 as its bits."""
+    return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def distance_softmax(emulation: Emulation, x_oic: np.ndarray, codebooks: np.ndarray, tau: float) -> np.ndarray:
+    return emulation.run("distance_softmax", x_oic, codebooks, np.float64(tau))[0]
+
+
+def true_labels(x_oic: np.ndarray, codebooks: np.ndarray, tau: float) -> np.ndarray:
+    """By differences, where the reference expands the square."""
+    difference = x_oic.astype(np.float64)[:, :, None] - codebooks.astype(np.float64)
+    exponent = -np.square(difference).sum(-1) / tau
+    exponent -= exponent.max(-1, keepdims=True)
+    labels = np.exp(exponent)
+    return labels / labels.sum(-1, keepdims=True)
+
+
+class Result(NamedTuple):
+    losses: np.ndarray
+    total: float
+    gradient: torch.Tensor  # (o, i, k)
+
+
+def cross_entropy(
+    emulation: Emulation,
+    logits: torch.Tensor,
+    x_oic: np.ndarray,
+    codebooks: np.ndarray,
+    tau: float,
+    *,
+    mask: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
+    scale: float = 1.0,
+    swapped: bool = False,
+    padding: int = 0,
+    how: int = 1,
+) -> Result:
+    k = logits.shape[-1]
+    given = torch.nn.functional.pad(logits, (0, padding), value=7.0)
+    given = given.transpose(0, 1).contiguous() if swapped else given
+    losses, total, gradient = emulation.run(
+        "soft_label_cross_entropy",
+        *(to_numpy(given), x_oic, codebooks, np.float64(tau)),
+        np.ones(x_oic.shape[:2], np.uint8) if mask is None else mask.astype(np.uint8),
+        np.zeros(0, np.float32) if weight is None else weight,
+        *(np.float64(scale), TYPES[logits.dtype], int(swapped), how),
+    )
+    written = torch.from_numpy(gradient)
+    written = written.view(torch.bfloat16) if logits.dtype == torch.bfloat16 else written
+    if how == 2:
+        assert (written[..., k:] == 7.0).all()  # what lies between rows
+        written = (written.transpose(0, 1) if swapped else written)[..., :k]
+    return Result(losses, float(total[0]), written)
+
+
+def check(
+    emulation: Emulation, logits: torch.Tensor, x_oic: np.ndarray, codebooks: np.ndarray, tau: float, **how: object
+) -> None:
+    """Losses, their total and the gradient of finite input."""
+    result = cross_entropy(emulation, logits, x_oic, codebooks, tau, **how)
+    truth, labels = logits.double(), torch.from_numpy(true_labels(x_oic, codebooks, tau))
+    below = truth.log_softmax(-1)
+    losses = -(labels * below).sum(-1)
+    weight = how.get("weight")
+    factor = torch.full(losses.shape, float(how.get("scale", 1.0)), dtype=torch.float64)
+    if weight is not None:
+        factor *= torch.from_numpy(weight).double().expand(losses.numel()).view(losses.shape)
+    gradient = (below.exp() - labels) * factor[..., None]
+    if how.get("mask") is not None:
+        mask = torch.from_numpy(how["mask"]).bool()
+        losses = torch.where(mask, losses, 0.0)
+        gradient = torch.where(mask[..., None], gradient, 0.0)
+    np.testing.assert_allclose(result.losses, losses.numpy(), rtol=3e-6, atol=3e-6)
+    first = 1.0 if weight is None else float(weight[0])
+    np.testing.assert_allclose(result.total, losses.sum() * first, rtol=3e-6, atol=3e-6)
+    # A rounding to the dtype, and the error of float32 arithmetic.
+    last_place = torch.finfo(logits.dtype).eps
+    largest = factor.abs().max().item() if factor.numel() else 1.0
+    np.testing.assert_allclose(
+        result.gradient.double().numpy(),
+        gradient.numpy(),
+        rtol=0.501 * last_place + (1e-5 if logits.dtype == torch.float32 else 0),
+        atol=3e-6 * largest + torch.finfo(logits.dtype).smallest_normal * last_place,
+    )
+
+
+@pytest.mark.parametrize(("n", "k", "c"), ragged_grid(N=(0, 1, 129), K=(1, 257), C=(1, 17, 70)))
+def test_shapes(emulation: Emulation, n: int, k: int, c: int) -> None:
+    n = min(n, ROWS[emulation.build])
+    if emulation.build != "plain":
+        k, c = min(k, 130), min(c, 34)  # two of every tile all the same
+    x, e = normal(n, 1, c), normal(1, k, c, seed=1)
+    q = distance_softmax(emulation, x, e, 1.5)
+    truth = true_labels(x, e, 1.5)
+    # The derived bound of float32 distances, in Q and in the sum that it is divided by; and the other roundings.
+    distances = np.square(x[:, :, None].astype(np.float64) - e).sum(-1)
+    relative = (min(c, 32) + -(-c // 32) + 5) * 2.0**-24
+    seen = relative * (distances + distances.min(-1, initial=np.inf, keepdims=True)) / 1.5
+    assert (np.abs(q - truth) <= truth * (2 * seen + 2e-6) + 1e-37).all()
+    check(emulation, torch.from_numpy(3 * normal(n, 1, k, seed=2)), x, e, 1.5)
+
+
+def test_it_is_the_reference() -> None:
+    x, e = normal(5, 2, 6), normal(2, 9, 6, seed=1)
+    expected = reference.distance_softmax(torch.from_numpy(x), torch.from_numpy(e), 0.7, dtype=torch.float64)
+    np.testing.assert_allclose(true_labels(x, e, 0.7), expected.numpy(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("how", [1, 2], ids=["packed", "in-place"])
+def test_a_codebook_per_depth_masks_weights_strides_dtypes(emulation: Emulation, dtype: torch.dtype, how: int) -> None:
+    x, e = normal(34, 3, 5), normal(3, 130, 5, seed=1)
+    logits = torch.from_numpy(2 * normal(34, 3, 130, seed=2)).to(dtype)
+    mask = np.random.default_rng(3).random((34, 3)) < 0.7
+    weight = np.random.default_rng(4).random(34 * 3).astype(np.float32)
+    padded = dict(swapped=True, padding=3) if how == 2 else dict(padding=1)
+    check(emulation, logits, x, e, 2.0, mask=mask, weight=weight, scale=64.0, how=how, **padded)
+
+
+def test_masked_rows_are_not_read(emulation: Emulation) -> None:
+    x, e, logits = normal(6, 1, 5), normal(1, 9, 5, seed=1), torch.from_numpy(normal(6, 1, 9, seed=2))
+    mask = np.array([[1], [0], [1], [1], [0], [1]], bool)
+    clean = cross_entropy(emulation, logits, x, e, 0.5, mask=mask, weight=np.full(1, 0.25, np.float32))
+    x[1], logits[4] = np.nan, torch.nan
+    dirty = cross_entropy(emulation, logits, x, e, 0.5, mask=mask, weight=np.full(1, 0.25, np.float32))
+    np.testing.assert_array_equal(dirty.losses, clean.losses)
+    assert dirty.total == clean.total and torch.equal(dirty.gradient, clean.gradient)
+    assert (clean.losses[~mask] == 0).all() and (clean.gradient[torch.from_numpy(~mask)] == 0).all()
+
+
+def test_no_gradient_is_asked_for(emulation: Emulation) -> None:
+    x, e, logits = normal(6, 1, 5), normal(1, 9, 5, seed=1), torch.from_numpy(normal(6, 1, 9, seed=2))
+    with_gradient, without = (cross_entropy(emulation, logits, x, e, 0.5, how=how) for how in (1, 0))
+    np.testing.assert_array_equal(without.losses, with_gradient.losses)
+
+
+# |x - e|^2 / tau from 1e-3 to 1e5 and far beyond both.
+@pytest.mark.parametrize("tau", [1e-300, 1e-5, 1e-3, 0.1, 1e4, 1e39, 1e300, np.inf])
+def test_temperatures(emulation: Emulation, tau: float) -> None:
+    x, e = normal(5, 1, 40), normal(1, 140, 40, seed=1)
+    np.testing.assert_allclose(distance_softmax(emulation, x, e, tau), true_labels(x, e, tau), rtol=1e-3, atol=1e-37)
+    logits = torch.from_numpy(normal(5, 1, 140, seed=2))
+    result = cross_entropy(emulation, logits, x, e, tau)
+    labels = torch.from_numpy(true_labels(x, e, tau))
+    expected = -(labels * logits.double().log_softmax(-1)).sum(-1)
+    np.testing.assert_allclose(result.losses, expected.numpy(), rtol=3e-4)
+    if tau < 1e-10:
+        nearest = reference.residual_search(torch.from_numpy(x[:, 0]), torch.from_numpy(e[0]), 1).codes[:, 0]
+        assert (result.gradient[:, 0].argmin(-1) == nearest).all()
+
+
+def test_codes_closer_than_float32_sees(emulation: Emulation) -> None:
+    # Distances of 40 that differ by 5e-9 of themselves: float32 sums do not tell them apart.
+    x, e = np.full((1, 1, 40), 1.0, np.float32), np.zeros((1, 40, 40), np.float32)
+    e[0, :, 0] = 1e-7 * np.random.default_rng(5).permutation(40)
+    np.testing.assert_allclose(distance_softmax(emulation, x, e, 1e-5), true_labels(x, e, 1e-5), rtol=1e-5, atol=1e-37)
+    assert distance_softmax(emulation, x, e, 1e-9)[0, 0].argmax() == e[0, :, 0].argmax()
+
+
+def test_equal_codes_share(emulation: Emulation) -> None:
+    x, e = normal(2, 1, 5), np.repeat(normal(1, 3, 5, seed=1), 43, axis=1)
+    for tau in (1e-20, 1.0):
+        q = distance_softmax(emulation, x, e, tau).reshape(2, 3, 43)
+        assert (q == q[..., :1]).all()
+        np.testing.assert_allclose(q.sum((1, 2)), 1, rtol=1e-6)
+
+
+def test_logits_of_minus_infinity(emulation: Emulation) -> None:
+    x, e = normal(4, 1, 5), normal(1, 140, 5, seed=1)
+    codes = reference.residual_search(torch.from_numpy(x[:, 0]), torch.from_numpy(e[0]), 1).codes[:, 0]
+    logits = torch.from_numpy(normal(4, 1, 140, seed=2))
+    hidden = (codes + 1) % 140
+    clean = cross_entropy(emulation, logits, x, e, 1e-6)
+    logits[torch.arange(3), 0, hidden[:3]] = -torch.inf  # a label of zero there
+    logits[2, 0, codes[2]] = -torch.inf  # one above zero
+    logits[3] = -torch.inf
+    result = cross_entropy(emulation, logits, x, e, 1e-6)
+    expected = logits[:2, 0].double().logsumexp(-1) - logits[[0, 1], 0, codes[:2]].double()
+    np.testing.assert_allclose(result.losses[:2, 0], expected.numpy(), rtol=1e-6)
+    assert (result.losses[:2] != clean.losses[:2]).all()
+    assert result.losses[2] == np.inf and np.isnan(result.losses[3])
+    assert result.gradient[:3].isfinite().all() and result.gradient[3].isnan().all()
+    assert (result.gradient[torch.arange(2), 0, hidden[:2]] == 0).all()
+
+
+def test_what_is_not_finite(emulation: Emulation) -> None:
+    x, e, logits = normal(6, 2, 5), normal(2, 140, 5, seed=1), torch.from_numpy(normal(6, 2, 140, seed=2))
+    clean = cross_entropy(emulation, logits, x, e, 0.5)
+    x[1, 0, 3], x[2, 1, 0], logits[3, 1, 139], logits[4, 0, 5] = np.nan, np.inf, torch.nan, torch.inf
+    bad = np.zeros((6, 2), bool)
+    bad[[1, 2, 3, 4], [0, 1, 1, 0]] = True
+    result = cross_entropy(emulation, logits, x, e, 0.5)
+    np.testing.assert_array_equal(np.isnan(result.losses), bad)
+    np.testing.assert_array_equal(result.losses[~bad], clean.losses[~bad])
+    assert result.gradient[torch.from_numpy(bad)].isnan().all()
+    assert torch.equal(result.gradient[torch.from_numpy(~bad)], clean.gradient[torch.from_numpy(~bad)])
+    assert np.isnan(distance_softmax(emulation, x, e, 0.5)[[1, 2], [0, 1]]).all()
+    e[1, 77, 2] = np.inf
+    assert np.isnan(cross_entropy(emulation, logits, x, e, 0.5).losses[:, 1]).all()
+
+
+def test_far_values_and_large_logits(emulation: Emulation) -> None:
+    # Squares beyond float32, differences far below its squares, a common offset; logits to 1e4.
+    x, e = normal(3, 1, 6), normal(1, 20, 6, seed=1)
+    logits = torch.from_numpy(1e4 * np.random.default_rng(2).uniform(-1, 1, (3, 1, 20)).astype(np.float32))
+    for scale in (1e25, 1e-25):
+        x_far, e_far = (x * np.float32(scale)), (e * np.float32(scale))
+        expected = true_labels(x_far, e_far, scale * scale)
+        np.testing.assert_allclose(distance_softmax(emulation, x_far, e_far, scale * scale), expected, rtol=1e-5)
+    e += 4096
+    check(emulation, logits, x + np.float32(4096), e, 1.0)
+
+
+def test_every_number_of_two_bytes(emulation: Emulation) -> None:
+    # One code: the loss is zero whatever the logit. Two: logits of (v, 0) show what was read, and a label of almost
+    # nothing for the first leaves its softmax as the gradient.
+    for dtype in (torch.float16, torch.bfloat16):
+        values = torch.arange(0, 2**16, 331, dtype=torch.int32).to(torch.uint16).view(dtype)
+        values = values[values.isfinite() & (values.abs() < 1e4)]
+        logits = torch.stack([values, torch.zeros_like(values)], -1)[:, None]
+        x = np.zeros((len(values), 1, 1), np.float32)
+        e = np.array([[[1e3], [0]]], np.float32)
+        result = cross_entropy(emulation, logits, x, e, 1.0)
+        expected = logits.double().softmax(-1)[..., 0]
+        np.testing.assert_allclose(
+            result.losses, np.logaddexp(0, values.double().numpy())[:, None], rtol=1e-6, atol=1.2e-7
+        )
+        rounded = expected.float().to(dtype).double()  # float32 first: the kernel computes in it
+        np.testing.assert_allclose(
+            result.gradient[..., 0].double().numpy(), rounded.numpy(), rtol=torch.finfo(dtype).eps, atol=6e-8
+        )
