@@ -16,24 +16,16 @@ _LOGITS_BUDGET = 32 << 20
 _FLOAT16_SCALE = 4096.0
 
 
-def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
-    if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
-        raise ValueError(
-            f"{op}: {name} is on {tensor.device}, and there is no CUDA kernel yet: use rqkernels.reference.{op}"
-        )
-    check_tensor(op, name, tensor, dtypes)
-
-
 def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
-    _check_tensor(op, "x", x)
-    _check_tensor(op, "codebook", codebook)
+    check_tensor(op, "x", x, FLOAT_DTYPES)
+    check_tensor(op, "codebook", codebook, FLOAT_DTYPES)
     if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: tau must be a number, got {type(tau).__name__}")
 
 
 def _check_loss(op: str, mask: object, reduction: object) -> None:
     if mask is not None:
-        _check_tensor(op, "mask", mask, (torch.bool,))
+        check_tensor(op, "mask", mask, (torch.bool,))
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
@@ -65,10 +57,10 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
     """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
 
     Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances;
-    here products run in float32 on vectors centred among the codes, and where their rounding could be seen in Q, the
-    codes that have the most of it get their distances in float64. So with tau -> 0 Q tends to the certified code of
-    `residual_search` (shared equally by equal codes). A small Q has the relative error of its float32 score, about
-    1e-7 |x||e| / tau plus 1e-7 times its exponent; below about 1e-38 it is zero.
+    here products run in float32 on vectors centred among the codes (on CUDA squared differences), and where their
+    rounding could be seen in Q, the codes that have the most of it get their distances in float64. So with tau -> 0 Q
+    tends to the certified code of `residual_search` (shared equally by equal codes). A small Q has the relative error
+    of its float32 score, about 1e-7 |x||e| / tau plus 1e-7 times its exponent; below about 1e-38 it is zero.
 
     Not differentiable: inputs are taken detached. For a loss, `soft_label_cross_entropy` needs no such tensor.
 
@@ -78,12 +70,12 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
         tau: temperature > 0, in squared units of x.
 
     Returns:
-        (..., K) float32, rows summing to one. NaN for a row of x that is not finite.
+        (..., K) float32, rows summing to one. NaN for a row of x that is not finite, and on CUDA, where an error would
+        have to wait for the device, for every row of a codebook that is not.
 
     Raises:
         TypeError: a wrong dtype (float64 among them).
-        ValueError: shapes that do not fit, an empty codebook or one that is not finite, tau not > 0; tensors on CUDA,
-            for which there is no kernel yet.
+        ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0.
     """
     _check_labels("distance_softmax", x, codebook, tau)
     return torch.ops.rqkernels.distance_softmax(x.detach(), codebook.detach(), tau)
@@ -110,11 +102,12 @@ def soft_label_cross_entropy(
 
     Naively `cross_entropy(logits.flatten(0, -2), distance_softmax(x, codebook, tau).flatten(0, -2))`: distances,
     labels, log-softmax and gradient, each of the size of the logits. Here Q is formed for some rows at a time (see
-    `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits, and
-    nothing of their size is made but the gradient that is returned: in the forward call, in the dtype of the logits,
-    where a gradient will be asked for. A call also holds, for each thread, the labels of at most 32 rows, and a copy of
-    the codebook where it lies off the origin. Sums within a row are float32 and beyond 1024 terms float64, over rows
-    float64. A row's loss and gradient do not depend on threads or on the other rows.
+    `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits (on
+    CUDA one each, with Q formed again), and nothing of their size is made but the gradient that is returned: in the
+    forward call, in the dtype of the logits, where a gradient will be asked for. On a CPU a call also holds, for each
+    thread, the labels of at most 32 rows, and a copy of the codebook where it lies off the origin. Sums within a row
+    are float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend on threads or
+    on the other rows.
 
     Differentiable once, in logits alone. Autocast does not touch it: logits are used in the dtype in which they come.
 
@@ -134,17 +127,17 @@ def soft_label_cross_entropy(
     Returns:
         float32 scalar, or the rows' losses. For a row with
         - a logit of -inf: +inf where its label is above zero, else as if that code were not there;
-        - logits of NaN, +inf or nothing but -inf, or x not finite: NaN, and a gradient of NaN.
+        - logits of NaN, +inf or nothing but -inf, or x (on CUDA: or the codebook) not finite: NaN, so is the gradient.
 
     Raises:
         TypeError: a wrong dtype (float64 among them), tau not a number.
-        ValueError: shapes that do not fit, an empty codebook or one that is not finite, tau not > 0, an unknown
-            reduction; tensors on CUDA, for which there is no kernel yet. With inplace: logits that are a leaf with
-            requires_grad, that share memory with one another or have the strides named above, and torch.compile.
+        ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0, an
+            unknown reduction. With inplace: logits that are a leaf with requires_grad, that share memory with one
+            another or have the strides named above, and torch.compile.
         RuntimeError: a second derivative; with inplace, a second backward.
     """
     op = "soft_label_cross_entropy"
-    _check_tensor(op, "logits", logits)
+    check_tensor(op, "logits", logits, FLOAT_DTYPES)
     _check_labels(op, x, codebook, tau)
     _check_loss(op, mask, reduction)
     x, codebook = x.detach(), codebook.detach()
@@ -284,10 +277,10 @@ def fused_linear_soft_label_cross_entropy(
         As `soft_label_cross_entropy`, and for hidden, weight and bias that do not fit.
     """
     op = "fused_linear_soft_label_cross_entropy"
-    _check_tensor(op, "hidden", hidden)
-    _check_tensor(op, "weight", weight)
+    check_tensor(op, "hidden", hidden, FLOAT_DTYPES)
+    check_tensor(op, "weight", weight, FLOAT_DTYPES)
     if bias is not None:
-        _check_tensor(op, "bias", bias)
+        check_tensor(op, "bias", bias, FLOAT_DTYPES)
     _check_labels(op, x, codebook, tau)
     _check_loss(op, mask, reduction)
     if hidden.dim() < 1 or hidden.shape[:-1] != x.shape[:-1]:

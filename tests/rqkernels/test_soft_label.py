@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rqkernels as rqk
 from rqkernels.reference import (
@@ -697,15 +696,38 @@ def test_bad_arguments_of_the_fused_linear_are_named(
         rqk.fused_linear_soft_label_cross_entropy(**{**good, **change})
 
 
-def test_cuda_tensors_are_refused_by_name() -> None:
-    with FakeTensorMode():
-        x = torch.empty(2, 3, device="cuda")
-        with pytest.raises(
-            ValueError, match=r"distance_softmax: x is on cuda.* no CUDA kernel yet: use rqkernels\.ref"
-        ):
-            rqk.distance_softmax(x, torch.empty(4, 3), 1.0)
-        with pytest.raises(ValueError, match=r"soft_label_cross_entropy: logits is on cuda.* no CUDA kernel yet"):
-            rqk.soft_label_cross_entropy(torch.empty(2, 4, device="cuda"), x, torch.empty(4, 3), 1.0)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_devices_agree(dtype: torch.dtype) -> None:
+    x, e, mask = torch.randn(70, 3, 40), torch.randn(3, 300, 40), torch.rand(70, 3) < 0.7
+    for tau in (1e-6, 1.0, 1e3):
+        q = rqk.distance_softmax(x.cuda(), e.cuda(), tau)
+        torch.testing.assert_close(q.cpu(), rqk.distance_softmax(x, e, tau), rtol=2e-3, atol=1e-5)
+    logits = (3 * torch.randn(70, 3, 300)).to(dtype).requires_grad_()
+    on_gpu = logits.detach().cuda().requires_grad_()
+    loss = rqk.soft_label_cross_entropy(logits, x, e, 20.0, mask=mask)
+    loss_on_gpu = rqk.soft_label_cross_entropy(on_gpu, x.cuda(), e.cuda(), 20.0, mask=mask.cuda())
+    torch.testing.assert_close(loss_on_gpu.cpu(), loss, rtol=1e-5, atol=1e-6)
+    loss.backward(), loss_on_gpu.backward()
+    torch.testing.assert_close(on_gpu.grad.cpu(), logits.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    overwritten = rqk.soft_label_cross_entropy(
+        written := on_gpu.detach().clone().requires_grad_() * 1.0,
+        x.cuda(),
+        e.cuda(),
+        20.0,
+        mask=mask.cuda(),
+        inplace=True,
+    )
+    assert torch.equal(overwritten, loss_on_gpu) and written.shape == on_gpu.shape
+    with pytest.raises(ValueError, match="logits and x must be on the same device"):
+        rqk.soft_label_cross_entropy(on_gpu, x, e, 20.0)
+
+
+@pytest.mark.gpu
+def test_a_codebook_that_is_not_finite_makes_nan_on_a_gpu() -> None:
+    x, e = torch.randn(50, 8, device="cuda"), torch.randn(20, 8, device="cuda")
+    e[7, 3] = torch.inf
+    assert rqk.distance_softmax(x, e, 1.0).isnan().all()
 
 
 def test_bad_arguments_of_the_softmax_are_named() -> None:
