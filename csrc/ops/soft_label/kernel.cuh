@@ -9,14 +9,15 @@
 //                  reference moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that
 //                  reference adds numbers of one sign: nothing cancels there either.
 //   careful pass   for a block with rows whose Q could show the rounding of float32 (below) or with logits of -inf:
-//                  sums once more, with references that are known.
+//                  sums once more, with references that are known; before it, where float64 is needed, a pass for the
+//                  nearest distance in that.
 //   last pass      distances once more, and the gradient (or Q) is written. An element is read and written by the same
 //                  thread, so that the gradient may take the place of the logits.
 // A row's result depends on nothing but the row. Sums are float32 over a tile's codes and float64 over tiles.
 //
 // Moves, for N rows of K codes and C channels: the codebook per 32 rows and pass (from L2), the logits once per pass
-// and the gradient once; 3 N K C float32 instructions' worth of operations per pass (a subtraction, a multiply-add)
-// and two exponentials per element and pass.
+// and the gradient once; per pass 3 N K C float32 operations in 2 N K C instructions (a subtraction, a multiply-add)
+// and two exponentials per element.
 //
 // Rounding. With u = 2^-24 a distance d is off by at most relative * d + absolute: two roundings of a difference, each
 // twice in its square, min(C, 32) of additions within a chunk and C / 32 beyond make relative = (min(C, 32) + C/32 + 5)
