@@ -9,12 +9,9 @@ constexpr struct {
   const char* name;
   Case run;
 } kOperators[] = {
-    {"residual_search", residual_search},
-    {"residual_decode", residual_decode},
-    {"code_statistics", code_statistics},
-    {"stochastic_residual_search", stochastic_residual_search},
-    {"distance_softmax", distance_softmax},
-    {"soft_label_cross_entropy", soft_label_cross_entropy},
+    {"residual_search", residual_search},   {"residual_decode", residual_decode},
+    {"code_statistics", code_statistics},   {"stochastic_residual_search", stochastic_residual_search},
+    {"distance_softmax", distance_softmax}, {"soft_label_cross_entropy", soft_label_cross_entropy},
 };
 
 // in int32 (n) -> out int32 (n)
