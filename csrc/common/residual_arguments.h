@@ -1,4 +1,5 @@
-// Checks that all residual searches share. For op.cpp files; `op` is the operator's name, for the message.
+// Checks, inputs and results that all residual searches share. For op.cpp files; `op` is the operator's name, for the
+// message.
 #pragma once
 
 #include "common/tensors.h"
@@ -35,6 +36,45 @@ inline void check_x_and_codebooks(const char* op, const Tensor& x, const Tensor&
     value_error(op, ": codebooks may hold at most 2^31 - 1 codes, got ", shape_of(codebooks));
   }
   check_same_device(op, "x", x, "codebooks", codebooks);
+}
+
+// What a search reads, as contiguous float32, and what it returns.
+struct ResidualTensors {
+  Tensor x, codebooks;
+  Tensor codes, quantized, norms, residuals;
+};
+
+// Points `params` to the tensors that it returns.
+template <class Params>
+ResidualTensors residual_tensors(const Tensor& x, const Tensor& codebooks, int64_t depth, bool return_residuals,
+                                 Params& params) {
+  std::vector<int64_t> leading = sizes_of(x);
+  const int64_t channels = leading.back();
+  leading.pop_back();
+  auto result = [&](std::initializer_list<int64_t> more, ScalarType type) {
+    std::vector<int64_t> sizes = leading;
+    sizes.insert(sizes.end(), more);
+    return empty(sizes, type, x);
+  };
+  const ResidualTensors tensors{
+      as_float(x),
+      as_float(codebooks),
+      result({depth}, ScalarType::Long),
+      result({channels}, ScalarType::Float),
+      result({depth}, ScalarType::Float),
+      return_residuals ? result({depth, channels}, ScalarType::Float) : empty({0}, ScalarType::Float, x)};
+  params.x = tensors.x.template const_data_ptr<float>();
+  params.codebooks = tensors.codebooks.template const_data_ptr<float>();
+  params.rows = x.numel() / channels;
+  params.channels = channels;
+  params.num_codes = codebooks.size(codebooks.dim() - 2);
+  params.depth = depth;
+  params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
+  params.codes = tensors.codes.template mutable_data_ptr<int64_t>();
+  params.quantized = tensors.quantized.template mutable_data_ptr<float>();
+  params.residual_norms = tensors.norms.template mutable_data_ptr<float>();
+  params.residuals = return_residuals ? tensors.residuals.template mutable_data_ptr<float>() : nullptr;
+  return tensors;
 }
 
 }  // namespace

@@ -27,50 +27,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
   if (packed.has_value()) check_packed(codebooks, *packed);
   rqk::LaunchScope scope(x);
 
-  const Tensor x_float = rqk::as_float(x);
-  const Tensor codebooks_float = rqk::as_float(codebooks);
-
-  std::vector<int64_t> leading = rqk::sizes_of(x);
-  const int64_t channels = leading.back();
-  leading.pop_back();
-  auto with = [&leading](std::initializer_list<int64_t> more) {
-    std::vector<int64_t> sizes = leading;
-    sizes.insert(sizes.end(), more);
-    return sizes;
-  };
-  const Tensor codes = rqk::empty(with({depth}), ScalarType::Long, x);
-  const Tensor quantized = rqk::empty(with({channels}), ScalarType::Float, x);
-  const Tensor norms = rqk::empty(with({depth}), ScalarType::Float, x);
-  const Tensor residuals = return_residuals ? rqk::empty(with({depth, channels}), ScalarType::Float, x)
-                                            : rqk::empty({0}, ScalarType::Float, x);
-
   rqk::ResidualSearchParams params{};
-  params.x = x_float.const_data_ptr<float>();
-  params.codebooks = codebooks_float.const_data_ptr<float>();
-  params.rows = x.numel() / channels;
-  params.channels = channels;
-  params.num_codes = codebooks.size(codebooks.dim() - 2);
-  params.depth = depth;
-  params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
-  params.codes = codes.mutable_data_ptr<int64_t>();
-  params.quantized = quantized.mutable_data_ptr<float>();
-  params.residual_norms = norms.mutable_data_ptr<float>();
-  params.residuals = return_residuals ? residuals.mutable_data_ptr<float>() : nullptr;
+  const rqk::ResidualTensors tensors = rqk::residual_tensors(x, codebooks, depth, return_residuals, params);
   if (packed.has_value()) {
     params.packed = packed->const_data_ptr<uint8_t>();
     params.packed_bytes = packed->numel();
   }
+  // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
+  // the device: there a bad code is never chosen.
 #ifdef RQK_CUDA_LIBRARY
-  if (params.rows == 0) return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
-  // Given back when this function returns, and used again only behind what it has launched: torch's allocator keeps
-  // memory to its stream.
-  const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
-  params.workspace = workspace.mutable_data_ptr<uint8_t>();
-#endif
-  // On a CPU it refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for the
-  // device: there a bad code is never chosen.
+  Tensor workspace;
+  if (params.rows > 0) {
+    // Given back when this function returns, and used again only behind what it has launched: torch's allocator keeps
+    // memory to its stream.
+    workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
+    params.workspace = workspace.mutable_data_ptr<uint8_t>();
+    rqk::launch(params, scope.stream());
+  }
+#else
   rqk::launch(params, scope.stream());
-  return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
+#endif
+  return {tensors.codes, torch::stable::to(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
 }
 
 #ifndef RQK_CUDA_LIBRARY

@@ -24,41 +24,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, 
   }
   rqk::LaunchScope scope(x);
 
-  const Tensor x_float = rqk::as_float(x);
-  const Tensor codebooks_float = rqk::as_float(codebooks);
-
-  std::vector<int64_t> leading = rqk::sizes_of(x);
-  leading.pop_back();
-  auto with = [&leading](std::initializer_list<int64_t> more) {
-    std::vector<int64_t> sizes = leading;
-    sizes.insert(sizes.end(), more);
-    return sizes;
-  };
-  const Tensor codes = rqk::empty(with({depth}), ScalarType::Long, x);
-  const Tensor quantized = rqk::empty(with({channels}), ScalarType::Float, x);
-  const Tensor norms = rqk::empty(with({depth}), ScalarType::Float, x);
-  const Tensor residuals = return_residuals ? rqk::empty(with({depth, channels}), ScalarType::Float, x)
-                                            : rqk::empty({0}, ScalarType::Float, x);
-
   rqk::StochasticResidualSearchParams params{};
-  params.x = x_float.const_data_ptr<float>();
-  params.codebooks = codebooks_float.const_data_ptr<float>();
-  params.rows = rows;
-  params.channels = channels;
-  params.num_codes = codebooks.size(codebooks.dim() - 2);
-  params.depth = depth;
-  params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
+  const rqk::ResidualTensors tensors = rqk::residual_tensors(x, codebooks, depth, return_residuals, params);
   params.tau = tau;
   params.seed = static_cast<uint64_t>(seed);
   params.offset = offset;
-  params.codes = codes.mutable_data_ptr<int64_t>();
-  params.quantized = quantized.mutable_data_ptr<float>();
-  params.residual_norms = norms.mutable_data_ptr<float>();
-  params.residuals = return_residuals ? residuals.mutable_data_ptr<float>() : nullptr;
   // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
   // the device: there a bad code is never drawn.
   if (rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
-  return {codes, torch::stable::to(quantized, x.scalar_type()), norms, residuals};
+  return {tensors.codes, torch::stable::to(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
 }
 
 }  // namespace
