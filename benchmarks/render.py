@@ -54,7 +54,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     for case in result["cases"]:
         shape = ", ".join(f"{key}={value}" for key, value in case["shape"].items())
-        rows, floor = case["shape"]["N"], case["floor"]
+        rows, floor = case["contenders"][0]["rows"], case["floor"]
         for index, c in enumerate(case["contenders"]):
             label = f"**{case['case']}**: {shape}" if index == 0 else ""
             part = "" if c["rows"] == rows else f" ({c['rows']} rows)"
