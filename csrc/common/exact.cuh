@@ -10,11 +10,13 @@ namespace rqk {
 
 constexpr int kLanes = 8;
 
+// The threads of this one's group within the warp.
+__device__ inline unsigned group_mask() { return 0xffu << (threadIdx.x % 32 / kLanes * kLanes); }
+
 // The eight lanes' sum by halves, in every lane: addition commutes, so the mirrored halves agree.
 __device__ inline double sum_lanes(double lane) {
-  const unsigned group = 0xffu << (threadIdx.x % 32 / kLanes * kLanes);
   for (int half = kLanes / 2; half > 0; half /= 2) {
-    lane = __dadd_rn(lane, __shfl_xor_sync(group, lane, half, kLanes));
+    lane = __dadd_rn(lane, __shfl_xor_sync(group_mask(), lane, half, kLanes));
   }
   return lane;
 }

@@ -41,10 +41,11 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-template <class Work>
+// work(task) on all threads, which treat denormals as said.
+template <class Denormals = KeepDenormals, class Work>
 void for_each_task(int64_t tasks, Work work) {
   torch::stable::parallel_for(0, tasks, 1, [&work](int64_t begin, int64_t end) {
-    KeepDenormals keep;
+    const Denormals denormals;
     for (int64_t task = begin; task < end; ++task) work(task);
   });
 }

@@ -3,12 +3,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
-#include <string>
-
-#include "common/tensors.h"
 
 namespace rqk {
 namespace {
@@ -45,17 +41,6 @@ double take_code(const Params& p, int64_t row, int64_t depth, int64_t code, cons
   p.codes[row * p.depth + depth] = code;
   p.residual_norms[row * p.depth + depth] = static_cast<float>(squared);
   return squared;
-}
-
-[[noreturn]] inline void refuse_not_finite(const char* op, const float* values, int64_t count, int64_t num_codes,
-                                           int64_t channels, bool per_depth) {
-  const float* end = values + count * num_codes * channels;
-  const float* bad = std::find_if(values, end, [](float value) { return !std::isfinite(value); });
-  // Otherwise another thread has written to them meanwhile.
-  if (bad == end) value_error(op, ": codebooks must be finite, and were not");
-  const int64_t code = (bad - values) / channels;
-  value_error(op, ": codebooks must be finite, got ", *bad, " in code ", code % num_codes,
-              per_depth ? " of depth " + std::to_string(code / num_codes) : "");
 }
 
 }  // namespace

@@ -148,10 +148,10 @@ def residual_search(
     return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, statistics)
 
 
-@torch.library.register_fake("rqkernels::residual_search")
-def _fake(
-    x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool, packed: Tensor | None = None
+def fake_codes(
+    x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator of any residual search returns, without the numbers."""
     if codebooks.dim() == 3:
         depth = codebooks.shape[0]
     leading, channels = x.shape[:-1], x.shape[-1]
@@ -161,6 +161,13 @@ def _fake(
         x.new_empty((*leading, depth), dtype=torch.float32),
         x.new_empty((*leading, depth, channels) if return_residuals else (0,), dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("rqkernels::residual_search")
+def _fake(
+    x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool, packed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_codes(x, codebooks, depth, return_residuals)
 
 
 @torch.library.register_fake("rqkernels::pack_codebook")

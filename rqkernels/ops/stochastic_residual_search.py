@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._library import FLOAT_DTYPES, check_depth, check_tensor
 from ..reference.residual_search import ResidualCodes
-from .residual_search import FrozenCodebook
+from .residual_search import FrozenCodebook, fake_codes
 
 _OP = "stochastic_residual_search"
 
@@ -88,12 +88,4 @@ def stochastic_residual_search(
 def _fake(
     x: Tensor, codebooks: Tensor, depth: int | None, tau: float, seed: int, offset: int, return_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if codebooks.dim() == 3:
-        depth = codebooks.shape[0]
-    leading, channels = x.shape[:-1], x.shape[-1]
-    return (
-        x.new_empty((*leading, depth), dtype=torch.int64),
-        x.new_empty(x.shape),
-        x.new_empty((*leading, depth), dtype=torch.float32),
-        x.new_empty((*leading, depth, channels) if return_residuals else (0,), dtype=torch.float32),
-    )
+    return fake_codes(x, codebooks, depth, return_residuals)

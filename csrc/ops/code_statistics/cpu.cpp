@@ -17,6 +17,9 @@
 #include "ops/code_statistics/cpu_simd.h"
 
 namespace rqk {
+
+RQK_DECLARE_KERNEL(code_statistics::Kernels, statistics_kernels)
+
 namespace {
 
 using code_statistics::Accumulators;
@@ -26,14 +29,6 @@ constexpr int64_t kAccumulators = (1 << 20) / sizeof(double);  // of a thread: 1
 constexpr int64_t kRowsPerCode = 16;
 constexpr int64_t kLine = 16;  // floats to a cache line: slices are multiples of it
 constexpr int64_t kElementsPerTask = 1 << 15;
-
-const code_statistics::Kernels& kernels() {
-#ifdef RQK_X86
-  if (cpu_capability() == CpuCapability::kAvx512) return avx512::statistics_kernels;
-  if (cpu_capability() == CpuCapability::kAvx2) return avx2::statistics_kernels;
-#endif
-  return default_::statistics_kernels;
-}
 
 int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
@@ -102,7 +97,8 @@ void launch_direct(const CodeStatisticsParams& p, const Plan& plan) {
       for (int64_t task = worker; task < plan.groups * plan.slices; task += plan.workers) {
         const int64_t first = task % plan.slices * plan.slice, codebook = task / plan.slices * plan.group;
         const int64_t codebooks = std::min(plan.group, p.codebooks - codebook);
-        kernels().add_direct(p, {codebook, codebooks, first, std::min(plan.slice, p.channels - first)}, own);
+        RQK_KERNEL(statistics_kernels)
+            .add_direct(p, {codebook, codebooks, first, std::min(plan.slice, p.channels - first)}, own);
       }
     }
   });
@@ -142,8 +138,9 @@ void launch_sorted(const CodeStatisticsParams& p, const Plan& plan) {
       for (int64_t worker = first_worker; worker < last_worker; ++worker) {
         for (int64_t task = worker; task < tasks; task += plan.workers) {
           const int64_t first = task % plan.slices * plan.slice, begin = task / plan.slices * codes_per_task;
-          kernels().add_sorted(p, {b, 1, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
-                               begin, std::min(begin + codes_per_task, p.num_codes));
+          RQK_KERNEL(statistics_kernels)
+              .add_sorted(p, {b, 1, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
+                          begin, std::min(begin + codes_per_task, p.num_codes));
         }
       }
     });

@@ -35,14 +35,4 @@ struct Kernels {
 
 }  // namespace code_statistics
 
-namespace default_ {
-extern const code_statistics::Kernels statistics_kernels;
-}
-namespace avx2 {
-extern const code_statistics::Kernels statistics_kernels;
-}
-namespace avx512 {
-extern const code_statistics::Kernels statistics_kernels;
-}
-
 }  // namespace rqk

@@ -5,10 +5,9 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <limits>
-#include <string>
 #include <vector>
 
+#include "common/codebooks.h"
 #include "common/cpu_capability.h"
 #include "common/residual_rows.h"
 #include "common/tensors.h"
@@ -19,11 +18,7 @@
 
 namespace rqk {
 
-RQK_DECLARE_SEARCH_KERNEL(default_)
-#ifdef RQK_X86
-RQK_DECLARE_SEARCH_KERNEL(avx2)
-RQK_DECLARE_SEARCH_KERNEL(avx512)
-#endif
+RQK_DECLARE_KERNEL(SearchKernel, search_kernel)
 
 namespace {
 
@@ -40,14 +35,6 @@ constexpr int64_t kScanInCandidates = 80;
 // before the threads have met.
 constexpr int64_t kElementsPerPart = 1 << 18;
 constexpr int64_t kMostParts = 64;
-
-const SearchKernel& kernel_of_this_machine() {
-#ifdef RQK_X86
-  if (cpu_capability() == CpuCapability::kAvx512) return avx512::search_kernel;
-  if (cpu_capability() == CpuCapability::kAvx2) return avx2::search_kernel;
-#endif
-  return default_::search_kernel;
-}
 
 // Whether the int8 scan pays at a depth: not where it left most rows to the float scan so far.
 class Worthwhile {
@@ -295,7 +282,7 @@ int64_t parts_of_codes(const SearchKernel& kernel, const PackedCodebooks& codebo
 }  // namespace
 
 void launch(const ResidualSearchParams& p, void*) {
-  const SearchKernel& kernel = kernel_of_this_machine();
+  const SearchKernel& kernel = RQK_KERNEL(search_kernel);
   PackedCodebooks opened(kernel, p.num_codes, p.channels);
   CodebookCache::Codebooks packed;
   if (p.packed != nullptr) {
@@ -306,7 +293,8 @@ void launch(const ResidualSearchParams& p, void*) {
     const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
     packed = CodebookCache::of_this_process().pack(kernel, p.codebooks, count, p.num_codes, p.channels);
     if (packed == nullptr) {
-      refuse_not_finite("residual_search", p.codebooks, count, p.num_codes, p.channels, p.codebook_stride > 0);
+      refuse_not_finite("residual_search", "codebooks", p.codebooks, count, p.num_codes, p.channels,
+                        p.codebook_stride > 0);
     }
   }
   const PackedCodebooks& codebooks = packed != nullptr ? packed->packed : opened;
@@ -334,8 +322,9 @@ void launch(const ResidualSearchParams& p, void*) {
 
 void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
-  PackedCodebooks codebooks(kernel_of_this_machine(), num_codes, channels);
-  if (!codebooks.measure(codebook, 1)) refuse_not_finite("FrozenCodebook", codebook, 1, num_codes, channels, false);
+  PackedCodebooks codebooks(RQK_KERNEL(search_kernel), num_codes, channels);
+  if (!codebooks.measure(codebook, 1))
+    refuse_not_finite("FrozenCodebook", "codebooks", codebook, 1, num_codes, channels, false);
   codebooks.set_gram(codebooks.gram_pays());
   codebooks.fill(allocate(codebooks.bytes()));
 }

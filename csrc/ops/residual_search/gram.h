@@ -117,16 +117,12 @@ inline double squared_reach(const PackedCodebook& codebook, const float* r, doub
 // Every score of a panel, for the first `count` rows of the tile; inverse[i] is 1/unit.
 inline void store_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel, const Int8Rows& rows,
                              const float* inverse, int count, ScoreRow* score_rows) {
-  const Int8Panels& int8 = codebook.int8;
   const int64_t first = panel * kPanelWidth;
   const Vec none = Vec::fill(float(kNoCode));
   const float inverse_norm = 1.0f / codebook.gram.block_norm[panel / kPanelsPerBlock];
   score_int8_panel(codebook, tile, panel, rows, [&](int i, int v, Vec score) {
     if (i >= count) return;
-    for (int o = 0; o < int8.num_outliers; ++o) {
-      const Vec e = Vec::load(int8.outliers + o * int8.outlier_stride + first + v * Vec::kSize);
-      score = negated_fma(Vec::fill(rows.outlier[o][i]), e, score);
-    }
+    score = less_outliers(codebook.int8, panel, rows, i, v, score);
     const VecInt t = nearest_int(min(score * Vec::fill(inverse[i] * inverse_norm), none));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(score_rows[i].scores + first + v * Vec::kSize),
                         _mm512_cvtsepi32_epi16(t.v));

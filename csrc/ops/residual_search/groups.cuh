@@ -4,32 +4,15 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/exact.cuh"
 #include "ops/residual_search/plan.h"
 
 namespace rqk {
 namespace residual_search {
 
-// This thread's lane of its group, and the group's threads within the warp.
+static_assert(kMostGroups * kLanes == kGroupThreads);
+
 __device__ inline int lane_of_group() { return threadIdx.x % kLanes; }
-__device__ inline unsigned group_mask() { return 0xffu << (threadIdx.x % 32 / kLanes * kLanes); }
-
-// The eight lanes' sum in the definition's order, in every lane: addition commutes, so the mirrored halves agree.
-__device__ inline double sum_lanes(double lane) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    lane = __dadd_rn(lane, __shfl_xor_sync(group_mask(), lane, half, kLanes));
-  }
-  return lane;
-}
-
-// |r - e|^2.
-__device__ inline double squared_distance(const float* r, const float* e, int64_t channels) {
-  double lane = 0;
-  for (int64_t c = lane_of_group(); c < channels; c += kLanes) {
-    const double difference = double(r[c]) - double(e[c]);
-    lane = __dadd_rn(lane, __dmul_rn(difference, difference));
-  }
-  return sum_lanes(lane);
-}
 
 // Code of a candidate's bit in thread `t` of a quad.
 __device__ inline int32_t code_of(int32_t tile, int bit, int t) {

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/codebooks.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "ops/residual_search/scan.h"
@@ -21,9 +22,6 @@ namespace {
 constexpr int64_t kPanelsPerTask = 16;
 // Below this many codes quantizing the rows costs more than the int8 scan saves.
 constexpr int64_t kInt8MinCodes = 128;
-// The vector in the middle of the codes is the mean of about so many of them: any vector serves.
-constexpr int64_t kMeanSample = 256;
-constexpr double kSmallOffset = 0.1;  // |mean|^2 over the mean of |e|^2
 // An outlier channel costs the scan one operation more per code and row; bytes that need not reach so far are finer.
 constexpr double kOutlierRatio = 5;
 // Gram rows are at most so large, serve where a scan costs more than reading them, and need numbers whose products
@@ -96,12 +94,12 @@ class PackedCodebooks {
     set_count(count);
     squared_norms_ = Buffer<double>(count * num_codes_);
     centred_norms_ = Buffer<double>(count * num_codes_);
-    means_.assign(static_cast<size_t>(int8_ ? count : 0), Mean());
+    middles_.clear();
     for (int64_t d = 0; d < count; ++d) {
       const float* codes_kc = codebooks + d * num_codes_ * channels_;
       views_[d].codes_kc = codes_kc;
-      if (int8_) find_mean(codes_kc, means_[d]);
-      const float* mean = int8_ && means_[d].norm > 0 ? means_[d].values.data() : nullptr;
+      if (int8_) middles_.push_back(middle_of(codes_kc, num_codes_, channels_));
+      const float* mean = int8_ && middles_.back().norm > 0 ? middles_.back().values.data() : nullptr;
       for_panels([&](int64_t begin, int64_t end) {
         kernel_.measure(codes_kc, channels_, mean, begin * kernel_.panel_width,
                         std::min(end * kernel_.panel_width, num_codes_), squared_norms(d), centred_norms(d));
@@ -204,12 +202,6 @@ class PackedCodebooks {
             view.gram.relative_error};
   }
 
-  // A vector in the middle of a codebook.
-  struct Mean {
-    std::vector<float> values;
-    double norm = 0;
-  };
-
   struct LazyPanels {
     std::once_flag once;
     Buffer<float> memory;
@@ -266,34 +258,10 @@ class PackedCodebooks {
     return used;
   }
 
-  void find_mean(const float* codes_kc, Mean& mean) const {
-    const int64_t step = divide_up(num_codes_, kMeanSample), sampled = divide_up(num_codes_, step);
-    double squared = 0, spread = 0;
-    std::vector<double> sum(static_cast<size_t>(channels_), 0.0);
-    for (int64_t k = 0; k < num_codes_; k += step) {
-      for (int64_t c = 0; c < channels_; ++c) {
-        const double e = codes_kc[k * channels_ + c];
-        sum[c] += e;
-        spread += e * e / static_cast<double>(sampled);
-      }
-    }
-    for (const double total : sum) {
-      mean.values.push_back(static_cast<float>(total / static_cast<double>(sampled)));
-      squared += double(mean.values.back()) * double(mean.values.back());
-    }
-    // A small offset is not worth the second look at every row.
-    if (squared < kSmallOffset * spread) {
-      mean.values.assign(sum.size(), 0.0f);
-      squared = 0;
-    }
-    mean.norm = std::sqrt(squared);
-  }
-
-  // Channels in which the codes are, in the root of their mean square, so many times larger than in all others
-  // together.
+  // Channels in which the codes' root mean square is kOutlierRatio times that over all others.
   void find_outliers(PackedCodebook& view) const {
     Int8Panels& int8 = view.int8;
-    const int64_t step = divide_up(num_codes_, kMeanSample);
+    const int64_t step = divide_up(num_codes_, kMiddleSample);
     std::vector<double> squared(static_cast<size_t>(channels_), 0.0);
     for (int64_t k = 0; k < num_codes_; k += step) {
       for (int64_t c = 0; c < channels_; ++c) {
@@ -327,8 +295,8 @@ class PackedCodebooks {
     const double *squared = squared_norms(depth), *centred = centred_norms(depth);
     view.max_norm = std::sqrt(*std::max_element(squared, squared + num_codes_));
     if (int8_) {
-      std::copy(means_[depth].values.begin(), means_[depth].values.end(), view.int8.mean);
-      view.int8.mean_norm = means_[depth].norm;
+      std::copy(middles_[depth].values.begin(), middles_[depth].values.end(), view.int8.mean);
+      view.int8.mean_norm = middles_[depth].norm;
       find_outliers(view);
     }
     order_by_size(centred, num_codes_, padded(), view.order);
@@ -383,7 +351,7 @@ class PackedCodebooks {
   std::vector<PackedCodebook> views_;
   // Of all codes of all codebooks, from `measure` to `fill`.
   Buffer<double> squared_norms_, centred_norms_;
-  std::vector<Mean> means_;
+  std::vector<Middle> middles_;
   mutable std::vector<LazyPanels> float_panels_;
 };
 

@@ -15,10 +15,10 @@ constexpr int kWarpRows = 32;       // of x, per warp of a scanning block
 constexpr int kTileCodes = 128;     // scanned at a time, by every warp
 constexpr int kChunk = 32;          // channels of a tile that one stage holds
 constexpr int kStages = 3;          // of the ring through which the codes come
-constexpr int kLanes = 8;           // threads of a group, one to each lane of the definition's sums
-constexpr int kGroupThreads = 128;  // of a block that works in groups only
-constexpr int kQuad = 4;            // threads that share a row in an mma fragment
-constexpr int kCapacity = 8;        // candidates (of up to 32 codes) that a thread keeps of a row
+constexpr int kGroupThreads = 128;  // of a block that works in groups of eight only
+constexpr int kMostGroups = kGroupThreads / 8;
+constexpr int kQuad = 4;      // threads that share a row in an mma fragment
+constexpr int kCapacity = 8;  // candidates (of up to 32 codes) that a thread keeps of a row
 
 constexpr int kChunkBytes = kTileCodes * kChunk * 2;
 
@@ -69,8 +69,8 @@ struct RowTable {
 };
 
 struct DirectRows {
-  double distance[kGroupThreads / kLanes];
-  int64_t code[kGroupThreads / kLanes];
+  double distance[kMostGroups];
+  int64_t code[kMostGroups];
   int32_t count;
   int32_t row[kWarpRows * 4];
 };

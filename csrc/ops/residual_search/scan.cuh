@@ -34,8 +34,8 @@
 // from L2, 32 bytes per mma where it has 128 rows. Per tile come 3 KiB of headers (half of it read), and an epilogue of
 // one max per score and one compare per 32 scores. Only where a row of a quad beats its floor, about 1.2 (ln(K/128) +
 // 0.6) times per row on Gaussian data, the slow part raises the floor and writes down a mask of codes. Compiled for
-// sm_90: 146 instructions per chunk, 18 more in a tile's first, 137 for the 128 scores of a thread; no spills at 255
-// registers.
+// sm_90: 146 instructions per chunk, some 15 more in a tile's first, 137 for the 128 scores of a thread; no spills at
+// 255 registers.
 #pragma once
 
 #include <cstdint>

@@ -117,9 +117,4 @@ struct SearchKernel {
   double (*squared_norm)(const float* r, int64_t channels);
 };
 
-#define RQK_DECLARE_SEARCH_KERNEL(capability) \
-  namespace capability {                      \
-  extern const SearchKernel search_kernel;    \
-  }
-
 }  // namespace rqk

@@ -129,7 +129,7 @@ inline double quantize(const Centred& v, int64_t channels, float scale, int bias
   return error.total();
 }
 
-// |x - m| in float64, of the float difference, m null for none; channels that are not kept count as zero.
+// |v| in float64.
 inline double norm_of(const Centred& v, int64_t channels) {
   SquareSum squares;
   v.for_each(channels, [&squares](int64_t, Vec value) { squares.add(value); });
@@ -301,18 +301,21 @@ template <class Finish>
   }
 }
 
-// Takes the outlier channels into account.
+// Vector v of row i's scores of a panel, less the products of the outlier channels.
+inline Vec less_outliers(const Int8Panels& int8, int64_t panel, const Int8Rows& rows, int i, int v, Vec score) {
+  for (int o = 0; o < int8.num_outliers; ++o) {
+    const Vec e = Vec::load(int8.outliers + o * int8.outlier_stride + panel * kPanelWidth + v * Vec::kSize);
+    score = negated_fma(Vec::fill(rows.outlier[o][i]), e, score);
+  }
+  return score;
+}
+
 inline void subtract_outliers(const Int8Panels& int8, int64_t panel, const Int8Rows& rows,
                               float (&scores)[kRowTile][kPanelWidth]) {
   for (int i = 0; i < kRowTile; ++i) {
     for (int v = 0; v < kPanelVecs; ++v) {
       float* part = scores[i] + v * Vec::kSize;
-      Vec score = Vec::load(part);
-      for (int o = 0; o < int8.num_outliers; ++o) {
-        const Vec e = Vec::load(int8.outliers + o * int8.outlier_stride + panel * kPanelWidth + v * Vec::kSize);
-        score = negated_fma(Vec::fill(rows.outlier[o][i]), e, score);
-      }
-      score.store(part);
+      less_outliers(int8, panel, rows, i, v, Vec::load(part)).store(part);
     }
   }
 }

@@ -9,71 +9,22 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
-#include <string>
 #include <vector>
 
+#include "common/codebooks.h"
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
-#include "common/tensors.h"
+#include "common/parallel.h"
 #include "ops/soft_label/params.h"
 #include "ops/soft_label/rows.h"
 
 namespace rqk {
 
-namespace default_ {
-extern const SoftLabelKernel soft_label_kernel;
-}
-#ifdef RQK_X86
-namespace avx2 {
-extern const SoftLabelKernel soft_label_kernel;
-}
-namespace avx512 {
-extern const SoftLabelKernel soft_label_kernel;
-}
-#endif
+RQK_DECLARE_KERNEL(SoftLabelKernel, soft_label_kernel)
 
 namespace {
 
 constexpr int64_t kCodesPerTask = 256;
-// The vector in the middle of the codes is the mean of about so many of them: any vector serves. Centring takes a copy,
-// so the codes stay where they are unless that costs digits.
-constexpr int64_t kMeanSample = 256;
-constexpr double kSmallOffset = 0.1;  // |mean|^2 over the mean of |e|^2
-
-const SoftLabelKernel& kernel_of_this_machine() {
-#ifdef RQK_X86
-  if (cpu_capability() == CpuCapability::kAvx512) return avx512::soft_label_kernel;
-  if (cpu_capability() == CpuCapability::kAvx2) return avx2::soft_label_kernel;
-#endif
-  return default_::soft_label_kernel;
-}
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Uninitialised memory, aligned to a cache line.
-class Memory {
- public:
-  explicit Memory(size_t bytes) : data_(::operator new(bytes, kAlignment)) {}
-  void* get() const { return data_.get(); }
-  float* floats() const { return static_cast<float*>(get()); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Delete {
-    void operator()(void* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<void, Delete> data_;
-};
-
-template <class Work>
-void for_each_task(int64_t tasks, Work work) {
-  torch::stable::parallel_for(0, tasks, 1, [&work](int64_t begin, int64_t end) {
-    FlushDenormals flush;
-    for (int64_t task = begin; task < end; ++task) work(task);
-  });
-}
 
 // One codebook, measured and where it helps centred.
 class PreparedCodebook {
@@ -81,11 +32,17 @@ class PreparedCodebook {
   PreparedCodebook(const SoftLabelKernel& kernel, const float* codes_kc, const SoftLabels& labels, const char* op)
       : num_codes_(labels.num_codes),
         channels_(labels.channels),
-        half_norms_(static_cast<size_t>(kernel.padded(labels.num_codes)), std::numeric_limits<float>::infinity()) {
+        half_norms_(static_cast<size_t>(kernel.padded(labels.num_codes)), std::numeric_limits<float>::infinity()),
+        middle_(middle_of(codes_kc, labels.num_codes, labels.channels)) {
     view_ = {codes_kc, codes_kc, nullptr, half_norms_.data(), 0, num_codes_, channels_, labels.tau};
-    centre(kernel, codes_kc);
+    // Centring takes a copy of the codes: they stay where they are unless that costs digits.
+    if (middle_.norm > 0) {
+      centred_ = Buffer<float>(num_codes_ * channels_);
+      view_.mean = middle_.values.data();
+      view_.centred_kc = centred_;
+    }
     std::vector<double> largest(static_cast<size_t>(divide_up(num_codes_, kCodesPerTask)));
-    for_each_task(static_cast<int64_t>(largest.size()), [&](int64_t task) {
+    for_each_task<FlushDenormals>(static_cast<int64_t>(largest.size()), [&](int64_t task) {
       const int64_t end = std::min((task + 1) * kCodesPerTask, num_codes_);
       double most = 0;
       for (int64_t k = task * kCodesPerTask; k < end; ++k) {
@@ -97,13 +54,13 @@ class PreparedCodebook {
         most = squared <= most ? most : squared;
         if (!std::isfinite(squared)) break;
         if (centred_ == nullptr) continue;
-        for (int64_t c = 0; c < channels_; ++c) centred_->floats()[k * channels_ + c] = e[c] - view_.mean[c];
+        for (int64_t c = 0; c < channels_; ++c) centred_[k * channels_ + c] = e[c] - view_.mean[c];
       }
       largest[task] = most;
     });
     double most = 0;
     for (size_t task = 0; task < largest.size(); ++task) {
-      if (!std::isfinite(largest[task])) refuse_not_finite(op, codes_kc);
+      if (!std::isfinite(largest[task])) refuse_not_finite(op, "codebook", codes_kc, 1, num_codes_, channels_, false);
       most = std::max(most, largest[task]);
     }
     view_.max_norm = std::sqrt(most);
@@ -112,47 +69,22 @@ class PreparedCodebook {
   const LabelCodebook& view() const { return view_; }
 
  private:
-  void centre(const SoftLabelKernel& kernel, const float* codes_kc) {
-    const int64_t step = divide_up(num_codes_, kMeanSample), sampled = divide_up(num_codes_, step);
-    std::vector<double> sum(static_cast<size_t>(channels_));
-    double squares = 0;
-    for (int64_t k = 0; k < num_codes_; k += step) {
-      for (int64_t c = 0; c < channels_; ++c) sum[c] += static_cast<double>(codes_kc[k * channels_ + c]);
-      squares += kernel.squared_norm(codes_kc + k * channels_, channels_);
-    }
-    mean_.resize(static_cast<size_t>(channels_));
-    for (int64_t c = 0; c < channels_; ++c) mean_[c] = static_cast<float>(sum[c] / static_cast<double>(sampled));
-    const double mean_squared = kernel.squared_norm(mean_.data(), channels_);
-    // The negated comparison leaves codes alone that are not finite.
-    if (!(mean_squared > kSmallOffset * squares / static_cast<double>(sampled)) || !std::isfinite(mean_squared)) return;
-    centred_ = std::make_unique<Memory>(static_cast<size_t>(num_codes_ * channels_) * sizeof(float));
-    view_.mean = mean_.data();
-    view_.centred_kc = centred_->floats();
-  }
-
-  [[noreturn]] void refuse_not_finite(const char* op, const float* codes_kc) const {
-    const float* end = codes_kc + num_codes_ * channels_;
-    const float* bad = std::find_if(codes_kc, end, [](float value) { return !std::isfinite(value); });
-    // Otherwise another thread has written to them meanwhile.
-    if (bad == end) value_error(op, ": codebook must be finite, and was not");
-    value_error(op, ": codebook must be finite, got ", *bad, " in code ", (bad - codes_kc) / channels_);
-  }
-
   int64_t num_codes_, channels_;
-  std::vector<float> half_norms_, mean_;
-  std::unique_ptr<Memory> centred_;
+  std::vector<float> half_norms_;
+  Middle middle_;
+  Buffer<float> centred_;
   LabelCodebook view_;
 };
 
 // work(codebook, rows, count, memory) for chunks of the rows that are counted; all rows of a chunk have one codebook.
 template <class Counted, class Work>
 void for_each_chunk(const SoftLabels& labels, const char* op, Counted counted, Work work) {
-  const SoftLabelKernel& kernel = kernel_of_this_machine();
+  const SoftLabelKernel& kernel = RQK_KERNEL(soft_label_kernel);
   const int64_t codebooks = labels.codebook_stride == 0 ? 1 : labels.inner;
   const int64_t step = labels.codebook_stride == 0 ? 1 : labels.inner;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
-  std::vector<Memory> slots;
+  std::vector<Buffer<char>> slots;
   std::vector<int64_t> rows;
   for (int64_t d = 0; d < codebooks; ++d) {
     const PreparedCodebook codebook(kernel, labels.codebook + d * labels.codebook_stride, labels, op);
@@ -163,13 +95,13 @@ void for_each_chunk(const SoftLabels& labels, const char* op, Counted counted, W
     const int64_t count = static_cast<int64_t>(rows.size()), chunk = kernel.rows_at_once;
     const int64_t chunks = divide_up(count, chunk), workers = std::min(threads, chunks);
     while (static_cast<int64_t>(slots.size()) < workers) {
-      slots.emplace_back(kernel.scratch_bytes(labels.num_codes, labels.channels));
+      slots.emplace_back(static_cast<int64_t>(kernel.scratch_bytes(labels.num_codes, labels.channels)));
     }
     std::atomic<int64_t> next{0};
-    for_each_task(workers, [&](int64_t worker) {
+    for_each_task<FlushDenormals>(workers, [&](int64_t worker) {
       for (int64_t begin = next.fetch_add(chunk); begin < count; begin = next.fetch_add(chunk)) {
         work(kernel, codebook.view(), rows.data() + begin, static_cast<int>(std::min(chunk, count - begin)),
-             slots[worker].get());
+             slots[worker]);
       }
     });
   }

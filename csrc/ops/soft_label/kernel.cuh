@@ -33,6 +33,7 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/exact.cuh"
 #include "ops/soft_label/params.h"
 
 namespace rqk {
@@ -43,7 +44,6 @@ constexpr int kRowsPerWarp = 4, kRows = kWarps * kRowsPerWarp;
 constexpr int kCodesPerLane = 4, kCodes = 32 * kCodesPerLane;
 constexpr int kChunk = 32;  // channels: a lane's each on their way to shared memory
 constexpr int kUnroll = 8;  // channels; what is computed is a multiple of that
-constexpr int kLanes = 8;   // of the definition's sums
 constexpr double kSeen = 1e-3;
 constexpr unsigned kFullWarp = 0xffffffffu, kAllRows = (1u << kRowsPerWarp) - 1;
 
@@ -180,24 +180,14 @@ __device__ inline void scan(const Row* rows, const float* codebook, int64_t num_
 }
 
 // |x - e_k|^2 as the definition rounds it, for the lanes of `mask`, a lane's code its own: first + lane. Four at a
-// time, by eight threads each, thread j of them the definition's lane j. By a whole warp.
+// time, by a group each. By a whole warp.
 __device__ inline double exact_distance(unsigned mask, const float* x, const float* codes, int64_t channels) {
   const int lane = lane_of_warp(), group = lane / kLanes;
   double mine = 0;
   while (mask != 0) {
     unsigned rest = mask;
     for (int i = 0; i < group; ++i) rest &= rest - 1;
-    double sum = 0;
-    if (rest != 0) {
-      const float* code = codes + (__ffs(int(rest)) - 1) * channels;
-      for (int64_t c = lane % kLanes; c < channels; c += kLanes) {
-        const double difference = double(x[c]) - double(code[c]);
-        sum = __dadd_rn(sum, __dmul_rn(difference, difference));
-      }
-    }
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      sum = __dadd_rn(sum, __shfl_xor_sync(kFullWarp, sum, half, kLanes));
-    }
+    const double sum = rest == 0 ? 0 : squared_distance(x, codes + (__ffs(int(rest)) - 1) * channels, channels);
     const int rank = __popc(mask & ((1u << lane) - 1));
     const double taken = __shfl_sync(kFullWarp, sum, rank * kLanes % 32);
     if ((mask >> lane & 1) != 0 && rank < 32 / kLanes) mine = taken;

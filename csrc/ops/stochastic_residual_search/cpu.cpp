@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "common/codebooks.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "common/philox.h"
@@ -15,11 +16,7 @@
 
 namespace rqk {
 
-RQK_DECLARE_SAMPLE_KERNEL(default_)
-#ifdef RQK_X86
-RQK_DECLARE_SAMPLE_KERNEL(avx2)
-RQK_DECLARE_SAMPLE_KERNEL(avx512)
-#endif
+RQK_DECLARE_KERNEL(SampleKernel, sample_kernel)
 
 namespace {
 
@@ -30,16 +27,6 @@ constexpr const char* kOp = "stochastic_residual_search";
 constexpr int64_t kTilesPerChunk = 8;
 constexpr int64_t kScoreBytes = int64_t(4) << 20;
 constexpr int64_t kPanelsPerTask = 16;
-// The vector in the middle of the codes is the mean of about so many of them: any vector serves.
-constexpr int64_t kMeanSample = 256;
-
-const SampleKernel& kernel_of_this_machine() {
-#ifdef RQK_X86
-  if (cpu_capability() == CpuCapability::kAvx512) return avx512::sample_kernel;
-  if (cpu_capability() == CpuCapability::kAvx2) return avx2::sample_kernel;
-#endif
-  return default_::sample_kernel;
-}
 
 // The codebooks of all depths, packed; one where they share it.
 class CentredCodebooks {
@@ -49,15 +36,14 @@ class CentredCodebooks {
         num_panels_(divide_up(p.num_codes, kernel.panel_width)),
         padded_(num_panels_ * kernel.panel_width),
         channels_(p.channels),
-        means_(count(p) * channels_),
         panels_(count(p) * padded_ * channels_),
         half_norms_(count(p) * padded_) {
     const int64_t tasks_each = divide_up(num_panels_, kPanelsPerTask);
     for (int64_t d = 0; d < count(p); ++d) {
       const float* codes_kc = p.codebooks + d * p.codebook_stride;
-      find_mean(codes_kc, p.num_codes, means_ + d * channels_);
-      views_.push_back({codes_kc, p.num_codes, channels_, means_ + d * channels_, 0, panels_ + d * padded_ * channels_,
-                        half_norms_ + d * padded_});
+      middles_.push_back(middle_of(codes_kc, p.num_codes, channels_));
+      views_.push_back({codes_kc, p.num_codes, channels_, middles_.back().values.data(), 0,
+                        panels_ + d * padded_ * channels_, half_norms_ + d * padded_});
     }
     std::vector<double> largest(static_cast<size_t>(count(p) * tasks_each));
     for_each_task(count(p) * tasks_each, [&](int64_t task) {
@@ -68,7 +54,7 @@ class CentredCodebooks {
       const auto first = largest.begin() + d * tasks_each;
       views_[d].max_norm = std::sqrt(*std::max_element(first, first + tasks_each));
       if (!std::isfinite(views_[d].max_norm)) {
-        refuse_not_finite(kOp, p.codebooks, count(p), p.num_codes, channels_, !shared_);
+        refuse_not_finite(kOp, "codebooks", p.codebooks, count(p), p.num_codes, channels_, !shared_);
       }
     }
   }
@@ -78,18 +64,10 @@ class CentredCodebooks {
  private:
   static int64_t count(const StochasticResidualSearchParams& p) { return p.codebook_stride == 0 ? 1 : p.depth; }
 
-  void find_mean(const float* codes_kc, int64_t num_codes, float* mean) const {
-    const int64_t step = divide_up(num_codes, kMeanSample), sampled = divide_up(num_codes, step);
-    std::vector<double> sum(static_cast<size_t>(channels_), 0.0);
-    for (int64_t k = 0; k < num_codes; k += step) {
-      for (int64_t c = 0; c < channels_; ++c) sum[c] += codes_kc[k * channels_ + c];
-    }
-    for (int64_t c = 0; c < channels_; ++c) mean[c] = static_cast<float>(sum[c] / static_cast<double>(sampled));
-  }
-
   bool shared_;
   int64_t num_panels_, padded_, channels_;
-  Buffer<float> means_, panels_, half_norms_;
+  std::vector<Middle> middles_;  // moved where the vector grows, their values stay where they are
+  Buffer<float> panels_, half_norms_;
   std::vector<CentredCodebook> views_;
 };
 
@@ -132,7 +110,7 @@ void draw_codes(const StochasticResidualSearchParams& p, const SampleKernel& ker
 }  // namespace
 
 void launch(const StochasticResidualSearchParams& p, void*) {
-  const SampleKernel& kernel = kernel_of_this_machine();
+  const SampleKernel& kernel = RQK_KERNEL(sample_kernel);
   const CentredCodebooks codebooks(kernel, p);
   // Small batches are cut finer, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());

@@ -1,4 +1,4 @@
-// The part of the CPU search that is compiled once per instruction set, as cpu.cpp calls it.
+// The part of the CPU's stochastic search that is compiled once per instruction set, as cpu.cpp calls it.
 #pragma once
 
 #include <cstddef>
@@ -29,10 +29,5 @@ struct SampleKernel {
   // |r|^2 in float64, in the fixed summation order.
   double (*squared_norm)(const float* r, int64_t channels);
 };
-
-#define RQK_DECLARE_SAMPLE_KERNEL(capability) \
-  namespace capability {                      \
-  extern const SampleKernel sample_kernel;    \
-  }
 
 }  // namespace rqk
