@@ -118,6 +118,9 @@ struct Lanes8 {
   static Lanes8 load_first(const float* p, int64_t n) {
     return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p))};
   }
+  static Lanes8 fill(double a) { return {_mm512_set1_pd(a)}; }
+  static Lanes8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
   // By halves: lane j + lane j + 4, and so on.
   double sum() const {
     const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
@@ -128,6 +131,23 @@ struct Lanes8 {
 inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm512_max_pd(a.v, b.v)}; }
+// Fused where the instruction set can.
+inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+// a[j] where bit j is set, else zero.
+inline Lanes8 keep(Lanes8 a, uint32_t bits) { return {_mm512_maskz_mov_pd(__mmask8(bits), a.v)}; }
+// The float64 with the lowest twelve bits of a's representation as sign and exponent.
+inline Lanes8 low_bits_as_exponent(Lanes8 a) {
+  return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a.v), 52))};
+}
+
+// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+inline void compress(Vec a, uint32_t bits, float* p) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(bits), a.v));
+}
+inline void compress(Lanes8 a, uint32_t bits, double* p) {
+  _mm512_storeu_pd(p, _mm512_maskz_compress_pd(__mmask8(bits), a.v));
+}
 
 #elif defined(__AVX2__)
 
@@ -255,6 +275,12 @@ struct Lanes8 {
   }
   static Lanes8 load(const float* p) { return of(Vec::load(p)); }
   static Lanes8 load_first(const float* p, int64_t n) { return of(Vec::load_first(p, n)); }
+  static Lanes8 fill(double a) { return {_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
+  static Lanes8 load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+  void store(double* p) const {
+    _mm256_storeu_pd(p, low);
+    _mm256_storeu_pd(p + 4, high);
+  }
   // By halves: lane j + lane j + 4, and so on.
   double sum() const {
     const __m256d four = _mm256_add_pd(low, high);
@@ -265,6 +291,24 @@ struct Lanes8 {
 inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)}; }
 inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
 inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)}; }
+inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm256_max_pd(a.low, b.low), _mm256_max_pd(a.high, b.high)}; }
+// Fused where the instruction set can.
+inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) {
+  return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
+}
+// a[j] where bit j is set, else zero.
+inline Lanes8 keep(Lanes8 a, uint32_t bits) {
+  const __m256i all = _mm256_set1_epi64x(bits);
+  const __m256i first = _mm256_setr_epi64x(1, 2, 4, 8), second = _mm256_setr_epi64x(16, 32, 64, 128);
+  const __m256i low = _mm256_cmpeq_epi64(_mm256_and_si256(all, first), first);
+  const __m256i high = _mm256_cmpeq_epi64(_mm256_and_si256(all, second), second);
+  return {_mm256_and_pd(a.low, _mm256_castsi256_pd(low)), _mm256_and_pd(a.high, _mm256_castsi256_pd(high))};
+}
+// The float64 with the lowest twelve bits of a's representation as sign and exponent.
+inline Lanes8 low_bits_as_exponent(Lanes8 a) {
+  return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.low), 52)),
+          _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.high), 52))};
+}
 
 #else
 
@@ -386,6 +430,13 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
 struct Lanes8 {
   double v[8];
   static Lanes8 zero() { return {}; }
+  static Lanes8 fill(double a) { return {{a, a, a, a, a, a, a, a}}; }
+  static Lanes8 load(const double* p) {
+    Lanes8 lanes;
+    __builtin_memcpy(lanes.v, p, sizeof lanes.v);
+    return lanes;
+  }
+  void store(double* p) const { __builtin_memcpy(p, v, sizeof v); }
   static Lanes8 load(const float* p) { return load_first(p, 8); }
   static Lanes8 load_first(const float* p, int64_t n) {
     Lanes8 lanes{};
@@ -407,7 +458,36 @@ RQK_LANES8(+)
 RQK_LANES8(-)
 RQK_LANES8(*)
 #undef RQK_LANES8
+inline Lanes8 max(Lanes8 a, Lanes8 b) {
+  for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] > b.v[j] ? a.v[j] : b.v[j];
+  return a;
+}
+// Fused where the instruction set can.
+inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return a * b + c; }
+// a[j] where bit j is set, else zero.
+inline Lanes8 keep(Lanes8 a, uint32_t bits) {
+  for (int j = 0; j < 8; ++j) a.v[j] = (bits >> j & 1) != 0 ? a.v[j] : 0;
+  return a;
+}
+// The float64 with the lowest twelve bits of a's representation as sign and exponent.
+inline Lanes8 low_bits_as_exponent(Lanes8 a) {
+  uint64_t bits[8];
+  __builtin_memcpy(bits, a.v, sizeof bits);
+  for (int j = 0; j < 8; ++j) bits[j] <<= 52;
+  __builtin_memcpy(a.v, bits, sizeof bits);
+  return a;
+}
 
+#endif
+
+#if !defined(__AVX512F__)
+// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+template <class Lanes, class T>
+inline void compress(Lanes a, uint32_t bits, T* p) {
+  T lanes[sizeof(Lanes) / sizeof(T)];
+  a.store(lanes);
+  for (; bits != 0; bits &= bits - 1) *p++ = lanes[__builtin_ctz(bits)];
+}
 #endif
 
 constexpr float kExpSeries[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
@@ -423,6 +503,22 @@ inline Vec exp(Vec x) {
   Vec series = Vec::fill(1.0f / 5040);
   for (const float factor : kExpSeries) series = fma(series, r, Vec::fill(factor));
   return times_power_of_two(series, n);
+}
+
+constexpr double kExpSeries64[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
+                                   1.0 / 24,      1.0 / 6,      0.5,         1.0,        1.0};
+
+// e^x for x <= 709, off by a relative (7e-15 + |x| 2^-52) at most; below -709 zero. As the one above, with the terms
+// from r^12 / 12! on left out. n comes by rounding to 2^52 and more, where integers are all there is, and with 1023
+// added its bits are the exponent of 2^n: of -1023 zero.
+inline Lanes8 exp(Lanes8 x) {
+  constexpr double kInteger = 0x1.8p52 + 1023;
+  x = max(x, Lanes8::fill(-1023 * 0.6931471805599453));
+  const Lanes8 shifted = fma(x, Lanes8::fill(1.4426950408889634), Lanes8::fill(kInteger));
+  const Lanes8 r = fma(shifted - Lanes8::fill(kInteger), Lanes8::fill(-0.6931471805599453), x);
+  Lanes8 series = Lanes8::fill(1.0 / 39916800);
+  for (const double factor : kExpSeries64) series = fma(series, r, Lanes8::fill(factor));
+  return series * low_bits_as_exponent(shifted);
 }
 
 inline void finish_streams() {
