@@ -16,6 +16,7 @@ namespace rqk {
 
 // The fourth counter word: which operation draws. Two operations never share a uniform.
 constexpr uint32_t kDrawStochasticResidualSearch = 1;
+constexpr uint32_t kDrawSampleLogits = 2;
 
 // In (0, 1): (word 0 + 0.5) 2^-32, exact in float64.
 RQK_HOST_DEVICE inline double philox_uniform(uint64_t seed, uint64_t row, uint32_t stream, uint32_t op) {
