@@ -93,3 +93,22 @@ def check_depth(op: str, depth: object) -> None:
     """TypeError unless `depth` is None or an integer."""
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, (int, torch.SymInt))):
         raise TypeError(f"{op}: depth must be an integer or None, got {type(depth).__name__}")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """TypeError unless `value` is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
+def check_counter(op: str, name: str, value: object, bits: int) -> None:
+    """TypeError or ValueError unless `value` is an integer of so many bits, without a sign."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < 1 << bits:
+        raise ValueError(f"{op}: {name} must be in [0, 2^{bits}), got {value}")
+
+
+def signed_seed(seed: int) -> int:
+    """The same 64 bits as operators take them: as a signed integer."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -63,5 +63,6 @@ std::vector<Array> code_statistics(const Inputs& inputs);
 std::vector<Array> stochastic_residual_search(const Inputs& inputs);
 std::vector<Array> distance_softmax(const Inputs& inputs);
 std::vector<Array> soft_label_cross_entropy(const Inputs& inputs);
+std::vector<Array> sample_logits(const Inputs& inputs);
 
 }  // namespace rqk::emulation

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import FLOAT_DTYPES, check_tensor
+from .._library import FLOAT_DTYPES, check_number, check_tensor
 
 # Bytes of logits that the fused linear holds at a time.
 _LOGITS_BUDGET = 32 << 20
@@ -19,8 +19,7 @@ _FLOAT16_SCALE = 4096.0
 def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
     check_tensor(op, "x", x, FLOAT_DTYPES)
     check_tensor(op, "codebook", codebook, FLOAT_DTYPES)
-    if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: tau must be a number, got {type(tau).__name__}")
+    check_number(op, "tau", tau)
 
 
 def _check_loss(op: str, mask: object, reduction: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import FLOAT_DTYPES, check_depth, check_tensor
+from .._library import FLOAT_DTYPES, check_counter, check_depth, check_number, check_tensor, signed_seed
 from ..reference.residual_search import ResidualCodes
 from .residual_search import FrozenCodebook, fake_codes
 
@@ -69,17 +69,11 @@ def stochastic_residual_search(
         raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got FrozenCodebook; pass its .codebook")
     check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
     check_depth(_OP, depth)
-    if isinstance(tau, bool) or not isinstance(tau, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{_OP}: tau must be a number, got {type(tau).__name__}")
-    for name, value, bits in (("seed", seed, 64), ("offset", offset, 63)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
-        if not 0 <= value < 1 << bits:
-            raise ValueError(f"{_OP}: {name} must be in [0, 2^{bits}), got {value}")
-    # The operator takes the same 64 bits as a signed integer.
-    signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    check_number(_OP, "tau", tau)
+    check_counter(_OP, "seed", seed, 64)
+    check_counter(_OP, "offset", offset, 63)
     codes, quantized, residual_norms, residuals = torch.ops.rqkernels.stochastic_residual_search(
-        x.detach(), codebooks.detach(), depth, float(tau), signed_seed, offset, return_residuals
+        x.detach(), codebooks.detach(), depth, float(tau), signed_seed(seed), offset, return_residuals
     )
     return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, None)
 

@@ -1,8 +1,7 @@
 """Plain-PyTorch definitions: slow, obvious, and what "right" means for every kernel.
 
 Each function has the name, arguments and meaning of its twin in `rqkernels`. They import only torch, so
-that a doubt about a kernel can be settled by reading one page. One without a twin yet (`sample_logits`) is the
-definition its kernel will meet.
+that a doubt about a kernel can be settled by reading one page.
 """
 
 from .code_statistics import code_statistics

@@ -74,7 +74,7 @@ def generate(
         condition: labels (num,) or (num, 1), or token ids (num, L), as the prior's config says; a tensor on any
             device, or a list. None: no condition, or the null condition of a prior that learned one.
         num: how many images, only without a condition (and not needed with `partial_codes`).
-        temperature, top_k, top_p: one value, or one per depth; see `rqkernels.reference.sample_logits`.
+        temperature, top_k, top_p: one value, or one per depth; see `rqkernels.sample_logits`.
         cfg_scale: g >= 0; None or 0 is off.
         seed: in [0, 2^64).
         offset: index of the first image, >= 0.
@@ -175,7 +175,7 @@ def _sample_block(
         if guidance:
             conditional, null = logits.chunk(2)
             logits = (1 + guidance) * conditional - guidance * null
-        codes = rqkernels.reference.sample_logits(
+        codes = rqkernels.sample_logits(
             logits,
             temperature=settings.temperature[d],
             top_k=settings.top_k[d],

@@ -1,0 +1,88 @@
+// rqkernels::sample_logits: schema, argument checks, tensors to params.
+#include <cmath>
+
+#include "common/tensors.h"
+#include "ops/sample_logits/params.h"
+
+namespace {
+
+using rqk::ScalarType;
+using rqk::Tensor;
+
+constexpr const char* kOp = "sample_logits";
+
+rqk::SampleSettings settings_of(int64_t num_codes, double temperature, std::optional<int64_t> top_k,
+                                std::optional<double> top_p) {
+  if (!(temperature >= 0 && std::isfinite(temperature))) {
+    rqk::value_error(kOp, ": temperature must be >= 0 and finite, got ", temperature);
+  }
+  if (top_k.has_value() && *top_k < 1) rqk::value_error(kOp, ": top_k must be >= 1, got ", *top_k);
+  if (top_p.has_value() && !(*top_p > 0 && *top_p <= 1)) {
+    rqk::value_error(kOp, ": top_p must be in (0, 1], got ", *top_p);
+  }
+  return {temperature, top_k.value_or(num_codes), top_p.value_or(1.0)};
+}
+
+// A counter is a number, or a tensor that the kernel reads where the logits are.
+const int64_t* check_counter(const char* name, const std::optional<Tensor>& counter, const Tensor& logits) {
+  if (!counter.has_value()) return nullptr;
+  if (counter->numel() != 1) {
+    rqk::value_error(kOp, ": ", name, " must be one number, got a tensor ", rqk::shape_of(*counter));
+  }
+  rqk::check_same_device(kOp, "logits", logits, name, *counter);
+  return counter->const_data_ptr<int64_t>();
+}
+
+void check_counters(int64_t offset, int64_t stream, int64_t rows) {
+  if (offset < 0 || offset > INT64_MAX - rows) {
+    rqk::value_error(kOp, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows, " rows");
+  }
+  if (stream < 0 || stream > UINT32_MAX) rqk::value_error(kOp, ": stream must be in [0, 2^32), got ", stream);
+}
+
+// `seed` holds the 64 bits of an unsigned one; a tensor stands in place of the number of its name.
+Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                     int64_t seed, int64_t offset, int64_t stream, std::optional<Tensor> offset_there,
+                     std::optional<Tensor> stream_there) {
+  if (logits.dim() < 1) rqk::value_error(kOp, ": logits must be (..., K), got a scalar");
+  std::vector<int64_t> sizes = rqk::sizes_of(logits);
+  const int64_t num_codes = sizes.back();
+  if (num_codes < 1) rqk::value_error(kOp, ": logits must have at least one code, got ", rqk::shape_of(logits));
+  sizes.pop_back();
+  rqk::LaunchScope scope(logits);
+
+  rqk::SampleLogitsParams params{};
+  params.rows = logits.numel() / num_codes;
+  params.num_codes = num_codes;
+  params.settings = settings_of(num_codes, temperature, top_k, top_p);
+  params.seed = static_cast<uint64_t>(seed);
+  params.offset = offset;
+  params.stream = stream;
+  params.offset_there = check_counter("offset", offset_there, logits);
+  params.stream_there = check_counter("stream", stream_there, logits);
+#ifdef RQK_CUDA_LIBRARY
+  check_counters(offset, stream, params.rows);
+#else
+  check_counters(params.offset_there != nullptr ? *params.offset_there : offset,
+                 params.stream_there != nullptr ? *params.stream_there : stream, params.rows);
+#endif
+  const Tensor logits_float = rqk::as_float(logits);
+  const Tensor codes = rqk::empty(sizes, ScalarType::Long, logits);
+  params.logits = logits_float.const_data_ptr<float>();
+  params.codes = codes.mutable_data_ptr<int64_t>();
+  rqk::launch(params, scope.stream());
+#ifndef RQK_CUDA_LIBRARY
+  // On a GPU this would have to wait for the device: there the code is -1.
+  for (int64_t n = 0; n < params.rows; ++n) {
+    if (params.codes[n] < 0) rqk::value_error(kOp, ": logits: row ", n, " has NaN, +inf, or nothing but -inf");
+  }
+#endif
+  return codes;
+}
+
+}  // namespace
+
+RQK_REGISTER("sample_logits",
+             "sample_logits(Tensor logits, float temperature, int? top_k, float? top_p, SymInt seed, SymInt offset,"
+             " SymInt stream, Tensor? offset_there=None, Tensor? stream_there=None) -> Tensor",
+             sample_logits)

@@ -1,0 +1,25 @@
+// What drawing codes from logits works on. All arrays are contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "common/sampling.h"
+
+namespace rqk {
+
+struct SampleLogitsParams {
+  const float* logits;  // (rows, num_codes)
+  int64_t rows, num_codes;
+  SampleSettings settings;
+  uint64_t seed;
+  int64_t offset;               // the counter of row n is offset + n
+  int64_t stream;               // the third word of the counter
+  const int64_t* offset_there;  // (1), read by the kernel in place of `offset`; or null
+  const int64_t* stream_there;  // (1), the same of `stream`
+  int64_t* codes;               // (rows); -1 for a row with NaN, +inf, or nothing but -inf
+};
+
+// Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).
+void launch(const SampleLogitsParams& params, void* stream);
+
+}  // namespace rqk

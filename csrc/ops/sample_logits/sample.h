@@ -1,0 +1,19 @@
+// The part of the CPU's drawing from logits that is compiled once per instruction set, as cpu.cpp calls it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/sampling.h"
+
+namespace rqk {
+
+struct SampleLogitsKernel {
+  // Bytes of scratch that `draw` needs.
+  size_t (*scratch_bytes)(int64_t num_codes);
+  // The code of one row, -1 where it has NaN, +inf, or nothing but -inf.
+  int64_t (*draw)(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
+                  void* scratch);
+};
+
+}  // namespace rqk

@@ -1,0 +1,102 @@
+"""Drawing a code from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import FLOAT_DTYPES, check_counter, check_number, check_tensor, signed_seed
+
+_OP = "sample_logits"
+
+
+def sample_logits(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int,
+    offset: int | Tensor = 0,
+    stream: int | Tensor = 0,
+) -> Tensor:
+    """One code per row of logits: temperature, top-k, top-p, and one counter-based uniform inverted in code order.
+
+        w_k = exp((logit_k - max logit) / temperature)
+        top-k: of all codes the `top_k` largest stay, the lower index first where logits are equal
+        top-p: from the largest down, a code stays while the weights before it sum to < top_p times all of them
+        the code: the first, in code order, with which the weights of those that stay exceed u times all of theirs
+
+    which draws from the softmax of `logits / temperature` over what stays. A temperature of 0 means the largest logit,
+    the lowest index where some are equal. Top-p is nucleus sampling (Holtzman et al., "The curious case of neural text
+    degeneration", ICLR 2020), top-k comes before it, as in the published RQ-Transformer's sampler. Naively: `sort`,
+    `softmax`, `cumsum`, two masks, `multinomial`. Here nothing is sorted and no array of rows x codes is formed: both
+    cuts are thresholds, found by counting, and a thread (on CUDA a block) keeps one row.
+
+    u is Philox4x32-10 with key `seed` and counter (offset + flattened index of the row, stream, 2), as in
+    `rqkernels.reference.philox_uniform`: so a draw is a function of (seed, row, stream) and the row's values alone, the
+    same for every batch size, position in the batch and thread count.
+
+    Arithmetic is float64: codes are those of `rqkernels.reference.sample_logits`, on every device and instruction
+    set, but where u or top_p falls within rounding of a boundary between two codes: a relative 1e-12 on a CPU, and
+    K 2^-(62 - log2 K) on CUDA, where weights are integers (1e-10 at K = 16384).
+
+    Not differentiable: logits are taken detached. Autocast does not touch it.
+
+    Args:
+        logits: (..., K), float32, float16 or bfloat16, any strides, on cpu or cuda; taken as float32. -inf forbids a
+            code.
+        temperature: >= 0, finite.
+        top_k: >= 1; None, or K and more: all.
+        top_p: in (0, 1]; None: 1, all.
+        seed: 0 <= seed < 2^64.
+        offset: what the index of the first row counts from, >= 0: a part of a batch draws what it would within it.
+        stream: 0 <= stream < 2^32; a depth, or a token's index. `offset` and `stream` may also be an int64 tensor of
+            one element on the device of the logits, which is read when the kernel runs: a captured CUDA graph draws
+            anew with every replay.
+
+    Returns:
+        int64 (...). On CUDA -1 for a row with NaN, +inf, or nothing but -inf; on a CPU that is an error.
+
+    Raises:
+        TypeError: logits of another dtype (float64 among them) or not a tensor, temperature or top_p not a number,
+            top_k, seed, offset or stream not an integer (or, the last two, not an int64 tensor).
+        ValueError: no codes, temperature, top_k, top_p, seed, offset or stream out of range (on CUDA a tensor is not
+            looked at), a tensor of more than one element or on another device, on a CPU a row with NaN, +inf, or
+            nothing but -inf.
+    """
+    check_tensor(_OP, "logits", logits, FLOAT_DTYPES)
+    check_number(_OP, "temperature", temperature)
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt))):
+        raise TypeError(f"{_OP}: top_k must be an integer or None, got {type(top_k).__name__}")
+    if top_p is not None:
+        check_number(_OP, "top_p", top_p)
+        top_p = float(top_p)
+    check_counter(_OP, "seed", seed, 64)
+    counters: list[int] = []
+    tensors: list[Tensor | None] = []
+    for name, value, bits in (("offset", offset, 63), ("stream", stream, 32)):
+        if isinstance(value, Tensor):
+            check_tensor(_OP, name, value, (torch.int64,))
+        else:
+            check_counter(_OP, name, value, bits)
+        counters.append(0 if isinstance(value, Tensor) else value)
+        tensors.append(value if isinstance(value, Tensor) else None)
+    return torch.ops.rqkernels.sample_logits(
+        logits.detach(), float(temperature), top_k, top_p, signed_seed(seed), *counters, *tensors
+    )
+
+
+@torch.library.register_fake("rqkernels::sample_logits")
+def _fake(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    offset: int,
+    stream: int,
+    offset_there: Tensor | None = None,
+    stream_there: Tensor | None = None,
+) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
