@@ -274,6 +274,11 @@ def call_ragged() -> None:
             for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
                 same = torch.allclose(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
                 assert same, f"result {i} differs from the CPU's at N, K, C, D = {n, k, c, depth}"
+    for n, k in [(0, 5), (1, 1), (129, 257), (9, 3000)]:
+        logits = torch.randn(n, k, generator=generator)
+        for settings in ({}, {"temperature": 0}, {"top_k": 1 + k // 2}, {"top_k": 1 + k // 2, "top_p": 0.9}):
+            ours, expected = (rqkernels.sample_logits(x, seed=1, **settings) for x in (logits.cuda(), logits))
+            assert torch.equal(ours.cpu(), expected), f"codes differ from the CPU's at N, K = {n, k}, {settings}"
 
 
 def call_typical(device: str = "cuda") -> None:

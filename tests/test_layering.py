@@ -20,7 +20,14 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SLUGS = ("residual_search", "residual_decode", "code_statistics", "stochastic_residual_search", "soft_label")
+SLUGS = (
+    "residual_search",
+    "residual_decode",
+    "code_statistics",
+    "stochastic_residual_search",
+    "soft_label",
+    "sample_logits",
+)
 
 # A room may import rooms of a lower floor, never its own floor's or a higher one's.
 FLOORS = (

@@ -310,6 +310,35 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
           _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.high), 52))};
 }
 
+// For each set of bits, where they are.
+struct BitPlaces {
+  uint8_t at[256][8] = {};
+  constexpr BitPlaces() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int j = 0, n = 0; j < 8; ++j) {
+        if ((bits >> j & 1) != 0) at[bits][n++] = uint8_t(j);
+      }
+    }
+  }
+};
+constexpr BitPlaces kBitPlaces;
+inline __m256 compressed(__m256 a, uint32_t bits) {
+  const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitPlaces.at[bits]));
+  return _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(places));
+}
+
+// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+inline void compress(Vec a, uint32_t bits, float* p) { _mm256_storeu_ps(p, compressed(a.v, bits)); }
+inline void compress(Lanes8 a, uint32_t bits, double* p) {
+  // Each bit twice, for the two halves of a number.
+  constexpr uint8_t kTwice[16] = {0,   3,   12,  15,  48,  51,  60,  63,  //
+                                  192, 195, 204, 207, 240, 243, 252, 255};
+  const __m256 low = compressed(_mm256_castpd_ps(a.low), kTwice[bits & 15]);
+  const __m256 high = compressed(_mm256_castpd_ps(a.high), kTwice[bits >> 4]);
+  _mm256_storeu_pd(p, _mm256_castps_pd(low));
+  _mm256_storeu_pd(p + __builtin_popcount(bits & 15), _mm256_castps_pd(high));
+}
+
 #else
 
 // GCC's and Clang's generic vectors: SSE2 on x86-64, NEON on aarch64.
@@ -342,9 +371,13 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
 inline uint32_t at_most(Vec a, Vec limit) {
+#if defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(_mm_cmple_ps((__m128)a.v, (__m128)limit.v)));
+#else
   uint32_t mask = 0;
   for (int j = 0; j < Vec::kSize; ++j) mask |= uint32_t(a.v[j] <= limit.v[j]) << j;
   return mask;
+#endif
 }
 
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
@@ -466,7 +499,10 @@ inline Lanes8 max(Lanes8 a, Lanes8 b) {
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return a * b + c; }
 // a[j] where bit j is set, else zero.
 inline Lanes8 keep(Lanes8 a, uint32_t bits) {
-  for (int j = 0; j < 8; ++j) a.v[j] = (bits >> j & 1) != 0 ? a.v[j] : 0;
+  uint64_t lanes[8];
+  __builtin_memcpy(lanes, a.v, sizeof lanes);
+  for (int j = 0; j < 8; ++j) lanes[j] &= -uint64_t(bits >> j & 1);  // no branch: bits are as good as random
+  __builtin_memcpy(a.v, lanes, sizeof lanes);
   return a;
 }
 // The float64 with the lowest twelve bits of a's representation as sign and exponent.
@@ -478,9 +514,6 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return a;
 }
 
-#endif
-
-#if !defined(__AVX512F__)
 // The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
 template <class Lanes, class T>
 inline void compress(Lanes a, uint32_t bits, T* p) {
@@ -488,6 +521,7 @@ inline void compress(Lanes a, uint32_t bits, T* p) {
   a.store(lanes);
   for (; bits != 0; bits &= bits - 1) *p++ = lanes[__builtin_ctz(bits)];
 }
+
 #endif
 
 constexpr float kExpSeries[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};

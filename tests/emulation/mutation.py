@@ -31,6 +31,8 @@ SYNCHRONISATION = re.compile(
 )
 
 
+# What operators share and no kernel of its own stands for: whose tests must catch the mutants.
+SHARED = {"sample_logits": ("sample_row.cuh",)}
 TARGETS = {"race": "rqk_emulation_race", "plain": "rqk_emulation", "asan": "rqk_emulation_asan"}
 
 
@@ -79,6 +81,7 @@ def main() -> int:
     survivors = total = 0
     for slug in slugs:
         files = sorted((source / "csrc" / "ops" / slug).glob("*.cuh"))
+        files += [source / "csrc" / "common" / name for name in SHARED.get(slug, ())]
         found = [(file, mutant) for file in files for mutant in mutants(file.read_text())]
         total += len(found)
         if not found:

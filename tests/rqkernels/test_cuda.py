@@ -33,8 +33,16 @@ def _statistics(x: Tensor, codebooks: Tensor, codes: Tensor) -> list[Tensor]:
     return [*rqk.code_statistics(x, codes[:, 0], K), *rqk.code_statistics(x, codes[:, 1], K)]
 
 
+def _sample(x: Tensor, codebooks: Tensor, codes: Tensor) -> list[Tensor]:
+    logits, counter = x.nan_to_num(), codes[:1, 0].clamp_min(0)
+    return [
+        rqk.sample_logits(logits, seed=3, offset=counter, stream=counter),
+        rqk.sample_logits(codebooks.flatten(1), seed=3, stream=counter, top_k=900, top_p=0.9),
+    ]
+
+
 Call = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
-CALLS = pytest.mark.parametrize("call", [_search, _search_by_depth, _decode, _statistics])
+CALLS = pytest.mark.parametrize("call", [_search, _search_by_depth, _decode, _statistics, _sample])
 
 
 def inputs(seed: int) -> list[Tensor]:
