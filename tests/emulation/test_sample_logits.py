@@ -59,7 +59,8 @@ SETTINGS = (
 
 @pytest.mark.parametrize(("n", "k"), ragged_grid(N=(0, 3), K=(1, 31, 32, 33, 257)))
 def test_shapes(emulation: Emulation, n: int, k: int) -> None:
-    for settings in SETTINGS:
+    # Each run of a sanitized build is a process of its own.
+    for settings in SETTINGS if emulation.build == "plain" else SETTINGS[::5]:
         check(emulation, normal(n, k), **settings)
 
 
@@ -88,13 +89,8 @@ def test_hard_logits(emulation: Emulation, kind: str) -> None:
         x *= 1e-42
     elif kind == "exponents":
         x = np.sign(x) * np.exp2(generator.integers(-140, 127, x.shape)).astype(np.float32)
-    for settings in (
-        dict(),
-        dict(temperature=0),
-        dict(top_k=30, top_p=0.9, temperature=2.0),
-        dict(top_k=290, temperature=1e-42, top_p=0.99),
-        dict(temperature=1e30, top_p=0.5),
-    ):
+    hard = (dict(top_k=290, temperature=1e-42, top_p=0.99), dict(temperature=1e30, top_p=0.5))
+    for settings in (*SETTINGS, *hard) if emulation.build == "plain" else hard:
         check(emulation, x, **settings)
 
 
@@ -121,7 +117,8 @@ def test_extreme_settings(emulation: Emulation) -> None:
 def test_counters(emulation: Emulation) -> None:
     x = normal(4, 70, seed=4)
     plain = check(emulation, x)
-    for options in (dict(seed=2**64 - 1), dict(offset=2**63 - 20), dict(offset=2**32 - 3, stream=2**32 - 1)):
+    counters = (dict(offset=2**32 - 3, stream=2**32 - 1), dict(seed=2**64 - 1), dict(offset=2**63 - 20))
+    for options in counters if emulation.build == "plain" else counters[:1]:
         codes = check(emulation, x, **options)
         assert not np.array_equal(codes, plain)
         np.testing.assert_array_equal(draw(emulation, x, **options, on_device=True), codes)
