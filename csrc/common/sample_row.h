@@ -122,6 +122,33 @@ inline double measure_above(const float* x, const double* w, int64_t n, float li
   return measure.total();
 }
 
+struct Extent {
+  float smallest, largest;
+  void add(float x) {
+    smallest = x < smallest ? x : smallest;
+    largest = x > largest ? x : largest;
+  }
+};
+
+inline Extent extent_of(const float* x, int64_t n) {
+  const float inf = __builtin_inff();
+  Vec low = Vec::fill(inf), high = Vec::fill(-inf);
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) {
+    low = min(low, Vec::load(x + i));
+    high = max(high, Vec::load(x + i));
+  }
+  float lanes[2 * Vec::kSize];
+  low.store(lanes);
+  high.store(lanes + Vec::kSize);
+  Extent extent{inf, -inf};
+  if (i > 0) {
+    for (const float lane : lanes) extent.add(lane);
+  }
+  for (; i < n; ++i) extent.add(x[i]);
+  return extent;
+}
+
 struct Threshold {
   float value;   // the smallest that stays, or some of those equal to it
   double above;  // what the larger ones measure: less than the target
@@ -156,13 +183,9 @@ Threshold find_threshold(const float* x, const double* w, int64_t n, double tota
       }
     } else {
       // A guess that failed: half of the order's range, so that 32 such rounds are the most there can be.
-      float smallest = inf, largest = -inf;
-      for (int64_t i = 0; i < n; ++i) {
-        smallest = x[i] < smallest ? x[i] : smallest;
-        largest = x[i] > largest ? x[i] : largest;
-      }
-      if (smallest == largest) return {smallest, base};
-      const int64_t middle = (int64_t(order_of(smallest)) + order_of(largest)) >> 1;
+      const Extent extent = extent_of(x, n);
+      if (extent.smallest == extent.largest) return {extent.smallest, base};
+      const int64_t middle = (int64_t(order_of(extent.smallest)) + order_of(extent.largest)) >> 1;
       low = high = float_of_order(int32_t(middle));
     }
     Measure<kWeighted> larger_ones, rest;
@@ -216,9 +239,12 @@ struct Stayers {
   uint32_t next(const float* x) {
     uint32_t bits = at_least(x, value);
     uint32_t equal = bits & ~larger(x, value);
-    for (; equal != 0; equal &= equal - 1) {
-      if (--ties < 0) bits &= ~(equal & -equal);
+    while (ties < __builtin_popcount(equal)) {
+      // The last of them goes.
+      bits ^= 1u << (31 - __builtin_clz(equal));
+      equal &= bits;
     }
+    ties -= __builtin_popcount(equal);
     return bits;
   }
 };
