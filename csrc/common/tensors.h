@@ -51,8 +51,11 @@ inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& l
   return torch::stable::empty(sizes, type, std::nullopt, like.device());
 }
 
-// The tensor as contiguous float32; itself where it already is.
-inline Tensor as_float(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float)); }
+// The tensor as contiguous float32; itself where it already is, without two calls that would find that out.
+inline Tensor as_float(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float && t.is_contiguous()) return t;
+  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+}
 
 inline void check_same_device(const char* op, const char* name_a, const Tensor& a, const char* name_b,
                               const Tensor& b) {
