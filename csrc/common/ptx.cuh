@@ -72,6 +72,25 @@ RQK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32", float, "f")
 RQK_MMA(mma_s8, "m16n8k32.row.col.s32.s8.s8.s32", int32_t, "r")
 #undef RQK_MMA
 
+// Numbers of two bytes by their bits; to nearest even.
+__device__ inline float float_of_half(uint16_t half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+}
+
+__device__ inline uint16_t half_of_float(float value) {
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+}
+
+__device__ inline uint16_t bfloat16_of_float(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
 #else
 
 __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true,
@@ -106,6 +125,29 @@ RQK_MMA(mma_f16, emulation::Element::f16, float)
 RQK_MMA(mma_tf32, emulation::Element::tf32, float)
 RQK_MMA(mma_s8, emulation::Element::s8, int32_t)
 #undef RQK_MMA
+
+inline float float_of_half(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest < 0x400) return __uint_as_float(sign | __float_as_uint(float(rest) * 0x1p-24f));
+  return __uint_as_float(sign | ((rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u)));
+}
+
+inline uint16_t half_of_float(float value) {
+  const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);
+  // The last place of 0.5 is half's smallest number: the addition rounds.
+  if (rest < 0x38800000) {
+    return uint16_t(sign | (__float_as_uint(__fadd_rn(__uint_as_float(rest), 0.5f)) - 0x3f000000));
+  }
+  return uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+}
+
+inline uint16_t bfloat16_of_float(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 #endif
 

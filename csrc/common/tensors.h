@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "common/float_type.h"
+
 namespace rqk {
 
 using torch::headeronly::ScalarType;
@@ -55,6 +57,19 @@ inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& l
 inline Tensor as_float(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Float && t.is_contiguous()) return t;
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+}
+
+inline FloatType float_type(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    default:
+      value_error(op, ": ", name, " must be float32, float16 or bfloat16");
+  }
 }
 
 inline void check_same_device(const char* op, const char* name_a, const Tensor& a, const char* name_b,

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rqkernels
+
 from .kv_cache import KVCache
 
 ACTIVATIONS = ("gelu", "quick_gelu")
+# What `rqkernels.depth_attention` takes: more positions, or wider heads, are work for tiled kernels.
+_FEW_POSITIONS, _WIDEST_HEAD = 32, 256
+_SHORT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -54,7 +59,11 @@ class QuickGELU(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before."""
+    """Multi-head attention in which a position sees itself and what came before.
+
+    Few positions without a cache, as every stack of codes is in training, go through
+    `rqkernels.depth_attention_packed`, which has no dropout and no float64; all else through torch's.
+    """
 
     def __init__(self, config: TransformerConfig, width: int) -> None:
         super().__init__()
@@ -66,6 +75,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x_bnw: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         batch, new, width = x_bnw.shape
         qkv = self.qkv(x_bnw).view(batch, new, 3, self.heads, width // self.heads)
+        dropout = self.dropout if self.training else 0.0
+        few = cache is None and new <= _FEW_POSITIONS and qkv.shape[-1] <= _WIDEST_HEAD
+        if few and dropout == 0 and qkv.dtype in _SHORT_TYPES:
+            return self.out(rqkernels.depth_attention_packed(qkv).flatten(2))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         seen = 0
         if cache is not None:
@@ -81,7 +94,7 @@ class CausalSelfAttention(nn.Module):
             v,
             attn_mask=mask,
             is_causal=seen == 0 and new > 1,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
         )
         return self.out(y.transpose(1, 2).reshape(batch, new, width))
 

@@ -1,0 +1,147 @@
+"""Depth attention, forward and both ways, against scaled_dot_product_attention and the plain formulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import _harness
+import pytest
+import torch
+from _harness import QUICK, Contender, Work
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import rqkernels
+
+
+class Case(NamedTuple):
+    """N stacks of D depths with H heads of head_dim, out of one projection; with the gradient or without."""
+
+    name: str
+    depths: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    both_ways: bool
+    stacks_cpu: int
+    stacks_cuda: int
+
+
+def _cases() -> list[Case]:
+    if QUICK:
+        return [Case(f"tiny{way}", 4, 2, 8, torch.float32, bool(way), 8, 8) for way in ("", "-both-ways")]
+    shapes = [  # the 1.4B model has 24 heads
+        ("d4", 4, 8, torch.float32, 2048, 65536),
+        ("d4-24-heads", 4, 24, torch.float32, 1024, 16384),
+        ("d4-bf16", 4, 8, torch.bfloat16, 2048, 65536),
+        ("d8", 8, 8, torch.float32, 1024, 32768),
+        ("d8-bf16", 8, 8, torch.bfloat16, 1024, 32768),
+        ("d16", 16, 8, torch.float32, 512, 16384),
+        ("d16-bf16", 16, 8, torch.bfloat16, 512, 16384),
+    ]
+    return [
+        Case(name + way, depths, heads, 64, dtype, bool(way), on_cpu, on_cuda)
+        for name, depths, heads, dtype, on_cpu, on_cuda in shapes
+        for way in ("", "-both-ways")
+    ]
+
+
+CASES = _cases()
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores, mask, softmax, weighted sum."""
+    unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(unseen, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def with_backend(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    return attention
+
+
+def from_packed(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """As a transformer has it: heads out of one projection, and side by side again for the next."""
+
+    def call(qkv: Tensor) -> Tensor:
+        return attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
+
+    return call
+
+
+def contenders_on(device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    found = {
+        "rqkernels": lambda qkv: rqkernels.depth_attention_packed(qkv).flatten(2),
+        "rqkernels, q k v apart": from_packed(rqkernels.depth_attention),
+        "SDPA (torch's choice)": from_packed(sdpa),
+        "SDPA (math)": from_packed(with_backend(SDPBackend.MATH)),
+        "naive, eager": from_packed(naive),
+    }
+    if device.type == "cuda":
+        found["SDPA (memory-efficient)"] = from_packed(with_backend(SDPBackend.EFFICIENT_ATTENTION))
+    if not QUICK:
+        torch.compiler.reset()
+        mode = "max-autotune-no-cudagraphs"
+        found["naive, torch.compile"] = torch.compile(from_packed(naive), mode=mode, fullgraph=True, dynamic=False)
+    return found
+
+
+def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
+    stacks = case.stacks_cuda if device.type == "cuda" else case.stacks_cpu
+    shape = (stacks, case.depths, 3, case.heads, case.head_dim)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(shape, generator=generator).to(device, case.dtype).requires_grad_(case.both_ways)
+    width = case.heads * case.head_dim
+    grad = torch.randn(stacks, case.depths, width, generator=generator).to(device, case.dtype)
+
+    def caller(attention: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def call() -> tuple[Tensor, ...]:
+            out = attention(qkv)
+            return (out.detach(), *torch.autograd.grad(out, qkv, grad)) if case.both_ways else (out,)
+
+        return call
+
+    contenders = [Contender(name, caller(attention), stacks) for name, attention in contenders_on(device).items()]
+
+    def check(results: Mapping[str, Any]) -> dict[str, float]:
+        n = min(stacks, 64)
+        truth = qkv.detach()[:n].double().requires_grad_()
+        out = rqkernels.reference.depth_attention_packed(truth).flatten(2)
+        true = [out.detach(), *torch.autograd.grad(out, truth, grad[:n].double())]
+        # Half types round the result, some of them the probabilities too.
+        limit = 1e-5 if case.dtype == torch.float32 else 4 * torch.finfo(case.dtype).eps
+        agreement = {}
+        for name, found in results.items():
+            errors = [((a[:n].double() - b).norm() / b.norm()).item() for a, b in zip(found, true, strict=False)]
+            assert max(errors) < limit, f"{name}: off by {max(errors):.1e}"
+            agreement[name] = 1.0 - max(errors)
+        return agreement
+
+    element, rows = case.dtype.itemsize, stacks * case.depths * width
+    work = Work(
+        # q, k, v and the result; both ways also q, k, v and grad once more, and three gradients.
+        bytes=element * rows * (11 if case.both_ways else 4),
+        # Two products of vectors for each pair of a query and a key that it sees; backward five.
+        operations=rows * (case.depths + 1) * (7 if case.both_ways else 2),
+    )
+    described = {"N": stacks, "H": case.heads, "D": case.depths, "head_dim": case.head_dim, "dtype": str(case.dtype)}
+    return _harness.compare(case.name, described, device, contenders, work, check, benchmark)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_depth_attention(run: _harness.Run, case: Case, benchmark: Any) -> None:
+    run.cases.append(run_case(case, run.device, benchmark))
+
+
+if __name__ == "__main__":
+    _harness.main("depth_attention", CASES, run_case)

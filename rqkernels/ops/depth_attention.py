@@ -1,0 +1,124 @@
+"""Causal attention over stacks of at most 32 depths, forward and backward in one kernel each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._library import FLOAT_DTYPES, check_tensor
+
+
+def _check_scale(op: str, scale: object) -> None:
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))
+    ):
+        raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+
+
+def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention over the few depths of each of N stacks (Lee et al. 2022, section 3.2.2).
+
+        y_i = sum_j p_ij v_j,   p_ij = softmax_j(scale <q_i, k_j>)   over the keys j <= i + m - n
+
+    Naively `scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)` (where m = n), whose tiles are made for
+    hundreds of positions: of one of 128 x 128 a stack of four codes fills a thousandth. Here a whole head of a stack
+    stays in registers and cache (on CUDA in shared memory), every input is read once, and probabilities are never in
+    memory; backward forms them again from q and k, the only things that are kept.
+
+    With m > n the first m - n keys are a prefix that every query sees: keys of a cache before the new positions, or a
+    condition. Sums and exponentials are float32, rounded once to the dtype. A head's result depends on nothing but its
+    q, k and v, and a query's only on what it sees, not even where the rest is NaN. Its gradient may be NaN where
+    anything in its head is not finite.
+
+    Differentiable once. Autocast does not touch it: inputs are used in the dtype in which they come.
+
+    Args:
+        q: (N, H, n, head_dim), float32, float16 or bfloat16; 1 <= n <= 32, 1 <= head_dim <= 256.
+        k, v: (N, H, m, head_dim) in the dtype of q, n <= m <= 32. All of any strides; those whose last dimension is
+            not contiguous cost a copy. For q, k and v in one tensor see `depth_attention_packed`.
+        scale: None for `head_dim ** -0.5`.
+
+    Returns:
+        (N, H, n, head_dim) in the dtype of q, in memory (N, n, H, head_dim): `.transpose(1, 2).reshape(N, n, -1)` costs
+        nothing, whatever the strides of q. So are the gradients.
+
+    Raises:
+        TypeError: a wrong dtype (float64 among them), scale not a number.
+        ValueError: shapes, dtypes or devices that do not fit, n or m above 32, head_dim above 256, scale not finite. On
+            CUDA also a head larger than the shared memory of a block: where that is 99 KiB, the gradient of float32
+            with head_dim above 128 and more than 23 depths.
+        RuntimeError: a second derivative.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor("depth_attention", name, tensor, FLOAT_DTYPES)
+    _check_scale("depth_attention", scale)
+    return torch.ops.rqkernels.depth_attention(q, k, v, scale)
+
+
+def depth_attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """`depth_attention` of queries, keys and values in one tensor, as one linear layer makes them.
+
+    Naively `q, k, v = qkv.permute(2, 0, 3, 1, 4)`, attention and `.transpose(1, 2)`, with the same result. But here the
+    gradient of qkv is written in its place, where three gradients would have to be put together by a copy.
+
+    Args:
+        qkv: (N, D, 3, H, head_dim), float32, float16 or bfloat16; D <= 32, head_dim <= 256.
+        scale: None for `head_dim ** -0.5`.
+
+    Returns:
+        (N, D, H, head_dim), contiguous.
+
+    Raises:
+        As `depth_attention`.
+    """
+    check_tensor("depth_attention_packed", "qkv", qkv, FLOAT_DTYPES)
+    _check_scale("depth_attention_packed", scale)
+    return torch.ops.rqkernels.depth_attention_packed(qkv, scale)
+
+
+def _new_heads(like: Tensor) -> Tensor:
+    stacks, heads, depths, head_dim = like.shape
+    return like.new_empty((stacks, depths, heads, head_dim)).transpose(1, 2)
+
+
+@torch.library.register_fake("rqkernels::depth_attention")
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    return _new_heads(q)
+
+
+@torch.library.register_fake("rqkernels::depth_attention_backward")
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, ...]:
+    return _new_heads(q), _new_heads(k), _new_heads(v)
+
+
+@torch.library.register_fake("rqkernels::depth_attention_packed")
+def _fake_packed(qkv: Tensor, scale: float | None) -> Tensor:
+    stacks, depths, _, heads, head_dim = qkv.shape
+    return qkv.new_empty((stacks, depths, heads, head_dim))
+
+
+@torch.library.register_fake("rqkernels::depth_attention_packed_backward")
+def _fake_packed_backward(grad: Tensor, qkv: Tensor, scale: float | None) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.rqkernels.depth_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+@once_differentiable
+def _backward_packed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.rqkernels.depth_attention_packed_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+torch.library.register_autograd("rqkernels::depth_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("rqkernels::depth_attention_packed", _backward_packed, setup_context=_setup_context)
