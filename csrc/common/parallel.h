@@ -3,9 +3,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <thread>
 #include <utility>
 
 #include "common/denormals.h"
@@ -49,6 +51,44 @@ void for_each_task(int64_t tasks, Work work) {
     for (int64_t task = begin; task < end; ++task) work(task);
   });
 }
+
+// Phases of tasks that all threads work on together, each phase begun when the one before is complete. For many short
+// phases: a parallel region for each costs several microseconds, this a fraction of one. A thread that comes late skips
+// what is over, and nobody waits for a thread that has not come, so any number of them may.
+class Phases {
+ public:
+  // work(task) for tasks 0 .. tasks - 1, at least one, on the threads that are here. Every thread runs the same phases
+  // in the same order, numbered from 0. Returns when the phase is complete.
+  template <class Work>
+  void run(uint32_t phase, uint32_t tasks, Work work) {
+    for (int turns = 0;;) {
+      uint64_t next = next_.load(std::memory_order_acquire);
+      if (next >> 32 != phase) return;
+      if (uint32_t(next) >= tasks) {
+        // All are taken. A core that another process has may take long to complete its own.
+        if (++turns > kTurns) std::this_thread::yield();
+        relax();
+        continue;
+      }
+      if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) continue;
+      work(int64_t(uint32_t(next)));
+      if (complete_.fetch_add(1, std::memory_order_acq_rel) + 1 == tasks) {
+        complete_.store(0, std::memory_order_relaxed);
+        next_.store(uint64_t(phase + 1) << 32, std::memory_order_release);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kTurns = 2000;
+  static void relax() {
+#ifdef RQK_X86
+    _mm_pause();
+#endif
+  }
+  alignas(64) std::atomic<uint64_t> next_{0};  // the phase, and its next task
+  alignas(64) std::atomic<uint32_t> complete_{0};
+};
 
 }  // namespace
 }  // namespace rqk

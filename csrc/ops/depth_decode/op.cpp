@@ -1,0 +1,290 @@
+// rqkernels::transformer_step and depth_decode: schemas, argument checks, tensors to params.
+#include <cmath>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common/tensors.h"
+#include "ops/depth_decode/params.h"
+
+namespace {
+
+using rqk::ScalarType;
+using rqk::Tensor;
+
+constexpr const char* kStep = "transformer_step";
+constexpr const char* kDecode = "depth_decode";
+
+rqk::WeightType weight_type(const char* op, const std::string& name) {
+  if (name == "fp32") return rqk::WeightType::kFloat32;
+  if (name == "bf16") return rqk::WeightType::kBFloat16;
+  if (name == "int8") return rqk::WeightType::kInt8;
+  rqk::value_error(op, ": precision must be fp32, bf16 or int8, got '", name, "'");
+}
+
+rqk::Activation activation_of(const char* op, const std::string& name) {
+  if (name == "gelu") return rqk::Activation::kGelu;
+  if (name == "quick_gelu") return rqk::Activation::kQuickGelu;
+  rqk::value_error(op, ": activation must be gelu or quick_gelu, got '", name, "'");
+}
+
+// A contiguous float32 tensor as it stands: copies would hide a write, or cost one at each step.
+const float* floats_of(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float || !t.is_contiguous()) {
+    rqk::value_error(op, ": ", name, " must be contiguous float32, got shape ", rqk::shape_of(t));
+  }
+  return t.const_data_ptr<float>();
+}
+
+const uint8_t* packed_of(const char* op, const char* name, const Tensor& packed, int64_t bytes) {
+  if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_contiguous() ||
+      packed.numel() != bytes || reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 64 != 0) {
+    rqk::value_error(op, ": ", name, " must be ", bytes, " packed bytes at a multiple of 64, got ",
+                     rqk::shape_of(packed));
+  }
+  return packed.const_data_ptr<uint8_t>();
+}
+
+rqk::PackedStack stack_of(const char* op, const Tensor& blocks, int64_t layers, int64_t width, int64_t hidden,
+                          int64_t heads, const std::string& activation, const std::string& precision, double eps) {
+  if (layers < 0 || width < 1 || hidden < 1 || heads < 1 || width % heads != 0 || hidden > 32768 || width > 32768) {
+    rqk::value_error(op, ": layers must be >= 0, width and hidden in [1, 32768], heads a divisor of width; got ",
+                     layers, ", ", width, ", ", hidden, " and ", heads);
+  }
+  rqk::PackedStack stack{};
+  stack.blocks = blocks.const_data_ptr<uint8_t>();
+  stack.layers = layers;
+  stack.width = width;
+  stack.hidden = hidden;
+  stack.heads = heads;
+  stack.type = weight_type(op, precision);
+  stack.activation = activation_of(op, activation);
+  stack.eps = eps;
+  packed_of(op, "blocks", blocks, layers * stack.block_bytes());
+  return stack;
+}
+
+const int64_t* step_of(const char* op, const Tensor& like, const std::optional<Tensor>& step) {
+  if (!step.has_value()) return nullptr;
+  rqk::check_same_device(op, "x", like, "step", *step);
+  if (step->scalar_type() != ScalarType::Long || step->numel() != 1) {
+    rqk::value_error(op, ": step must be one int64 number, got ", rqk::shape_of(*step));
+  }
+  return step->const_data_ptr<int64_t>();
+}
+
+Tensor transformer_step(Tensor x, Tensor blocks, Tensor keys, Tensor values, int64_t length, std::optional<Tensor> step,
+                        int64_t layers, int64_t hidden, int64_t heads, std::string activation, std::string precision,
+                        double eps) {
+  if (x.dim() != 2 && x.dim() != 3) rqk::value_error(kStep, ": x must be (B, W) or (B, n, W), got ", rqk::shape_of(x));
+  const int64_t batch = x.size(0), count = x.dim() == 3 ? x.size(1) : 1, width = x.size(x.dim() - 1);
+  rqk::TransformerStepParams params{};
+  params.stack = stack_of(kStep, blocks, layers, width, hidden, heads, activation, precision, eps);
+  const std::vector<int64_t> sizes = rqk::sizes_of(keys);
+  const std::vector<int64_t> expected{layers, batch, heads, sizes.size() == 5 ? sizes[3] : 0, width / heads};
+  if (sizes != expected || rqk::sizes_of(values) != expected) {
+    rqk::value_error(kStep, ": keys and values must be (", layers, ", ", batch, ", ", heads, ", capacity, ",
+                     width / heads, "), got ", rqk::shape_of(keys), " and ", rqk::shape_of(values));
+  }
+  if (length < 0 || length + count > sizes[3]) {
+    rqk::value_error(kStep, ": length ", length, " and ", count, " new positions do not fit the keys' capacity ",
+                     sizes[3]);
+  }
+  for (const auto& [name, tensor] : {std::pair{"blocks", blocks}, {"keys", keys}, {"values", values}}) {
+    rqk::check_same_device(kStep, "x", x, name, tensor);
+  }
+  params.x = floats_of(kStep, "x", x);
+  floats_of(kStep, "keys", keys);
+  floats_of(kStep, "values", values);
+  params.step = step_of(kStep, x, step);
+#ifndef RQK_CUDA_LIBRARY
+  if (params.step != nullptr && (*params.step < 0 || length + *params.step + count > sizes[3])) {
+    rqk::value_error(kStep, ": length ", length, ", step ", *params.step, " and ", count,
+                     " new positions do not fit the keys' capacity ", sizes[3]);
+  }
+#endif
+  rqk::LaunchScope scope(x);
+  const Tensor y = rqk::empty(rqk::sizes_of(x), ScalarType::Float, x);
+  params.keys = keys.mutable_data_ptr<float>();
+  params.values = values.mutable_data_ptr<float>();
+  params.y = y.mutable_data_ptr<float>();
+  params.batch = batch;
+  params.count = count;
+  params.capacity = sizes[3];
+  params.length = length;
+  if (x.numel() == 0) return y;
+#ifdef RQK_CUDA_LIBRARY
+  const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
+  params.workspace = workspace.mutable_data_ptr<uint8_t>();
+#endif
+  rqk::launch(params, scope.stream());
+  return y;
+}
+
+std::vector<rqk::SampleSettings> settings_of(const std::vector<double>& temperature, const std::vector<int64_t>& top_k,
+                                             const std::vector<double>& top_p, int64_t depth) {
+  const size_t expected = static_cast<size_t>(depth);
+  if (temperature.size() != expected || top_k.size() != expected || top_p.size() != expected) {
+    rqk::value_error(kDecode, ": temperature, top_k and top_p must have ", depth, " values, one per depth; got ",
+                     temperature.size(), ", ", top_k.size(), " and ", top_p.size());
+  }
+  std::vector<rqk::SampleSettings> settings;
+  for (size_t d = 0; d < expected; ++d) {
+    if (!(temperature[d] >= 0 && std::isfinite(temperature[d]))) {
+      rqk::value_error(kDecode, ": temperature must be a finite number >= 0, got ", temperature[d]);
+    }
+    if (top_k[d] < 1) rqk::value_error(kDecode, ": top_k must be >= 1, got ", top_k[d]);
+    if (!(top_p[d] > 0 && top_p[d] <= 1)) rqk::value_error(kDecode, ": top_p must be in (0, 1], got ", top_p[d]);
+    settings.push_back({temperature[d], top_k[d], top_p[d]});
+  }
+  return settings;
+}
+
+// `seed` holds the 64 bits of an unsigned one; top_k = num_codes and top_p = 1 keep all codes.
+std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor classifier, Tensor positions,
+                                        Tensor vectors, int64_t num_codes, bool classifier_per_depth, bool cumulative,
+                                        int64_t layers, int64_t hidden, int64_t heads, std::string activation,
+                                        std::string precision, double eps, double classifier_eps,
+                                        std::vector<double> temperature, std::vector<int64_t> top_k,
+                                        std::vector<double> top_p, double guidance, int64_t seed, int64_t offset,
+                                        int64_t stream, std::optional<Tensor> step, std::optional<Tensor> given) {
+  if (positions.dim() != 2 || positions.size(0) < 1) {
+    rqk::value_error(kDecode, ": depth_positions must be (D, W), got ", rqk::shape_of(positions));
+  }
+  const int64_t depth = positions.size(0), width = positions.size(1);
+  if (context.dim() != 2 || context.size(1) != width) {
+    rqk::value_error(kDecode, ": context must be (B, ", width, "), got ", rqk::shape_of(context));
+  }
+  if (num_codes < 1 || num_codes > INT32_MAX) {
+    rqk::value_error(kDecode, ": 1 to 2^31 - 1 codes, got ", num_codes);
+  }
+  if (vectors.dim() != 2 || vectors.size(1) != width ||
+      (vectors.size(0) != num_codes && vectors.size(0) != depth * num_codes)) {
+    rqk::value_error(kDecode, ": vectors must be (", num_codes, ", ", width, ") or (", depth * num_codes, ", ", width,
+                     "), got ", rqk::shape_of(vectors));
+  }
+  if (!std::isfinite(guidance) || guidance < 0) {
+    rqk::value_error(kDecode, ": guidance must be a finite number >= 0, got ", guidance);
+  }
+  const int64_t contexts = context.size(0), copies = guidance > 0 ? 2 : 1, rows = contexts / copies;
+  if (contexts % copies != 0) {
+    rqk::value_error(kDecode, ": with guidance context must be (2 B, W), got ", rqk::shape_of(context));
+  }
+  if (offset < 0 || offset > INT64_MAX - rows) {
+    rqk::value_error(kDecode, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows,
+                     " rows");
+  }
+  if (stream < 0 || stream + depth > (int64_t(1) << 32)) {
+    rqk::value_error(kDecode, ": stream must be >= 0, and stream + D at most 2^32; got ", stream, " with D = ", depth);
+  }
+  for (const auto& [name, tensor] : {std::pair{"blocks", blocks},
+                                     {"classifier", classifier},
+                                     {"depth_positions", positions},
+                                     {"vectors", vectors}}) {
+    rqk::check_same_device(kDecode, "context", context, name, tensor);
+  }
+
+  rqk::DepthDecodeParams params{};
+  params.stack = stack_of(kDecode, blocks, layers, width, hidden, heads, activation, precision, eps);
+  params.classifiers = classifier_per_depth ? depth : 1;
+  rqk::PackedClassifier parts(classifier.const_data_ptr<uint8_t>(), params.stack.type, width);
+  for (int64_t d = 0; d < params.classifiers; ++d) parts.linears.linear(num_codes, width);
+  params.classifier =
+      packed_of(kDecode, "classifier", classifier, parts.linears.at - classifier.const_data_ptr<uint8_t>());
+  params.classifier_eps = classifier_eps;
+  params.positions = floats_of(kDecode, "depth_positions", positions);
+  params.vectors = floats_of(kDecode, "vectors", vectors);
+  params.vectors_stride = vectors.size(0) == num_codes ? 0 : num_codes * width;
+  params.cumulative = cumulative;
+  params.rows = rows;
+  params.depth = depth;
+  params.num_codes = num_codes;
+  params.context = floats_of(kDecode, "context", context);
+  params.guidance = guidance;
+  params.step = step_of(kDecode, context, step);
+  Tensor codes, logits;
+  std::vector<rqk::SampleSettings> settings;
+  if (given.has_value()) {
+    rqk::check_same_device(kDecode, "context", context, "codes", *given);
+    if (given->scalar_type() != ScalarType::Long || rqk::sizes_of(*given) != std::vector<int64_t>{rows, depth} ||
+        !given->is_contiguous()) {
+      rqk::value_error(kDecode, ": codes must be contiguous int64 (", rows, ", ", depth, "), got ",
+                       rqk::shape_of(*given));
+    }
+    params.given = given->const_data_ptr<int64_t>();
+#ifndef RQK_CUDA_LIBRARY
+    for (int64_t i = 0; i < rows * depth; ++i) {
+      if (params.given[i] < 0 || params.given[i] >= num_codes) {
+        rqk::index_error(kDecode, ": codes must be in [0, ", num_codes, "), got ", params.given[i]);
+      }
+    }
+#endif
+    codes = rqk::empty({0}, ScalarType::Long, context);
+    logits = rqk::empty({rows, depth, num_codes}, ScalarType::Float, context);
+    params.logits = logits.mutable_data_ptr<float>();
+  } else {
+    settings = settings_of(temperature, top_k, top_p, depth);
+    params.settings = settings.data();
+    codes = rqk::empty({rows, depth}, ScalarType::Long, context);
+    logits = rqk::empty({0}, ScalarType::Float, context);
+    params.codes = codes.mutable_data_ptr<int64_t>();
+  }
+  params.seed = static_cast<uint64_t>(seed);
+  params.offset = offset;
+  params.stream = stream;
+  int64_t bad_row = -1;
+  params.bad_row = &bad_row;
+  rqk::LaunchScope scope(context);
+  if (rows == 0) return {codes, logits};
+#ifdef RQK_CUDA_LIBRARY
+  const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, context);
+  params.workspace = workspace.mutable_data_ptr<uint8_t>();
+#endif
+  rqk::launch(params, scope.stream());
+  if (bad_row >= 0) {
+    rqk::value_error(kDecode, ": the logits of row ", bad_row, " have NaN, +inf, or nothing but -inf");
+  }
+  return {codes, logits};
+}
+
+#ifndef RQK_CUDA_LIBRARY
+// A copy of packed weights in pages of 2 MiB where the system has such: streams then run a quarter faster, as they stop
+// at the end of a page and at an address that must be looked up.
+Tensor copy_to_large_pages(Tensor packed) {
+  if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_contiguous() || packed.is_cuda()) {
+    rqk::value_error("copy_to_large_pages: packed must be contiguous bytes on the cpu, got ", rqk::shape_of(packed));
+  }
+  const Tensor copy = rqk::empty({packed.numel()}, ScalarType::Byte, packed);
+  uint8_t* bytes = copy.mutable_data_ptr<uint8_t>();
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(bytes) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(packed.numel())) / kPage * kPage;
+  // A wish: where it is not granted, nothing changes.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  std::memcpy(bytes, packed.const_data_ptr(), static_cast<size_t>(packed.numel()));
+  return copy;
+}
+#endif
+
+}  // namespace
+
+#ifndef RQK_CUDA_LIBRARY
+RQK_REGISTER("copy_to_large_pages", "copy_to_large_pages(Tensor packed) -> Tensor", copy_to_large_pages)
+#endif
+RQK_REGISTER(
+    "transformer_step",
+    "transformer_step(Tensor x, Tensor blocks, Tensor(a!) keys, Tensor(b!) values, SymInt length, Tensor? step,"
+    " int layers, int hidden, int heads, str activation, str precision, float eps) -> Tensor",
+    transformer_step)
+RQK_REGISTER("depth_decode",
+             "depth_decode(Tensor context, Tensor blocks, Tensor classifier, Tensor depth_positions, Tensor vectors,"
+             " int num_codes, bool classifier_per_depth, bool cumulative,"
+             " int layers, int hidden, int heads, str activation, str precision, float eps, float classifier_eps,"
+             " float[] temperature, int[] top_k, float[] top_p, float guidance,"
+             " SymInt seed, SymInt offset, SymInt stream, Tensor? step, Tensor? codes)"
+             " -> (Tensor codes, Tensor logits)",
+             depth_decode)

@@ -1,0 +1,174 @@
+// What a transformer step and the decoding of one position's codes work on: raw pointers, sizes and strides in
+// elements, nothing of torch.
+//
+// Weights come packed, as one run of bytes for a stack of blocks and one for the classifier (rqkernels/ops/
+// depth_decode.py packs them). Each part begins at a multiple of 128 bytes from the start of the run:
+//   vector (n)             float32, zeros up to a multiple of 32
+//   linear (outputs, inputs)
+//     weights              panels of 32 outputs, zeros where a panel or the inputs' padding to a multiple of 32 passes
+//                          the end:
+//       fp32               float32 (panels, inputs, 32)
+//       bf16               bfloat16 (panels, inputs, 16, 2): output j of a panel stands at (j % 16, j / 16)
+//       int8               uint8 (panels, inputs / 4, 32, 4): the weight's integer q in [-127, 127] plus 128
+//     scales               int8 alone: vector (outputs); the weight is q * scale
+//     bias                 vector (outputs), zeros for a layer without one
+//   block                  attention_norm.weight, .bias, linear qkv (3 W, W), linear out (W, W),
+//                          mlp_norm.weight, .bias, linear mlp_in (H, W), linear mlp_out (W, H)
+//   classifier             norm.weight, .bias, then one linear (K, W) for all depths, or one for each
+#pragma once
+
+#include <cstdint>
+
+#include "common/sampling.h"
+
+#ifdef __CUDACC__
+#define RQK_DEPTH_DECODE_FUNCTION __host__ __device__ inline
+#else
+#define RQK_DEPTH_DECODE_FUNCTION inline
+#endif
+
+namespace rqk {
+
+enum class WeightType : int32_t { kFloat32, kBFloat16, kInt8 };
+enum class Activation : int32_t { kGelu, kQuickGelu };
+
+// Outputs of a panel; vectors and inputs are padded to as many.
+constexpr int64_t kOutputPanel = 32;
+
+RQK_DEPTH_DECODE_FUNCTION int64_t padded(int64_t n) { return (n + kOutputPanel - 1) / kOutputPanel * kOutputPanel; }
+
+// Where the parts of a linear layer lie.
+struct PackedLinear {
+  const uint8_t* weights;
+  const float* scales;  // (padded outputs), null unless int8
+  const float* bias;    // (padded outputs)
+  int64_t inputs, outputs;
+};
+
+struct PackedBlock {
+  const float *attention_norm_weight, *attention_norm_bias;
+  PackedLinear qkv, out;
+  const float *mlp_norm_weight, *mlp_norm_bias;
+  PackedLinear mlp_in, mlp_out;
+};
+
+// Reads parts one after another.
+struct PackedReader {
+  const uint8_t* at;
+  WeightType type;
+
+  RQK_DEPTH_DECODE_FUNCTION const float* vector(int64_t n) {
+    const float* values = reinterpret_cast<const float*>(at);
+    at += padded(n) * static_cast<int64_t>(sizeof(float));
+    return values;
+  }
+  RQK_DEPTH_DECODE_FUNCTION PackedLinear linear(int64_t outputs, int64_t inputs) {
+    PackedLinear layer{};
+    layer.weights = at;
+    layer.inputs = inputs;
+    layer.outputs = outputs;
+    const int64_t size = type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
+    at += padded(outputs) * padded(inputs) * size;
+    if (type == WeightType::kInt8) layer.scales = vector(outputs);
+    layer.bias = vector(outputs);
+    return layer;
+  }
+};
+
+// A stack of causal pre-norm blocks: x += out(attention(norm(x))); x += mlp_out(activation(mlp_in(norm(x)))).
+struct PackedStack {
+  const uint8_t* blocks;  // (layers) runs of block_bytes(), one after another
+  int64_t layers, width, hidden, heads;
+  WeightType type;
+  Activation activation;
+  double eps;  // of the norms
+
+  RQK_DEPTH_DECODE_FUNCTION PackedBlock block_at(const uint8_t* at, const uint8_t** end) const {
+    PackedReader reader{at, type};
+    PackedBlock block;
+    block.attention_norm_weight = reader.vector(width);
+    block.attention_norm_bias = reader.vector(width);
+    block.qkv = reader.linear(3 * width, width);
+    block.out = reader.linear(width, width);
+    block.mlp_norm_weight = reader.vector(width);
+    block.mlp_norm_bias = reader.vector(width);
+    block.mlp_in = reader.linear(hidden, width);
+    block.mlp_out = reader.linear(width, hidden);
+    *end = reader.at;
+    return block;
+  }
+  RQK_DEPTH_DECODE_FUNCTION int64_t block_bytes() const {
+    const uint8_t* end;
+    block_at(blocks, &end);
+    return end - blocks;
+  }
+  RQK_DEPTH_DECODE_FUNCTION PackedBlock block(int64_t layer) const {
+    const uint8_t* end;
+    return block_at(blocks + layer * block_bytes(), &end);
+  }
+};
+
+// n new positions of every row through the stack. Rows are (batch, count), row = b * count + i.
+struct TransformerStepParams {
+  PackedStack stack;
+  const float* x;        // (batch, count, width), contiguous
+  float *keys, *values;  // (layers, batch, heads, capacity, width / heads), contiguous; written at length .. + count
+  float* y;              // (batch, count, width), contiguous
+  int64_t batch, count;
+  int64_t capacity;
+  int64_t length;       // positions seen before, ...
+  const int64_t* step;  // ... and as many more; null: none. On a GPU in its memory: read when the kernel runs
+  uint8_t* workspace;   // workspace_bytes(), on a GPU alone
+};
+
+// depth codes of every row, one after another:
+//   x_0 = context + positions[0];   x_d = sum of the vectors of the codes before d (or the last one's) + positions[d]
+//   logits_d = classifier_d(norm(last output of the stack for x_0 .. x_d));   code d ~ sample_logits(logits_d)
+struct DepthDecodeParams {
+  PackedStack stack;
+  const uint8_t* classifier;  // packed: norm and `classifiers` linears (num_codes, width) of the stack's WeightType
+  int64_t classifiers;        // 1, or one for each depth
+  double classifier_eps;
+  const float* positions;  // (depth, width), contiguous
+  const float* vectors;    // (num_codes, width), contiguous; or (depth, num_codes, width)
+  int64_t vectors_stride;  // from one depth's vectors to the next; 0 where all share them
+  bool cumulative;         // whether x_d sums all codes before d
+  int64_t rows, depth, num_codes;
+  const float* context;  // (rows, width), contiguous; with guidance (2, rows, width), the second half under the
+                         // null condition
+  double guidance;       // logits = (1 + guidance) conditional - guidance null; 0: none
+  const SampleSettings* settings;  // (depth), always on the host
+  uint64_t seed;
+  int64_t offset;        // the uniform of a row is that of row offset + its index ...
+  int64_t stream;        // ... and of stream + d, ...
+  const int64_t* step;   // ... plus step * depth; null: 0. On a GPU in its memory: read when the kernel runs
+  const int64_t* given;  // (rows, depth): codes to go on with in the place of those drawn, nothing is drawn; or null
+  int64_t* codes;        // (rows, depth), unless `given`
+  float* logits;         // (rows, depth, num_codes) with `given`, else null
+  int64_t* bad_row;      // set to the first row whose logits have NaN, +inf or nothing but -inf, else left; its
+                         // codes are then not meant to be read. CPU alone: on a GPU such a row gets code -1 from
+                         // there on
+  uint8_t* workspace;    // workspace_bytes(), on a GPU alone
+};
+
+// The packed classifier's parts.
+struct PackedClassifier {
+  const float *norm_weight, *norm_bias;
+  PackedReader linears;  // the first one comes next
+
+  RQK_DEPTH_DECODE_FUNCTION PackedClassifier(const uint8_t* packed, WeightType type, int64_t width)
+      : linears{packed, type} {
+    norm_weight = linears.vector(width);
+    norm_bias = linears.vector(width);
+  }
+};
+
+// Defined by the CUDA library alone; aligned to 256 bytes, and nothing need be in it.
+int64_t workspace_bytes(const TransformerStepParams& params);
+int64_t workspace_bytes(const DepthDecodeParams& params);
+
+// Run on the given CUDA stream, or on the CPU's threads (`stream` unused).
+void launch(const TransformerStepParams& params, void* stream);
+void launch(const DepthDecodeParams& params, void* stream);
+
+}  // namespace rqk

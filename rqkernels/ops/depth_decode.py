@@ -1,0 +1,493 @@
+"""Sampling with an RQ-Transformer: a step of a stack of blocks, and all codes of one position in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .._library import FLOAT_DTYPES, check_tensor
+from ..reference.depth_decode import ACTIVATIONS, PRECISIONS, BlockWeights, quantize_weight, rounded_weight
+
+_PANEL = 32  # kOutputPanel of csrc/ops/depth_decode/params.h, which describes what is packed here
+_LAYERS = ("qkv", "out", "mlp_in", "mlp_out")
+
+
+class PackedTransformer:
+    """The weights of a stack of causal pre-norm blocks, packed once for `transformer_step` and `depth_decode`.
+
+    They are copied, in the order in which the kernels read them: each call reads them once from end to end, whatever
+    the batch. At precision
+
+    - "fp32" they stay as they are;
+    - "bf16" they are rounded to bfloat16 and multiplied as float32 (on a GPU with activations that are each the sum of
+      two bfloat16, off by at most 2^-18): half the bytes;
+    - "int8" they become integers of [-127, 127] with one float32 scale per output,
+      `scale_o = max_i |w_oi| / 127` (`quantize_weight` in rqkernels/reference/depth_decode.py): a quarter of the bytes.
+      Activations are rounded to integers of [-32639, 32639] with one scale per row, and products are exact, so that
+      what the weights lost is the only error that shows.
+
+    Norms, biases, activations, keys, values and attention are float32 throughout. A few rows take as long as their
+    weights take to arrive, so there each halving of bytes counts; with many rows int8 is the fastest where the
+    processor has AVX-512 VNNI, float32 elsewhere.
+
+    Args:
+        blocks: one `BlockWeights` per layer, float32, float16 or bfloat16, all on one device; at least one unless
+            `width` is given.
+        heads: divides the width.
+        activation: "gelu" (exact) or "quick_gelu", `x * sigmoid(1.702 x)`.
+        precision: "fp32", "bf16" or "int8".
+        eps: of the norms.
+        width: of a stack without blocks, which is the identity.
+
+    Raises:
+        TypeError: a weight that is not a tensor of these dtypes.
+        ValueError: shapes or devices that do not fit, weights that are not finite, an unknown activation or precision.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[BlockWeights],
+        heads: int,
+        *,
+        activation: str = "gelu",
+        precision: str = "fp32",
+        eps: float = 1e-5,
+        width: int | None = None,
+    ) -> None:
+        blocks = [BlockWeights(*block) for block in blocks]
+        for name, value, allowed in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
+            if value not in allowed:
+                raise ValueError(f"PackedTransformer: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not blocks and width is None:
+            raise ValueError("PackedTransformer: no blocks: then width must be given")
+        for layer, block in enumerate(blocks):
+            for name, tensor in zip(block._fields, block, strict=True):
+                if tensor is not None or not name.endswith("_bias") or "norm" in name:
+                    check_tensor("PackedTransformer", f"blocks[{layer}].{name}", tensor, FLOAT_DTYPES)
+        if blocks and width is not None and blocks[0].attention_norm_weight.shape != (width,):
+            raise ValueError(f"PackedTransformer: width is {width}, the blocks' another")
+        self.width = blocks[0].attention_norm_weight.shape[-1] if blocks else int(width)  # type: ignore[arg-type]
+        self.hidden = blocks[0].mlp_in_weight.shape[0] if blocks else 4 * self.width
+        self.layers, self.heads, self.eps = len(blocks), int(heads), float(eps)
+        self.activation, self.precision = activation, precision
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"PackedTransformer: heads must divide the width {self.width}, got {heads}")
+        parts, errors = [], _Errors()
+        for layer, block in enumerate(blocks):
+            self._check_block(layer, block, blocks[0].attention_norm_weight.device)
+            parts += [_vector(block.attention_norm_weight), _vector(block.attention_norm_bias)]
+            parts += _linear(block.qkv_weight, block.qkv_bias, precision, errors, "qkv")
+            parts += _linear(block.out_weight, block.out_bias, precision, errors, "out")
+            parts += [_vector(block.mlp_norm_weight), _vector(block.mlp_norm_bias)]
+            parts += _linear(block.mlp_in_weight, block.mlp_in_bias, precision, errors, "mlp_in")
+            parts += _linear(block.mlp_out_weight, block.mlp_out_bias, precision, errors, "mlp_out")
+        self._blocks = _joined(parts)
+        self.quantization_error: dict[str, float] = errors.relative()
+        """`|rounded - weight| / |weight|` (Frobenius) over all blocks, for "qkv", "out", "mlp_in", "mlp_out"."""
+
+    def _check_block(self, layer: int, block: BlockWeights, device: torch.device) -> None:
+        w, h = self.width, self.hidden
+        shapes = ((w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (h, w), (h,), (w, h), (w,))
+        for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
+            if tensor is not None and (tensor.shape != shape or tensor.device != device):
+                raise ValueError(
+                    f"PackedTransformer: blocks[{layer}].{name} must be {shape} on {device}, got "
+                    f"{tuple(tensor.shape)} on {tensor.device}"
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds."""
+        return self._blocks.nbytes
+
+    def _arguments(self) -> tuple[int, int, int, str, str, float]:
+        return self.layers, self.hidden, self.heads, self.activation, self.precision, self.eps
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedTransformer({self.layers} layers, width {self.width}, {self.heads} heads, {self.precision}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+class PackedDepthDecoder:
+    """Everything that `depth_decode` reads, packed once: a depth transformer, its inputs and its classifier.
+
+    Args:
+        transformer: the depth stack; its precision is the classifier's too.
+        depth_positions: (D, W), added to the input of each depth. Where the vectors come from a linear layer with a
+            bias, that bias belongs here, in rows 1 .. D-1.
+        vectors: (K, W), or (D, K, W) or (D * K, W) with one block per depth: what stands for each code in the inputs,
+            already of width W, such as `linear(codebook, projection)`. Kept in float32: of K * W numbers a call reads
+            one row per code, while projecting the sum of codes would read the whole projection at every depth.
+        norm_weight, norm_bias: (W,), of the LayerNorm before the classifier.
+        classifier_weight: (K, W) for all depths, or (D, K, W).
+        classifier_bias: (K,) or (D, K), or None.
+        cumulative: whether the input of depth d is the sum of the vectors of all codes before it, added in the order of
+            depths (Lee et al. 2022, equation 12), or the last one's alone.
+        eps: of the norm.
+
+    All tensors float32, float16 or bfloat16 on one device, and copied.
+
+    Raises:
+        TypeError: transformer not a `PackedTransformer`, a tensor of another dtype.
+        ValueError: shapes or devices that do not fit.
+    """
+
+    def __init__(
+        self,
+        transformer: PackedTransformer,
+        depth_positions: Tensor,
+        vectors: Tensor,
+        *,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        classifier_weight: Tensor,
+        classifier_bias: Tensor | None = None,
+        cumulative: bool = True,
+        eps: float = 1e-5,
+    ) -> None:
+        op = "PackedDepthDecoder"
+        if not isinstance(transformer, PackedTransformer):
+            raise TypeError(f"{op}: transformer must be a PackedTransformer, got {type(transformer).__name__}")
+        tensors = {
+            "depth_positions": depth_positions,
+            "vectors": vectors,
+            "norm_weight": norm_weight,
+            "norm_bias": norm_bias,
+            "classifier_weight": classifier_weight,
+            **({} if classifier_bias is None else {"classifier_bias": classifier_bias}),
+        }
+        for name, tensor in tensors.items():
+            check_tensor(op, name, tensor, FLOAT_DTYPES)
+            if tensor.device != depth_positions.device:
+                raise ValueError(f"{op}: {name} must be on {depth_positions.device}, got {tensor.device}")
+        if transformer.layers and transformer._blocks.device != depth_positions.device:
+            raise ValueError(f"{op}: transformer is on {transformer._blocks.device}, not {depth_positions.device}")
+        width = transformer.width
+        if depth_positions.dim() != 2 or depth_positions.shape[0] < 1 or depth_positions.shape[1] != width:
+            raise ValueError(f"{op}: depth_positions must be (D, {width}), got {tuple(depth_positions.shape)}")
+        depth = depth_positions.shape[0]
+        shape = tuple(classifier_weight.shape)
+        if len(shape) not in (2, 3) or shape[-1] != width or shape[-2] < 1 or shape[:-2] not in ((), (depth,)):
+            raise ValueError(f"{op}: classifier_weight must be (K, {width}) or ({depth}, K, {width}), got {shape}")
+        num_codes = shape[-2]
+        expected = {
+            "vectors": [(num_codes, width), (depth * num_codes, width), (depth, num_codes, width)],
+            "norm_weight": [(width,)],
+            "norm_bias": [(width,)],
+            "classifier_bias": [shape[:-1]],
+        }
+        for name, shapes in expected.items():
+            if name in tensors and tuple(tensors[name].shape) not in shapes:
+                wanted = " or ".join(map(str, shapes))
+                raise ValueError(f"{op}: {name} must be {wanted}, got {tuple(tensors[name].shape)}")
+        self.transformer, self.depth, self.num_codes, self.cumulative = transformer, depth, num_codes, bool(cumulative)
+        self.eps = float(eps)
+        self._per_depth = len(shape) == 3
+        self._positions, self._vectors = (
+            tensor.detach().reshape(-1, width).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            for tensor in (depth_positions, vectors)
+        )
+        parts, errors = [_vector(norm_weight), _vector(norm_bias)], _Errors()
+        weights = classifier_weight if self._per_depth else classifier_weight[None]
+        biases = [None] * len(weights) if classifier_bias is None else classifier_bias.reshape(len(weights), -1)
+        for weight, bias in zip(weights, biases, strict=True):
+            parts += _linear(weight, bias, transformer.precision, errors, "classifier")
+        self._classifier = _joined(parts)
+        self.quantization_error: dict[str, float] = {**transformer.quantization_error, **errors.relative()}
+        """Those of the transformer, and "classifier"."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds, that of its transformer included."""
+        return self.transformer.nbytes + self._classifier.nbytes + self._vectors.nbytes + self._positions.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedDepthDecoder(D={self.depth}, K={self.num_codes}, {self.transformer!r}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def transformer_step(
+    x: Tensor,
+    packed: PackedTransformer,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    *,
+    step: Tensor | None = None,
+) -> Tensor:
+    """New positions through a stack of causal pre-norm blocks, with the keys and values of those seen before.
+
+        x <- x + out(attention(norm(x)));   x <- x + mlp_out(activation(mlp_in(norm(x))))
+        attention: softmax(q k^T / sqrt(W / heads)) v over the positions up to the own one
+
+    Weights are read once for up to 64 rows (B * n; whole sequences of n), beyond that once for each block of as many;
+    on a GPU once for all. A row's result is the same to the last bit for every batch size, place in the batch and
+    thread count, on one kind of device. Nothing is concatenated or reallocated.
+    `rqkernels.reference.transformer_step` is the definition in plain PyTorch.
+
+    Not differentiable. No norm follows the last block.
+
+    Args:
+        x: float32 (B, W), or (B, n, W) for n new positions.
+        packed: the stack.
+        keys, values: float32 (layers, B, heads, capacity, W / heads), contiguous; the new positions' are written in
+            place, behind the first `length`. What stands beyond is neither read nor changed.
+        length: positions seen so far, 0 .. capacity - n.
+        step: one int64 number on the device of x that adds to `length`, so that a captured CUDA graph can be replayed
+            for the next position. (On a GPU it is not read back: where it does not fit the capacity y is NaN.)
+
+    Returns:
+        float32, the shape of x.
+
+    Raises:
+        TypeError: another dtype, packed not a `PackedTransformer`, length not an integer.
+        ValueError: shapes or devices that do not fit, keys or values that are not contiguous, no room left.
+    """
+    op = "transformer_step"
+    for name, tensor in (("x", x), ("keys", keys), ("values", values)):
+        check_tensor(op, name, tensor, (torch.float32,))
+    if not isinstance(packed, PackedTransformer):
+        raise TypeError(f"{op}: packed must be a PackedTransformer, got {type(packed).__name__}")
+    _check_integers(op, length=length)
+    _check_step(op, step)
+    if x.dim() not in (2, 3) or x.shape[-1] != packed.width:
+        raise ValueError(f"{op}: x must be (B, {packed.width}) or (B, n, {packed.width}), got {tuple(x.shape)}")
+    return torch.ops.rqkernels.transformer_step(
+        x.detach().contiguous(), packed._blocks, keys.detach(), values.detach(), length, step, *packed._arguments()
+    )
+
+
+def depth_decode(
+    context: Tensor,
+    decoder: PackedDepthDecoder,
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    guidance: float = 0.0,
+    seed: int,
+    offset: int = 0,
+    stream: int = 0,
+    step: Tensor | None = None,
+) -> Tensor:
+    """The D codes of one position, one after another, in one call (Lee et al. 2022, equations 12-14).
+
+        x_0 = context + positions[0];   x_d = sum_{d' < d} vectors[S_d'] + positions[d]
+        S_d ~ sample_logits(classifier_d(norm(transformer(x_0 .. x_d)_d)))
+
+    or, where the decoder is not cumulative, x_d = vectors[S_{d-1}] + positions[d].
+
+    Embedding, transformer, classifier and draw of all depths run without coming back to Python; keys and values of the
+    D inputs and the logits of one depth are all that is kept meanwhile. Weights are read once per depth for up to 64
+    rows (32 with guidance), beyond that once for each block of as many; on a GPU once for all. There a call is a fixed
+    chain of launches, nothing is read back, and a CUDA graph can capture it. A row's codes are the same for every batch
+    size, place in the batch and thread count. `rqkernels.reference.depth_decode` is the definition in plain PyTorch.
+
+    Args:
+        context: float32 (B, W): the position's context, from the spatial transformer. With guidance (2 B, W), the
+            second half the same rows under the null condition.
+        decoder: weights.
+        temperature, top_k, top_p: one value, or a list of one per depth; as in `rqkernels.reference.sample_logits`.
+        guidance: g >= 0: logits = (1 + g) * conditional - g * null (Ho and Salimans 2022); 0 is off.
+        seed: 0 <= seed < 2^64.
+        offset: what the index of the first row counts from, >= 0.
+        stream: the draw of depth d is that of `sample_logits(..., seed=seed, offset=offset, stream=stream + d)`.
+        step: one int64 number on the device of context; adds step * D to the stream, so that a captured CUDA graph can
+            be replayed for the next position.
+
+    Returns:
+        int64 (B, D). On a GPU a row gets -1 from the depth on whose logits have NaN, +inf or nothing but -inf.
+
+    Raises:
+        TypeError: context not float32, decoder not a `PackedDepthDecoder`, numbers that are none.
+        ValueError: shapes or devices that do not fit, a setting out of range; on a CPU logits with NaN, +inf or nothing
+            but -inf.
+    """
+    op = "depth_decode"
+    _check_context(op, context, decoder)
+    _check_integers(op, seed=seed, offset=offset, stream=stream)
+    _check_step(op, step)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"{op}: seed must be in [0, 2^64), got {seed}")
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
+        raise TypeError(f"{op}: guidance must be a number, got {guidance!r}")
+    depth = decoder.depth
+    return _call(
+        context,
+        decoder,
+        [1.0 if v is None else float(v) for v in _per_depth(op, "temperature", temperature, depth, (int, float))],
+        [decoder.num_codes if v is None else v for v in _per_depth(op, "top_k", top_k, depth, int)],
+        [1.0 if v is None else float(v) for v in _per_depth(op, "top_p", top_p, depth, (int, float))],
+        float(guidance),
+        seed - (1 << 64) if seed >= 1 << 63 else seed,  # the operator takes the same 64 bits as a signed integer
+        offset,
+        stream,
+        step,
+        None,
+    )[0]
+
+
+def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) -> Tensor:
+    """Logits of every depth given all codes before it, bit for bit those that `depth_decode` draws from.
+
+    Args:
+        context: float32 (B, W), as in `depth_decode`, without guidance.
+        codes: int64 (B, D) in [0, K). On a GPU they are not checked: behind one out of range the logits are NaN.
+        decoder: weights.
+
+    Returns:
+        float32 (B, D, K).
+
+    Raises:
+        TypeError: another dtype, decoder not a `PackedDepthDecoder`.
+        ValueError, IndexError: shapes or devices that do not fit, a code out of range (on a CPU).
+    """
+    op = "depth_logits"
+    _check_context(op, context, decoder)
+    check_tensor(op, "codes", codes, (torch.int64,))
+    return _call(context, decoder, [], [], [], 0.0, 0, 0, 0, None, codes.contiguous())[1]
+
+
+def _call(context: Tensor, decoder: PackedDepthDecoder, *options: object) -> tuple[Tensor, Tensor]:
+    return torch.ops.rqkernels.depth_decode(
+        context.detach().contiguous(),
+        decoder.transformer._blocks,
+        decoder._classifier,
+        decoder._positions,
+        decoder._vectors,
+        decoder.num_codes,
+        decoder._per_depth,
+        decoder.cumulative,
+        *decoder.transformer._arguments(),
+        decoder.eps,
+        *options,
+    )
+
+
+@torch.library.register_fake("rqkernels::transformer_step")
+def _fake_step(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("rqkernels::depth_decode")
+def _fake_decode(
+    context: Tensor,
+    blocks: Tensor,
+    classifier: Tensor,
+    depth_positions: Tensor,
+    vectors: Tensor,
+    num_codes: int,
+    classifier_per_depth: bool,
+    cumulative: bool,
+    layers: int,
+    hidden: int,
+    heads: int,
+    activation: str,
+    precision: str,
+    eps: float,
+    classifier_eps: float,
+    temperature: list[float],
+    top_k: list[int],
+    top_p: list[float],
+    guidance: float,
+    seed: int,
+    offset: int,
+    stream: int,
+    step: Tensor | None,
+    codes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, depth = context.shape[0] // (2 if guidance > 0 else 1), depth_positions.shape[0]
+    drawn = context.new_empty((rows, depth) if codes is None else (0,), dtype=torch.int64)
+    return drawn, context.new_empty((0,) if codes is None else (rows, depth, num_codes))
+
+
+# --- packing ---------------------------------------------------------------------------------------------
+
+
+class _Errors:
+    """Squared norms of weights and of what rounding took from them, by kind of layer."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, kind: str, weight: Tensor, precision: str) -> None:
+        lost, whole = self._sums.get(kind, (0.0, 0.0))
+        lost += float((rounded_weight(weight, precision) - weight).double().square().sum())
+        whole += float(weight.double().square().sum())
+        if not math.isfinite(whole):
+            raise ValueError(f"the weights of {kind} must be finite")
+        self._sums[kind] = lost, whole
+
+    def relative(self) -> dict[str, float]:
+        return {kind: (lost / whole) ** 0.5 if whole > 0 else 0.0 for kind, (lost, whole) in self._sums.items()}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    packed = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    return torch.ops.rqkernels.copy_to_large_pages(packed) if packed.device.type == "cpu" else packed
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8).flatten()
+
+
+def _vector(values: Tensor) -> Tensor:
+    padding = -values.shape[0] % _PANEL
+    return _bytes(torch.nn.functional.pad(values.detach().float(), (0, padding)))
+
+
+def _linear(weight: Tensor, bias: Tensor | None, precision: str, errors: _Errors, kind: str) -> list[Tensor]:
+    """The parts of a packed linear layer."""
+    weight = weight.detach().float()
+    outputs, inputs = weight.shape
+    errors.add(kind, weight, precision)
+    scales = []
+    if precision == "int8":
+        weight, scale = quantize_weight(weight)
+        scales = [_vector(scale)]
+    weight = torch.nn.functional.pad(weight, (0, -inputs % _PANEL, 0, -outputs % _PANEL))
+    if precision == "fp32":
+        panels = weight.view(-1, _PANEL, weight.shape[1]).transpose(1, 2)
+    elif precision == "bf16":
+        panels = weight.bfloat16().view(-1, 2, _PANEL // 2, weight.shape[1]).permute(0, 3, 2, 1)
+    else:
+        panels = weight.view(-1, _PANEL, weight.shape[1] // 4, 4).transpose(1, 2)
+        panels = (panels.to(torch.int16) + 128).to(torch.uint8)
+    return [_bytes(panels), *scales, _vector(weight.new_zeros(outputs) if bias is None else bias)]
+
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+
+def _check_context(op: str, context: Tensor, decoder: PackedDepthDecoder) -> None:
+    check_tensor(op, "context", context, (torch.float32,))
+    if not isinstance(decoder, PackedDepthDecoder):
+        raise TypeError(f"{op}: decoder must be a PackedDepthDecoder, got {type(decoder).__name__}")
+
+
+def _check_integers(op: str, **values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+
+
+def _check_step(op: str, step: Tensor | None) -> None:
+    if step is not None:
+        check_tensor(op, "step", step, (torch.int64,))
+
+
+def _per_depth(op: str, name: str, value: object, depth: int, kinds: type | tuple[type, ...]) -> list:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * depth
+    if len(values) != depth:
+        raise ValueError(f"{op}: {name} must be one value, or {depth} (one per depth), got {len(values)}")
+    for one in values:
+        if isinstance(one, bool) or (not isinstance(one, kinds) and (one is not None or name == "temperature")):
+            raise TypeError(f"{op}: {name} must be a number{'' if name == 'temperature' else ' or None'}, got {one!r}")
+    return values
