@@ -47,6 +47,13 @@ struct VecInt {
   static VecInt fill(int32_t a) { return {_mm512_set1_epi32(a)}; }
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
+#if defined(__AVX512VNNI__)
+// sum += the four products of each lane, unsigned bytes times signed bytes. Assembly, because GCC 12 copies the sums of
+// its intrinsic to memory and back: half the speed.
+inline void multiply_add(VecInt& sum, __m512i bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes), "v"(signed_bytes));
+}
+#endif
 inline Vec rounded(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // a 2^n for an integral n; what falls below the normal floats becomes zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
@@ -524,19 +531,57 @@ inline void compress(Lanes a, uint32_t bits, T* p) {
 
 #endif
 
-constexpr float kExpSeries[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+// How numbers of each type become vectors of float, and back.
+struct Float32 {
+  using T = float;
+  static constexpr bool kStreams = true;
+  static Vec load(const T* p) { return Vec::load(p); }
+  static void store(Vec a, T* p) { a.store(p); }
+};
+struct Float16 {
+  using T = uint16_t;
+  static constexpr bool kStreams = false;
+  static Vec load(const T* p) { return load_float16(p); }
+  static void store(Vec a, T* p) { store_float16(a, p); }
+};
+struct BFloat16 {
+  using T = uint16_t;
+  static constexpr bool kStreams = false;
+  static Vec load(const T* p) { return load_bfloat16(p); }
+  static void store(Vec a, T* p) { store_bfloat16(a, p); }
+};
 
-// e^x for x <= 88, off by less than 2 units in the last place; below -87 zero, NaN where x is. x = n ln 2 + r with
-// |r| <= ln 2 / 2 (ln 2 in two parts, so that r is as good as x), then e^r by its series: the terms left out,
-// r^8/40320, are below 6e-9.
+// The first n of a vector, fewer than there are, then `rest`.
+template <class F>
+inline Vec load_first(const typename F::T* p, int64_t n, float rest) {
+  typename F::T raw[Vec::kSize] = {};
+  float values[Vec::kSize];
+  __builtin_memcpy(raw, p, size_t(n) * sizeof(*p));
+  F::load(raw).store(values);
+  for (int64_t j = n; j < Vec::kSize; ++j) values[j] = rest;
+  return Vec::load(values);
+}
+
+template <class F>
+inline void store_first(Vec a, typename F::T* p, int64_t n) {
+  typename F::T raw[Vec::kSize];
+  F::store(a, raw);
+  __builtin_memcpy(p, raw, size_t(n) * sizeof(*p));
+}
+
+// Nearest in relative error to e^r for |r| <= ln 2 / 2 among polynomials of this degree: off by less than 2e-8.
+constexpr float kExpSeries[] = {
+    1.38367701e-3f, 8.37485678e-3f, 4.16682288e-2f, 1.66664198e-1f, 4.99999911e-1f, 1.0f, 1.0f};
+
+// e^x for x <= 88, off by less than 2 units in the last place; below -87.3 zero, NaN where x is. x = n ln 2 + r with
+// |r| <= ln 2 / 2 (ln 2 in two parts, so that r is as good as x).
 inline Vec exp(Vec x) {
-  x = max(Vec::fill(-200.0f), x);  // of a NaN the second
   const Vec n = rounded(x * Vec::fill(1.44269504f));
   Vec r = fma(n, Vec::fill(-0.693359375f), x);
   r = fma(n, Vec::fill(2.12194440e-4f), r);
-  Vec series = Vec::fill(1.0f / 5040);
-  for (const float factor : kExpSeries) series = fma(series, r, Vec::fill(factor));
-  return times_power_of_two(series, n);
+  Vec series = Vec::fill(kExpSeries[0]);
+  for (int i = 1; i < 7; ++i) series = fma(series, r, Vec::fill(kExpSeries[i]));
+  return times_power_of_two(series, n);  // far below, where r has no digits, zero whatever the series is
 }
 
 constexpr double kExpSeries64[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,

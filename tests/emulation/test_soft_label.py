@@ -10,11 +10,24 @@ import torch
 
 from rqkernels import reference
 
-from .harness import Emulation, ragged_grid
+from .harness import SCHEDULES, Emulation, ragged_grid
 
-# A block has 32 rows, a warp four of them; a tile is 128 codes and 32 channels.
-ROWS = {"plain": 129, "asan": 34, "race": 34}
+# A block has 64 rows, a warp 16 of them and 64 of a tile's 128 codes, 16 channels at a time; on the direct way 32 rows,
+# a warp four of them, and 128 codes, 32 channels at a time.
+ROWS = {"plain": 129, "asan": 66, "race": 66}
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class Device(NamedTuple):
+    shared_kib: int = 227  # of a block
+    mma_bits: int = 0  # after which an mma errs; 0: it is exact
+
+    def array(self) -> np.ndarray:
+        return np.array([self.shared_kib * 1024, self.mma_bits], np.int64)
+
+
+H100 = Device()
+DIRECT = Device(shared_kib=43)  # no room for tiles of more than 32 channels
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -26,8 +39,22 @@ def to_numpy(t: torch.Tensor) -> np.ndarray:
     return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
 
 
-def distance_softmax(emulation: Emulation, x_oic: np.ndarray, codebooks: np.ndarray, tau: float) -> np.ndarray:
-    return emulation.run("distance_softmax", x_oic, codebooks, np.float64(tau))[0]
+def distance_softmax(
+    emulation: Emulation, x_oic: np.ndarray, codebooks: np.ndarray, tau: float, device: Device = H100
+) -> np.ndarray:
+    return labels_and_direct_rows(emulation, x_oic, codebooks, tau, device)[0]
+
+
+def labels_and_direct_rows(
+    emulation: Emulation, x_oic: np.ndarray, codebooks: np.ndarray, tau: float, device: Device = H100
+) -> tuple[np.ndarray, int]:
+    """Q, and how many rows the tiles did not serve; -1 where there are none."""
+    # Each schedule has errors of its own.
+    schedules = (3,) if device.mma_bits > 0 else SCHEDULES
+    q, direct = emulation.run(
+        "distance_softmax", x_oic, codebooks, np.float64(tau), device.array(), schedules=schedules
+    )
+    return q, int(direct[0])
 
 
 def true_labels(x_oic: np.ndarray, codebooks: np.ndarray, tau: float) -> np.ndarray:
@@ -43,6 +70,7 @@ class Result(NamedTuple):
     losses: np.ndarray
     total: float
     gradient: torch.Tensor  # (o, i, k)
+    direct_rows: int  # that the tiles did not serve; -1: there are none
 
 
 def cross_entropy(
@@ -58,30 +86,32 @@ def cross_entropy(
     swapped: bool = False,
     padding: int = 0,
     how: int = 1,
+    device: Device = H100,
 ) -> Result:
     k = logits.shape[-1]
     given = torch.nn.functional.pad(logits, (0, padding), value=7.0)
     given = given.transpose(0, 1).contiguous() if swapped else given
-    losses, total, gradient = emulation.run(
+    losses, total, gradient, direct = emulation.run(
         "soft_label_cross_entropy",
         *(to_numpy(given), x_oic, codebooks, np.float64(tau)),
         np.ones(x_oic.shape[:2], np.uint8) if mask is None else mask.astype(np.uint8),
         np.zeros(0, np.float32) if weight is None else weight,
-        *(np.float64(scale), TYPES[logits.dtype], int(swapped), how),
+        *(np.float64(scale), TYPES[logits.dtype], int(swapped), how, device.array()),
     )
     written = torch.from_numpy(gradient)
     written = written.view(torch.bfloat16) if logits.dtype == torch.bfloat16 else written
     if how == 2:
         assert (written[..., k:] == 7.0).all()  # what lies between rows
         written = (written.transpose(0, 1) if swapped else written)[..., :k]
-    return Result(losses, float(total[0]), written)
+    return Result(losses, float(total[0]), written, int(direct[0]))
 
 
 def check(
     emulation: Emulation, logits: torch.Tensor, x_oic: np.ndarray, codebooks: np.ndarray, tau: float, **how: object
 ) -> None:
-    """Losses, their total and the gradient of finite input."""
+    """Losses, their total and the gradient of finite input that the tiles serve, if there are any."""
     result = cross_entropy(emulation, logits, x_oic, codebooks, tau, **how)
+    assert result.direct_rows == (0 if len(x_oic) > 0 and how.get("device", H100) == H100 else -1)
     truth, labels = logits.double(), torch.from_numpy(true_labels(x_oic, codebooks, tau))
     below = truth.log_softmax(-1)
     losses = -(labels * below).sum(-1)
@@ -116,12 +146,96 @@ def test_shapes(emulation: Emulation, n: int, k: int, c: int) -> None:
     x, e = normal(n, 1, c), normal(1, k, c, seed=1)
     q = distance_softmax(emulation, x, e, 1.5)
     truth = true_labels(x, e, 1.5)
-    # The derived bound of float32 distances, in Q and in the sum that it is divided by; and the other roundings.
+    # The bound of float32 distances, which tiles keep too, in Q and in the sum that it is divided by; other roundings.
     distances = np.square(x[:, :, None].astype(np.float64) - e).sum(-1)
     relative = (min(c, 32) + -(-c // 32) + 5) * 2.0**-24
     seen = relative * (distances + distances.min(-1, initial=np.inf, keepdims=True)) / 1.5
     assert (np.abs(q - truth) <= truth * (2 * seen + 2e-6) + 1e-37).all()
     check(emulation, torch.from_numpy(3 * normal(n, 1, k, seed=2)), x, e, 1.5)
+
+
+def exponent_error(x_nc: np.ndarray, codebook: np.ndarray, tau: float) -> np.ndarray:
+    """4 E / tau of each row, as tiles.cuh derives it."""
+    k, c = codebook.shape
+    middle = codebook[np.arange(32) * k // 32].mean(0)
+    a, n = np.linalg.norm(x_nc - middle, axis=-1), np.linalg.norm(codebook - middle, axis=-1).max()
+    return 4 / tau * 2.0**-24 * ((78 + 1.01 * -(-c // 16)) * a * n + 1.4 * n * n)
+
+
+@pytest.mark.parametrize("tau", [0.005, 1.0, 60.0])  # all in float64 that count; some; none
+def test_an_mma_may_err(emulation: Emulation, tau: float) -> None:
+    x, e = normal(3, 1, 40), normal(1, 140, 40, seed=1)
+    error = exponent_error(x[:, 0], e[0], tau)
+    assert (error > 1 / 16).all() if tau < 0.1 else (error < 1 / 16).all()
+    q, direct = labels_and_direct_rows(emulation, x, e, tau, Device(mma_bits=18))
+    truth = true_labels(x, e, tau)
+    assert direct == 0
+    assert (
+        np.abs(q - truth) <= truth * (2 * error[:, None, None] + 3e-6) + np.exp(-39.0) * (error > 1 / 16)[:, None, None]
+    ).all()
+    if tau == 0.005:
+        np.testing.assert_allclose(q, truth, rtol=1e-5, atol=np.exp(-39.0))
+
+
+def climbing_codes(tau: float, near: int) -> tuple[np.ndarray, np.ndarray]:
+    """`near` codes, each nearer by 5 tau than the one before, between far ones that make scores coarse."""
+    rng = np.random.default_rng(6)
+    x = np.zeros((1, 1, 4), np.float32)
+    e = rng.standard_normal((1, 2 * near, 4))
+    e /= np.linalg.norm(e, axis=-1, keepdims=True)
+    e[0, 0::2] *= np.sqrt(5 * tau * np.arange(near, 0, -1))[:, None]
+    e[0, 1::2] = 1000 * np.sqrt(tau) + e[0, 1::2]
+    return x, e.astype(np.float32)
+
+
+def test_a_full_list_gives_way_to_nearer_codes(emulation: Emulation) -> None:
+    # Some nine of a warp's 32 near codes of a tile come within reach: the fourth tile finds the list full.
+    x, e = climbing_codes(1.0, 320)
+    assert exponent_error(x[:, 0], e[0], 1.0) > 1 / 16
+    q, direct = labels_and_direct_rows(emulation, x, e, 1.0)
+    assert direct == 0
+    np.testing.assert_allclose(q, true_labels(x, e, 1.0), rtol=1e-5, atol=np.exp(-39.0))
+
+
+def test_more_codes_than_a_list_holds(emulation: Emulation) -> None:
+    # 40 codes at about the same distance, in one warp's part of a tile, and far ones that make scores coarse.
+    x, e = climbing_codes(1.0, 40)
+    e[0, :40] = e[0, 78] + 1e-3 * normal(40, 4, seed=7)
+    truth = true_labels(x, e, 1.0)
+    q, direct = labels_and_direct_rows(emulation, x, e, 1.0)
+    assert direct == 1
+    np.testing.assert_allclose(q, truth, rtol=1e-5, atol=1e-37)
+    # With errors that nobody sees in so many, the half scores serve.
+    e[0, 40:] = 30 + e[0, 40:] / 1000
+    assert 1 / 4096 < exponent_error(x[:, 0], e[0], 1.0) < 1 / 16
+    q, direct = labels_and_direct_rows(emulation, x, e, 1.0)
+    assert direct == 0
+    np.testing.assert_allclose(q, true_labels(x, e, 1.0), rtol=2e-3, atol=1e-37)
+
+
+def test_channels_without_room_for_tiles(emulation: Emulation) -> None:
+    x, e = normal(34, 2, 34), normal(2, 130, 34, seed=1)
+    check(emulation, torch.from_numpy(normal(34, 2, 130, seed=2)), x, e, 5.0, device=DIRECT)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-1, 1e1, 1e3, 1e5])
+def test_errors_are_no_larger_than_those_of_pytorch(emulation: Emulation, ratio: float) -> None:
+    if emulation.build != "plain":
+        pytest.skip("the same numbers in every build")
+    c = 64
+    x, e, logits = normal(40, 1, c), normal(1, 300, c, seed=1), torch.from_numpy(3 * normal(40, 1, 300, seed=2))
+    tau = 2 * c / ratio
+    labels = torch.from_numpy(true_labels(x, e, tau))
+    rows, codes = torch.from_numpy(x[:, 0]), torch.from_numpy(e[0])
+    squares = rows.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * rows @ codes.T
+    pytorch = torch.softmax(-squares / tau, -1)[:, None]
+    result = cross_entropy(emulation, logits, x, e, tau)
+    assert result.direct_rows == 0
+    below = logits.double().log_softmax(-1)
+    true_loss, true_gradient = -(labels * below).sum(-1), below.exp() - labels
+    loss, gradient = -(pytorch * logits.log_softmax(-1)).sum(-1), logits.softmax(-1) - pytorch
+    assert np.abs(result.losses - true_loss.numpy()).max() <= 1.1 * (loss - true_loss).abs().max() + 2e-7
+    assert (result.gradient - true_gradient).abs().max() <= 1.1 * (gradient - true_gradient).abs().max() + 2e-7
 
 
 def test_it_is_the_reference() -> None:
@@ -154,9 +268,10 @@ def test_masked_rows_are_not_read(emulation: Emulation) -> None:
 
 def test_no_gradient_is_asked_for(emulation: Emulation) -> None:
     # Two blocks' rows: where one block takes both, nothing but its own care keeps them apart.
-    x, e, logits = normal(34, 1, 5), normal(1, 9, 5, seed=1), torch.from_numpy(normal(34, 1, 9, seed=2))
-    with_gradient, without = (cross_entropy(emulation, logits, x, e, 0.5, how=how) for how in (1, 0))
-    np.testing.assert_array_equal(without.losses, with_gradient.losses)
+    x, e, logits = normal(34, 1, 34), normal(1, 9, 34, seed=1), torch.from_numpy(normal(34, 1, 9, seed=2))
+    for device in (H100, DIRECT):
+        with_gradient, without = (cross_entropy(emulation, logits, x, e, 0.5, how=how, device=device) for how in (1, 0))
+        np.testing.assert_array_equal(without.losses, with_gradient.losses)
 
 
 # |x - e|^2 / tau from 1e-3 to 1e5 and far beyond both.
@@ -204,6 +319,7 @@ def test_logits_of_minus_infinity(emulation: Emulation) -> None:
     np.testing.assert_allclose(result.losses[:2, 0], expected.numpy(), rtol=1e-6)
     assert (result.losses[:2] != clean.losses[:2]).all()
     assert result.losses[2] == np.inf and np.isnan(result.losses[3])
+    assert clean.direct_rows == 0 and result.direct_rows == 4
     assert result.gradient[:3].isfinite().all() and result.gradient[3].isnan().all()
     assert (result.gradient[torch.arange(2), 0, hidden[:2]] == 0).all()
 

@@ -145,15 +145,16 @@ def test_equals_the_definition(n: int, depth: int | None, k: int, c: int) -> Non
 @pytest.mark.parametrize("c", [4, 64])
 @pytest.mark.parametrize("ratio", [1e-3, 1e-1, 1e1, 1e3, 1e5])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_errors_are_no_larger_than_those_of_pytorch(c: int, ratio: float, size: float) -> None:
+def test_errors_are_no_larger_than_those_of_pytorch(c: int, ratio: float, size: float, device: torch.device) -> None:
     x, e, logits = torch.randn(200, c), torch.randn(300, c), size * torch.randn(200, 300)
     tau = 2 * c / ratio
     true_loss, true_grad = truth(logits, x, e, tau, reduction="none")
+    x, e, logits = x.to(device), e.to(device), logits.to(device)
     errors = []
     for loss in (rqk.soft_label_cross_entropy, pytorch_loss):
         options = {"reduction": "none"} if loss is rqk.soft_label_cross_entropy else {}
         value, grad = loss_and_gradient(lambda v: loss(v, x, e, tau, **options), logits)  # noqa: B023
-        errors.append(((value - true_loss).abs().max().item(), (grad - true_grad).abs().max().item()))
+        errors.append(((value.cpu() - true_loss).abs().max().item(), (grad.cpu() - true_grad).abs().max().item()))
     (loss_error, grad_error), (torch_loss_error, torch_grad_error) = errors
     assert loss_error <= 1.1 * torch_loss_error + 2e-7 * size
     assert grad_error <= 1.1 * torch_grad_error + 2e-7
@@ -264,6 +265,28 @@ def test_threads_and_neighbours_change_nothing() -> None:
     for other in results[2:]:
         same = results[0 if other[0] == results[0][0] else 1]
         assert all(torch.equal(a, b) for a, b in zip(other[1:], same[1:], strict=True))
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_threads_that_share_the_codes_of_a_tile_change_nothing(offset: float) -> None:
+    # Few rows and many numbers of codes: with one thread a tile at a time, with more a share of the codes each.
+    x, e, logits = torch.randn(70, 128) + offset, torch.randn(6151, 128) + offset, 3 * torch.randn(70, 6151)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for n in (70, 5):
+                rows = {"reduction": "none"}
+                found.append(
+                    loss_and_gradient(lambda v: rqk.soft_label_cross_entropy(v, x[:n], e, 9.0, **rows), logits[:n])  # noqa: B023
+                )
+                found[-1] += (rqk.distance_softmax(x[:n], e, 9.0),)
+    finally:
+        torch.set_num_threads(threads)
+    expected = distance_softmax(x, e, 9.0, dtype=torch.float64)
+    torch.testing.assert_close(found[0][2].double(), expected, rtol=1e-4, atol=1e-9)
+    for other in found:
+        assert all(torch.equal(a, b[: len(a)]) for a, b in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -424,7 +447,15 @@ def in_place(n):
     torch.autograd.grad(rqk.soft_label_cross_entropy(leaf.view_as(leaf), x[:n], e, 2.0, inplace=True), leaf)
 def fused(n):
     torch.autograd.grad(rqk.fused_linear_soft_label_cross_entropy(h[:n], w, None, x[:n], e, 2.0), (h, w))
-print(peak(plain) - 1, peak(in_place), peak(fused))
+few = [peak(plain) - 1, peak(in_place), peak(fused)]
+torch.set_num_threads(2)
+x, e, logits = torch.randn(1024, 32), torch.randn(16384, 32), torch.randn(1024, 16384)
+in_place(64)
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+in_place(1024)
+print(*few, (status("VmHWM") - before) / (1024 * 16384 * 4))
 """
 
 
@@ -433,8 +464,8 @@ def test_memory_beside_the_gradient() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(rqk.__file__).resolve().parent.parent)}
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    plain, in_place, fused = map(float, run.stdout.split())
-    assert plain < 0.05 and in_place < 0.05
+    plain, in_place, fused, of_few_rows = map(float, run.stdout.split())
+    assert plain < 0.05 and in_place < 0.05 and of_few_rows < 0.05
     assert fused < 0.75  # 32 MiB of 64, and gradients
 
 
@@ -461,6 +492,33 @@ def test_in_place_is_refused_where_it_would_do_harm() -> None:
     value = loss(kept, x, e, 2.0, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+@pytest.mark.parametrize("kind", ["beside", "inplace", "fused"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_of_rows_beside_the_loss(kind: str, reduction: str) -> None:
+    """They change neither the loss nor its gradient, which is still written once, and have none themselves."""
+    x, e, mask = torch.randn(40, 8), torch.randn(50, 8), torch.rand(40) < 0.8
+    hidden, weight = torch.randn(40, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+
+    def loss(**options: object) -> Tensor:
+        arguments = dict(mask=mask, **{"reduction": reduction, **options})
+        if kind == "fused":
+            return rqk.fused_linear_soft_label_cross_entropy(hidden, weight, None, x, e, 2.0, **arguments)
+        logits = torch.nn.functional.linear(hidden, weight)
+        return rqk.soft_label_cross_entropy(logits, x, e, 2.0, inplace=kind == "inplace", **arguments)
+
+    rows = loss(reduction="none").detach()
+    for no_grad in (False, True):
+        losses = torch.full((40,), math.nan)
+        with torch.inference_mode(no_grad):
+            found, expected = loss(losses_out=losses), loss()
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+        assert torch.equal(losses, rows) and not losses.requires_grad and found.requires_grad != no_grad
+        if not no_grad:
+            grads = (torch.autograd.grad((total * 0.5).sum(), (hidden, weight)) for total in (found, expected))
+            for grad, expected_grad in zip(*grads, strict=True):
+                assert torch.equal(grad, expected_grad)
 
 
 def test_backward_may_run_again() -> None:
@@ -526,6 +584,22 @@ def test_compiled_in_one_graph(reduction: str) -> None:
         found = torch.autograd.grad(compiled(hidden, w, b).sum(), (hidden, w, b))
         for a, b_ in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b_)
+
+    def with_losses(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        losses = h.new_empty(30), h.new_empty(30)
+        logits = torch.nn.functional.linear(h, w, b)
+        both = (
+            rqk.soft_label_cross_entropy(logits, x, e, 2.0, losses_out=losses[0]),
+            rqk.fused_linear_soft_label_cross_entropy(h, w, b, x, e, 2.0, losses_out=losses[1]),
+        )
+        return sum(both), torch.stack(losses)
+
+    results = []
+    for function in (with_losses, torch.compile(with_losses, fullgraph=True, backend="aot_eager")):
+        total, rows = function(hidden, w, b)
+        results.append((total, rows, *torch.autograd.grad(total, (hidden, w, b))))
+    for a, b_ in zip(*results, strict=True):
+        torch.testing.assert_close(a, b_)
 
     def in_place(h: Tensor) -> Tensor:
         return rqk.soft_label_cross_entropy(torch.nn.functional.linear(h, w, b), x, e, 2.0, inplace=True)
@@ -654,6 +728,8 @@ def test_every_level_agrees() -> None:
         (dict(tau=-1.0), ValueError, "tau must be > 0, got -1"),
         (dict(tau=math.nan), ValueError, "tau must be > 0, got nan"),
         (dict(reduction="avg"), ValueError, "reduction must be"),
+        (dict(losses_out=torch.zeros(6).half()), TypeError, "losses_out must be float32, got float16"),
+        (dict(losses_out=torch.zeros(6, 1)), ValueError, r"losses_out must be \(6,\) on cpu, got \(6, 1\) on cpu"),
         (dict(x=torch.zeros(5, 4)), ValueError, r"logits \(6, 9\) and x \(5, 4\) must agree"),
         (dict(x=torch.zeros(6, 3)), ValueError, r"x \(6, 3\) has 3 channels, codebook \(9, 4\) has 4"),
         (dict(x=torch.tensor(1.0)), ValueError, "x must be .*, got a scalar"),
@@ -721,6 +797,38 @@ def test_devices_agree(dtype: torch.dtype) -> None:
     assert torch.equal(overwritten, loss_on_gpu) and written.shape == on_gpu.shape
     with pytest.raises(ValueError, match="logits and x must be on the same device"):
         rqk.soft_label_cross_entropy(on_gpu, x, e, 20.0)
+
+
+@pytest.mark.gpu
+def test_a_captured_call_replays_on_new_inputs() -> None:
+    def call(logits: Tensor, x: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+        return (
+            *loss_and_gradient(lambda v: rqk.soft_label_cross_entropy(v, x, e, 5.0), logits),
+            rqk.distance_softmax(x, e, 5.0),
+        )
+
+    def inputs() -> tuple[Tensor, ...]:
+        # A row for the direct way among them.
+        logits = torch.randn(130, 300, device="cuda")
+        logits[7, 5] = -torch.inf
+        return logits, torch.randn(130, 40, device="cuda"), torch.randn(300, 40, device="cuda")
+
+    static = inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(*static)
+    for _ in range(2):
+        given = inputs()
+        for old, new in zip(static, given, strict=True):
+            old.copy_(new)
+        graph.replay()
+        for result, expected in zip(results, call(*given), strict=True):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.gpu

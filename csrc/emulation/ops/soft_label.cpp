@@ -1,6 +1,7 @@
-#include "ops/soft_label/params.h"
+#include <cmath>
 
 #include "emulation/cases.h"
+#include "ops/soft_label/plan.h"
 
 namespace rqk::emulation {
 namespace {
@@ -26,9 +27,29 @@ SoftLabels labels_of(const Array& x, const Array& codebooks, const DeviceBuffer&
   return labels;
 }
 
+// Bytes of shared memory of a block, bits after which an mma errs (0: exact).
+void set_device(const Array& numbers) {
+  int64_t values[2];
+  std::memcpy(values, numbers.data.data(), sizeof(values));
+  device() = {};
+  device().shared_bytes = static_cast<int>(values[0]);
+  if (values[1] != 0) device().mma_error = std::ldexp(1.0, -static_cast<int>(values[1]));
+}
+
+// How many rows went the direct way; -1 where the channels leave no room for tiles.
+Array direct_rows(const SoftLabels& labels) {
+  rqk::soft_label::Work w;
+  rqk::soft_label::plan(labels, device().shared_bytes, labels.workspace, &w);
+  int64_t rows = w.blocks == 0 ? -1 : 0;
+  for (int64_t q = 0; q < w.codebooks && w.blocks > 0; ++q) rows += w.direct_counts[q];
+  Array result{"<i8", {1}, std::vector<std::byte>(sizeof(rows))};
+  std::memcpy(result.data.data(), &rows, sizeof(rows));
+  return result;
+}
+
 }  // namespace
 
-// x (o, i, c), codebooks (1 or i, k, c), tau -> q (o, i, k)
+// x (o, i, c), codebooks (1 or i, k, c), tau, device (2) -> q (o, i, k), direct rows (1)
 std::vector<Array> distance_softmax(const Inputs& inputs) {
   const Array &x = inputs.array(0, "<f4", 3), &codebooks = inputs.array(1, "<f4", 3);
   const DeviceBuffer x_device = to_device(x), codebooks_device = to_device(codebooks);
@@ -36,15 +57,18 @@ std::vector<Array> distance_softmax(const Inputs& inputs) {
   const DeviceBuffer q = device_array("<f4", shape);
   DistanceSoftmaxParams p{};
   p.labels = labels_of(x, codebooks, x_device, codebooks_device, scalar(inputs, 2));
+  set_device(inputs.array(3, "<i8", 1));
+  const DeviceBuffer workspace(static_cast<size_t>(workspace_bytes(p.labels)));
+  p.labels.workspace = static_cast<uint8_t*>(workspace.data());
   p.q = static_cast<float*>(q.data());
   launch(p, nullptr);
-  return {to_host(q, "<f4", shape)};
+  return {to_host(q, "<f4", shape), direct_rows(p.labels)};
 }
 
 // logits, of `type`: (o, i, k + padding), or with `swapped` (i, o, k + padding); x (o, i, c), codebooks (1 or i, k, c),
 // tau; mask u1 (o, i), weight (o * i, or 1, or 0 for none), gradient_scale; type (0 float32, 1 float16, 2 bfloat16:
-// its bits as uint16), swapped, how (0 no gradient, 1 a packed one, 2 in place)
-// -> losses (o, i), total (1), gradient (packed, of the logits' shape in place, or empty)
+// its bits as uint16), swapped, how (0 no gradient, 1 a packed one, 2 in place), device (2)
+// -> losses (o, i), total (1), gradient (packed, of the logits' shape in place, or empty), direct rows (1)
 std::vector<Array> soft_label_cross_entropy(const Inputs& inputs) {
   const auto type = static_cast<FloatType>(inputs.number(7));
   const std::string dtype = type == FloatType::kFloat32 ? "<f4" : type == FloatType::kFloat16 ? "<f2" : "<u2";
@@ -82,9 +106,13 @@ std::vector<Array> soft_label_cross_entropy(const Inputs& inputs) {
     p.gradient_outer_stride = p.logits_outer_stride;
     p.gradient_inner_stride = p.logits_inner_stride;
   }
+  set_device(inputs.array(10, "<i8", 1));
+  const DeviceBuffer workspace(static_cast<size_t>(workspace_bytes(p.labels)));
+  p.labels.workspace = static_cast<uint8_t*>(workspace.data());
   launch(p, nullptr);
   return {to_host(losses, "<f4", {outer, inner}), to_host(total, "<f4", {1}),
-          how == 2 ? to_host(logits_device, dtype, logits.shape) : to_host(gradient, dtype, packed)};
+          how == 2 ? to_host(logits_device, dtype, logits.shape) : to_host(gradient, dtype, packed),
+          direct_rows(p.labels)};
 }
 
 }  // namespace rqk::emulation

@@ -4,15 +4,13 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/middle.cuh"
 #include "ops/residual_search/bound.cuh"
 
 namespace rqk {
 namespace residual_search {
 
-constexpr int kMiddleSample = 32;
-
-// A vector in the middle of each codebook, the mean of some codes. Any would be right. Also zeroes what pack_codes and
-// the search add to.
+// A vector in the middle of each codebook. Also zeroes what pack_codes and the search add to.
 __global__ void __launch_bounds__(kGroupThreads) find_middles(ResidualSearchParams p, Work w) {
   const int64_t padded = w.chunks * kChunk;
   if (blockIdx.x == 0 && threadIdx.x == 0) *w.counters = {0, 0};
@@ -20,20 +18,7 @@ __global__ void __launch_bounds__(kGroupThreads) find_middles(ResidualSearchPara
        i += int64_t(gridDim.x) * kGroupThreads) {
     const int64_t q = i / padded, c = i % padded;
     if (c == 0) w.extents[q] = {0, 0};
-    float values[kMiddleSample];  // all reads under way at once
-#pragma unroll
-    for (int s = 0; s < kMiddleSample; ++s) {
-      values[s] = c < p.channels ? codebook_at(p, q)[s * p.num_codes / kMiddleSample * p.channels + c] : 0.0f;
-    }
-    float sum = 0;
-    int count = 0;
-#pragma unroll
-    for (int s = 0; s < kMiddleSample; ++s) {
-      const bool usual = fabsf(values[s]) < 1e15f;
-      sum += usual ? values[s] : 0.0f;
-      count += usual ? 1 : 0;
-    }
-    w.middles[i] = count == 0 ? 0.0f : sum / float(count);
+    w.middles[i] = c < p.channels ? middle_of_codes(codebook_at(p, q), p.num_codes, p.channels, c) : 0.0f;
   }
 }
 

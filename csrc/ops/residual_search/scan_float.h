@@ -15,9 +15,9 @@
 // has come to, and every code that passes goes to float64 at once. Where a score could overflow, all codes do.
 #pragma once
 
-#include "common/panels.h"
 #include "common/simd.h"
 #include "ops/residual_search/exact.h"
+#include "ops/residual_search/panels.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

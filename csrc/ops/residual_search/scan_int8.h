@@ -227,14 +227,6 @@ inline void skip_int8_row(Int8Rows& rows, int i, uint8_t* tile, int64_t channels
   rows.candidates[i].count = -1;
 }
 
-#if defined(__AVX512VNNI__)
-// sum += the four products of each lane, unsigned bytes times signed bytes. Assembly, because GCC 12 copies the sums of
-// its intrinsic to memory and back: half the speed.
-inline void multiply_add(VecInt& sum, __m512i bytes, __m512i signed_bytes) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes), "v"(signed_bytes));
-}
-#endif
-
 // Products of one tile of rows with one panel, in registers. Four channels at a time: a row's four signed bytes go to
 // all lanes, the codes' four unsigned bytes stand in one lane each.
 [[gnu::always_inline]] inline void multiply_int8_panel(const uint8_t* tile, const uint8_t* panel, int64_t fours,

@@ -1,17 +1,16 @@
-// Soft labels on the CPU: the codebook's norms, threads and scratch memory around the rows of cpu_simd.cpp.
+// Soft labels on the CPU: threads and scratch memory around the rows of cpu_simd.cpp.
 //
-// Beside its results a call holds, for every thread, the scores of kernel.rows_at_once rows (2 MiB at 16384 codes and
-// 32 rows) and the norms of one codebook at a time; where codes lie off the origin, also a centred copy of it.
+// Beside its results a call holds the scores of a tile of rows (2 MiB at 16384 codes and 32 rows): one for each thread
+// where there are many rows, else one that all threads work on; and the norms of one codebook at a time, where codes
+// lie off the origin also a centred copy of it.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <vector>
 
-#include "common/codebooks.h"
+#include "common/centred_codebook.h"
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
 #include "common/parallel.h"
@@ -24,109 +23,74 @@ RQK_DECLARE_KERNEL(SoftLabelKernel, soft_label_kernel)
 
 namespace {
 
-constexpr int64_t kCodesPerTask = 256;
+constexpr int kMostRows = 64;
+// Beside a tile's scores each thread holds a row of exponentials: all of it is at most a twentieth of the logits where
+// each thread has so many rows for every row of its tile.
+constexpr int64_t kRowsPerRowOfScores = 20;
 
-// One codebook, measured and where it helps centred.
-class PreparedCodebook {
- public:
-  PreparedCodebook(const SoftLabelKernel& kernel, const float* codes_kc, const SoftLabels& labels, const char* op)
-      : num_codes_(labels.num_codes),
-        channels_(labels.channels),
-        half_norms_(static_cast<size_t>(kernel.padded(labels.num_codes)), std::numeric_limits<float>::infinity()),
-        middle_(middle_of(codes_kc, labels.num_codes, labels.channels)) {
-    view_ = {codes_kc, codes_kc, nullptr, half_norms_.data(), 0, num_codes_, channels_, labels.tau};
-    // Centring takes a copy of the codes: they stay where they are unless that costs digits.
-    if (middle_.norm > 0) {
-      centred_ = Buffer<float>(num_codes_ * channels_);
-      view_.mean = middle_.values.data();
-      view_.centred_kc = centred_;
-    }
-    std::vector<double> largest(static_cast<size_t>(divide_up(num_codes_, kCodesPerTask)));
-    for_each_task<FlushDenormals>(static_cast<int64_t>(largest.size()), [&](int64_t task) {
-      const int64_t end = std::min((task + 1) * kCodesPerTask, num_codes_);
-      double most = 0;
-      for (int64_t k = task * kCodesPerTask; k < end; ++k) {
-        const float* e = codes_kc + k * channels_;
-        const double squared = view_.mean == nullptr ? kernel.squared_norm(e, channels_)
-                                                     : kernel.squared_distance(e, view_.mean, channels_);
-        half_norms_[k] = static_cast<float>(squared / 2);
-        // Squares of floats do not overflow float64: this is NaN or infinite where a code is.
-        most = squared <= most ? most : squared;
-        if (!std::isfinite(squared)) break;
-        if (centred_ == nullptr) continue;
-        for (int64_t c = 0; c < channels_; ++c) centred_[k * channels_ + c] = e[c] - view_.mean[c];
-      }
-      largest[task] = most;
-    });
-    double most = 0;
-    for (size_t task = 0; task < largest.size(); ++task) {
-      if (!std::isfinite(largest[task])) refuse_not_finite(op, "codebook", codes_kc, 1, num_codes_, channels_, false);
-      most = std::max(most, largest[task]);
-    }
-    view_.max_norm = std::sqrt(most);
-  }
-
-  const LabelCodebook& view() const { return view_; }
-
- private:
-  int64_t num_codes_, channels_;
-  std::vector<float> half_norms_;
-  Middle middle_;
-  Buffer<float> centred_;
-  LabelCodebook view_;
-};
-
-// work(codebook, rows, count, memory) for chunks of the rows that are counted; all rows of a chunk have one codebook.
+// work(codebook, rows, first, last, count, tile, memory) for tiles of the rows that are counted; all rows of a tile
+// have one codebook. Each call is to deal with the rows first .. last - 1 of `count`.
 template <class Counted, class Work>
-void for_each_chunk(const SoftLabels& labels, const char* op, Counted counted, Work work) {
+void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Work work) {
   const SoftLabelKernel& kernel = RQK_KERNEL(soft_label_kernel);
+  const int64_t num_codes = labels.num_codes, channels = labels.channels;
   const int64_t codebooks = labels.codebook_stride == 0 ? 1 : labels.inner;
   const int64_t step = labels.codebook_stride == 0 ? 1 : labels.inner;
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
-  std::vector<Buffer<char>> slots;
   std::vector<int64_t> rows;
   for (int64_t d = 0; d < codebooks; ++d) {
-    const PreparedCodebook codebook(kernel, labels.codebook + d * labels.codebook_stride, labels, op);
+    const float* codes_kc = labels.codebook + d * labels.codebook_stride;
+    const CentredCodebook codebook(kernel.scores, codes_kc, num_codes, channels);
+    if (!codebook.finite()) refuse_not_finite(op, "codebook", codes_kc, 1, num_codes, channels, false);
     rows.clear();
     for (int64_t row = d; row < labels.outer * labels.inner; row += step) {
       if (counted(row)) rows.push_back(row);
     }
-    const int64_t count = static_cast<int64_t>(rows.size()), chunk = kernel.rows_at_once;
-    const int64_t chunks = divide_up(count, chunk), workers = std::min(threads, chunks);
-    while (static_cast<int64_t>(slots.size()) < workers) {
-      slots.emplace_back(static_cast<int64_t>(kernel.scratch_bytes(labels.num_codes, labels.channels)));
+    const int64_t count = static_cast<int64_t>(rows.size());
+    const TilePlan plan =
+        plan_tiles(kernel.scores, count, num_codes, channels, kRowsPerRowOfScores * (kernel.scores.tile_rows + 1));
+    // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns a tile.
+    std::vector<ScoredRows> tiles;
+    std::vector<Buffer<char>> memory;
+    for (int64_t i = 0; i < plan.workers; ++i) tiles.emplace_back(kernel.scores, plan, num_codes, channels);
+    for (int64_t i = 0; i < plan.workers * plan.parts; ++i) {
+      memory.emplace_back(static_cast<int64_t>(kernel.scratch_bytes(num_codes)));
     }
     std::atomic<int64_t> next{0};
-    for_each_task<FlushDenormals>(workers, [&](int64_t worker) {
-      for (int64_t begin = next.fetch_add(chunk); begin < count; begin = next.fetch_add(chunk)) {
-        work(kernel, codebook.view(), rows.data() + begin, static_cast<int>(std::min(chunk, count - begin)),
-             slots[worker]);
+    auto take_tiles = [&](int64_t worker) {
+      const ScoredRows& tile = tiles[worker];
+      const float* x[kMostRows];
+      for (int64_t begin = next.fetch_add(plan.rows); begin < count; begin = next.fetch_add(plan.rows)) {
+        const int n = static_cast<int>(std::min(plan.rows, count - begin));
+        for (int i = 0; i < n; ++i) x[i] = labels.x + rows[begin + i] * channels;
+        tile.score<FlushDenormals>(codebook.view(), x, n);
+        tile.share_rows<FlushDenormals>(n, [&](int64_t part, int first, int last) {
+          work(kernel, codebook.view(), rows.data() + begin, LabelTile{x, first, last, tile.parts(), tile.memory()},
+               memory[worker * plan.parts + part]);
+        });
       }
-    });
+    };
+    if (plan.parts > 1) {
+      take_tiles(0);
+    } else {
+      for_each_task<FlushDenormals>(plan.workers, take_tiles);
+    }
   }
 }
 
-constexpr int kMostRows = 64;
 // A gradient from here on goes past the caches: written through them, it would be read first.
 constexpr int64_t kStreamedBytes = 16 << 20;
-
-int64_t size_of(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
 
 }  // namespace
 
 void launch(const DistanceSoftmaxParams& p, void*) {
   const SoftLabels& labels = p.labels;
-  for_each_chunk(
+  for_each_tile(
       labels, "distance_softmax", [](int64_t) { return true; },
-      [&](const SoftLabelKernel& kernel, const LabelCodebook& codebook, const int64_t* rows, int count, void* memory) {
-        const float* x[kMostRows];
+      [&](const SoftLabelKernel& kernel, const CentredCodes& codebook, const int64_t* rows, const LabelTile& tile,
+          void*) {
         float* q[kMostRows];
-        for (int i = 0; i < count; ++i) {
-          x[i] = labels.x + rows[i] * labels.channels;
-          q[i] = p.q + rows[i] * labels.num_codes;
-        }
-        kernel.distance_softmax(codebook, x, q, count, memory);
+        for (int i = tile.first; i < tile.last; ++i) q[i] = p.q + rows[i] * labels.num_codes;
+        kernel.distance_softmax(codebook, labels.tau, tile, q);
       });
 }
 
@@ -144,20 +108,17 @@ void launch(const SoftLabelCrossEntropyParams& p, void*) {
   };
   const bool streams = p.gradient != p.logits && num_rows * labels.num_codes * size >= kStreamedBytes;
   auto counted = [&](int64_t row) { return p.mask == nullptr || p.mask[row] != 0; };
-  for_each_chunk(
-      labels, "soft_label_cross_entropy", counted,
-      [&](const SoftLabelKernel& kernel, const LabelCodebook& codebook, const int64_t* rows, int count, void* memory) {
-        CrossEntropyRow all[kMostRows];
-        for (int i = 0; i < count; ++i) {
-          all[i] = {labels.x + rows[i] * labels.channels,
-                    logits_at(rows[i]),
-                    gradient_at(rows[i]),
-                    p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride]),
-                    p.losses + rows[i],
-                    streams};
-        }
-        kernel.cross_entropy(codebook, all, p.type, count, memory);
-      });
+  for_each_tile(labels, "soft_label_cross_entropy", counted,
+                [&](const SoftLabelKernel& kernel, const CentredCodes& codebook, const int64_t* rows,
+                    const LabelTile& tile, void* memory) {
+                  CrossEntropyRow all[kMostRows];
+                  for (int i = tile.first; i < tile.last; ++i) {
+                    all[i] = {logits_at(rows[i]), gradient_at(rows[i]),
+                              p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride]),
+                              p.losses + rows[i], streams};
+                  }
+                  kernel.cross_entropy(codebook, labels.tau, tile, all, p.type, memory);
+                });
   double total = 0;
   for (int64_t row = 0; row < num_rows; ++row) {
     if (!counted(row)) {

@@ -1,13 +1,10 @@
 // Soft labels on a CPU, compiled once per instruction set.
 //
-//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(2 h_k / tau),   h_k = <x', e'_k> - |e'_k|^2 / 2,
+//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(-2 t_k / tau),   t_k the scores of common/code_scores.h.
 //
-// with x' = x - m and e'_k = e_k - m for any vector m: one in the middle of the codes, where they lie off the origin,
-// so that h has digits left. kRows rows go together:
-//   scan     products in registers, kCodeTile codes x kRows rows. A row is a lane: only the few rows are packed, and
-//   the
-//            codebook is read as it lies. Tiles are turned into (row, code) on their way to memory. 2 C operations per
-//            row and code, the codebook read once per kRows rows, 4 kRows bytes of scores per code, which stay near.
+// A tile of rows goes through three steps:
+//   scan     the scores of all codes (common/code_scores.h): 2 C operations per row and code, the codebook read once
+//            per tile.
 //   refine   where rounding could be seen in Q, float64 for the codes that matter (below).
 //   row      the exponentials of both softmaxes, each computed once, and all sums: logits are read once for their
 //            maximum, once (from the cache) for that, and the gradient is written once.
@@ -15,238 +12,75 @@
 // Sums run in float32 over kBlockVecs vectors and in float64 over those; a row's result depends on nothing but the row.
 // Numbers below the normal floats are zero (cpu.cpp sets that for every thread), so a Q below about 1e-38 is zero.
 //
-// Refining. With u = 2^-24, a = |x'|, n = max|e'_k|, g(j) = j u / (1 - j u), half scores are off by at most
-//   the dot product and its factors' rounding (x' and e' once each)   g(C + 3) a n
-//   |e'|^2/2, in float64 from the unrounded difference, to float      u n^2 / 2
-//   the subtraction                                                   u (n^2 / 2 + a n)
+// Refining. With u = 2^-24, a = |x'|, n = max|e'_k|, L = dot_terms(C), scores are off by at most
+//   what code_scores.h says                                           g(L + 4) a n + 1.1 u n^2
 //   underflow: of C products and sums, of the three roundings         2^-125 (C + 3) (1 + a + n)
-//   together  E = g(C + 4) a n + 1.1 u n^2 + 2^-125 (C + 3) (1 + a + n)
-// and a difference of two scores by 4 E / tau. Where that is at most kSeldom, the scores serve as they are. Above,
-// codes that could have the most of Q get their scores from distances in the definition's float64: a code with h_k <
-// max h - 2 E - r tau has Q_k < e^-2r of the largest (its exact half score is more than r tau below that of the code
-// with max h) and stays out.
+// together E, and a difference of two scores, times 2 / tau, by 4 E / tau. Where that is at most kSeldom, the scores
+// serve as they are. Above, codes that could have the most of Q get their scores from distances in the definition's
+// float64: a code with t_k > min t + 2 E + r tau has Q_k < e^-2r of the largest (its exact score is more than r tau
+// above that of the code with min t) and stays out.
 //   4 E / tau > kSeen     r = 20: Q beyond is nothing. However many codes there are, for as tau -> 0 Q has to tend to
 //                         the certified code.
 //   above kSeldom         r = 6, where they are at most kFew: rounding errors have signs and stay far below their
-//   bound,
-//                         and a Q of more codes averages them; it is as good as one from any float32 products.
-#include "common/exact.h"
-#include "common/simd.h"
+//                         bound, and a Q of more codes averages them; it is as good as one from any float32 products.
+#include "common/code_scores.h"
 #include "ops/soft_label/rows.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-constexpr int kRowVecs = 2;
-constexpr int kRows = kRowVecs * Vec::kSize;
-#if defined(__AVX512F__)
-constexpr int kCodeTile = 12;  // 12 x 2 accumulators of 32 registers
-#else
-constexpr int kCodeTile = 4;  // 4 x 2 of 16
-#endif
 constexpr int kBlockVecs = 64;
 constexpr double kSeen = 1.0 / 16, kSeldom = 1.0 / 4096;
 constexpr int kFew = 64;
 constexpr double kHuge = 1e37;  // a tenth of float's range
 
-int64_t round_up_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
-int64_t padded(int64_t num_codes) { return round_up_to(round_up_to(num_codes, Vec::kSize), kCodeTile); }
-
-// A cache line more than a row needs: rows a power of two apart would share the same few lines of the cache.
-int64_t row_stride(int64_t num_codes) { return round_up_to(padded(num_codes), 16) + 16; }
-
-struct Scratch {
-  float* x_cn;        // (channels, kRows): the rows side by side, less the mean
-  float* last_codes;  // (kCodeTile, channels): the last codes, and zeros
-  float* scores;      // (kRows, row_stride)
-  float* exps;        // (row_stride): of one row's logits
-  float* highest;     // (kRows): of each row's half scores
-  double* squared;    // (kRows): |x'|^2
-  size_t bytes;
-};
-
-Scratch divide(void* memory, int64_t num_codes, int64_t channels) {
-  size_t used = 0;
-  auto take = [&used, memory](int64_t bytes) {
-    void* part = static_cast<char*>(memory) + used;
-    used += size_t(round_up_to(bytes, 64));
-    return part;
-  };
-  const int64_t size = sizeof(float);
-  Scratch scratch{};
-  scratch.x_cn = static_cast<float*>(take(channels * kRows * size));
-  scratch.last_codes = static_cast<float*>(take(kCodeTile * channels * size));
-  scratch.scores = static_cast<float*>(take(kRows * row_stride(num_codes) * size));
-  scratch.exps = static_cast<float*>(take(row_stride(num_codes) * size));
-  scratch.highest = static_cast<float*>(take(kRows * size));
-  scratch.squared = static_cast<double*>(take(kRows * int64_t(sizeof(double))));
-  scratch.bytes = used;
-  return scratch;
-}
-
-size_t scratch_bytes(int64_t num_codes, int64_t channels) { return divide(nullptr, num_codes, channels).bytes; }
-
-// --- scan ------------------------------------------------------------------------------------------------
-
-// Half scores of kCodeTile codes, channels apart, for V vectors of rows.
-template <int V>
-[[gnu::always_inline]] inline void scan_tile(const float* __restrict__ x_cn, const float* __restrict__ codes,
-                                             const float* half_norms, int64_t channels, float* scores, int64_t stride,
-                                             Vec (&highest)[V]) {
-  Vec dot[kCodeTile][V];
-#pragma GCC unroll 16
-  for (int i = 0; i < kCodeTile; ++i) {
-    for (int v = 0; v < V; ++v) dot[i][v] = Vec::zero();
-  }
-  // A pointer for every fourth code, the others by strides; hidden from the compiler, which would make it a pointer for
-  // each, more than there are registers.
-  const float* fourth[kCodeTile / 4];
-  for (int i = 0; i < kCodeTile / 4; ++i) fourth[i] = codes + 4 * i * channels;
-  const int64_t three = 3 * channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    Vec r[V];
-    for (int v = 0; v < V; ++v) r[v] = Vec::load(x_cn + c * kRows + v * Vec::kSize);
-    // The next tile, which follows in memory.
-    __builtin_prefetch(codes + kCodeTile * (channels + c), 0, 2);
-#pragma GCC unroll 16
-    for (int i = 0; i < kCodeTile / 4; ++i) {
-      const float* e = fourth[i]++;
-      asm("" : "+r"(e));
-      const Vec four[4] = {Vec::fill(e[0]), Vec::fill(e[channels]), Vec::fill(e[2 * channels]), Vec::fill(e[three])};
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        for (int v = 0; v < V; ++v) dot[4 * i + j][v] = fma(four[j], r[v], dot[4 * i + j][v]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kCodeTile; ++i) {
-    const Vec half_norm = Vec::fill(half_norms[i]);
-    for (int v = 0; v < V; ++v) {
-      dot[i][v] = dot[i][v] - half_norm;
-      highest[v] = max(dot[i][v], highest[v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kCodeTile; i += 4) {
-    for (int v = 0; v < V; ++v) {
-      store_columns(dot[i][v], dot[i + 1][v], dot[i + 2][v], dot[i + 3][v], scores + v * Vec::kSize * stride + i,
-                    stride);
-    }
-  }
-}
-
-template <int V>
-void scan(const LabelCodebook& codebook, const Scratch& scratch) {
-  const int64_t channels = codebook.channels, stride = row_stride(codebook.num_codes),
-                whole = codebook.num_codes / kCodeTile * kCodeTile;
-  Vec highest[V];
-  for (int v = 0; v < V; ++v) highest[v] = Vec::fill(-__builtin_inff());
-  for (int64_t k = 0; k < whole; k += kCodeTile) {
-    scan_tile<V>(scratch.x_cn, codebook.centred_kc + k * channels, codebook.half_norms + k, channels,
-                 scratch.scores + k, stride, highest);
-  }
-  for (int64_t k = whole; k < padded(codebook.num_codes); k += kCodeTile) {
-    for (int64_t i = 0; i < kCodeTile; ++i) {
-      for (int64_t c = 0; c < channels; ++c) {
-        scratch.last_codes[i * channels + c] =
-            k + i < codebook.num_codes ? codebook.centred_kc[(k + i) * channels + c] : 0.0f;
-      }
-    }
-    scan_tile<V>(scratch.x_cn, scratch.last_codes, codebook.half_norms + k, channels, scratch.scores + k, stride,
-                 highest);
-  }
-  for (int v = 0; v < V; ++v) highest[v].store(scratch.highest + v * Vec::kSize);
-}
-
-// Fills the lane of a row, with zeros where x is null.
-void pack_row(const LabelCodebook& codebook, const float* x, int row, const Scratch& scratch) {
-  const int64_t channels = codebook.channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    scratch.x_cn[c * kRows + row] = x == nullptr ? 0.0f : codebook.mean == nullptr ? x[c] : x[c] - codebook.mean[c];
-  }
-  if (x == nullptr) return;
-  scratch.squared[row] =
-      codebook.mean == nullptr ? squared_norm(x, channels) : squared_distance(x, codebook.mean, channels);
-}
-
-// Half scores of the rows x(0) .. x(count - 1).
-template <class X>
-void scan_rows(const LabelCodebook& codebook, X x, int count, const Scratch& scratch) {
-  for (int row = 0; row < kRows; ++row) pack_row(codebook, row < count ? x(row) : nullptr, row, scratch);
-  if (count <= Vec::kSize) {
-    scan<1>(codebook, scratch);
-  } else {
-    scan<kRowVecs>(codebook, scratch);
-  }
-}
+// A row's exponentials of its logits.
+size_t scratch_bytes(int64_t num_codes) { return size_t(score_stride(num_codes)) * sizeof(float); }
 
 // --- refine ----------------------------------------------------------------------------------------------
 
-// The exponent of Q_k is (scores[k] - shift) * factor, at most 0.
+// Q_k is proportional to e^((shift - scores[k]) factor), at most 1.
 struct Exponent {
   float shift, factor;
 };
 
-// How far a half score can be from the exact one.
-double half_score_error(double a, double n, int64_t channels) {
-  const double u = 0x1p-24, terms = double(channels) + 4;
-  return terms * u / (1 - terms * u) * a * n + 1.1 * u * n * n + 0x1p-125 * terms * (1 + a + n);
+// How far a score can be from the exact one.
+double score_error(double a, double n, int64_t channels) {
+  const double u = 0x1p-24, terms = dot_terms(channels) + 4;
+  return terms * u / (1 - terms * u) * a * n + 1.1 * u * n * n + 0x1p-125 * (double(channels) + 4) * (1 + a + n);
 }
 
-bool has_more_above(const float* scores, int64_t num_codes, float limit, int64_t few) {
-  const Vec least = Vec::fill(limit);
-  int64_t count = 0;
-  for (int64_t k = 0; k < num_codes && count <= few; k += Vec::kSize) {
-    count += __builtin_popcount(at_most(least, Vec::load(scores + k)));
-  }
-  return count > few;
-}
-
-// visit(k) for the codes with exponents[k] >= limit; it may change that one.
-template <class Visit>
-void for_each_above(const float* exponents, int64_t num_codes, float limit, Visit visit) {
-  const Vec least = Vec::fill(limit);
-  for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
-    for (uint32_t left = at_most(least, Vec::load(exponents + k)); left != 0; left &= left - 1) {
-      const int64_t found = k + __builtin_ctz(left);
-      if (found < num_codes) visit(found);
-    }
-  }
-}
-
-Exponent refine(const LabelCodebook& codebook, const float* x, double squared, float highest, float* scores) {
+Exponent refine(const CentredCodes& codebook, double tau, const float* x, double squared, float lowest, float* scores) {
   const int64_t channels = codebook.channels, num_codes = codebook.num_codes;
-  const double a = __builtin_sqrt(squared), n = codebook.max_norm, tau = codebook.tau;
+  const double a = __builtin_sqrt(squared), n = codebook.max_norm;
   const double most = 3e38, wanted = 2 / tau;
-  const Exponent plain{highest, float(wanted < most ? wanted : most)};
+  const Exponent plain{lowest, float(wanted < most ? wanted : most)};
   auto exact = [&](int64_t k) { return squared_distance(x, codebook.codes_kc + k * channels, channels); };
   // Where a product could overflow, no score says anything.
   if (!((a + n) * (a + n) < kHuge) || double(channels) > 0x1p20) {
     double nearest = __builtin_inf();
     for (int64_t k = 0; k < num_codes; ++k) nearest = exact(k) < nearest ? exact(k) : nearest;
-    for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((nearest - exact(k)) / tau);
+    for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((exact(k) - nearest) / tau);
     return {0.0f, 1.0f};
   }
   if (wanted < 1e-37) {
     // A factor that small is no float: Q is all but uniform.
-    for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((double(scores[k]) - double(highest)) * wanted);
+    for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((double(scores[k]) - double(lowest)) * wanted);
     return {0.0f, 1.0f};
   }
-  const double error = 4 * half_score_error(a, n, channels) / tau;
+  const double error = 4 * score_error(a, n, channels) / tau;
   if (error <= kSeldom) return plain;
   const bool all = error > kSeen;
   const double reach = (error + (all ? 40 : 12)) * (1 + 1e-6);
-  if (!all && has_more_above(scores, num_codes, float(double(highest) - reach / wanted), kFew)) return plain;
+  if (!all && !few_are_near(scores, num_codes, float(double(lowest) + reach / wanted), kFew)) return plain;
   for (int64_t k = 0; k < num_codes; ++k) scores[k] = (scores[k] - plain.shift) * plain.factor;
   double nearest = __builtin_inf();
-  for_each_above(scores, num_codes, float(-reach), [&](int64_t k) {
+  for_each_near(scores, num_codes, float(reach), [&](int64_t k) {
     const double d = exact(k);
     nearest = d < nearest ? d : nearest;
   });
-  for_each_above(scores, num_codes, float(-reach), [&](int64_t k) { scores[k] = float((nearest - exact(k)) / tau); });
+  for_each_near(scores, num_codes, float(reach), [&](int64_t k) { scores[k] = float((exact(k) - nearest) / tau); });
   return {0.0f, 1.0f};
 }
 
@@ -266,43 +100,6 @@ struct BlockSum {
   }
 };
 
-struct Float32 {
-  using T = float;
-  static constexpr bool kStreams = true;
-  static Vec load(const T* p) { return Vec::load(p); }
-  static void store(Vec a, T* p) { a.store(p); }
-};
-struct Float16 {
-  using T = uint16_t;
-  static constexpr bool kStreams = false;
-  static Vec load(const T* p) { return load_float16(p); }
-  static void store(Vec a, T* p) { store_float16(a, p); }
-};
-struct BFloat16 {
-  using T = uint16_t;
-  static constexpr bool kStreams = false;
-  static Vec load(const T* p) { return load_bfloat16(p); }
-  static void store(Vec a, T* p) { store_bfloat16(a, p); }
-};
-
-// The first n of a vector, fewer than there are, then `rest`.
-template <class F>
-Vec load_first(const typename F::T* p, int64_t n, float rest) {
-  typename F::T raw[Vec::kSize] = {};
-  float values[Vec::kSize];
-  __builtin_memcpy(raw, p, size_t(n) * sizeof(*p));
-  F::load(raw).store(values);
-  for (int64_t j = n; j < Vec::kSize; ++j) values[j] = rest;
-  return Vec::load(values);
-}
-
-template <class F>
-void store_first(Vec a, typename F::T* p, int64_t n) {
-  typename F::T raw[Vec::kSize];
-  F::store(a, raw);
-  __builtin_memcpy(p, raw, size_t(n) * sizeof(*p));
-}
-
 template <class F>
 float largest_logit(const typename F::T* logits, int64_t num_codes) {
   constexpr int kChains = 4;
@@ -321,20 +118,20 @@ float largest_logit(const typename F::T* logits, int64_t num_codes) {
 }
 
 inline Vec label_exponential(const Exponent& exponent, Vec score) {
-  return exp((score - Vec::fill(exponent.shift)) * Vec::fill(exponent.factor));
+  return exp((Vec::fill(exponent.shift) - score) * Vec::fill(exponent.factor));
 }
 
-void distance_softmax(const LabelCodebook& codebook, const float* const* x, float* const* q, int count, void* memory) {
-  const Scratch scratch = divide(memory, codebook.num_codes, codebook.channels);
-  const int64_t num_codes = codebook.num_codes, stride = row_stride(num_codes);
-  scan_rows(codebook, [x](int row) { return x[row]; }, count, scratch);
-  for (int row = 0; row < count; ++row) {
-    float* scores = scratch.scores + row * stride;
-    if (!__builtin_isfinite(scratch.squared[row])) {
+void distance_softmax(const CentredCodes& codebook, double tau, const LabelTile& rows, float* const* q) {
+  const int64_t num_codes = codebook.num_codes;
+  const RowTile tile = row_tile(rows.memory, num_codes, codebook.channels, rows.parts);
+  for (int row = rows.first; row < rows.last; ++row) {
+    float* scores = tile.scores + row * tile.stride;
+    if (!__builtin_isfinite(tile.squared[row])) {
       for (int64_t k = 0; k < num_codes; ++k) q[row][k] = __builtin_nanf("");
       continue;
     }
-    const Exponent exponent = refine(codebook, x[row], scratch.squared[row], scratch.highest[row], scores);
+    const Exponent exponent =
+        refine(codebook, tau, rows.x[row], tile.squared[row], lowest_of_row(tile, rows.parts, row), scores);
     BlockSum sum;
     for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
       const Vec e = label_exponential(exponent, Vec::load(scores + k));
@@ -413,11 +210,14 @@ void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t
 }
 
 template <class F>
-void finish_rows(const LabelCodebook& codebook, const CrossEntropyRow* rows, int count, const Scratch& scratch) {
-  const int64_t num_codes = codebook.num_codes, stride = row_stride(num_codes);
-  for (int i = 0; i < count; ++i) {
+void finish_rows(const CentredCodes& codebook, double tau, const LabelTile& at, const CrossEntropyRow* rows,
+                 void* memory) {
+  const int64_t num_codes = codebook.num_codes;
+  const RowTile tile = row_tile(at.memory, num_codes, codebook.channels, at.parts);
+  float* exps = static_cast<float*>(memory);
+  for (int i = at.first; i < at.last; ++i) {
     const CrossEntropyRow& row = rows[i];
-    if (!__builtin_isfinite(scratch.squared[i])) {
+    if (!__builtin_isfinite(tile.squared[i])) {
       const Vec nan = Vec::fill(__builtin_nanf(""));
       *row.loss = __builtin_nanf("");
       typename F::T* gradient = static_cast<typename F::T*>(row.gradient);
@@ -426,35 +226,32 @@ void finish_rows(const LabelCodebook& codebook, const CrossEntropyRow* rows, int
       }
       continue;
     }
-    const CrossEntropyRow& next = rows[i + 1 < count ? i + 1 : i];
-    float* scores = scratch.scores + i * stride;
-    const Exponent exponent = refine(codebook, row.x, scratch.squared[i], scratch.highest[i], scores);
+    const CrossEntropyRow& next = rows[i + 1 < at.last ? i + 1 : i];
+    float* scores = tile.scores + i * tile.stride;
+    const Exponent exponent = refine(codebook, tau, at.x[i], tile.squared[i], lowest_of_row(tile, at.parts, i), scores);
     if (row.gradient != nullptr) {
-      finish_row<F, true>(row, next, num_codes, exponent, scores, scratch.exps);
+      finish_row<F, true>(row, next, num_codes, exponent, scores, exps);
     } else {
       finish_row<F, false>(row, next, num_codes, exponent, scores, nullptr);
     }
   }
 }
 
-void cross_entropy(const LabelCodebook& codebook, const CrossEntropyRow* rows, FloatType type, int count,
-                   void* memory) {
-  const Scratch scratch = divide(memory, codebook.num_codes, codebook.channels);
-  scan_rows(codebook, [rows](int row) { return rows[row].x; }, count, scratch);
+void cross_entropy(const CentredCodes& codebook, double tau, const LabelTile& tile, const CrossEntropyRow* rows,
+                   FloatType type, void* memory) {
   if (type == FloatType::kFloat32) {
-    finish_rows<Float32>(codebook, rows, count, scratch);
+    finish_rows<Float32>(codebook, tau, tile, rows, memory);
   } else if (type == FloatType::kFloat16) {
-    finish_rows<Float16>(codebook, rows, count, scratch);
+    finish_rows<Float16>(codebook, tau, tile, rows, memory);
   } else {
-    finish_rows<BFloat16>(codebook, rows, count, scratch);
+    finish_rows<BFloat16>(codebook, tau, tile, rows, memory);
   }
 }
 
 }  // namespace
 
 extern const SoftLabelKernel soft_label_kernel;
-const SoftLabelKernel soft_label_kernel = {kRows,        padded,           scratch_bytes, squared_distance,
-                                           squared_norm, distance_softmax, cross_entropy};
+const SoftLabelKernel soft_label_kernel = {kCodeScores, scratch_bytes, distance_softmax, cross_entropy};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

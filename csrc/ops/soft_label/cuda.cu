@@ -6,18 +6,32 @@ namespace rqk {
 namespace soft_label {
 namespace {
 
+int64_t plan_here(const char* op, const SoftLabels& labels, Work* w) {
+  return plan(labels, device_limits(op).shared_bytes, labels.workspace, w);
+}
+
 template <FloatType kType, bool kLoss>
 void launch_rows(const char* op, const SoftLabelCrossEntropyParams& p, void* stream) {
-  const SoftLabels& labels = p.labels;
-  const bool is_shared = labels.codebook_stride == 0;
-  const int64_t rows = is_shared ? labels.outer * labels.inner : labels.outer;
-  const Tiles tiles{is_shared ? 1 : labels.inner, (rows + kRows - 1) / kRows};
-  launch_kernel(op, label_rows<kType, kLoss>, grid_for(tiles.codebooks * tiles.per_codebook), kThreads, 0, stream, p,
-                tiles);
+  Work w;
+  plan_here(op, p.labels, &w);
+  if (w.blocks > 0) {
+    launch_kernel(op, find_middles, grid_for(divide_up(w.codebooks * w.chunks * kChunk, kThreads)), kThreads, 0, stream,
+                  p.labels, w);
+    launch_kernel(op, pack_codes, grid_for(w.codebooks * w.tiles), kThreads, 0, stream, p.labels, w);
+    launch_kernel(op, label_rows<kType, kLoss>, static_cast<unsigned>(w.blocks), kThreads,
+                  static_cast<size_t>(w.shared_bytes), stream, p, w);
+  }
+  launch_kernel(op, direct::label_listed_rows<kLoss>, grid_for(w.codebooks * divide_up(w.rows, direct::kRows)),
+                kThreads, 0, stream, p, w);
 }
 
 }  // namespace
 }  // namespace soft_label
+
+int64_t workspace_bytes(const SoftLabels& labels) {
+  soft_label::Work w;
+  return soft_label::plan_here("soft_labels", labels, &w);
+}
 
 void launch(const DistanceSoftmaxParams& p, void* stream) {
   SoftLabelCrossEntropyParams rows{};

@@ -1,498 +1,462 @@
-// Soft labels on a GPU: a block takes 32 rows through all codes, 128 at a time; Q is never in memory.
+// Soft labels on a GPU: a block takes 64 rows through all codes, 128 at a time; Q is never in memory.
 //
-// Distances are sums of squared differences in float32: twice the operations of a dot product, but nothing cancels, so
-// that small distances keep their digits and nothing has to be centred or measured beforehand. Per tile of 32 rows x
-// 128 codes, chunks of 32 channels of both go through two stages of shared memory: while a warp works on one, the next
-// is on its way into registers. A warp has four rows to itself, a lane every 32nd code of them, in registers 4 x 4
-// distances: neighbouring lanes read neighbouring logits, and all that is summed up per row stays within the warp.
-//   first pass     nearest distance, largest logit and the sums below them, online: a sum is scaled where its
-//                  reference moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that
-//                  reference adds numbers of one sign: nothing cancels there either.
-//   careful pass   for a block with rows whose Q could show the rounding of float32 (below) or with logits of -inf:
-//                  sums once more, with references that are known; before it, where float64 is needed, a pass for the
-//                  nearest distance in that.
-//   last pass      distances once more, and the gradient (or Q) is written. An element is read and written by the same
-//                  thread, so that the gradient may take the place of the logits.
-// A row's result depends on nothing but the row. Sums are float32 over a tile's codes and float64 over tiles.
+//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(2 h_k / tau),  h_k = <x - m, e_k - m> - |e_k - m|^2 / 2
 //
-// Moves, for N rows of K codes and C channels: the codebook per 32 rows and pass (from L2), the logits once per pass
-// and the gradient once; per pass 3 N K C float32 operations in 2 N K C instructions (a subtraction, a multiply-add)
-// and two exponentials per element.
+//   tiles.cuh    half scores h by tensor cores, and the bound E of their error; the codebooks in two parts of float16
+//   direct.cuh   the direct way, for rows that they cannot serve
+//   row.cuh, halves.cuh, plan.h   a row's pointers; logits of each type; tile shapes and the workspace
 //
-// Rounding. With u = 2^-24 a distance d is off by at most relative * d + absolute: two roundings of a difference, each
-// twice in its square, min(C, 32) of additions within a chunk and C / 32 beyond make relative = (min(C, 32) + C/32 + 5)
-// u; what lies below the floats is far less than absolute = C 2^-120. Where (relative * nearest + absolute) / tau is at
-// most kSeen the distances serve as they are. Elsewhere a code is a candidate unless its distance is above
-//   limit = ((1 + 2 relative) nearest + 2 absolute + 40 tau) (1 + relative) + absolute:
-// then it is in truth more than 40 tau above the nearest one, and its label below e^-40 of the largest, as it also is
-// by float32 distances. Candidates get their distances in the definition's float64: as tau -> 0, Q tends to the
-// certified code. So does every code whose distance is not a float; where that is not finite in float64 either, the
-// codebook is not, and the row becomes NaN.
+//   first pass   nearest code, largest logit and the sums below them, online: a sum is scaled where its reference
+//                moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that reference adds
+//                numbers of one sign: nothing cancels there either. Codes that may need float64 (below) are listed.
+//   settle       the two columns of warps are added up, listed codes evaluated, the loss written.
+//   second pass  half scores once more, from the last tile to the first, and the gradient (or Q) is written; then that
+//                of listed codes. An element is read and written by the same thread, so that the gradient may take the
+//                place of the logits.
+// Sums are float32 over a warp's 64 codes of a tile and float64 over tiles, in an order that K alone decides: a row's
+// result depends on nothing but the row.
+//
+// What limits it, for N rows of K codes. Per element and pass there are 6 C operations of the matrix unit, fed by 5
+// C/16 bytes of shared memory, of which 4 C / 64 bytes of codes come from L2, and some 25 instructions elsewhere, two
+// of them exponentials; the logits are read once per pass and the gradient is written once. By an H100's data
+// sheet, 1.7 GHz (mma.sync at two thirds of the 990 TFLOP/s that wgmma reaches; 128 bytes of shared memory and 4
+// instructions of warps per clock and multiprocessor; 5.5 TB/s of L2 and 3 TB/s of memory), N K = 2^28, both passes:
+//                      matrix unit  shared memory  L2       instructions  memory: logits read once / twice
+//   C = 256, float32   1.3 ms       1.5 ms         1.6 ms   0.5 ms        0.7 / 1.1 ms
+//            bfloat16                                                     0.4 / 0.5 ms
+//   C =  32, float32   0.2 ms       0.2 ms         0.2 ms   0.5 ms        0.7 / 1.1 ms
+//            bfloat16                                                     0.4 / 0.5 ms
+// At C = 256 three units of the products are about even, and a second read of the logits hides behind them. At C = 32
+// memory is the limit, or with bfloat16 as good as the instructions. There 264 blocks of 64 rows of 4096 codes have 138
+// MB of bfloat16 logits in flight (twice that in float32), for 50 MB of L2. To keep a row's logits on chip a block
+// could hold 8 rows or so, and their codes would cost 4 C / 8 bytes of L2 per element and pass, for 2 or 4 bytes of
+// memory saved once; many small launches over fewer rows would each fill and drain the device in as long as they run.
+// So the second pass goes backwards: what was read last is read first, and L2 serves what it still has. 128 rows to a
+// block would halve the reads of the codes, but leave one block per multiprocessor at C = 256, whose exponentials then
+// wait for its products; two blocks hide each other's. None of this has been measured.
+//
+// Refining. A difference of two half scores is off by 2 E, an exponent by 4 E / tau. Where that is at most kSeldom, the
+// half scores serve as they are. Above, codes that could have the most of Q get their exponents from distances in the
+// definition's float64: a code with h_k < max h - 2 E - r tau / 2 has Q_k < e^-r of the largest and stays out.
+//   4 E / tau > kSeen    r = 40: Q beyond is nothing, and the sums are those of the listed codes. As tau -> 0, Q tends
+//                        to the certified code. Where a list overflows, the row goes the direct way.
+//   above kSeldom        r = 12, and the sums are corrected. Where a list overflows (more than kCapacity codes of a
+//                        column), the half scores serve after all: rounding errors have signs and stay far below their
+//                        bound, and a Q of that many codes averages them.
+// A list is filled with what comes within reach of the largest h so far, and weeded where it is full.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
-#include "ops/soft_label/params.h"
+#include "ops/soft_label/direct.cuh"
+#include "ops/soft_label/tiles.cuh"
 
 namespace rqk {
 namespace soft_label {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kRowsPerWarp = 4, kRows = kWarps * kRowsPerWarp;
-constexpr int kCodesPerLane = 4, kCodes = 32 * kCodesPerLane;
-constexpr int kChunk = 32;  // channels: a lane's each on their way to shared memory
-constexpr int kUnroll = 8;  // channels; what is computed is a multiple of that
-constexpr double kSeen = 1e-3;
-constexpr unsigned kFullWarp = 0xffffffffu, kAllRows = (1u << kRowsPerWarp) - 1;
+// Per multiprocessor. What ptxas makes of sm_100 and later does not fit into the 128 registers of two: it spills a few
+// numbers around the scans.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksAtOnce = 1;
+#else
+constexpr int kBlocksAtOnce = 2;
+#endif
 
-// Channels apart. The padding puts the 32 channels that a warp stores into 32 banks.
-struct __align__(16) Stage {
-  float x[kChunk][kRows + 4];
-  float codes[kChunk][kCodes + 1];
+constexpr double kSeen = 1.0 / 16, kSeldom = 1.0 / 4096;
+
+enum Way : int32_t { kAbsent, kMasked, kTiled, kDirect };
+
+// What a column of warps has seen of a row. Sums are of exponentials below the references.
+struct Sums {
+  float nearest, largest;          // the references: the largest half score and logit
+  double labels, logits, product;  // product: of label and logit less the largest
+  int32_t listed, unused;          // candidates; -1: more than the list holds
 };
 
-struct Row {
-  const float* x;      // null where the row is not counted
-  const void* logits;  // of counted rows
-  void* gradient;      // null where there is no row, or no gradient
-  float* loss;         // null where there is no row, or no loss
-  float weight;
+// A block's rows, in shared memory.
+struct RowTables {
+  int64_t codebook, first;  // whose rows they are, and the first of them
+  PackedCodes codes;        // of that codebook
+  Row row[kTileRows];
+  Way way[kTileRows];
+  float scale[kTileRows];  // of its parts
+  float error[kTileRows];  // 4 E / tau
+  float reach[kTileRows];  // a code this far below the largest half score needs no look; -inf: none does
+  Sums sums[kColumns][kTileRows];
+  // What the second pass needs.
+  Way decided[kTileRows];
+  int32_t corrected[kColumns][kTileRows];  // candidates
+  float nearest[kTileRows], largest[kTileRows], label_factor[kTileRows], logit_factor[kTileRows];
 };
+static_assert(sizeof(RowTables) <= kSharedTables);
 
-// --- numbers of two bytes, without NVIDIA's types: the emulation has none ---------------------------------
+// The rows that a warp sets, settles and corrects; in a scan it has others.
+constexpr int kOwnRows = kTileRows / kWarps;
+__device__ inline int first_own_row() { return threadIdx.x / 32 * kOwnRows; }
 
-__device__ inline float float_of_half(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
-  if (rest < 0x400) return __uint_as_float(sign | __float_as_uint(float(rest) * 0x1p-24f));
-  return __uint_as_float(sign | ((rest << 13) + (rest < 0x7c00 ? 0x38000000u : 0x70000000u)));
-}
-
-// To nearest even.
-__device__ inline uint16_t half_of_float(float value) {
-  const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);
-  // The last place of 0.5 is half's smallest number: the addition rounds.
-  if (rest < 0x38800000) {
-    return uint16_t(sign | (__float_as_uint(__fadd_rn(__uint_as_float(rest), 0.5f)) - 0x3f000000));
-  }
-  return uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
-}
-
-__device__ inline uint16_t bfloat16_of_float(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-template <FloatType kType>
-__device__ inline float load(const void* from, int64_t i) {
-  if constexpr (kType == FloatType::kFloat32) return static_cast<const float*>(from)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  if constexpr (kType == FloatType::kFloat16) return float_of_half(bits);
-  return __uint_as_float(uint32_t(bits) << 16);
-}
-
-template <FloatType kType>
-__device__ inline void store(void* to, int64_t i, float value) {
-  if constexpr (kType == FloatType::kFloat32) {
-    static_cast<float*>(to)[i] = value;
-  } else {
-    static_cast<uint16_t*>(to)[i] = kType == FloatType::kFloat16 ? half_of_float(value) : bfloat16_of_float(value);
-  }
-}
-
-// --- distances -------------------------------------------------------------------------------------------
-
-__device__ inline int lane_of_warp() { return threadIdx.x % 32; }
-__device__ inline int first_row_of_warp() { return threadIdx.x / 32 * kRowsPerWarp; }
-
-// Calls visit(k, distance) for every tile of codes: distance[r][j] is that of the warp's row r from code k + 32 j.
-template <class Visit>
-__device__ inline void scan(const Row* rows, const float* codebook, int64_t num_codes, int64_t channels,
-                            Stage (&stages)[2], Visit visit) {
-  const int lane = lane_of_warp(), warp = threadIdx.x / 32, first_row = first_row_of_warp();
-  constexpr int kCodesPerThread = kCodes / kWarps;
-  float next_codes[kCodesPerThread], next_x[kRowsPerWarp];
-  auto fetch = [&](int64_t tile, int64_t chunk) {
-    const int64_t c = chunk + lane;
-#pragma unroll
-    for (int i = 0; i < kCodesPerThread; ++i) {
-      const int64_t k = tile + i * kWarps + warp;
-      next_codes[i] = k < num_codes && c < channels ? codebook[k * channels + c] : 0.0f;
-    }
-#pragma unroll
-    for (int r = 0; r < kRowsPerWarp; ++r) {
-      const float* x = rows[first_row + r].x;
-      next_x[r] = x != nullptr && c < channels ? x[c] : 0.0f;
-    }
-  };
-  auto put = [&](Stage& stage) {
-#pragma unroll
-    for (int i = 0; i < kCodesPerThread; ++i) stage.codes[lane][i * kWarps + warp] = next_codes[i];
-#pragma unroll
-    for (int r = 0; r < kRowsPerWarp; ++r) stage.x[lane][first_row + r] = next_x[r];
-  };
-
-  fetch(0, 0);
-  put(stages[0]);
-  __syncthreads();
-  int at = 0;
-  for (int64_t tile = 0; tile < num_codes; tile += kCodes) {
-    float distance[kRowsPerWarp][kCodesPerLane] = {};
-    for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
-      const bool last_chunk = chunk + kChunk >= channels, last = last_chunk && tile + kCodes >= num_codes;
-      if (!last) fetch(last_chunk ? tile + kCodes : tile, last_chunk ? 0 : chunk + kChunk);
-      const Stage& stage = stages[at];
-      float sum[kRowsPerWarp][kCodesPerLane] = {};
-      // Past the last channel there are zeros in both.
-      const int end = last_chunk ? int(channels - chunk) : kChunk;
-      for (int c = 0; c < end; c += kUnroll) {
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-          const float4 four = *reinterpret_cast<const float4*>(&stage.x[c + i][first_row]);
-          const float x[kRowsPerWarp] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-          for (int j = 0; j < kCodesPerLane; ++j) {
-            const float code = stage.codes[c + i][32 * j + lane];
-#pragma unroll
-            for (int r = 0; r < kRowsPerWarp; ++r) {
-              const float difference = x[r] - code;
-              sum[r][j] = __fmaf_rn(difference, difference, sum[r][j]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRowsPerWarp; ++r) {
-#pragma unroll
-        for (int j = 0; j < kCodesPerLane; ++j) distance[r][j] += sum[r][j];
-      }
-      at ^= 1;
-      if (!last) put(stages[at]);
-      if (last_chunk) visit(tile + lane, distance);
-      // The other stage is full, and nobody reads this one any more.
-      __syncthreads();
-    }
-  }
-}
-
-// |x - e_k|^2 as the definition rounds it, for the lanes of `mask`, a lane's code its own: first + lane. Four at a
-// time, by a group each. By a whole warp.
-__device__ inline double exact_distance(unsigned mask, const float* x, const float* codes, int64_t channels) {
-  const int lane = lane_of_warp(), group = lane / kLanes;
-  double mine = 0;
-  while (mask != 0) {
-    unsigned rest = mask;
-    for (int i = 0; i < group; ++i) rest &= rest - 1;
-    const double sum = rest == 0 ? 0 : squared_distance(x, codes + (__ffs(int(rest)) - 1) * channels, channels);
-    const int rank = __popc(mask & ((1u << lane) - 1));
-    const double taken = __shfl_sync(kFullWarp, sum, rank * kLanes % 32);
-    if ((mask >> lane & 1) != 0 && rank < 32 / kLanes) mine = taken;
-    for (int i = 0; i < 32 / kLanes; ++i) mask &= mask - 1;
-  }
-  return mine;
-}
-
-__device__ inline double sum_of_warp(double value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kFullWarp, value, lanes);
-  return value;
-}
-
-// Folds the lanes' values of each of the warp's rows; a lane gets that of row lane % 4. By a whole warp.
+// Folds a thread's values of its two rows over the four threads that share them; a lane gets that of row lane % 2.
 template <class T, class Fold>
-__device__ inline T fold_rows(const T (&values)[kRowsPerWarp], Fold fold) {
-  static_assert(kRowsPerWarp == 4);
-  const bool second = lane_of_warp() % 2 != 0, upper = lane_of_warp() % 4 >= 2;
-  const T low = fold(second ? values[1] : values[0], __shfl_xor_sync(kFullWarp, second ? values[0] : values[1], 1));
-  const T high = fold(second ? values[3] : values[2], __shfl_xor_sync(kFullWarp, second ? values[2] : values[3], 1));
-  T all = fold(upper ? high : low, __shfl_xor_sync(kFullWarp, upper ? low : high, 2));
-  for (int lanes = 4; lanes < 32; lanes *= 2) all = fold(all, __shfl_xor_sync(kFullWarp, all, lanes));
-  return all;
+__device__ inline T fold_rows(const T (&values)[2], Fold fold) {
+  const bool second = lane_of_warp() % 2 != 0;
+  const T mine = fold(second ? values[1] : values[0], __shfl_xor_sync(kFullWarp, second ? values[0] : values[1], 1));
+  return fold(mine, __shfl_xor_sync(kFullWarp, mine, 2));
 }
-template <class T>
-__device__ inline T sum_rows(const T (&values)[kRowsPerWarp]) {
-  return fold_rows(values, [](T a, T b) { return a + b; });
+__device__ inline float sum_rows(const float (&values)[2]) {
+  return fold_rows(values, [](float a, float b) { return a + b; });
 }
-template <class T>
-__device__ inline T min_rows(const T (&values)[kRowsPerWarp]) {
-  return fold_rows(values, [](T a, T b) { return min(a, b); });
-}
-__device__ inline float max_rows(const float (&values)[kRowsPerWarp]) {
+__device__ inline float max_rows(const float (&values)[2]) {
   return fold_rows(values, [](float a, float b) { return max(a, b); });
 }
-
-// --- rows ------------------------------------------------------------------------------------------------
-
-// What is known of one row: lane i of a warp keeps that of the warp's row i % 4. Sums are of exponentials below the
-// references.
-struct RowState {
-  float nearest, largest;          // the references
-  double labels, logits, product;  // product: of label and logit less the largest
-  double nearest64;                // of the candidates, where there are any
-  float limit;
-};
-
+// The other way round: what lane r of the four has.
 template <class T>
-__device__ inline T of_row(T value, int row) {
-  return __shfl_sync(kFullWarp, value, row);
+__device__ inline T of_row(T value, int r) {
+  return __shfl_sync(kFullWarp, value, r, 4);
 }
 
-// How a tile's distances become exponents of labels. By a whole warp.
-struct Exponents {
-  const float* codebook;
-  int64_t num_codes, channels;
-  double tau;
-  float factor;  // 1 / tau
+// The rows of a tile: pointers, their way, and their parts.
+__device__ inline void set_rows(const SoftLabelCrossEntropyParams& p, const Work& w, RowTables& tables,
+                                uint8_t* parts) {
+  const int64_t q = blockIdx.x / w.row_tiles, first = blockIdx.x % w.row_tiles * kTileRows;
+  if (threadIdx.x == 0) {
+    tables.codebook = q;
+    tables.first = first;
+    tables.codes.packed = w.packed + q * w.tiles * w.chunks * (kTileCodes * kVectorBytes);
+    tables.codes.terms = w.terms + q * w.tiles * kTileCodes;
+  }
+  const int64_t channels = p.labels.channels;
+  const float inf = __int_as_float(0x7f800000);
+  const double n = __int_as_float(w.norms[q]), tau = p.labels.tau;
+  for (int i = lane_of_warp() / kLanes; i < kOwnRows; i += 32 / kLanes) {
+    const int place = first_own_row() + i;
+    const Row row = first + place < w.rows ? row_at(p, q, first + place) : Row{};
+    const SplitVector split = split_vector(row.x, w.middles + q * w.chunks * kChunk, channels, w.chunks, place, parts,
+                                           kTileRows * kVectorBytes);
+    if (threadIdx.x % kLanes != 0) continue;
+    const double a = sqrt(split.squared), error = 4 * half_score_error(a, n, channels, w.chunks) / tau;
+    const bool is_usual = split.finite && a < kHuge && n < kHuge;
+    Way way = row.x != nullptr ? (is_usual ? kTiled : kDirect) : kMasked;
+    if (row.x == nullptr && row.gradient == nullptr && row.loss == nullptr) way = kAbsent;
+    tables.row[place] = row;
+    tables.way[place] = way;
+    tables.scale[place] = split.scale;
+    for (Sums(&sums)[kTileRows] : tables.sums) sums[place] = {-inf, -inf, 0, 0, 0, 0, 0};
+    tables.error[place] = float(error);
+    const double reach = tau / 2 * (error + (error > kSeen ? 40 : 12)) * 1.00001;
+    tables.reach[place] = way == kTiled && error > kSeldom ? float(reach) : -inf;
+  }
+}
 
-  // Calls take(j, float64 distance) in the lanes and for the j of candidates.
-  template <class Take>
-  __device__ void for_candidates(const RowState& state, int r, const float* x, int64_t k,
-                                 const float (&distance)[kCodesPerLane], Take take) const {
-    const float inf = __int_as_float(0x7f800000), limit = of_row(state.limit, r);
+// A column's list of a row of the block's.
+__device__ inline Candidate* list_at(const Work& w, int place, int column) {
+  return w.candidates + ((int64_t(blockIdx.x) * kTileRows + place) * kColumns + column) * kCapacity;
+}
+
+// Writes codes within reach of the warp's rows down. marks[r]: bit 2 n + b for h[n][2 r + b]; `lists` begins with that
+// of the warp's first row; floor and listed are those of row lane % 2 of the quad. By the whole warp.
+__device__ inline void list_codes(const float (&h)[8][4], const unsigned (&marks)[2], unsigned k, float floor,
+                                  int32_t& listed, Candidate* lists) {
+  const int lane = lane_of_warp(), quad = lane / 4;
 #pragma unroll
-    for (int j = 0; j < kCodesPerLane; ++j) {
-      const bool is_far = distance[j] > limit && distance[j] < inf;
-      const bool is_candidate = k + 32 * j < num_codes && !is_far;
-      const unsigned mask = __ballot_sync(kFullWarp, is_candidate);
-      if (mask == 0) continue;
-      const double exact = exact_distance(mask, x, codebook + (k - lane_of_warp() + 32 * j) * channels, channels);
-      if (is_candidate) take(j, exact);
+  for (int r = 0; r < 2; ++r) {
+    for (unsigned lanes = __ballot_sync(kFullWarp, marks[r] != 0); lanes != 0;) {
+      const int from = (__ffs(int(lanes)) - 1) / 4;
+      lanes &= ~(0xfu << 4 * from);
+      Candidate* list = lists + (from + 8 * r) * (kColumns * kCapacity);
+      const int own = quad == from ? __popc(marks[r]) : 0;
+      int place = own;  // and of the lanes before it
+      for (int lanes_up = 1; lanes_up < 4; lanes_up *= 2) {
+        const int before = __shfl_up_sync(kFullWarp, place, lanes_up, 4);
+        place += lane % 4 >= lanes_up ? before : 0;
+      }
+      const int added = __shfl_sync(kFullWarp, place, 4 * from + 3);
+      int count = __shfl_sync(kFullWarp, listed, 4 * from + r);
+      if (count + added > kCapacity) {
+        const float least = __shfl_sync(kFullWarp, floor, 4 * from + r);
+        // Other lanes wrote some, before a tile's barrier: here each list is met once per tile.
+        const Candidate old = lane < count ? list[lane] : Candidate{};
+        const bool is_kept = lane < count && old.value >= least;
+        const unsigned kept = __ballot_sync(kFullWarp, is_kept);
+        __syncwarp();  // all have read theirs
+        if (is_kept) list[__popc(kept & ((1u << lane) - 1))] = old;
+        count = __popc(kept);
+      }
+      const bool fits = count + added <= kCapacity;
+      if (fits) {
+        Candidate* to = list + count + place - own;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          if (quad == from && (marks[r] >> i & 1) != 0) {
+            *to++ = {int32_t(k + 8 * (i / 2) + i % 2), h[i / 2][2 * r + i % 2]};
+          }
+        }
+      }
+      if (quad == from && lane % 2 == r) listed = fits ? count + added : -1;
     }
   }
-
-  __device__ void operator()(const RowState& state, int r, bool is_refined, const float* x, int64_t k,
-                             const float (&distance)[kCodesPerLane], float (&exponent)[kCodesPerLane]) const {
-    const float nearest = of_row(state.nearest, r);
-#pragma unroll
-    for (int j = 0; j < kCodesPerLane; ++j) exponent[j] = (nearest - distance[j]) * factor;
-    if (!is_refined) return;
-    const double nearest64 = of_row(state.nearest64, r);
-    for_candidates(state, r, x, k, distance,
-                   [&](int j, double exact) { exponent[j] = float((nearest64 - exact) / tau); });
-  }
-};
-
-// The rows of a tile: all of one codebook, so that with one per inner index they are `inner` apart.
-struct Tiles {
-  int64_t codebooks, per_codebook;
-};
-
-// Row `index` of the block's.
-__device__ inline Row row_at(const SoftLabelCrossEntropyParams& p, const Tiles& tiles, int64_t tile, int index) {
-  const SoftLabels& labels = p.labels;
-  const int64_t codebook = tile / tiles.per_codebook, place = (tile - codebook * tiles.per_codebook) * kRows + index;
-  const int64_t i = labels.codebook_stride == 0 ? place % labels.inner : codebook;
-  const int64_t o = labels.codebook_stride == 0 ? place / labels.inner : place;
-  Row row{};
-  if (o >= labels.outer) return row;
-  const int64_t number = o * labels.inner + i, size = p.type == FloatType::kFloat32 ? 4 : 2;
-  if (p.gradient != nullptr) {
-    row.gradient = static_cast<char*>(p.gradient) + (o * p.gradient_outer_stride + i * p.gradient_inner_stride) * size;
-  }
-  if (p.losses != nullptr) row.loss = p.losses + number;
-  if (p.mask != nullptr && p.mask[number] == 0) return row;
-  row.x = labels.x + number * labels.channels;
-  row.logits = static_cast<const char*>(p.logits) + (o * p.logits_outer_stride + i * p.logits_inner_stride) * size;
-  row.weight = p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[number * p.weight_stride]);
-  return row;
 }
 
-// Cross-entropy, or with kLoss false Q alone, which is then what `gradient` points to. One block per multiprocessor:
-// what is under way for the next chunk takes registers, and ptxas by itself would rather spill.
+// Two columns' sums as one.
+__device__ inline Sums add_columns(const Sums& a, const Sums& b, float factor) {
+  const float inf = __int_as_float(0x7f800000);
+  Sums all{max(a.nearest, b.nearest), max(a.largest, b.largest), 0, 0, 0, 0, 0};
+  for (const Sums& part : {a, b}) {
+    if (!(part.nearest > -inf)) continue;  // it had no codes
+    const double scale = expf((part.nearest - all.nearest) * factor);
+    all.labels += scale * part.labels;
+    all.product += scale * (part.product - (double(all.largest) - double(part.largest)) * part.labels);
+    all.logits += double(expf(part.largest - all.largest)) * part.logits;
+  }
+  return all;
+}
+
+// What a block's rows come to, from their sums and lists: losses, and what the second pass needs. Candidates' values
+// become the gradient there. A warp settles the rows that it has set, one after another.
 template <FloatType kType, bool kLoss>
-__global__ void __launch_bounds__(kThreads, 1) label_rows(SoftLabelCrossEntropyParams p, Tiles tiles) {
-  CU_SHARED(Stage, stages, [2]);
-  CU_SHARED(Row, rows, [kRows]);
-  const float inf = __int_as_float(0x7f800000), nan = __int_as_float(0x7fffffff);
-  const int lane = lane_of_warp(), row = lane % kRowsPerWarp;  // whose state this lane keeps
-  Row* mine = rows + first_row_of_warp();
-  const int64_t num_codes = p.labels.num_codes, channels = p.labels.channels;
-  const double tau = p.labels.tau, wanted = 1 / tau;
-  const double relative =
-      (double(min(channels, int64_t(kChunk))) + double((channels + kChunk - 1) / kChunk) + 5) * 0x1p-24;
-  const double absolute = double(channels) * 0x1p-120;
+__device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const Work& w, RowTables& tables) {
+  const float inf = __int_as_float(0x7f800000);
+  const int lane = lane_of_warp();
+  const int64_t q = tables.codebook;
+  const float* codebook = p.labels.codebook + q * p.labels.codebook_stride;
+  const double tau = p.labels.tau;
+  for (int i = 0; i < kOwnRows; ++i) {
+    const int place = first_own_row() + i;
+    const Row& row = tables.row[place];
+    const Sums &left = tables.sums[0][place], &right = tables.sums[1][place];
+    Sums all = add_columns(left, right, w.factor);
+    const float error = tables.error[place];
+    const bool is_tiled = tables.way[place] == kTiled, is_all = error > kSeen;
+    // A label that could count stands at a logit of -inf, or so far down, or something is NaN.
+    const bool is_odd = kLoss && !(fabs(all.product) < double(inf));
+    const bool is_listed = error > kSeldom && left.listed >= 0 && right.listed >= 0;
+    const bool is_direct = tables.way[place] == kDirect || (is_tiled && (is_odd || (is_all && !is_listed)));
+    const bool is_refined = is_tiled && is_listed && !is_direct;
 
-  for (int64_t tile = blockIdx.x; tile < tiles.codebooks * tiles.per_codebook; tile += gridDim.x) {
-    const float* codebook = p.labels.codebook + tile / tiles.per_codebook * p.labels.codebook_stride;
-    const Exponents exponents{codebook, num_codes, channels, tau, float(wanted < 3e38 ? wanted : 3e38)};
-    if (lane < kRowsPerWarp) mine[lane] = row_at(p, tiles, tile, first_row_of_warp() + lane);
-    __syncwarp();
-
-    // Bits of rows: a label that could count stands at a logit of -inf, or so far down; a distance is no float.
-    unsigned odd = 0, far = 0;
-    RowState state{inf, -inf, 0, 0, 0, inf, 0};
-
-    scan(rows, codebook, num_codes, channels, stages, [&](int64_t k, const auto& distances) {
-      float lowest[kRowsPerWarp];
-      [[maybe_unused]] float highest[kRowsPerWarp], logit[kRowsPerWarp][kCodesPerLane];
+    Candidate mine[kColumns];
+    double exact[kColumns], nearest = inf;
+    [[maybe_unused]] float logit[kColumns];
+    if (is_refined) {
 #pragma unroll
-      for (int r = 0; r < kRowsPerWarp; ++r) {
-        lowest[r] = inf;
-        highest[r] = -inf;
-        if (mine[r].x == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < kCodesPerLane; ++j) {
-          if (k + 32 * j >= num_codes) continue;
-          lowest[r] = min(lowest[r], distances[r][j]);
-          if (!(distances[r][j] < inf)) far |= 1u << r;
-          if constexpr (kLoss) {
-            logit[r][j] = load<kType>(mine[r].logits, k + 32 * j);
-            highest[r] = max(highest[r], logit[r][j]);
-          }
-        }
+      for (int c = 0; c < kColumns; ++c) {
+        const bool is_there = lane < tables.sums[c][place].listed;
+        mine[c] = is_there ? list_at(w, place, c)[lane] : Candidate{-1, 0};
+        if (!(mine[c].value >= all.nearest - tables.reach[place])) mine[c].code = -1;
+        const unsigned mask = __ballot_sync(kFullWarp, mine[c].code >= 0);
+        exact[c] = exact_distance(mask, row.x, codebook, mine[c].code, p.labels.channels);
+        if (mine[c].code >= 0) nearest = min(nearest, exact[c]);
       }
-      const float low = min_rows(lowest);
-      if (low < state.nearest) {
-        // Before the first code the sums are zero.
-        const double scale = state.nearest < inf ? double(expf((low - state.nearest) * exponents.factor)) : 0;
-        state.labels *= scale;
-        state.product *= scale;
-        state.nearest = low;
-      }
-      if constexpr (kLoss) {
-        const float high = max_rows(highest);
-        if (high > state.largest) {
-          if (state.largest > -inf) state.product -= (double(high) - double(state.largest)) * state.labels;
-          state.logits *= double(expf(state.largest - high));
-          state.largest = high;
-        }
-      }
-      float labels[kRowsPerWarp] = {};
-      [[maybe_unused]] float logits[kRowsPerWarp] = {}, product[kRowsPerWarp] = {};
+      for (int lanes = 16; lanes > 0; lanes /= 2) nearest = min(nearest, __shfl_xor_sync(kFullWarp, nearest, lanes));
+      double labels = 0, product = 0;
 #pragma unroll
-      for (int r = 0; r < kRowsPerWarp; ++r) {
-        const float nearest = of_row(state.nearest, r), largest = of_row(state.largest, r);
-        if (mine[r].x == nullptr) continue;
-#pragma unroll
-        for (int j = 0; j < kCodesPerLane; ++j) {
-          if (k + 32 * j >= num_codes) continue;
-          const float label = expf((nearest - distances[r][j]) * exponents.factor);
-          labels[r] += label;
-          if constexpr (kLoss) {
-            const float below = logit[r][j] - largest;
-            if (!(below > -inf)) odd |= 1u << r;
-            product[r] += label * below;
-            logits[r] += expf(below);
-          }
-        }
-      }
-      state.labels += double(sum_rows(labels));
-      if constexpr (kLoss) {
-        state.logits += double(sum_rows(logits));
-        state.product += double(sum_rows(product));
-      }
-    });
-
-    // Which rows need more, in bits: distances in float64, or sums once more.
-    far = __reduce_or_sync(kFullWarp, far);
-    odd = __reduce_or_sync(kFullWarp, odd);
-    const double error = relative * double(state.nearest) + absolute;
-    const double limit =
-        ((1 + 2 * relative) * double(state.nearest) + 2 * absolute + 40 * tau) * (1 + relative) + absolute;
-    state.limit = float(1.000001 * limit);  // rounded to float not below it
-    unsigned refined = far | __ballot_sync(kFullWarp, mine[row].x != nullptr && !(error <= kSeen * tau));
-    unsigned bad = 0;  // rows or codes that are not finite
-    for (int r = 0; r < kRowsPerWarp; ++r) {
-      if ((refined >> r & 1) == 0) continue;
-      bool is_finite = true;
-      for (int64_t c = lane; c < channels; c += 32) is_finite = is_finite && fabsf(mine[r].x[c]) < inf;
-      if (!__all_sync(kFullWarp, is_finite)) bad |= 1u << r;
-    }
-    refined &= kAllRows & ~bad;
-
-    if (__syncthreads_or(refined != 0)) {
-      double nearest64[kRowsPerWarp];
-#pragma unroll
-      for (int r = 0; r < kRowsPerWarp; ++r) nearest64[r] = inf;
-      unsigned bad_codes = 0;
-      scan(rows, codebook, num_codes, channels, stages, [&](int64_t k, const auto& distances) {
-#pragma unroll
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-          if ((refined >> r & 1) == 0) continue;
-          exponents.for_candidates(state, r, mine[r].x, k, distances[r], [&](int, double exact) {
-            nearest64[r] = min(nearest64[r], exact);
-            if (!(exact < double(inf))) bad_codes |= 1u << r;
-          });
-        }
-      });
-      state.nearest64 = min_rows(nearest64);
-      bad |= __reduce_or_sync(kFullWarp, bad_codes);
-      refined &= ~bad;
-    }
-
-    const unsigned careful = (refined | odd) & ~bad;
-    if (__syncthreads_or(careful != 0)) {
-      if ((careful >> row & 1) != 0) state.labels = state.logits = state.product = 0;
-      scan(rows, codebook, num_codes, channels, stages, [&](int64_t k, const auto& distances) {
-        if (careful == 0) return;
-        double labels[kRowsPerWarp] = {};
-        [[maybe_unused]] double logits[kRowsPerWarp] = {}, product[kRowsPerWarp] = {};
-#pragma unroll
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-          if ((careful >> r & 1) == 0) continue;
-          const float largest = of_row(state.largest, r);
-          float exponent[kCodesPerLane];
-          exponents(state, r, (refined >> r & 1) != 0, mine[r].x, k, distances[r], exponent);
-#pragma unroll
-          for (int j = 0; j < kCodesPerLane; ++j) {
-            if (k + 32 * j >= num_codes) continue;
-            const double label = expf(exponent[j]);
-            labels[r] += label;
-            if constexpr (kLoss) {
-              const float logit = load<kType>(mine[r].logits, k + 32 * j);
-              logits[r] += double(expf(logit - largest));
-              // Where the label is zero, a logit of -inf does not count.
-              if (label > 0) product[r] += label * (double(logit) - double(largest));
-            }
-          }
-        }
-        state.labels += sum_rows(labels);
+      for (int c = 0; c < kColumns; ++c) {
+        if (mine[c].code < 0) continue;
+        const float label = expf(float((nearest - exact[c]) / tau));
+        double change = label;
+        if (!is_all) change -= double(expf((mine[c].value - all.nearest) * w.factor));
+        mine[c].value = label;
+        labels += change;
         if constexpr (kLoss) {
-          state.logits += sum_rows(logits);
-          state.product += sum_rows(product);
+          logit[c] = load<kType>(row.logits, mine[c].code) - all.largest;
+          product += change * double(logit[c]);
         }
-      });
+      }
+      all.labels = sum_of_warp(labels) + (is_all ? 0 : all.labels);
+      all.product = sum_of_warp(product) + (is_all ? 0 : all.product);
     }
 
-    if ((bad >> row & 1) != 0) state.labels = nan;
-    const double weight = mine[row].weight;
-    const float label_factor = float(kLoss ? -weight / state.labels : 1 / state.labels);
-    const float logit_factor = float(weight / state.logits);
-    if (kLoss && lane < kRowsPerWarp && mine[lane].loss != nullptr) {
-      const float loss = float(log(state.logits) - state.product / state.labels);
-      *mine[lane].loss = mine[lane].x == nullptr ? 0.0f : loss;
+    const double weight = row.weight;
+    const float label_factor = float(kLoss ? -weight / all.labels : 1 / all.labels);
+    const float logit_factor = float(weight / all.logits);
+    if (is_refined) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (lane >= tables.sums[c][place].listed) continue;
+        mine[c].value *= label_factor;
+        if constexpr (kLoss) mine[c].value = __fmaf_rn(expf(logit[c]), logit_factor, mine[c].value);
+        list_at(w, place, c)[lane] = mine[c];
+      }
     }
+    if (lane != 0) continue;
+    tables.decided[place] = is_direct ? kDirect : tables.way[place];
+    tables.corrected[0][place] = is_refined ? left.listed : 0;
+    tables.corrected[1][place] = is_refined ? right.listed : 0;
+    tables.nearest[place] = all.nearest;
+    tables.largest[place] = all.largest;
+    tables.label_factor[place] = label_factor;
+    tables.logit_factor[place] = logit_factor;
+    if (is_direct) {
+      w.direct[q * w.rows + atomicAdd(&w.direct_counts[q], 1)] = tables.first + place;
+    } else if (kLoss && row.loss != nullptr) {
+      *row.loss = is_tiled ? float(log(all.logits) - all.product / all.labels) : 0.0f;
+    }
+  }
+}
 
-    if (p.gradient != nullptr) {
-      scan(rows, codebook, num_codes, channels, stages, [&](int64_t k, const auto& distances) {
+// A thread's logits of a row: values[i] is that of code k + 8 (i / 2) + i % 2, -inf past the last.
+template <FloatType kType>
+__device__ inline void load_logits(const void* row, unsigned k, unsigned num_codes, float (&values)[16]) {
+  const bool is_paired = reinterpret_cast<uintptr_t>(row) % (2 * kSize<kType>) == 0;
 #pragma unroll
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-          if (mine[r].gradient == nullptr) continue;
-          const bool is_counted = mine[r].x != nullptr;
-          const float of_labels = of_row(label_factor, r), of_logits = of_row(logit_factor, r);
-          const float largest = of_row(state.largest, r);
-          float exponent[kCodesPerLane];
-          exponents(state, r, (refined >> r & 1) != 0, mine[r].x, k, distances[r], exponent);
-#pragma unroll
-          for (int j = 0; j < kCodesPerLane; ++j) {
-            if (k + 32 * j >= num_codes) continue;
-            float value = 0;
-            if (is_counted) {
-              value = expf(exponent[j]) * of_labels;
-              if constexpr (kLoss) {
-                const float below = load<kType>(mine[r].logits, k + 32 * j) - largest;
-                value = __fmaf_rn(expf(below), of_logits, value);
-              }
-            }
-            store<kType>(mine[r].gradient, k + 32 * j, value);
-          }
-        }
-      });
+  for (int n = 0; n < 8; ++n) {
+    float both[2] = {-__int_as_float(0x7f800000), -__int_as_float(0x7f800000)};
+    if (k + 8 * n + 1 < num_codes) {
+      load_pair<kType>(row, k + 8 * n, is_paired, both);
+    } else if (k + 8 * n < num_codes) {
+      both[0] = load<kType>(row, k + 8 * n);
     }
-    __syncwarp();  // before the next tile's rows take the place of these
+    values[2 * n] = both[0];
+    values[2 * n + 1] = both[1];
+  }
+}
+
+// The same in the other direction.
+template <FloatType kType>
+__device__ inline void store_gradient(void* row, unsigned k, unsigned num_codes, const float (&values)[16]) {
+  const bool is_paired = reinterpret_cast<uintptr_t>(row) % (2 * kSize<kType>) == 0;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float both[2] = {values[2 * n], values[2 * n + 1]};
+    if (k + 8 * n + 1 < num_codes) {
+      store_pair<kType>(row, k + 8 * n, is_paired, both);
+    } else if (k + 8 * n < num_codes) {
+      store<kType>(row, k + 8 * n, both[0]);
+    }
+  }
+}
+
+// Cross-entropy, or with kLoss false Q alone, which is then what `gradient` points to.
+template <FloatType kType, bool kLoss>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelCrossEntropyParams p, Work w) {
+  CU_DYN_SMEM(uint8_t, parts);  // of the rows: (chunks, kTileRows, kVectorBytes); then the ring
+  CU_SHARED(RowTables, tables);
+  const float inf = __int_as_float(0x7f800000);
+  const int lane = lane_of_warp();
+  const int seen_row = first_row_of_warp() + lane / 4;  // in a scan: this one and the eighth after it
+  const int kept_row = seen_row + lane % 2 * 8;         // whose sums this lane keeps
+  const unsigned num_codes = unsigned(p.labels.num_codes);
+  uint8_t* ring = parts + w.chunks * kTileRows * kVectorBytes;
+
+  // A block's last warps may have none.
+  auto has_rows = [&] { return tables.first + first_row_of_warp() < w.rows; };
+
+  set_rows(p, w, tables, parts);
+  __syncthreads();
+
+  scan(w, tables.codes, false, has_rows() ? num_codes : 0, parts, tables.scale, ring,
+       [&](unsigned k, const float (&h)[8][4]) {
+         // Between tiles the sums are not in registers, which the products need. What the last two lanes of a row have
+         // is never used.
+         Sums sums{};
+         if (lane % 4 < 2) sums = tables.sums[column_of_warp()][kept_row];
+         const bool is_whole = k + kWarpCodes <= num_codes;
+         auto is_code = [&](int i) { return is_whole || k + 8 * (i / 2) + i % 2 < num_codes; };
+         float top[2] = {h[0][0], h[0][2]};
+#pragma unroll
+         for (int i = 1; i < 16; ++i) {
+           top[0] = max(top[0], h[i / 2][i % 2]);
+           top[1] = max(top[1], h[i / 2][2 + i % 2]);
+         }
+         const float highest = max_rows(top);
+         if (highest > sums.nearest) {
+           // Before the first code the sums are zero.
+           const double scale = sums.nearest > -inf ? double(expf((sums.nearest - highest) * w.factor)) : 0;
+           sums.labels *= scale;
+           sums.product *= scale;
+           sums.nearest = highest;
+         }
+         // Without a list the floor is +inf, or before the first code no number.
+         const float floor = sums.nearest - (sums.listed < 0 ? -inf : tables.reach[kept_row]);
+         const float floors[2] = {of_row(floor, 0), of_row(floor, 1)};
+         if (__any_sync(kFullWarp, top[0] >= floors[0] || top[1] >= floors[1])) {
+           unsigned marks[2] = {0, 0};
+#pragma unroll
+           for (int i = 0; i < 16; ++i) {
+             if (h[i / 2][i % 2] >= floors[0]) marks[0] |= 1u << i;
+             if (h[i / 2][2 + i % 2] >= floors[1]) marks[1] |= 1u << i;
+           }
+           list_codes(h, marks, k, floor, sums.listed, list_at(w, first_row_of_warp(), column_of_warp()));
+         }
+
+         float labels[2] = {0, 0};
+         [[maybe_unused]] float exponentials[2] = {0, 0}, product[2] = {0, 0};
+    // A row's logits after the other's: those of both would not fit into the registers.
+#pragma unroll
+         for (int r = 0; r < 2; ++r) {
+           const float nearest = of_row(sums.nearest, r);
+           if constexpr (kLoss) {
+             const bool is_counted = tables.way[seen_row + 8 * r] == kTiled;
+             float logits[16], largest = of_row(sums.largest, r);
+             load_logits<kType>(tables.row[seen_row + 8 * r].logits, k, is_counted ? num_codes : 0, logits);
+#pragma unroll
+             for (int i = 0; i < 16; ++i) largest = max(largest, logits[i]);
+             largest = max(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+             largest = max(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+             if (lane % 2 == r && largest > sums.largest) {
+               if (sums.largest > -inf) sums.product -= (double(largest) - double(sums.largest)) * sums.labels;
+               sums.logits *= double(expf(sums.largest - largest));
+               sums.largest = largest;
+             }
+#pragma unroll
+             for (int i = 0; i < 16; ++i) {
+               if (!is_counted || !is_code(i)) continue;
+               const float label = expf((h[i / 2][2 * r + i % 2] - nearest) * w.factor), below = logits[i] - largest;
+               labels[r] += label;
+               product[r] = __fmaf_rn(label, below, product[r]);
+               exponentials[r] += expf(below);
+             }
+           } else {
+#pragma unroll
+             for (int i = 0; i < 16; ++i) {
+               if (is_code(i)) labels[r] += expf((h[i / 2][2 * r + i % 2] - nearest) * w.factor);
+             }
+           }
+         }
+         sums.labels += double(sum_rows(labels));
+         if constexpr (kLoss) {
+           sums.logits += double(sum_rows(exponentials));
+           sums.product += double(sum_rows(product));
+         }
+         if (lane % 4 < 2) tables.sums[column_of_warp()][kept_row] = sums;
+       });
+  __syncthreads();
+
+  settle_rows<kType, kLoss>(p, w, tables);
+  __syncthreads();
+  if (p.gradient == nullptr) return;
+
+  scan(w, tables.codes, true, has_rows() ? num_codes : 0, parts, tables.scale, ring,
+       [&](unsigned k, const float (&h)[8][4]) {
+#pragma unroll
+         for (int r = 0; r < 2; ++r) {
+           const int place = seen_row + 8 * r;
+           const Way way = tables.decided[place];
+           if (way == kAbsent || way == kDirect) continue;
+           const float nearest = tables.nearest[place], of_labels = tables.label_factor[place];
+           float values[16];
+           if constexpr (kLoss) {
+             const float largest = tables.largest[place], of_logits = tables.logit_factor[place];
+             load_logits<kType>(tables.row[place].logits, k, way == kTiled ? num_codes : 0, values);
+#pragma unroll
+             for (int i = 0; i < 16; ++i) {
+               const float label = expf((h[i / 2][2 * r + i % 2] - nearest) * w.factor);
+               values[i] = way == kTiled ? __fmaf_rn(expf(values[i] - largest), of_logits, label * of_labels) : 0.0f;
+             }
+           } else {
+#pragma unroll
+             for (int i = 0; i < 16; ++i) values[i] = expf((h[i / 2][2 * r + i % 2] - nearest) * w.factor) * of_labels;
+           }
+           store_gradient<kType>(tables.row[place].gradient, k, num_codes, values);
+         }
+       });
+  __syncthreads();
+  for (int i = 0; i < kOwnRows; ++i) {
+    const int place = first_own_row() + i;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (lane >= tables.corrected[c][place]) continue;
+      const Candidate mine = list_at(w, place, c)[lane];
+      if (mine.code >= 0) store<kType>(tables.row[place].gradient, mine.code, mine.value);
+    }
   }
 }
 

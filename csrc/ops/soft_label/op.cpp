@@ -21,7 +21,7 @@ int64_t product(const std::vector<int64_t>& sizes, size_t count) {
 
 // The tensors that `labels` points to.
 struct LabelTensors {
-  Tensor x, codebook;
+  Tensor x, codebook, workspace;
   rqk::SoftLabels labels;
 };
 
@@ -49,7 +49,7 @@ LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebo
   }
   rqk::check_same_device(op, "x", x, "codebook", codebook);
 
-  LabelTensors result{rqk::as_float(x), rqk::as_float(codebook), {}};
+  LabelTensors result{rqk::as_float(x), rqk::as_float(codebook), {}, {}};
   rqk::SoftLabels& labels = result.labels;
   labels.x = result.x.const_data_ptr<float>();
   labels.codebook = result.codebook.const_data_ptr<float>();
@@ -62,9 +62,19 @@ LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebo
   return result;
 }
 
+// On a GPU. Given back when the caller returns, and used again only behind what it has launched: torch's allocator
+// keeps memory to its stream.
+void take_workspace([[maybe_unused]] LabelTensors& from) {
+#ifdef RQK_CUDA_LIBRARY
+  from.workspace = rqk::empty({rqk::workspace_bytes(from.labels)}, ScalarType::Byte, from.x);
+  from.labels.workspace = from.workspace.mutable_data_ptr<uint8_t>();
+#endif
+}
+
 Tensor distance_softmax(Tensor x, Tensor codebook, double tau) {
-  const LabelTensors from = label_tensors(kSoftmax, x, codebook, tau);
+  LabelTensors from = label_tensors(kSoftmax, x, codebook, tau);
   rqk::LaunchScope scope(x);
+  take_workspace(from);
   std::vector<int64_t> sizes = rqk::sizes_of(x);
   sizes.back() = from.labels.num_codes;
   const Tensor q = rqk::empty(sizes, ScalarType::Float, x);
@@ -109,19 +119,6 @@ bool is_apart(const Tensor& t) {
   return true;
 }
 
-rqk::FloatType float_type(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return rqk::FloatType::kFloat32;
-    case ScalarType::Half:
-      return rqk::FloatType::kFloat16;
-    case ScalarType::BFloat16:
-      return rqk::FloatType::kBFloat16;
-    default:
-      rqk::value_error(kCrossEntropy, ": logits must be float32, float16 or bfloat16");
-  }
-}
-
 void check(const Tensor& logits, const Tensor& x, const Tensor& codebook, const std::optional<Tensor>& mask,
            const std::optional<Tensor>& weight, bool reduce) {
   const std::vector<int64_t> sizes = rqk::sizes_of(logits), x_sizes = rqk::sizes_of(x);
@@ -156,9 +153,10 @@ void check(const Tensor& logits, const Tensor& x, const Tensor& codebook, const 
 Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebook, double tau,
                      const std::optional<Tensor>& mask, const std::optional<Tensor>& weight, bool reduce,
                      double gradient_scale, const Tensor* gradient) {
-  const LabelTensors from = label_tensors(kCrossEntropy, x, codebook, tau);
+  LabelTensors from = label_tensors(kCrossEntropy, x, codebook, tau);
   check(logits, x, codebook, mask, weight, reduce);
   rqk::LaunchScope scope(logits);
+  take_workspace(from);
 
   RowStrides strides = row_strides(logits);
   Tensor rows = logits;
@@ -183,7 +181,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebo
   rqk::SoftLabelCrossEntropyParams params{};
   params.labels = from.labels;
   params.logits = rows.const_data_ptr();
-  params.type = float_type(logits);
+  params.type = rqk::float_type(kCrossEntropy, "logits", logits);
   params.logits_outer_stride = strides.outer;
   params.logits_inner_stride = strides.inner;
   params.mask = mask.has_value() ? static_cast<const uint8_t*>(mask_packed.const_data_ptr()) : nullptr;

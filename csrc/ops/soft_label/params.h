@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace rqk {
+#include "common/float_type.h"
 
-enum class FloatType : int32_t { kFloat32, kFloat16, kBFloat16 };
+namespace rqk {
 
 // Where Q comes from.
 struct SoftLabels {
@@ -16,8 +16,12 @@ struct SoftLabels {
   const float* codebook;    // (num_codes, channels), contiguous; or one such block per inner index
   int64_t codebook_stride;  // from one inner index's codebook to the next; 0 where all share one
   int64_t outer, inner, channels, num_codes;
-  double tau;  // > 0; may be infinite
+  double tau;          // > 0; may be infinite
+  uint8_t* workspace;  // workspace_bytes(labels) on a GPU, 256-byte aligned; unused on the CPU
 };
+
+// CUDA: of the current device.
+int64_t workspace_bytes(const SoftLabels& labels);
 
 struct DistanceSoftmaxParams {
   SoftLabels labels;

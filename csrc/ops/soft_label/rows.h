@@ -4,23 +4,20 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/centred_codes.h"
 #include "ops/soft_label/params.h"
 
 namespace rqk {
 
-// One codebook and what its scores need.
-struct LabelCodebook {
-  const float* codes_kc;    // the original
-  const float* centred_kc;  // e_k - mean; the original where mean is null
-  const float* mean;        // a vector in the middle of the codes; null: zero, where that is as good
-  const float* half_norms;  // (padded): |e_k - mean|^2 / 2; +inf past the last code
-  double max_norm;          // no |e_k - mean| is above
-  int64_t num_codes, channels;
-  double tau;
+// Rows whose scores are known.
+struct LabelTile {
+  const float* const* x;
+  int first, last;  // those to deal with: first .. last - 1
+  int64_t parts;
+  void* memory;
 };
 
 struct CrossEntropyRow {
-  const float* x;
   const void* logits;
   void* gradient;  // or null
   float weight;
@@ -29,16 +26,13 @@ struct CrossEntropyRow {
 };
 
 struct SoftLabelKernel {
-  int rows_at_once;
-  int64_t (*padded)(int64_t num_codes);
-  size_t (*scratch_bytes)(int64_t num_codes, int64_t channels);
-  double (*squared_distance)(const float* a, const float* b, int64_t channels);
-  double (*squared_norm)(const float* a, int64_t channels);
-  // Of `count` rows, at most rows_at_once. Neighbours have no influence on a row's result. Memory: 64-byte aligned.
-  void (*distance_softmax)(const LabelCodebook& codebook, const float* const* x, float* const* q, int count,
-                           void* memory);
-  void (*cross_entropy)(const LabelCodebook& codebook, const CrossEntropyRow* rows, FloatType type, int count,
-                        void* memory);
+  CodeScoresKernel scores;
+  size_t (*scratch_bytes)(int64_t num_codes);
+  // Of the tile's rows first .. last - 1, at the same places of q and `rows`. Neighbours have no influence on a row's
+  // result. Scores are overwritten. Memory: scratch_bytes, 64-byte aligned.
+  void (*distance_softmax)(const CentredCodes& codebook, double tau, const LabelTile& tile, float* const* q);
+  void (*cross_entropy)(const CentredCodes& codebook, double tau, const LabelTile& tile, const CrossEntropyRow* rows,
+                        FloatType type, void* memory);
 };
 
 }  // namespace rqk

@@ -3,10 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <vector>
 
-#include "common/codebooks.h"
+#include "common/centred_codebook.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "common/philox.h"
@@ -22,87 +21,61 @@ namespace {
 
 constexpr const char* kOp = "stochastic_residual_search";
 
-// Rows that one thread takes at a time: enough that a panel read from memory is used many times, few enough that their
-// scores of all codes take about so many bytes.
-constexpr int64_t kTilesPerChunk = 8;
-constexpr int64_t kScoreBytes = int64_t(4) << 20;
-constexpr int64_t kPanelsPerTask = 16;
+constexpr int64_t kMostRows = 64;
 
-// The codebooks of all depths, packed; one where they share it.
-class CentredCodebooks {
- public:
-  CentredCodebooks(const SampleKernel& kernel, const StochasticResidualSearchParams& p)
-      : shared_(p.codebook_stride == 0),
-        num_panels_(divide_up(p.num_codes, kernel.panel_width)),
-        padded_(num_panels_ * kernel.panel_width),
-        channels_(p.channels),
-        panels_(count(p) * padded_ * channels_),
-        half_norms_(count(p) * padded_) {
-    const int64_t tasks_each = divide_up(num_panels_, kPanelsPerTask);
-    for (int64_t d = 0; d < count(p); ++d) {
-      const float* codes_kc = p.codebooks + d * p.codebook_stride;
-      middles_.push_back(middle_of(codes_kc, p.num_codes, channels_));
-      views_.push_back({codes_kc, p.num_codes, channels_, middles_.back().values.data(), 0,
-                        panels_ + d * padded_ * channels_, half_norms_ + d * padded_});
+// The codebooks of all depths; one where they share it.
+std::vector<CentredCodebook> prepare(const SampleKernel& kernel, const StochasticResidualSearchParams& p) {
+  const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
+  std::vector<CentredCodebook> codebooks;
+  codebooks.reserve(static_cast<size_t>(count));
+  for (int64_t d = 0; d < count; ++d) {
+    codebooks.emplace_back(kernel.scores, p.codebooks + d * p.codebook_stride, p.num_codes, p.channels);
+    if (!codebooks.back().finite()) {
+      refuse_not_finite(kOp, "codebooks", p.codebooks, count, p.num_codes, p.channels, p.codebook_stride > 0);
     }
-    std::vector<double> largest(static_cast<size_t>(count(p) * tasks_each));
-    for_each_task(count(p) * tasks_each, [&](int64_t task) {
-      const int64_t begin = task % tasks_each * kPanelsPerTask;
-      largest[task] = kernel.pack(views_[task / tasks_each], begin, std::min(begin + kPanelsPerTask, num_panels_));
-    });
-    for (int64_t d = 0; d < count(p); ++d) {
-      const auto first = largest.begin() + d * tasks_each;
-      views_[d].max_norm = std::sqrt(*std::max_element(first, first + tasks_each));
-      if (!std::isfinite(views_[d].max_norm)) {
-        refuse_not_finite(kOp, "codebooks", p.codebooks, count(p), p.num_codes, channels_, !shared_);
-      }
+  }
+  return codebooks;
+}
+
+// What a tile of rows is worked on with, by one thread or by several.
+struct Workspace {
+  Workspace(const SampleKernel& kernel, const TilePlan& plan, int64_t num_codes, int64_t channels)
+      : scored(kernel.scores, plan, num_codes, channels), residuals(plan.rows * channels) {
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      scratch.emplace_back(static_cast<int64_t>(kernel.scratch_bytes(num_codes)));
     }
   }
 
-  const CentredCodebook& at(int64_t depth) const { return views_[shared_ ? 0 : depth]; }
-
- private:
-  static int64_t count(const StochasticResidualSearchParams& p) { return p.codebook_stride == 0 ? 1 : p.depth; }
-
-  bool shared_;
-  int64_t num_panels_, padded_, channels_;
-  std::vector<Middle> middles_;  // moved where the vector grows, their values stay where they are
-  Buffer<float> panels_, half_norms_;
-  std::vector<CentredCodebook> views_;
-};
-
-// What one thread works with, for `rows` rows at a time.
-struct Workspace {
-  Workspace(const SampleKernel& kernel, int64_t rows, int64_t num_codes, int64_t channels)
-      : residuals(rows * channels),
-        squared(rows),
-        uniforms(rows),
-        codes(rows),
-        scratch(static_cast<int64_t>(kernel.scratch_bytes(rows, num_codes, channels))) {}
-
+  ScoredRows scored;
   Buffer<float> residuals;
-  Buffer<double> squared, uniforms;
-  Buffer<int64_t> codes;
-  Buffer<char> scratch;
+  std::vector<Buffer<char>> scratch;
 };
 
 // All depths of rows [begin, end).
-void draw_codes(const StochasticResidualSearchParams& p, const SampleKernel& kernel, const CentredCodebooks& codebooks,
-                int64_t begin, int64_t end, const Workspace& at) {
-  const int64_t rows = end - begin, channels = p.channels;
-  for (int64_t i = 0; i < rows; ++i) {
-    at.squared[i] = begin_row(p, begin + i, at.residuals + i * channels, kernel.squared_norm);
+void draw_codes(const StochasticResidualSearchParams& p, const SampleKernel& kernel,
+                const std::vector<CentredCodebook>& codebooks, int64_t begin, int64_t end, const Workspace& at) {
+  const int rows = static_cast<int>(end - begin);
+  const float* residuals[kMostRows];
+  double uniforms[kMostRows];
+  int64_t codes[kMostRows];
+  for (int i = 0; i < rows; ++i) {
+    residuals[i] = at.residuals + i * p.channels;
+    begin_row(p, begin + i, at.residuals + i * p.channels, kernel.scores.squared_norm);
   }
   for (int64_t d = 0; d < p.depth; ++d) {
-    const CentredCodebook& codebook = codebooks.at(d);
-    for (int64_t i = 0; i < rows; ++i) {
+    const CentredCodes& codebook = codebooks[codebooks.size() == 1 ? 0 : static_cast<size_t>(d)].view();
+    for (int i = 0; i < rows; ++i) {
       const uint64_t row = static_cast<uint64_t>(p.offset + begin + i);
-      at.uniforms[i] = philox_uniform(p.seed, row, static_cast<uint32_t>(d), kDrawStochasticResidualSearch);
+      uniforms[i] = philox_uniform(p.seed, row, static_cast<uint32_t>(d), kDrawStochasticResidualSearch);
     }
-    kernel.sample(codebook, at.residuals, at.squared, at.uniforms, p.tau, rows, at.scratch, at.codes);
-    for (int64_t i = 0; i < rows; ++i) {
-      at.squared[i] =
-          take_code(p, begin + i, d, at.codes[i], codebook.codes_kc, at.residuals + i * channels, kernel.squared_norm);
+    at.scored.score<KeepDenormals>(codebook, residuals, rows);
+    at.scored.share_rows<KeepDenormals>(rows, [&](int64_t part, int first, int last) {
+      kernel.sample(codebook, {at.residuals, uniforms, first, last, at.scored.parts(), at.scored.memory()}, p.tau,
+                    at.scratch[part], codes);
+    });
+    for (int i = 0; i < rows; ++i) {
+      take_code(p, begin + i, d, codes[i], codebook.codes_kc, at.residuals + i * p.channels,
+                kernel.scores.squared_norm);
     }
   }
 }
@@ -111,24 +84,23 @@ void draw_codes(const StochasticResidualSearchParams& p, const SampleKernel& ker
 
 void launch(const StochasticResidualSearchParams& p, void*) {
   const SampleKernel& kernel = RQK_KERNEL(sample_kernel);
-  const CentredCodebooks codebooks(kernel, p);
-  // Small batches are cut finer, so that every thread has some rows.
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t bytes_of_tile = kernel.row_tile * p.num_codes * int64_t(sizeof(float));
-  const int64_t most = std::clamp<int64_t>(kScoreBytes / bytes_of_tile, 1, kTilesPerChunk);
-  const int64_t tiles = std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernel.row_tile), 1, most);
-  const int64_t chunk = tiles * kernel.row_tile;
-  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
-  const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
+  const std::vector<CentredCodebook> codebooks = prepare(kernel, p);
+  const TilePlan plan = plan_tiles(kernel.scores, p.rows, p.num_codes, p.channels, kernel.scores.tile_rows);
+  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one workspace.
   std::vector<Workspace> workspaces;
-  for (int64_t i = 0; i < slots; ++i) workspaces.emplace_back(kernel, chunk, p.num_codes, p.channels);
-  // Chunks are handed out one by one, as some rows take longer than others.
+  for (int64_t i = 0; i < plan.workers; ++i) workspaces.emplace_back(kernel, plan, p.num_codes, p.channels);
+  // Tiles are handed out one by one, as some rows take longer than others.
   std::atomic<int64_t> next{0};
-  for_each_task(slots, [&](int64_t slot) {
-    for (int64_t begin = next.fetch_add(chunk); begin < p.rows; begin = next.fetch_add(chunk)) {
-      draw_codes(p, kernel, codebooks, begin, std::min(begin + chunk, p.rows), workspaces[slot]);
+  auto take_tiles = [&](int64_t worker) {
+    for (int64_t begin = next.fetch_add(plan.rows); begin < p.rows; begin = next.fetch_add(plan.rows)) {
+      draw_codes(p, kernel, codebooks, begin, std::min(begin + plan.rows, p.rows), workspaces[worker]);
     }
-  });
+  };
+  if (plan.parts > 1) {
+    take_tiles(0);
+  } else {
+    for_each_task(plan.workers, take_tiles);
+  }
 }
 
 }  // namespace rqk

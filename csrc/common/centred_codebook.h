@@ -1,0 +1,126 @@
+// A codebook made ready for code_scores.h, and tiles of rows scored against it. For cpu.cpp files.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/centred_codes.h"
+#include "common/codebooks.h"
+#include "common/parallel.h"
+
+namespace rqk {
+namespace {
+
+// One codebook (num_codes, channels), measured, and where it helps centred: that takes a copy of the codes.
+class CentredCodebook {
+ public:
+  CentredCodebook(const CodeScoresKernel& kernel, const float* codes_kc, int64_t num_codes, int64_t channels)
+      : half_norms_(static_cast<size_t>(kernel.padded(num_codes)), std::numeric_limits<float>::infinity()),
+        middle_(middle_of(codes_kc, num_codes, channels)) {
+    view_ = {codes_kc, codes_kc, nullptr, half_norms_.data(), 0, num_codes, channels};
+    if (middle_.norm > 0) {
+      centred_ = Buffer<float>(num_codes * channels);
+      view_.mean = middle_.values.data();
+      view_.centred_kc = centred_;
+    }
+    std::vector<double> largest(static_cast<size_t>(divide_up(num_codes, kCodesPerTask)));
+    for_each_task(static_cast<int64_t>(largest.size()), [&](int64_t task) {
+      const int64_t end = std::min((task + 1) * kCodesPerTask, num_codes);
+      double most = 0;
+      for (int64_t k = task * kCodesPerTask; k < end; ++k) {
+        const float* e = codes_kc + k * channels;
+        const double squared =
+            view_.mean == nullptr ? kernel.squared_norm(e, channels) : kernel.squared_distance(e, view_.mean, channels);
+        half_norms_[k] = static_cast<float>(squared / 2);
+        // Squares of floats do not overflow float64: this is NaN or infinite where a code is.
+        most = squared <= most ? most : squared;
+        if (!std::isfinite(squared)) break;
+        if (centred_ == nullptr) continue;
+        for (int64_t c = 0; c < channels; ++c) centred_[k * channels + c] = e[c] - view_.mean[c];
+      }
+      largest[task] = most;
+    });
+    // A maximum would pass over NaN.
+    finite_ = std::all_of(largest.begin(), largest.end(), [](double squared) { return std::isfinite(squared); });
+    view_.max_norm = std::sqrt(*std::max_element(largest.begin(), largest.end()));
+  }
+
+  bool finite() const { return finite_; }
+  const CentredCodes& view() const { return view_; }
+
+ private:
+  static constexpr int64_t kCodesPerTask = 256;
+
+  // Moving leaves the memory of these where it is, which the view points to.
+  std::vector<float> half_norms_;
+  Middle middle_;
+  Buffer<float> centred_;
+  CentredCodes view_;
+  bool finite_;
+};
+
+// How `threads` threads go about their rows. With one part each takes a tile of `rows` rows of its own; with more, all
+// share the codes, then the rows, of one tile after the other: where rows are too few to give each thread a tile, or
+// where more than one tile's scores would be too much memory.
+struct TilePlan {
+  int64_t rows, parts, workers;
+};
+
+inline TilePlan plan_tiles(const CodeScoresKernel& kernel, int64_t rows, int64_t num_codes, int64_t channels,
+                           int64_t rows_to_pay_a_tile) {
+  // Threads share codes where each has at least so many numbers to read: fewer would be done before they have met.
+  constexpr int64_t kElementsPerPart = 1 << 18, kMostParts = 64;
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t parts = std::min({threads, kMostParts, num_codes * channels / kElementsPerPart});
+  if (parts > 1 && rows < threads * rows_to_pay_a_tile) return {kernel.tile_rows, parts, 1};
+  // Half a tile takes little more than half the time.
+  const int64_t half = kernel.tile_rows / 2, tile = divide_up(rows, threads) <= half ? half : kernel.tile_rows;
+  return {tile, 1, std::min(threads, divide_up(rows, tile))};
+}
+
+// Some rows at a time and their scores.
+class ScoredRows {
+ public:
+  ScoredRows(const CodeScoresKernel& kernel, const TilePlan& plan, int64_t num_codes, int64_t channels)
+      : kernel_(kernel),
+        parts_(plan.parts),
+        memory_(static_cast<int64_t>(kernel.tile_bytes(num_codes, channels, plan.parts))) {}
+
+  void* memory() const { return memory_; }
+  int64_t parts() const { return parts_; }
+
+  template <class Denormals>
+  void score(const CentredCodes& codes, const float* const* x, int count) const {
+    const Denormals denormals;
+    kernel_.pack_rows(codes, x, count, parts_, memory_);
+    for_each_part<Denormals>([&](int64_t part) { kernel_.scan(codes, count, part, parts_, memory_); });
+  }
+
+  // body(part, first, last) for each part's share of `count` rows.
+  template <class Denormals, class Body>
+  void share_rows(int count, Body body) const {
+    for_each_part<Denormals>([&](int64_t part) {
+      body(part, static_cast<int>(count * part / parts_), static_cast<int>(count * (part + 1) / parts_));
+    });
+  }
+
+ private:
+  // With one part, on the thread that calls.
+  template <class Denormals, class Body>
+  void for_each_part(Body body) const {
+    if (parts_ > 1) {
+      for_each_task<Denormals>(parts_, body);
+    } else {
+      body(int64_t(0));
+    }
+  }
+
+  const CodeScoresKernel& kernel_;
+  int64_t parts_;
+  Buffer<char> memory_;
+};
+
+}  // namespace
+}  // namespace rqk

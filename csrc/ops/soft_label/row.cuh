@@ -1,0 +1,69 @@
+// The rows as kernels see them, what they share with their codebook, and folds over a warp.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+#include "common/exact.cuh"
+#include "ops/soft_label/plan.h"
+
+namespace rqk {
+namespace soft_label {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ inline int lane_of_warp() { return threadIdx.x % 32; }
+
+struct Row {
+  const float* x;      // null where the row is not counted
+  const void* logits;  // of counted rows
+  void* gradient;      // null where there is no row, or no gradient
+  float* loss;         // null where there is no row, or no loss
+  float weight;
+};
+
+// Row `place` of those that have codebook `q`: with one per inner index they are `inner` apart.
+__device__ inline Row row_at(const SoftLabelCrossEntropyParams& p, int64_t q, int64_t place) {
+  const SoftLabels& labels = p.labels;
+  const int64_t i = labels.codebook_stride == 0 ? place % labels.inner : q;
+  const int64_t o = labels.codebook_stride == 0 ? place / labels.inner : place;
+  Row row{};
+  if (o >= labels.outer) return row;
+  const int64_t number = o * labels.inner + i, size = p.type == FloatType::kFloat32 ? 4 : 2;
+  if (p.gradient != nullptr) {
+    row.gradient = static_cast<char*>(p.gradient) + (o * p.gradient_outer_stride + i * p.gradient_inner_stride) * size;
+  }
+  if (p.losses != nullptr) row.loss = p.losses + number;
+  if (p.mask != nullptr && p.mask[number] == 0) return row;
+  row.x = labels.x + number * labels.channels;
+  row.logits = static_cast<const char*>(p.logits) + (o * p.logits_outer_stride + i * p.logits_inner_stride) * size;
+  row.weight = p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[number * p.weight_stride]);
+  return row;
+}
+
+// |x - e_k|^2 as the definition rounds it, for the lanes of `mask`, each with a code of its own. Four at a time, by a
+// group each. By a whole warp.
+__device__ inline double exact_distance(unsigned mask, const float* x, const float* codebook, int64_t k,
+                                        int64_t channels) {
+  const int lane = lane_of_warp(), group = lane / kLanes;
+  double mine = 0;
+  while (mask != 0) {
+    unsigned rest = mask;
+    for (int i = 0; i < group; ++i) rest &= rest - 1;
+    const int64_t code = __shfl_sync(kFullWarp, k, rest == 0 ? 0 : __ffs(int(rest)) - 1);
+    const double sum = rest == 0 ? 0 : squared_distance(x, codebook + code * channels, channels);
+    const int rank = __popc(mask & ((1u << lane) - 1));
+    const double taken = __shfl_sync(kFullWarp, sum, rank * kLanes % 32);
+    if ((mask >> lane & 1) != 0 && rank < 32 / kLanes) mine = taken;
+    for (int i = 0; i < 32 / kLanes; ++i) mask &= mask - 1;
+  }
+  return mine;
+}
+
+__device__ inline double sum_of_warp(double value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kFullWarp, value, lanes);
+  return value;
+}
+
+}  // namespace soft_label
+}  // namespace rqk
