@@ -274,11 +274,101 @@ def call_ragged() -> None:
             for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
                 same = torch.allclose(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
                 assert same, f"result {i} differs from the CPU's at N, K, C, D = {n, k, c, depth}"
+    for n, k, c in [(1, 1, 1), (129, 257, 17), (70, 300, 256), (9, 40, 900)]:
+        x, codebook, logits = (torch.randn(*size, generator=generator) for size in ((n, c), (k, c), (n, k)))
+        tau = c / 4
+
+        def labelled(x: Any, codebook: Any, logits: Any, tau: float = tau) -> list[Any]:
+            leaf = logits.detach().requires_grad_()
+            loss = rqkernels.soft_label_cross_entropy(leaf, x, codebook, tau)
+            drawn = rqkernels.stochastic_residual_search(x, codebook, 2, tau=tau, seed=1)
+            grad = torch.autograd.grad(loss, leaf)[0]
+            return [loss, grad, rqkernels.distance_softmax(x, codebook, tau), drawn.codes]
+
+        ours, expected = labelled(x.cuda(), codebook.cuda(), logits.cuda()), labelled(x, codebook, logits)
+        for i, (a, b) in enumerate(zip(ours[:3], expected[:3], strict=True)):
+            assert torch.allclose(a.cpu(), b, rtol=1e-4, atol=1e-6), f"soft labels {i} differ at N, K, C = {n, k, c}"
+        # A draw may fall on the other side of a boundary that the two round differently.
+        same = (ours[3].cpu() == expected[3]).double().mean().item()
+        assert same > 0.98, f"only {same:.1%} of the codes drawn are the CPU's at N, K, C = {n, k, c}"
     for n, k in [(0, 5), (1, 1), (129, 257), (9, 3000)]:
         logits = torch.randn(n, k, generator=generator)
         for settings in ({}, {"temperature": 0}, {"top_k": 1 + k // 2}, {"top_k": 1 + k // 2, "top_p": 0.9}):
             ours, expected = (rqkernels.sample_logits(x, seed=1, **settings) for x in (logits.cuda(), logits))
             assert torch.equal(ours.cpu(), expected), f"codes differ from the CPU's at N, K = {n, k}, {settings}"
+
+    def attended(q: Any, k: Any, v: Any) -> list[Any]:
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out = rqkernels.depth_attention(*leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for n, heads, queries, keys, head_dim in (
+            (3, 5, 4, 4, 64),
+            (7, 1, 3, 9, 20),
+            (1, 2, 32, 32, 128),
+            (0, 1, 2, 2, 8),
+        ):
+            given = [torch.randn(n, heads, r, head_dim, generator=generator).to(dtype) for r in (queries, keys, keys)]
+            ours, expected = attended(*(t.cuda() for t in given)), attended(*given)
+            close = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+            for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+                same = torch.allclose(a.cpu(), b, rtol=close, atol=close)
+                assert same, f"result {i} differs from the CPU's at {dtype}, {n, heads, queries, keys, head_dim}"
+
+    def codes_of(precision: str, context: Any, vectors: Any, *block: Any) -> Any:
+        stack = rqkernels.PackedTransformer([rqkernels.BlockWeights(*block)], 1, precision=precision)
+        norm = {"norm_weight": block[0], "norm_bias": block[1]}
+        decoder = rqkernels.PackedDepthDecoder(stack, vectors[:3], vectors, **norm, classifier_weight=vectors)
+        return rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5
+
+    for rows, width, hidden, k in ((1, 5, 70, 40), (40, 33, 9, 131)):
+        linears = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
+        qkv, out, mlp_in, mlp_out = ((random(*sizes), random(sizes[0])) for sizes in linears)
+        norms = random(width), random(width), random(width), random(width)
+        given = [5 * random(rows, width), 5 * random(k, width), *norms[:2], *qkv, *out, *norms[2:], *mlp_in, *mlp_out]
+        for precision in ("fp32", "bf16", "int8"):
+            ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
+            assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
+
+    def codes_of(precision: str, context: Any, vectors: Any, *block: Any) -> Any:
+        stack = rqkernels.PackedTransformer([rqkernels.BlockWeights(*block)], 1, precision=precision)
+        norm = {"norm_weight": block[0], "norm_bias": block[1]}
+        decoder = rqkernels.PackedDepthDecoder(stack, vectors[:3], vectors, **norm, classifier_weight=vectors)
+        return rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5
+
+    for rows, width, hidden, k in ((1, 5, 70, 40), (40, 33, 9, 131)):
+        linears = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
+        qkv, out, mlp_in, mlp_out = ((random(*sizes), random(sizes[0])) for sizes in linears)
+        norms = random(width), random(width), random(width), random(width)
+        given = [5 * random(rows, width), 5 * random(k, width), *norms[:2], *qkv, *out, *norms[2:], *mlp_in, *mlp_out]
+        for precision in ("fp32", "bf16", "int8"):
+            ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
+            assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
+
+    def codes_of(precision: str, context: Any, vectors: Any, *block: Any) -> Any:
+        stack = rqkernels.PackedTransformer([rqkernels.BlockWeights(*block)], 1, precision=precision)
+        norm = {"norm_weight": block[0], "norm_bias": block[1]}
+        decoder = rqkernels.PackedDepthDecoder(stack, vectors[:3], vectors, **norm, classifier_weight=vectors)
+        return rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5
+
+    for rows, width, hidden, k in ((1, 5, 70, 40), (40, 33, 9, 131)):
+        linears = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
+        qkv, out, mlp_in, mlp_out = ((random(*sizes), random(sizes[0])) for sizes in linears)
+        norms = random(width), random(width), random(width), random(width)
+        given = [5 * random(rows, width), 5 * random(k, width), *norms[:2], *qkv, *out, *norms[2:], *mlp_in, *mlp_out]
+        for precision in ("fp32", "bf16", "int8"):
+            ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
+            assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
 
 
 def call_typical(device: str = "cuda") -> None:

@@ -27,6 +27,8 @@ SLUGS = (
     "stochastic_residual_search",
     "soft_label",
     "sample_logits",
+    "depth_attention",
+    "depth_decode",
 )
 
 # A room may import rooms of a lower floor, never its own floor's or a higher one's.

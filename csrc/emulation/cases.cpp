@@ -12,7 +12,8 @@ constexpr struct {
     {"residual_search", residual_search},   {"residual_decode", residual_decode},
     {"code_statistics", code_statistics},   {"stochastic_residual_search", stochastic_residual_search},
     {"distance_softmax", distance_softmax}, {"soft_label_cross_entropy", soft_label_cross_entropy},
-    {"sample_logits", sample_logits},
+    {"sample_logits", sample_logits},       {"depth_attention", depth_attention},
+    {"transformer_step", transformer_step}, {"depth_decode", depth_decode},
 };
 
 // in int32 (n) -> out int32 (n)

@@ -64,5 +64,8 @@ std::vector<Array> stochastic_residual_search(const Inputs& inputs);
 std::vector<Array> distance_softmax(const Inputs& inputs);
 std::vector<Array> soft_label_cross_entropy(const Inputs& inputs);
 std::vector<Array> sample_logits(const Inputs& inputs);
+std::vector<Array> depth_attention(const Inputs& inputs);
+std::vector<Array> transformer_step(const Inputs& inputs);
+std::vector<Array> depth_decode(const Inputs& inputs);
 
 }  // namespace rqk::emulation

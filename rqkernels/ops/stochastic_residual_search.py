@@ -28,7 +28,7 @@ def stochastic_residual_search(
         Q_tau(k | r) = softmax_k(-|r - e_d(k)|^2 / tau)
 
     Naively, for each depth: `k = torch.multinomial((-torch.cdist(r, e).square() / tau).softmax(-1), 1); r = r - e[k]`.
-    Here no array of rows x codes is ever formed (on a CPU a thread keeps the scores of at most 96 rows, some 4 MiB),
+    Here no array of rows x codes is ever formed (on a CPU a thread keeps the scores of at most 32 rows),
     and one counter-based uniform u serves each choice: Philox4x32-10 with key `seed` and counter (offset + flattened
     index of the row, depth, 1). The code is the first, in code order, whose cumulative weight exceeds u times the
     total. So a draw is a function of (seed, row, depth) and the row's values alone: the same for every batch size,

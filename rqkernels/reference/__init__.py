@@ -5,6 +5,15 @@ that a doubt about a kernel can be settled by reading one page.
 """
 
 from .code_statistics import code_statistics
+from .depth_attention import depth_attention, depth_attention_packed
+from .depth_decode import (
+    BlockWeights,
+    PackedDepthDecoder,
+    PackedTransformer,
+    depth_decode,
+    depth_logits,
+    transformer_step,
+)
 from .philox import OP_SAMPLE_LOGITS, OP_STOCHASTIC_RESIDUAL_SEARCH, philox_uniform
 from .residual_decode import residual_decode
 from .residual_search import FrozenCodebook, ResidualCodes, residual_search
@@ -15,9 +24,16 @@ from .stochastic_residual_search import stochastic_residual_search
 __all__ = [
     "OP_SAMPLE_LOGITS",
     "OP_STOCHASTIC_RESIDUAL_SEARCH",
+    "BlockWeights",
     "FrozenCodebook",
+    "PackedDepthDecoder",
+    "PackedTransformer",
     "ResidualCodes",
     "code_statistics",
+    "depth_attention",
+    "depth_attention_packed",
+    "depth_decode",
+    "depth_logits",
     "distance_softmax",
     "fused_linear_soft_label_cross_entropy",
     "philox_uniform",
@@ -26,4 +42,5 @@ __all__ = [
     "sample_logits",
     "soft_label_cross_entropy",
     "stochastic_residual_search",
+    "transformer_step",
 ]

@@ -19,7 +19,7 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 
 
-def philox_uniform(rows: Tensor, *, seed: int, stream: int, op_id: int) -> Tensor:
+def philox_uniform(rows: Tensor, *, seed: int, stream: int | Tensor, op_id: int) -> Tensor:
     """One uniform in (0, 1) for every row: `u = (word0 + 0.5) * 2^-32`.
 
     key = seed (64 bit), counter = (row low, row high, stream, op_id).
@@ -27,7 +27,8 @@ def philox_uniform(rows: Tensor, *, seed: int, stream: int, op_id: int) -> Tenso
     Args:
         rows: int64 (...), the row counters (offset already added), each >= 0.
         seed: 0 <= seed < 2^64.
-        stream: 0 <= stream < 2^32; a depth or a token index.
+        stream: 0 <= stream < 2^32; a depth or a token index. An int64 tensor that broadcasts with rows, too
+            (unchecked).
         op_id: 0 <= op_id < 2^32; see `OP_STOCHASTIC_RESIDUAL_SEARCH`, `OP_SAMPLE_LOGITS`.
 
     Returns:
@@ -40,11 +41,11 @@ def philox_uniform(rows: Tensor, *, seed: int, stream: int, op_id: int) -> Tenso
     if rows.dtype != torch.int64:
         raise TypeError(f"philox_uniform: rows must be int64, got {rows.dtype}")
     for name, value, bits in (("seed", seed, 64), ("stream", stream, 32), ("op_id", op_id, 32)):
-        if not 0 <= value < 1 << bits:
+        if not isinstance(value, Tensor) and not 0 <= value < 1 << bits:
             raise ValueError(f"philox_uniform: {name} must be in [0, 2^{bits}), got {value}")
     # int64 holds an unsigned 32-bit word; products wrap modulo 2^64, which keeps the bits we need.
     word0, word1 = rows & _MASK32, (rows >> 32) & _MASK32
-    word2, word3 = torch.full_like(rows, stream), torch.full_like(rows, op_id)
+    word2, word3 = torch.as_tensor(stream, device=rows.device), torch.full_like(rows, op_id)
     key0, key1 = seed & _MASK32, seed >> 32
     for _ in range(_ROUNDS):
         product0, product1 = word0 * _MULTIPLIER_0, word2 * _MULTIPLIER_1

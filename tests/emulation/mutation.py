@@ -76,7 +76,8 @@ def main() -> int:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
     shutil.copy(ROOT / "CMakeLists.txt", source)
-    shutil.copytree(ROOT / "csrc", source / "csrc")
+    # With new times: by the sources' own, older than what a broken-off run left, its last mutant would stay built.
+    shutil.copytree(ROOT / "csrc", source / "csrc", copy_function=shutil.copyfile)
     slugs = sys.argv[1:] or sorted(p.parent.name for p in (source / "csrc" / "ops").glob("*/kernel.cuh"))
     survivors = total = 0
     for slug in slugs:
