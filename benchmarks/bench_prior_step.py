@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import _harness
 import pytest
@@ -12,8 +12,7 @@ from _harness import QUICK, Contender, Work
 from torch import Tensor
 
 import rqkernels
-from rqgen.models import RQTransformer, RQTransformerConfig
-from rqgen.models.rqtransformer import prior_loss
+from rqgen.models import RQTransformer, RQTransformerConfig, SoftLabels, prior_loss
 from rqgen.models.transformer import TransformerConfig
 
 TAU = 60.0  # of the squared distances between normal vectors of 256 channels: a few codes share each label
@@ -41,6 +40,8 @@ CASES = (
     if QUICK
     else [
         Case("width-512", 512, (8, 2), 8, (8, 8, 4), 16384, 256, 2, 16),
+        # Where logits (256 MiB) are what memory goes to. Half a minute a round on two CPU cores.
+        *([] if torch.cuda.is_available() else [Case("width-512-16", 512, (8, 2), 8, (8, 8, 4), 16384, 256, 16, 16)]),
         # A minute a step on a CPU.
         *([Case("350M", 1024, (24, 4), 16, (8, 8, 4), 16384, 256, 1, 16)] if torch.cuda.is_available() else []),
     ]
@@ -50,6 +51,10 @@ CASES = (
 class Labels(NamedTuple):
     codes: Tensor  # (B, h, w, D)
     residuals: Tensor  # (B, h, w, D, C)
+
+
+# What a step learns from, and its loss given the codes.
+Prepared: TypeAlias = tuple[Labels, Callable[[Tensor], Tensor]]
 
 
 def published_labels(x_bhwc: Tensor, codebook_kc: Tensor, depth: int) -> tuple[Labels, Tensor]:
@@ -89,25 +94,35 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
     codebook = codebook.to(device)
     x = torch.randn(batch, height, width, case.channels).to(device)
 
-    def step(prepare: Callable[[], tuple[Labels, Callable[[Any], Tensor]]]) -> tuple[Labels, Tensor, Tensor]:
+    def step(prepare: Callable[[], Prepared]) -> tuple[Labels, Tensor, Tensor]:
         with torch.no_grad():
             labels, loss_of = prepare()
-        model.zero_grad(set_to_none=True)
-        loss = loss_of(model(labels.codes))
+        loss = loss_of(labels.codes)
         loss.backward()
-        return labels, loss.detach(), gradient_norm(model)
+        norm = gradient_norm(model)
+        # Gradients are part of what a step needs, not of what stood before it.
+        model.zero_grad(set_to_none=True)
+        return labels, loss.detach(), norm
 
-    def ours() -> tuple[Labels, Callable[[Any], Tensor]]:
+    def search() -> tuple[Labels, SoftLabels]:
         found = rqkernels.stochastic_residual_search(x, codebook, depth, tau=TAU, seed=0, return_residuals=True)
-        labels = Labels(found.codes, found.residuals)
-        return labels, lambda output: prior_loss(output, residuals=labels.residuals, codebooks=codebook, tau=TAU).total
+        return Labels(found.codes, found.residuals), SoftLabels(found.residuals, codebook, TAU)
 
-    def published() -> tuple[Labels, Callable[[Any], Tensor]]:
+    def fused() -> Prepared:
+        labels, soft = search()
+        return labels, lambda codes: prior_loss(model(codes, soft_labels=soft)).total
+
+    def in_place() -> Prepared:
+        labels, soft = search()
+        return labels, lambda codes: prior_loss(model(codes), **soft._asdict(), inplace=True).total
+
+    def published() -> Prepared:
         labels, soft = published_labels(x, codebook, depth)
-        return labels, lambda output: published_loss(output.logits, soft)
+        return labels, lambda codes: published_loss(model(codes).logits, soft)
 
     contenders = [
-        Contender("rqkernels", lambda: step(ours), batch),
+        Contender("rqkernels", lambda: step(fused), batch),
+        Contender("rqkernels, whole logits", lambda: step(in_place), batch),
         Contender("published formulation", lambda: step(published), batch),
     ]
 
@@ -115,9 +130,9 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         # Codes are drawn, so each contender's loss and gradient are held against the definition's for its own codes.
         for name, (labels, loss, norm) in results.items():
 
-            def defined(labels: Labels = labels) -> tuple[Labels, Callable[[Any], Tensor]]:
-                return labels, lambda output: rqkernels.reference.soft_label_cross_entropy(
-                    output.logits, labels.residuals, codebook, TAU
+            def defined(labels: Labels = labels) -> Prepared:
+                return labels, lambda codes: rqkernels.reference.soft_label_cross_entropy(
+                    model(codes).logits, labels.residuals, codebook, TAU
                 )
 
             _, expected, expected_norm = step(defined)

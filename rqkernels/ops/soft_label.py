@@ -22,11 +22,18 @@ def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
     check_number(op, "tau", tau)
 
 
-def _check_loss(op: str, mask: object, reduction: object) -> None:
+def _check_loss(op: str, x: Tensor, mask: object, reduction: object, losses_out: object) -> None:
     if mask is not None:
         check_tensor(op, "mask", mask, (torch.bool,))
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if losses_out is not None:
+        check_tensor(op, "losses_out", losses_out, (torch.float32,))
+        if losses_out.shape != x.shape[:-1] or losses_out.device != x.device:
+            raise ValueError(
+                f"{op}: losses_out must be {tuple(x.shape[:-1])} on {x.device}, "
+                f"got {tuple(losses_out.shape)} on {losses_out.device}"
+            )
 
 
 def _weight(x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
@@ -35,6 +42,11 @@ def _weight(x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
         return None
     rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else mask.sum()
     return rows.float().reciprocal()
+
+
+def _reduced(losses: Tensor, weight: Tensor | None) -> Tensor:
+    total = losses.sum(dtype=torch.float64)
+    return (total if weight is None else total * weight).float()
 
 
 def _gradient_scale(dtype: torch.dtype) -> float:
@@ -94,6 +106,7 @@ def soft_label_cross_entropy(
     mask: Tensor | None = None,
     reduction: str = "mean",
     inplace: bool = False,
+    losses_out: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of logits against soft labels that are never materialised (Lee et al. 2022, section 3.2.3).
 
@@ -103,10 +116,11 @@ def soft_label_cross_entropy(
     labels, log-softmax and gradient, each of the size of the logits. Here Q is formed for some rows at a time (see
     `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits (on
     CUDA one each, with Q formed again), and nothing of their size is made but the gradient that is returned: in the
-    forward call, in the dtype of the logits, where a gradient will be asked for. On a CPU a call also holds, for each
-    thread, the labels of at most 32 rows, and a copy of the codebook where it lies off the origin. Sums within a row
-    are float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend on threads or
-    on the other rows.
+    forward call, in the dtype of the logits, where a gradient will be asked for. On a CPU a call also holds the
+    labels of at most 32 rows, for each thread where there are many rows, else for all together (a twentieth of the
+    logits from about 700 rows on), and a copy of the codebook where it lies off the origin. Sums within a row are
+    float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend on threads or on
+    the other rows.
 
     Differentiable once, in logits alone. Autocast does not touch it: logits are used in the dtype in which they come.
 
@@ -122,6 +136,8 @@ def soft_label_cross_entropy(
         inplace: where a gradient will be asked for, write it over the logits, which nobody may need afterwards, and
             allocate nothing of their size. Autograd raises where another function has kept these logits for its own
             backward. backward then runs once. Without a gradient to come, logits stay as they are.
+        losses_out: float32, the shape of logits without K: is filled with the rows' losses, to be logged beside a
+            "mean" whose gradient is written once. No gradient goes through it: that is what reduction="none" is for.
 
     Returns:
         float32 scalar, or the rows' losses. For a row with
@@ -138,7 +154,7 @@ def soft_label_cross_entropy(
     op = "soft_label_cross_entropy"
     check_tensor(op, "logits", logits, FLOAT_DTYPES)
     _check_labels(op, x, codebook, tau)
-    _check_loss(op, mask, reduction)
+    _check_loss(op, x, mask, reduction, losses_out)
     x, codebook = x.detach(), codebook.detach()
     weight, reduce = _weight(x, mask, reduction), reduction != "none"
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
@@ -147,11 +163,19 @@ def soft_label_cross_entropy(
             raise ValueError(f"{op}: inplace cannot be traced by torch.compile, which decides itself what to overwrite")
         if logits.is_leaf:
             raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
-        return _InPlace.apply(logits, x, codebook, tau, mask, weight, reduce)
-    scale = _gradient_scale(logits.dtype)
-    return torch.ops.rqkernels.soft_label_cross_entropy(
-        logits, x, codebook, tau, mask, weight, reduce, scale, with_gradient
-    )[0]
+    if with_gradient and (inplace or losses_out is not None):
+        loss, losses = _GradientInForward.apply(logits, x, codebook, tau, mask, weight, reduce, inplace)
+    else:
+        # What wants the losses of rows has no gradient to come here, and the reduction is left to do.
+        rows_first = reduce and losses_out is not None
+        scale = _gradient_scale(logits.dtype)
+        losses = torch.ops.rqkernels.soft_label_cross_entropy(
+            logits, x, codebook, tau, mask, weight, reduce and not rows_first, scale, with_gradient
+        )[0]
+        loss = _reduced(losses, weight) if rows_first else losses
+    if losses_out is not None:
+        losses_out.copy_(losses.detach())
+    return loss
 
 
 @torch.library.register_fake("rqkernels::soft_label_cross_entropy")
@@ -198,20 +222,25 @@ def _factor(grad: Tensor, gradient: Tensor, gradient_scale: float) -> Tensor:
     return factor if factor.dim() == 0 else factor.unsqueeze(-1).to(gradient.dtype)
 
 
+def _times(gradient: Tensor, grad: Tensor, gradient_scale: float) -> Tensor:
+    factor = _factor(grad, gradient, gradient_scale)
+    return gradient if _is_one(factor) else gradient * factor
+
+
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     if not ctx.with_gradient:
         raise RuntimeError("soft_label_cross_entropy: backward of a call that was made with with_gradient=False")
     (gradient,) = ctx.saved_tensors
-    factor = _factor(grad, gradient, ctx.gradient_scale)
-    return gradient if _is_one(factor) else gradient * factor, *(None,) * 8
+    return _times(gradient, grad, ctx.gradient_scale), *(None,) * 8
 
 
 torch.library.register_autograd("rqkernels::soft_label_cross_entropy", _backward, setup_context=_setup_context)
 
 
-class _InPlace(torch.autograd.Function):
-    """The gradient in the memory of the logits."""
+class _GradientInForward(torch.autograd.Function):
+    """What the operator's own gradient does not offer: the gradient in the memory of the logits, and the losses of rows
+    beside their mean or sum."""
 
     @staticmethod
     def forward(
@@ -223,25 +252,33 @@ class _InPlace(torch.autograd.Function):
         mask: Tensor | None,
         weight: Tensor | None,
         reduce: bool,
-    ) -> Tensor:
-        gradient = logits.detach()
-        ctx.gradient_scale = _gradient_scale(logits.dtype)
-        loss = torch.ops.rqkernels.soft_label_cross_entropy_(
-            gradient, x, codebook, tau, mask, weight, reduce, ctx.gradient_scale
-        )
-        # So that a function that kept the logits for its own backward finds them changed.
-        torch.autograd.graph.increment_version(logits)
-        ctx.gradient = gradient
-        return loss
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.inplace, ctx.gradient_scale = inplace, _gradient_scale(logits.dtype)
+        arguments = (x, codebook, tau, mask, weight, False, ctx.gradient_scale)
+        if inplace:
+            ctx.gradient = logits.detach()
+            losses = torch.ops.rqkernels.soft_label_cross_entropy_(ctx.gradient, *arguments)
+            # So that a function that kept the logits for its own backward finds them changed.
+            torch.autograd.graph.increment_version(logits)
+        else:
+            losses, gradient = torch.ops.rqkernels.soft_label_cross_entropy(logits, *arguments, True)
+            ctx.save_for_backward(gradient)
+        ctx.set_materialize_grads(False)
+        loss, losses = (_reduced(losses, weight), losses) if reduce else (losses, losses.clone())
+        ctx.mark_non_differentiable(losses)
+        return loss, losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        if not ctx.inplace:
+            return _times(ctx.saved_tensors[0], grad, ctx.gradient_scale), *(None,) * 7
         if ctx.gradient is None:
             raise RuntimeError("soft_label_cross_entropy: with inplace=True backward runs once")
         gradient, ctx.gradient = ctx.gradient, None
         factor = _factor(grad, gradient, ctx.gradient_scale)
-        return gradient if _is_one(factor) else gradient.mul_(factor), *(None,) * 6
+        return gradient if _is_one(factor) else gradient.mul_(factor), *(None,) * 7
 
 
 def fused_linear_soft_label_cross_entropy(
@@ -254,6 +291,7 @@ def fused_linear_soft_label_cross_entropy(
     *,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    losses_out: Tensor | None = None,
 ) -> Tensor:
     """`soft_label_cross_entropy(linear(hidden, weight, bias), x, codebook, tau)`, without the logits of all rows.
 
@@ -267,7 +305,7 @@ def fused_linear_soft_label_cross_entropy(
     Args:
         hidden: (..., H), or (..., D, H) where x is (..., D, C); float32, float16 or bfloat16.
         weight: (K, H), and bias (K) or None: the classifier, in the dtype of hidden (any of these under autocast).
-        x, codebook, tau, mask, reduction: as in `soft_label_cross_entropy`.
+        x, codebook, tau, mask, reduction, losses_out: as in `soft_label_cross_entropy`.
 
     Returns:
         float32 scalar, or the rows' losses; see `soft_label_cross_entropy`.
@@ -281,7 +319,7 @@ def fused_linear_soft_label_cross_entropy(
     if bias is not None:
         check_tensor(op, "bias", bias, FLOAT_DTYPES)
     _check_labels(op, x, codebook, tau)
-    _check_loss(op, mask, reduction)
+    _check_loss(op, x, mask, reduction, losses_out)
     if hidden.dim() < 1 or hidden.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} and x {tuple(x.shape)} must agree up to the last dimension"
@@ -298,7 +336,12 @@ def fused_linear_soft_label_cross_entropy(
     x, codebook = x.detach(), codebook.detach()
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     row_weight, reduce = _weight(x, mask, reduction), reduction != "none"
-    return _fused_linear(hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype)[0]
+    total, losses, *_ = _fused_linear(
+        hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype
+    )
+    if losses_out is not None:
+        losses_out.copy_(losses.detach())
+    return total if reduce else losses
 
 
 @torch.library.custom_op("rqkernels::fused_linear_soft_label_cross_entropy", mutates_args=())
@@ -314,7 +357,7 @@ def _fused_linear(
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Rows in groups that must stay together: the depths of one position where each has a codebook.
     together = 1 if codebook.dim() == 2 else codebook.shape[0]
     num_codes = weight.shape[0]
@@ -365,10 +408,8 @@ def _fused_linear(
             grad_b.add_(logits.sum(0, dtype=torch.float32), alpha=1 / scale)
     if with_gradient:
         grads = (grad_h.view(hidden.shape), grad_w.to(weight.dtype), grad_b if bias is None else grad_b.to(bias.dtype))
-    if not reduce:
-        return losses.view(hidden.shape[:-1]), *grads
-    total = losses.sum(dtype=torch.float64)
-    return (total if row_weight is None else total * row_weight).float(), *grads
+    total = _reduced(losses, row_weight) if reduce else losses.new_empty(0)
+    return total, losses.view(hidden.shape[:-1]), *grads
 
 
 @_fused_linear.register_fake
@@ -384,34 +425,37 @@ def _fake_fused_linear(
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss = hidden.new_empty(() if reduce else hidden.shape[:-1], dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total = hidden.new_empty(() if reduce else (0,), dtype=torch.float32)
+    losses = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
     if not with_gradient:
-        return loss, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+        return total, losses, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     grad_b = weight.new_empty(weight.shape[0], dtype=torch.float32 if bias is None else bias.dtype)
-    return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_b
+    return total, losses, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_b
 
 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, x, codebook, tau, mask, _, reduce, _, dtype = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    total, losses, *grads = output
+    ctx.mark_non_differentiable(losses if reduce else total, *grads)
     ctx.set_materialize_grads(False)
     ctx.reduce, ctx.tau, ctx.dtype = reduce, tau, dtype
     if reduce:
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*grads)
     else:
         ctx.save_for_backward(hidden, weight, bias, x, codebook, mask)
 
 
 @once_differentiable
-def _backward_fused(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_fused(ctx: Any, grad_total: Tensor, grad_losses: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     if ctx.reduce:
-        grads = ctx.saved_tensors if _is_one(grad) else tuple(saved * grad for saved in ctx.saved_tensors)
+        one = _is_one(grad_total)
+        grads = ctx.saved_tensors if one else tuple(saved * grad_total for saved in ctx.saved_tensors)
     else:
         hidden, weight, bias, x, codebook, mask = ctx.saved_tensors
         grads = _fused_linear(
-            hidden, weight, bias, x, codebook, ctx.tau, mask, grad.contiguous(), False, True, ctx.dtype
-        )[1:]
+            hidden, weight, bias, x, codebook, ctx.tau, mask, grad_losses.contiguous(), False, True, ctx.dtype
+        )[2:]
     needed = (g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True))
     return *needed, *(None,) * 8
 

@@ -1,9 +1,7 @@
 """The quantizer of the published RQ-VAE (kakaobrain/rq-vae-transformer) on our operators.
 
-How the swap is made: the foreign module keeps its parameters, buffers and attributes, and gets another class:
-one derived from ours (`Bottleneck` or `Codebook` below) and from its own, so that ours overrides the few methods
-that search, count and decode, and everything else stays theirs. `isinstance`, the state dict, hooks, `.to()`,
-optimizers and wrappers see no difference; copies and pickles come back accelerated.
+How the swap is made says `rqgen.integrations.swap`; `Bottleneck` and `Codebook` below override the few methods that
+search, count and decode.
 
 Replaced are the N x K distances of the search (`rqkernels.residual_search`; out of training all depths in one
 call), the K x N one-hot of the averages (`rqkernels.code_statistics`) and the (N, D, C) gather of decoding
@@ -20,7 +18,8 @@ call), the K x N one-hot of the averages (`rqkernels.code_statistics`) and the (
   published, distances and residuals are rounded to half. Noise of restarts is then drawn in float32 too.
 - A vector that is not finite gets code -1 and NaN, and touches no average; published, it makes the whole
   codebook NaN. An unusable vector drawn for a restart leaves that code as it was.
-- `get_soft_codes` returns N x K by contract, and computes it as published (under autocast in half, too).
+- `get_soft_codes` returns N x K by contract, and computes it as published (under autocast in half, too);
+  `rqgen.integrations.kakaobrain_soft_codes` does without.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+
+from .swap import Accelerated, has_structure, swap_class
 
 BOTTLENECK_METHODS = (
     "quantize",
@@ -74,19 +74,10 @@ def swap_quantizers(model: nn.Module) -> int:
     for name, quantizer in quantizers.items():
         _check_codebooks(quantizer, name or "model")
     for quantizer in quantizers.values():
-        _swap_class(quantizer, Bottleneck)
+        swap_class(quantizer, Bottleneck)
         for codebook in quantizer.codebooks:
-            _swap_class(codebook, Codebook)
+            swap_class(codebook, Codebook)
     return len(quantizers)
-
-
-class Accelerated(nn.Module):
-    """What our two classes share: a class made on the fly is pickled and copied by what it was made from."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, state, *rest = super().__reduce_ex__(max(protocol, 2))
-        ours, theirs = type(self).__bases__
-        return (_new_instance, (ours, theirs), state, *rest)
 
 
 class Codebook(Accelerated):
@@ -206,28 +197,9 @@ class Bottleneck(Accelerated):
             raise ValueError(f"code: expected (B, {', '.join(map(str, self.code_shape))}), got {tuple(code.shape)}")
 
 
-@functools.cache
-def _accelerated_class(ours: type, theirs: type) -> type:
-    return type(theirs.__name__, (ours, theirs), {"__module__": ours.__module__, "__doc__": theirs.__doc__})
-
-
-def _new_instance(ours: type, theirs: type) -> nn.Module:
-    cls = _accelerated_class(ours, theirs)
-    return cls.__new__(cls)
-
-
-def _swap_class(module: nn.Module, ours: type) -> None:
-    if not isinstance(module, ours):
-        module.__class__ = _accelerated_class(ours, type(module))
-
-
 def _is_bottleneck(module: nn.Module) -> bool:
-    # Methods are looked up in the class: wrappers such as torch.compile's show those of the module they wrap.
-    return (
-        all(callable(getattr(type(module), name, None)) for name in BOTTLENECK_METHODS)
-        and all(hasattr(module, name) for name in BOTTLENECK_ATTRIBUTES)
-        and isinstance(module.codebooks, nn.ModuleList)
-    )
+    known = has_structure(module, BOTTLENECK_METHODS, BOTTLENECK_ATTRIBUTES)
+    return known and isinstance(module.codebooks, nn.ModuleList)
 
 
 def _check_codebooks(quantizer: nn.Module, name: str) -> None:

@@ -13,7 +13,7 @@ import rqkernels
 from rqgen.data.codes import EncodedImages, codebook_fingerprint
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
-from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, prior_loss
+from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, SoftLabels, prior_loss
 from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
 
@@ -52,6 +52,10 @@ class PriorConfig:
     tau: float | None = None
     """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of what is left
     after the last depth, measured on the training images."""
+    fused_classifier: bool = True
+    """With soft labels: classifier and loss take some rows at a time, and logits of all codes x K never exist. Off:
+    they do, with their gradient in their place; the loss is the same but for rounding. With hard labels it is not
+    read."""
     cache_latents: bool = True
     """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
 
@@ -193,11 +197,14 @@ class PriorStage:
     def step(self, batch: Batch) -> StepResult:
         codes_bhwd, residuals_bhwdc = self._codes(batch)
         condition = batch.labels if self._config.condition == "class" else None
-        output = self.model(codes_bhwd, condition)
-        if self._config.soft_labels:
-            loss = prior_loss(output, residuals=residuals_bhwdc, codebooks=self._vae.codebooks, tau=self._tau)
+        if not self._config.soft_labels:
+            loss = prior_loss(self.model(codes_bhwd, condition), codes=codes_bhwd)
         else:
-            loss = prior_loss(output, codes=codes_bhwd)
+            labels = SoftLabels(residuals_bhwdc, self._vae.codebooks, self._tau)
+            if self._config.fused_classifier:
+                loss = prior_loss(self.model(codes_bhwd, condition, labels))
+            else:
+                loss = prior_loss(self.model(codes_bhwd, condition), **labels._asdict(), inplace=True)
         return StepResult(loss.total, {f"loss/depth_{d + 1}": term for d, term in enumerate(loss.per_depth)})
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rqgen
 import rqkernels
 from rqgen.integrations.kakaobrain import Bottleneck
+from rqgen.integrations.kakaobrain_soft_codes import SoftCodes
 
 TOLERANCE = 1e-5  # relative to the largest value; sums of the averages and of decoding are rounded differently
 FIXTURE_TOLERANCE = 1e-4
@@ -166,6 +168,47 @@ class NaiveBottleneck(nn.Module):
             codes.append(code)
             residual = residual - book.embed(code)
         return torch.stack(soft, -2), torch.stack(codes, -1)
+
+
+class NaiveTransformer(nn.Module):
+    """The published transformer's attributes and losses, over a trunk of one layer."""
+
+    def __init__(self, code_shape: Sequence[int], num_codes: int, width: int = 12) -> None:
+        super().__init__()
+        self.block_size, self.vocab_size = torch.Size(code_shape), [num_codes] * code_shape[2]
+        self.tok_emb = nn.Embedding(num_codes, width)
+        self.body_transformer, self.head_transformer = nn.Linear(width, width), nn.Identity()
+        self.classifier = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_codes))
+
+    def forward(self, xs: Tensor, model_aux: nn.Module | None = None, cond: Tensor | None = None) -> Tensor:
+        return self.classifier(self.head_transformer(self.body_transformer(self.tok_emb(xs))))
+
+    def embed_with_model_aux(self, xs: Tensor, model_aux: nn.Module) -> Tensor:
+        raise NotImplementedError
+
+    def cached_forward(self, xs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, partial_sample: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def compute_cond_loss(self, cond_logits: Tensor, conds: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _losses(self, logits: Tensor, targets: Tensor, use_soft_target: bool) -> Tensor:
+        logits = logits.reshape(-1, logits.shape[-1])
+        if not use_soft_target:
+            return nn.functional.cross_entropy(logits, targets.reshape(-1), reduction="none")
+        shifted = logits - logits.max(dim=-1, keepdim=True).values
+        log_prob = shifted - torch.log(shifted.exp().sum(-1, keepdim=True) + 1e-7)
+        return (-targets.reshape(-1, targets.shape[-1]) * log_prob).sum(-1)
+
+    def compute_loss(self, logits: Tensor, targets: Tensor, use_soft_target: bool = False) -> Tensor:
+        return self._losses(logits, targets, use_soft_target).mean()
+
+    @torch.no_grad()
+    def compute_codebook_loss(self, logits: Tensor, targets: Tensor, use_soft_target: bool = False) -> Tensor:
+        return self._losses(logits, targets, use_soft_target).reshape(-1, self.block_size[-1]).mean(0)
 
 
 LAYOUTS: dict[str, dict] = {
@@ -500,7 +543,8 @@ def test_bad_arguments_are_named(pair: Pair) -> None:
 
 
 def test_a_model_without_anything_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"nothing to accelerate in Sequential.*RQBottleneck.*Known models: kaka"):
+    known = r"nothing to accelerate in Sequential.*RQBottleneck.*RQTransformer.*Known models: kaka"
+    with pytest.raises(ValueError, match=known):
         rqgen.accelerate(nn.Sequential(nn.Linear(2, 2), NaiveCodebook(3, 2, 0.9, True)))
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
         rqgen.accelerate({})  # type: ignore[type-var]
@@ -531,6 +575,194 @@ def test_codebooks_must_be_as_many_as_depths() -> None:
         rqgen.accelerate(quantizer)
 
 
+# --- the loss of soft codes
+
+
+class TwoStages:
+    """A quantizer and a transformer of its codes, and both again, accelerated."""
+
+    def __init__(self, layout: dict) -> None:
+        self.quantizer = NaiveBottleneck(**layout).eval()
+        num_codes = self.quantizer.codebooks[0].n_embed
+        self.transformer = NaiveTransformer(self.quantizer.code_shape, num_codes)
+        self.fast_quantizer = rqgen.accelerate(copy.deepcopy(self.quantizer), lazy_soft_codes=True)
+        self.fast_transformer = rqgen.accelerate(copy.deepcopy(self.transformer))
+
+    def batch(self, size: int = 2) -> Tensor:
+        return torch.randn(size, *self.quantizer.latent_shape)
+
+
+def stage_two(transformer: nn.Module, logits: Tensor, soft: object) -> tuple[Tensor, ...]:
+    """What a training script does with soft codes: loss, what it logs, gradients."""
+    loss = transformer.compute_loss(logits, soft, use_soft_target=True)
+    by_depth = transformer.compute_codebook_loss(logits, soft, use_soft_target=True)
+    assert loss.requires_grad and not by_depth.requires_grad
+    return loss.detach(), by_depth, *torch.autograd.grad(loss, transformer.parameters())
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate", "patches", "one"])
+def test_lazy_soft_codes_give_the_published_loss(layout: str) -> None:
+    stages, size = TwoStages(LAYOUTS[layout]), 3
+    x = stages.batch(size)
+    soft, codes = stages.quantizer.get_soft_codes(x, temp=0.7)
+    lazy, fast_codes = stages.fast_quantizer.get_soft_codes(x, temp=0.7)
+    assert isinstance(lazy, SoftCodes) and torch.equal(fast_codes, codes)
+    assert (lazy.shape, lazy.dtype, lazy.device) == (soft.shape, soft.dtype, soft.device)
+    assert close(lazy.materialize(), soft)
+    expected = stage_two(stages.transformer, stages.transformer(codes), soft)
+    for targets in (lazy, soft):  # a tensor of soft codes is served as published
+        got = stage_two(stages.fast_transformer, stages.fast_transformer(codes), targets)
+        assert all(close(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+    hard = [t.compute_loss(t(codes), codes) for t in (stages.fast_transformer, stages.transformer)]
+    assert torch.equal(*hard)
+
+
+def test_logits_may_be_flat() -> None:
+    stages = TwoStages(LAYOUTS["shared"])
+    lazy, codes = stages.fast_quantizer.get_soft_codes(stages.batch(), temp=0.7)
+    logits, transformer = stages.transformer(codes), stages.fast_transformer
+    flat = transformer.compute_loss(logits.reshape(-1, logits.shape[-1]), lazy, use_soft_target=True)
+    assert torch.equal(flat, transformer.compute_loss(logits, lazy, use_soft_target=True))
+
+
+def test_half_logits_are_summed_up_in_float32() -> None:
+    stages = TwoStages(LAYOUTS["shared"])
+    lazy, codes = stages.fast_quantizer.get_soft_codes(stages.batch(), temp=0.7)
+    logits = stages.transformer(codes).detach().half().requires_grad_()
+    loss = stages.fast_transformer.compute_loss(logits, lazy, use_soft_target=True)
+    wide = logits.detach().float().requires_grad_()
+    expected = stages.transformer.compute_loss(wide, lazy.materialize(), use_soft_target=True)
+    assert close(loss.detach(), expected.detach())
+    (gradient,), (expected,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, wide)
+    assert gradient.dtype == torch.float16
+    assert (gradient.float() - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_drawn_codes_have_the_published_distribution() -> None:
+    """At both depths: the second given the first, of many copies of one vector."""
+    stages, copies = TwoStages(dict(latent_shape=(1, 1, 3), code_shape=(1, 1, 2), n_embed=5)), 4000
+    x = torch.randn(1, 1, 1, 3).expand(copies, -1, -1, -1)
+    torch.manual_seed(3)
+    lazy, codes = stages.fast_quantizer.get_soft_codes(x, temp=2.0, stochastic=True)
+    after = torch.rand(())
+    torch.manual_seed(3)
+    again = stages.fast_quantizer.get_soft_codes(x, temp=2.0, stochastic=True)[1]
+    assert torch.equal(again, codes) and torch.equal(torch.rand(()), after)
+    assert not torch.equal(stages.fast_quantizer.get_soft_codes(x, temp=2.0, stochastic=True)[1], codes)
+
+    def residual_of(parents: Tensor) -> Tensor:
+        return x - stages.quantizer.embed_partial_code(parents, 0)
+
+    soft = lazy.materialize()
+    distances = [stages.quantizer.codebooks[d].compute_distances(r) for d, r in enumerate((x, residual_of(codes)))]
+    for d in range(2):
+        expected = torch.softmax(-distances[d] / 2.0, -1)
+        assert close(soft[..., d, :], expected)
+        counts = torch.bincount(codes[..., d].flatten(), minlength=5)
+        mean, variance = expected.sum((0, 1, 2)), (expected * (1 - expected)).sum((0, 1, 2))
+        assert ((counts - mean).abs() < 5 * variance.sqrt()).all()
+
+
+def test_soft_codes_are_those_of_the_call() -> None:
+    """A codebook that moves on afterwards does not change them."""
+    stages = TwoStages(LAYOUTS["shared"])
+    lazy, _ = stages.fast_quantizer.get_soft_codes(stages.batch(), temp=0.7)
+    before = lazy.materialize()
+    stages.fast_quantizer.codebooks[0].weight.data.mul_(2)
+    assert torch.equal(lazy.materialize(), before)
+
+
+def test_soft_codes_never_make_an_array_of_rows_times_codes() -> None:
+    """From the latents to the gradient of the logits, which is the only one; published, there are many."""
+    counts = []
+    quantizer = NaiveBottleneck((8, 8, 4), (8, 8, 2), 300, shared_codebook=True)
+    x = torch.randn(2, 8, 8, 4)
+    logits = torch.randn(2, 8, 8, 2, 300, requires_grad=True)
+    for fast in (False, True):
+        transformer = NaiveTransformer(quantizer.code_shape, 300)
+        if fast:
+            rqgen.accelerate(nn.ModuleList([quantizer, transformer]), lazy_soft_codes=True)
+        with CountTensors(logits.numel() // 2) as large:
+            soft, _ = quantizer.get_soft_codes(x, temp=0.7, stochastic=True)
+            torch.autograd.grad(transformer.compute_loss(logits, soft, use_soft_target=True), logits)
+        counts.append(large.count)
+    assert counts[0] > 8 and counts[1] == 1
+
+
+class CountTensors(TorchDispatchMode):
+    """How many tensors of at least so many elements, that are no views, are made."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.numel and not func.is_view:
+                self.count += 1
+        return result
+
+
+@pytest.mark.parametrize(
+    ("touch", "message"),
+    [
+        (lambda soft: torch.log(soft), "log: got SoftCodes"),
+        (lambda soft: torch.ones(3) * soft, "SoftCodes"),
+        (lambda soft: soft * torch.ones(3), "SoftCodes"),
+        (lambda soft: -soft, "SoftCodes"),
+        (lambda soft: soft[0], "SoftCodes"),
+        (lambda soft: nn.functional.cross_entropy(torch.zeros(4, 40), soft), "cross_entropy: got SoftCodes"),
+        (lambda soft: np.asarray(soft), "numpy: got SoftCodes"),
+        (lambda soft: [*soft], "SoftCodes"),
+    ],
+)
+def test_whatever_else_touches_soft_codes_is_refused(touch: Callable[[object], object], message: str) -> None:
+    stages = TwoStages(LAYOUTS["shared"])
+    soft, _ = stages.fast_quantizer.get_soft_codes(stages.batch())
+    with pytest.raises(TypeError, match=message):
+        touch(soft)
+
+
+def test_wrong_uses_of_soft_codes_are_named() -> None:
+    stages = TwoStages(LAYOUTS["shared"])
+    soft, codes = stages.fast_quantizer.get_soft_codes(stages.batch())
+    with pytest.raises(AttributeError, match=r"no attribute 'reshape': .*call \.materialize\(\) for the tensor"):
+        soft.reshape(-1, 40)
+    with pytest.raises(AttributeError, match="no attribute 'reshape'"):  # a transformer that was not accelerated
+        stages.transformer.compute_loss(stages.transformer(codes), soft, use_soft_target=True)
+    logits = stages.fast_transformer(codes)
+    for loss in (stages.fast_transformer.compute_loss, stages.fast_transformer.compute_codebook_loss):
+        with pytest.raises(ValueError, match="got SoftCodes with use_soft_target=False"):
+            loss(logits, soft)
+        with pytest.raises(ValueError, match=r"logits: expected \(2, 4, 4, 3, 40\) for .* got \(1, 4, 4, 3, 40\)"):
+            loss(logits[:1], soft, use_soft_target=True)
+    sizes = rqgen.accelerate(NaiveBottleneck(**LAYOUTS["sizes"]), lazy_soft_codes=True)
+    with pytest.raises(ValueError, match=r"different sizes \(40, 5, 17\) have no common soft codes"):
+        sizes.get_soft_codes(torch.randn(1, 4, 2, 6))
+    with pytest.raises(ValueError, match="lazy_soft_codes: no quantizer in NaiveTransformer"):
+        rqgen.accelerate(stages.transformer, lazy_soft_codes=True)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_an_accelerated_transformer_is_the_same_module(first: bool) -> None:
+    """And its quantizer keeps its kind of soft codes through copies, and through further calls of accelerate."""
+    model = nn.ModuleDict({"vq": NaiveBottleneck(**LAYOUTS["shared"]), "ar": NaiveTransformer((4, 4, 3), 40)})
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    for lazy in (first, True, False):
+        assert rqgen.accelerate(model, lazy_soft_codes=lazy) is model
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+    assert isinstance(model["ar"], NaiveTransformer) and type(model["ar"]).__name__ == "NaiveTransformer"
+    assert isinstance(model["vq"], NaiveBottleneck) and isinstance(model["vq"], Bottleneck)
+    x = torch.randn(2, 4, 4, 6)
+    expected, codes = model.eval()["vq"].get_soft_codes(x)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), through_torch(model)):
+        assert [type(module) for module in copied.modules()] == [type(module) for module in model.modules()]
+        soft, _ = copied["vq"].get_soft_codes(x)
+        losses = [m["ar"].compute_loss(m["ar"](codes), t, True) for m, t in ((model, expected), (copied, soft))]
+        assert torch.equal(*losses)
+
+
 # --- what the published code computed
 
 
@@ -558,6 +790,19 @@ def test_published_results(published: tuple[Bottleneck, dict[str, Tensor]]) -> N
     soft, hard = quantizer.get_soft_codes(expected["z_e"], temp=0.5)
     assert torch.equal(hard, expected["soft_hard_codes"])
     assert close(soft, expected["soft_codes"], FIXTURE_TOLERANCE)
+
+
+@pytest.mark.parametrize("published", ["rqvae-shared-8x8x4"], indirect=True)
+def test_published_soft_loss(published: tuple[Bottleneck, dict[str, Tensor]], kakaobrain: Path) -> None:
+    """From the latents of one published model and the logits of the other."""
+    quantizer, vae = published
+    expected = load_file(kakaobrain / "rqtransformer-class" / "expected.safetensors")
+    soft, codes = rqgen.accelerate(quantizer.eval(), lazy_soft_codes=True).get_soft_codes(vae["z_e"], temp=0.5)
+    assert torch.equal(codes, expected["codes"])
+    assert close(soft.materialize(), vae["soft_codes"], FIXTURE_TOLERANCE)
+    transformer = rqgen.accelerate(NaiveTransformer(quantizer.code_shape, soft.shape[-1]))
+    loss = transformer.compute_loss(expected["logits"], soft, use_soft_target=True)
+    assert close(loss.reshape(1), expected["soft_loss"], FIXTURE_TOLERANCE)
 
 
 def test_published_averages_after_a_training_pass(published: tuple[Bottleneck, dict[str, Tensor]]) -> None:

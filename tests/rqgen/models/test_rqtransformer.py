@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rqgen.config import from_dict, to_dict
-from rqgen.models import RQTransformer, RQTransformerConfig, RQTransformerOutput, prior_loss
+from rqgen.models import RQTransformer, RQTransformerConfig, RQTransformerOutput, SoftLabels, prior_loss
+from rqgen.models.rqtransformer import PriorLoss
 from rqgen.models.transformer import TransformerConfig
 
 K, C, W = 7, 5, 12
@@ -357,6 +360,140 @@ def test_soft_loss(books: tuple[int, ...]) -> None:
     torch.testing.assert_close(gradient, (logits.softmax(-1) - labels) / labels[..., 0].numel())
 
 
+SOFT_LAYOUTS = [
+    {},
+    TOKENS,
+    {**CLASS, "condition_dropout": 0.5, "embedding_dropout": 0.2},
+    {"shared_codebook": False},
+    {"shared_classifier": False},
+    {"shared_codebook": False, "shared_classifier": False},
+]
+
+
+def soft_labels(prior: RQTransformer, batch: int = 3) -> SoftLabels:
+    return SoftLabels(torch.randn(batch, *prior.config.code_shape, C), prior.codebooks, 0.7)
+
+
+def loss_and_gradients(prior: RQTransformer, loss: PriorLoss) -> tuple[Tensor, ...]:
+    parameters = [p for p in prior.parameters() if p.requires_grad]
+    return (*loss, *torch.autograd.grad(loss.total, parameters, allow_unused=True))
+
+
+@pytest.mark.parametrize("settings", SOFT_LAYOUTS)
+def test_soft_labels_in_the_call_give_the_loss_without_logits(settings: dict[str, Any]) -> None:
+    """Few rows at a time, and the loss, its terms and every gradient are those of whole logits."""
+    prior = make_prior(**settings).train()
+    codes, condition, labels = make_codes(prior), make_condition(prior), soft_labels(prior)
+    given = {"condition": condition} if prior.config.condition == "tokens" else {}
+    results = []
+    for whole in (True, False):
+        torch.manual_seed(1)
+        if whole:
+            loss = prior_loss(prior(codes, condition), **labels._asdict(), **given)
+        else:
+            output = prior(codes, condition, labels)
+            assert output.logits is None
+            loss = prior_loss(output, **given)
+        assert loss.total.requires_grad and not loss.per_depth.requires_grad
+        results.append(loss_and_gradients(prior, loss))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_soft_labels_in_the_call_never_make_an_array_of_codes_times_k(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In forward and backward, with a budget of two rows of logits; whole logits would be 54."""
+    prior = make_prior(shared_classifier=shared)
+    codes, labels = make_codes(prior), soft_labels(prior)
+    monkeypatch.setattr("rqkernels.ops.soft_label._LOGITS_BUDGET", 2 * K * 4)
+    rows = []
+    loss = torch.ops.rqkernels.soft_label_cross_entropy_
+    monkeypatch.setattr(
+        torch.ops.rqkernels,
+        "soft_label_cross_entropy_",
+        lambda logits, *a: rows.append(len(logits)) or loss(logits, *a),
+    )
+    prior_loss(prior(codes, None, labels)).total.backward()
+    assert sum(rows) == codes.numel() and max(rows) == 2
+
+
+def test_the_loss_in_place_of_the_logits() -> None:
+    prior = make_prior()
+    codes, labels = make_codes(prior), soft_labels(prior)
+    expected = loss_and_gradients(prior, prior_loss(prior(codes), **labels._asdict()))
+    logits = prior(codes).logits
+    before, address = logits.detach().clone(), logits.data_ptr()
+    loss = prior_loss(RQTransformerOutput(logits), **labels._asdict(), inplace=True)
+    for got, wanted in zip(loss_and_gradients(prior, loss), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    label = (-(labels.residuals[..., None, :] - prior.codebooks).square().sum(-1) / 0.7).softmax(-1)
+    assert logits.data_ptr() == address
+    torch.testing.assert_close(logits.detach(), (before.softmax(-1) - label) / codes.numel())
+
+
+class CountTensors(TorchDispatchMode):
+    """How many tensors of so many elements, that are no views, are made."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            self.count += isinstance(tensor, Tensor) and tensor.numel() >= self.numel and not func.is_view
+        return result
+
+
+@pytest.mark.parametrize(("inplace", "expected"), [(False, 1), (True, 0)])
+def test_the_gradient_of_soft_labels_is_written_once(inplace: bool, expected: int) -> None:
+    leaf = torch.randn(2, 2, 3, 3, 64, requires_grad=True)
+    logits, labels = leaf * 1, SoftLabels(torch.randn(2, 2, 3, 3, C), torch.randn(64, C), 0.7)
+    with CountTensors(leaf.numel()) as large:
+        loss = prior_loss(RQTransformerOutput(logits), **labels._asdict(), inplace=inplace)
+        torch.autograd.grad(loss.total, logits)
+    assert large.count == expected
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_the_loss_in_the_call_through_distributed_data_parallel(find_unused: bool, tmp_path: Path) -> None:
+    """One process; with the search for unused parameters, one that is used outside of the call would be an error."""
+    prior = make_prior()
+    codes, labels = make_codes(prior), soft_labels(prior)
+    expected = loss_and_gradients(prior, prior_loss(prior(codes, None, labels)))[4:]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(prior, find_unused_parameters=find_unused)
+        prior_loss(wrapped(codes, None, labels)).total.backward()
+    finally:
+        dist.destroy_process_group()
+    for parameter, gradient in zip(prior.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_the_loss_in_the_call_compiled_in_one_graph() -> None:
+    prior = make_prior(spatial=TransformerConfig(layers=1, heads=2), depth=TransformerConfig(layers=1, heads=2))
+    codes, labels = make_codes(prior), soft_labels(prior)
+    compiled = torch.compile(prior, fullgraph=True, backend="aot_eager")
+    results = [loss_and_gradients(prior, prior_loss(call(codes, None, labels))) for call in (prior, compiled)]
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_loss_in_the_call_under_autocast() -> None:
+    prior = make_prior()
+    codes, labels = make_codes(prior), soft_labels(prior)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = prior_loss(prior(codes), **labels._asdict())
+        fused = prior_loss(prior(codes, None, labels))
+    assert fused.total.dtype == fused.per_depth.dtype == torch.float32
+    torch.testing.assert_close(fused.total, whole.total, rtol=1e-5, atol=0)
+    gradients = (torch.autograd.grad(loss.total, prior.classifier.weight)[0] for loss in (fused, whole))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0.01 * whole.total.item())
+
+
 def test_condition_loss_leaves_dropped_rows_out() -> None:
     logits, tokens = torch.randn(3, 2, 6), torch.randint(0, 6, (3, 3))
     codes = torch.randint(0, K, (3, 2, 3, 3))
@@ -386,6 +523,7 @@ def test_condition_loss_leaves_dropped_rows_out() -> None:
         ({"codes": True}, "condition: the output has condition_logits"),
         ({"codes": True, "condition": torch.zeros(3, 2).long()}, r"condition: expected shape \(3, 3\), got \(3, 2\)"),
         ({"codes": True, "condition_weight": 1.5}, r"condition_weight must be in \[0, 1\], got 1.5"),
+        ({"codes": True, "inplace": True}, "inplace: the loss of hard labels leaves the logits"),
     ],
 )
 def test_wrong_arguments_of_the_loss(arguments: dict[str, Any], message: str) -> None:
@@ -395,9 +533,23 @@ def test_wrong_arguments_of_the_loss(arguments: dict[str, Any], message: str) ->
         "codebooks": torch.randn(K, C),
     }
     output = RQTransformerOutput(torch.randn(3, 2, 3, 3, K), torch.randn(3, 2, 6))
-    arguments = {name: given[name] if value is True else value for name, value in arguments.items()}
+    arguments = {name: given.get(name, True) if value is True else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         prior_loss(output, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"codes": torch.zeros(3, 2, 3, 3).long()}, {"tau": 0.7}, {"inplace": True}])
+def test_labels_are_given_once(arguments: dict[str, Any]) -> None:
+    prior = make_prior()
+    output = prior(make_codes(prior), None, soft_labels(prior))
+    with pytest.raises(ValueError, match="holds the loss of its codes: give neither labels nor inplace"):
+        prior_loss(output, **arguments)
+
+
+def test_residuals_of_another_shape() -> None:
+    prior = make_prior()
+    with pytest.raises(ValueError, match=r"soft_labels\.residuals: expected shape \(3, 2, 3, 3, C\), got \(2, 2, 3, 3"):
+        prior(make_codes(prior), None, soft_labels(prior, 2))
 
 
 # --- the config

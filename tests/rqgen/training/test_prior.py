@@ -9,7 +9,7 @@ import rqkernels
 from rqgen.data import Batch, EncodedImages, TensorItems
 from rqgen.data.codes import codebook_fingerprint
 from rqgen.evaluation import evaluate_reconstruction
-from rqgen.models.rqtransformer import prior_loss
+from rqgen.models import SoftLabels, prior_loss
 from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
 from rqgen.training import PriorConfig, PriorStage, encode_dataset, measure_tau, prior_data
@@ -44,6 +44,12 @@ def watch_codes(stage):
     return seen
 
 
+def loss_by_hand(stage, found, labels, soft):
+    if not soft:
+        return prior_loss(stage.model(found.codes, labels), codes=found.codes)
+    return prior_loss(stage.model(found.codes, labels, SoftLabels(found.residuals, stage.model.codebooks, 0.3)))
+
+
 def test_build_takes_shapes_and_codebooks_from_the_tokenizer(vae):
     prior = small().build(vae, 3)
     assert prior.config.code_shape == (4, 4, 2) and prior.config.codebook_size == 16
@@ -67,9 +73,7 @@ def test_stochastic_codes_and_their_labels_come_from_one_search(soft, vae, image
         vae.encode_latents(batch.inputs), vae.codebooks, 2, tau=0.3, seed=5, offset=6 * 16, return_residuals=True
     )
     assert torch.equal(seen[0], found.codes)
-    output = stage.model(found.codes, batch.labels)
-    labels = {"residuals": found.residuals, "codebooks": vae.codebooks, "tau": 0.3}
-    expected = prior_loss(output, **(labels if soft else {"codes": found.codes}))
+    expected = loss_by_hand(stage, found, batch.labels, soft)
     assert torch.equal(result.loss, expected.total)
     assert torch.equal(torch.stack([result.terms["loss/depth_1"], result.terms["loss/depth_2"]]), expected.per_depth)
     stage.step(batch._replace(first_row=100))
@@ -84,9 +88,28 @@ def test_nearest_codes(soft, vae, images):
     result = stage.step(batch)
     found = rqkernels.residual_search(vae.encode_latents(batch.inputs), vae.codebooks, 2, return_residuals=True)
     assert torch.equal(seen[0], found.codes)
-    labels = {"residuals": found.residuals, "codebooks": vae.codebooks, "tau": 0.3}
-    expected = prior_loss(stage.model(found.codes, batch.labels), **(labels if soft else {"codes": found.codes}))
+    expected = loss_by_hand(stage, found, batch.labels, soft)
     assert torch.equal(result.loss, expected.total)
+
+
+def test_the_fused_classifier_saves_the_logits_and_without_it_the_gradient_takes_their_place(vae, images):
+    outputs, results = [], []
+    for fused in (True, False):
+        stage = make_stage(small(fused_classifier=fused), vae)
+        stage.model.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+        results.append((stage.step(batch_of(images)), stage.model))
+    assert outputs[0].logits is None and outputs[1].code_loss is None
+    (fused, fused_model), (whole, whole_model) = results
+    torch.testing.assert_close(fused.loss, whole.loss)
+    assert fused.terms.keys() == whole.terms.keys()
+    for name, term in fused.terms.items():
+        torch.testing.assert_close(term, whole.terms[name])
+    fused.loss.backward()
+    whole.loss.backward()
+    for parameter, expected in zip(fused_model.parameters(), whole_model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    # Rows of a gradient sum to zero, those of logits do not.
+    assert outputs[1].logits.sum(-1).abs().max() < 1e-6
 
 
 def test_images_latents_and_codes_give_the_same_step(vae, images):

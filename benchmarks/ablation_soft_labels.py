@@ -1,0 +1,183 @@
+"""What soft labels and stochastic codes do to a prior: all four combinations, over several seeds.
+
+    python benchmarks/ablation_soft_labels.py --out runs/ablation [--seeds 0 1 2] [KEY=VALUE ...]
+
+The recipe is `rqgen demo`'s (digits); KEY=VALUE changes its settings. Each seed trains one tokenizer, which its four
+priors share: the same weights to start from, the same batches, the same sampling noise. Judged are
+
+- sample accuracy, as in the demo: how many of 500 drawn digits a classifier of real ones recognises,
+- plain sample accuracy: the same without guidance and without top-p, from the distribution that was learned,
+- hard-label NLL, in nats a code: -log p(nearest code), on held-out digits, however the prior was trained.
+
+A run that was interrupted goes on where it stopped. What is done is in OUT/seed-S/VARIANT/metrics.json; at the end all
+of it, with device, versions and commit, is written to benchmarks/results and as a table into docs/soft_labels.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import _harness
+import torch
+
+from rqgen.cli.demo import DemoConfig, digits, draw_classes, load_demo
+from rqgen.cli.runs import fit_prior, fit_tokenizer
+from rqgen.config import to_dict
+from rqgen.data import DigitImages
+from rqgen.evaluation import ImageClassifier
+from rqgen.models.rqtransformer import RQTransformer, prior_loss
+from rqgen.models.rqvae import RQVAE
+from rqgen.training import latest_checkpoint
+
+VARIANTS = {
+    f"{'soft' if soft else 'hard'}-labels-{'stochastic' if stochastic else 'nearest'}-codes": (soft, stochastic)
+    for soft in (False, True)
+    for stochastic in (False, True)
+}
+FIGURES = {
+    "sample_accuracy": ("sample accuracy", 100, "%"),
+    "plain_sample_accuracy": ("plain sample accuracy", 100, "%"),
+    "hard_label_nll": ("hard-label NLL", 1, ""),
+}
+BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
+
+
+def tokenizer_of(config: DemoConfig, folder: Path) -> RQVAE:
+    if not (folder / "model").is_dir():
+        resume = latest_checkpoint(folder / "checkpoints")
+        fit_tokenizer(config.tokenizer, folder, resume=resume).model.save_pretrained(folder / "model")
+    return RQVAE.from_pretrained(folder / "model")
+
+
+def prior_of(config: DemoConfig, vae: RQVAE, folder: Path, *, soft: bool, stochastic: bool) -> RQTransformer:
+    if not (folder / "model").is_dir():
+        settings = replace(config.prior.prior, soft_labels=soft, stochastic_codes=stochastic)
+        run = replace(config.prior, prior=settings)
+        resume = latest_checkpoint(folder / "checkpoints")
+        fit_prior(run, vae, folder, resume=resume).model.save_pretrained(folder / "model")
+    return RQTransformer.from_pretrained(folder / "model").to(vae.device)
+
+
+@torch.no_grad()
+def hard_label_nll(prior: RQTransformer, vae: RQVAE, images: DigitImages) -> list[float]:
+    """Depth by depth, of the images' nearest codes given their label."""
+    codes = vae.encode(images.images.to(vae.device))
+    return prior_loss(prior(codes, images.labels.to(vae.device)), codes=codes).per_depth.tolist()
+
+
+def judged(config: DemoConfig, vae: RQVAE, prior: RQTransformer, judge: ImageClassifier) -> dict[str, Any]:
+    held_out = digits(config, "held_out")
+
+    def accuracy(**changes: Any) -> float:
+        samples, labels = draw_classes(prior, vae, replace(config.sampling, **changes), len(held_out.class_names))
+        return judge.accuracy(samples, labels)
+
+    per_depth = hard_label_nll(prior, vae, held_out)
+    return {
+        "sample_accuracy": accuracy(),
+        "plain_sample_accuracy": accuracy(cfg_scale=None, top_p=None, top_k=None, temperature=1.0),
+        "hard_label_nll": statistics.fmean(per_depth),
+        "hard_label_nll_per_depth": per_depth,
+    }
+
+
+def run(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """One record for each seed and variant."""
+    records = []
+    for seed in seeds:
+        # What a run of one seed loses by an interruption.
+        often = [f"{stage}.loop.checkpoint_every=100" for stage in ("tokenizer", "prior")]
+        config = load_demo(seed, [*often, *overrides])
+        folder = out / f"seed-{seed}"
+        refuse_other_settings(config, folder)
+        train = digits(config, "train")
+        judge = ImageClassifier().fit(train.images, train.labels)
+        vae = tokenizer_of(config, folder / "tokenizer")
+        for name, (soft, stochastic) in VARIANTS.items():
+            path = folder / name / "metrics.json"
+            if not path.is_file():
+                prior = prior_of(config, vae, folder / name, soft=soft, stochastic=stochastic)
+                write_json(judged(config, vae, prior, judge), path)
+            record = json.loads(path.read_text())
+            records.append({"seed": seed, "soft_labels": soft, "stochastic_codes": stochastic, **record})
+            print(f"seed {seed}, {name}: {record}", flush=True)
+    return records
+
+
+def refuse_other_settings(config: DemoConfig, folder: Path) -> None:
+    """Raises ValueError where `folder` holds runs of another configuration: they would be taken for this one's."""
+    path, described = folder / "config.json", to_dict(config)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(described, path)
+    elif json.loads(path.read_text()) != described:
+        raise ValueError(f"--out: {folder} holds runs of other settings (see {path}); choose another folder")
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """A row for each variant: mean over the seeds, and every seed's own value."""
+    environment, records = content["environment"], content["records"]
+    names = ("python", "torch", "rqkernels")
+    versions = {"python": environment["python"], **environment["versions"]}
+    seeds = sorted({record["seed"] for record in records})
+    lines = [
+        f"{environment['device']}, {environment['threads']} thread(s), "
+        + ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+        + f", commit {(environment['commit'] or 'unknown')[:12]}"
+        + (" with uncommitted changes" if environment["dirty"] else "")
+        + f", {environment['time']}. Seeds {', '.join(map(str, seeds))}: mean (each seed).",
+        "",
+        "| labels | codes | " + " | ".join(title for title, _, _ in FIGURES.values()) + " |",
+        "|---|---|" + "---|" * len(FIGURES),
+    ]
+    for soft, stochastic in VARIANTS.values():
+        rows = [r for r in records if (r["soft_labels"], r["stochastic_codes"]) == (soft, stochastic)]
+        cells = ["soft" if soft else "hard", "stochastic" if stochastic else "nearest"]
+        for figure, (_, scale, unit) in FIGURES.items():
+            values = [scale * row[figure] for row in rows]
+            digits_shown = 1 if scale == 100 else 3
+            each = ", ".join(f"{value:.{digits_shown}f}" for value in values)
+            cells.append(f"{statistics.fmean(values):.{digits_shown}f} {unit}".rstrip() + f" ({each})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table(text: str, path: Path) -> None:
+    """Replaces what stands between the markers. Raises ValueError where they are not both there, in order."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} must hold {BEGIN} and after it {END}")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def write_json(content: Any, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Soft labels and stochastic codes, on and off.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the demo, as for `rqgen demo`")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="models, checkpoints, metrics")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    results = Path(os.environ.get("RQK_BENCH_OUT", _harness.ROOT / "benchmarks" / "results"))
+    parser.add_argument("--json", type=Path, default=results / "ablation-soft-labels.json")
+    parser.add_argument("--docs", type=Path, default=_harness.ROOT / "docs" / "soft_labels.md")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _harness.set_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    content = {"environment": _harness.environment(device), "records": run(args.out, args.seeds, args.overrides)}
+    write_json(content, args.json)
+    write_table(table(content), args.docs)
+    print(table(content))
