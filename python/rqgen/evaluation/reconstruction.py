@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rqgen.data.datasets import ImageDataset
-from rqgen.models.rqvae import RQVAE
+from rqgen.models import RQVAE, MultiScaleVQVAE
 
 
 @dataclass
 class ReconstructionQuality:
     """``mse``: mean squared error over all pixels, images in [-1, 1]. ``code_counts`` int64 (D, K): how often
-    each code was chosen at each depth. ``codes_used`` and ``perplexity`` (exp of the entropy) per depth."""
+    each code was chosen at each depth (or scale). ``codes_used`` and ``perplexity`` (exp of the entropy) for each of
+    them."""
 
     mse: float
     code_counts: Tensor
@@ -23,23 +25,26 @@ class ReconstructionQuality:
 
 
 @torch.no_grad()
-def evaluate_reconstruction(vae: RQVAE, images: ImageDataset, *, batch_size: int = 128) -> ReconstructionQuality:
+def evaluate_reconstruction(
+    vae: RQVAE | MultiScaleVQVAE, images: ImageDataset, *, batch_size: int = 128
+) -> ReconstructionQuality:
     """Encodes and decodes every image once. Raises ValueError for an empty dataset."""
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     vae.eval()
-    frozen = vae.freeze(len(images))
+    stacks = isinstance(vae, RQVAE)
+    encode = functools.partial(vae.encode, frozen=vae.freeze(len(images))) if stacks else vae.encode
     squared_error, pixels = 0.0, 0
-    counts_dk = torch.zeros(vae.depth, vae.codebook_size, dtype=torch.int64)
+    counts_dk = torch.zeros(vae.depth if stacks else len(vae.scales), vae.codebook_size, dtype=torch.int64)
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
         images_nchw = torch.stack([images.item(index, 0)[0] for index in indices]).to(vae.device)
-        codes_nhwd = vae.encode(images_nchw, frozen)
-        error = vae.decode(codes_nhwd).double() - images_nchw.double()
+        codes = encode(images_nchw)
+        error = vae.decode(codes).double() - images_nchw.double()
         squared_error += error.square().sum().item()
         pixels += error.numel()
-        for d in range(vae.depth):
-            counts_dk[d] += torch.bincount(codes_nhwd[..., d].flatten().cpu(), minlength=vae.codebook_size)
+        for d, chosen in enumerate(codes.unbind(-1) if stacks else codes):
+            counts_dk[d] += torch.bincount(chosen.flatten().cpu(), minlength=vae.codebook_size)
     share_dk = counts_dk.double() / counts_dk.sum(1, keepdim=True)
     entropy_d = -torch.special.xlogy(share_dk, share_dk).sum(1)
     return ReconstructionQuality(

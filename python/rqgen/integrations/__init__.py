@@ -6,37 +6,49 @@ from typing import TypeVar
 
 from torch import nn
 
-from . import kakaobrain
+from . import kakaobrain, kakaobrain_sampling, kakaobrain_soft_codes
 
 __all__ = ["accelerate"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def accelerate(model: ModelT) -> ModelT:
+def accelerate(model: ModelT, *, lazy_soft_codes: bool = False) -> ModelT:
     """Swaps our operators into the parts of a foreign model that are known here, in place.
 
-    Known so far: the quantizer of kakaobrain's RQ-VAE (see `rqgen.integrations.kakaobrain` for what stays the
-    same and what differs), anywhere in the module tree of `model` or `model` itself. Parameters, buffers,
-    hooks and the state dict are untouched; a second call changes nothing.
+    Known so far, anywhere in the module tree of `model` or `model` itself: the quantizer of kakaobrain's RQ-VAE (see
+    `rqgen.integrations.kakaobrain` for what stays the same and what differs), and of kakaobrain's RQ-Transformer the
+    loss (see `rqgen.integrations.kakaobrain_soft_codes`) and the sampling (see
+    `rqgen.integrations.kakaobrain_sampling`). Parameters, buffers, hooks and the state dict are untouched; a second
+    call changes nothing.
 
         vae = accelerate(vae)       # their class, their checkpoint, their training script
 
     Args:
         model: what holds such a part; it is changed.
+        lazy_soft_codes: `get_soft_codes` of a quantizer returns no tensor of N * D x K, but an object for the losses of
+            an accelerated transformer, which never make one either.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: nothing in it is known, or a known part holds what the swap cannot serve (named).
+        ValueError: nothing in it is known, a known part holds what the swap cannot serve (named), or lazy_soft_codes
+            without a quantizer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not kakaobrain.swap_quantizers(model):
+    quantizers = kakaobrain.swap_quantizers(model)
+    transformers = kakaobrain_soft_codes.swap_losses(model) + kakaobrain_sampling.swap_samplers(model)
+    if not quantizers and not transformers:
         raise ValueError(
             f"model: nothing to accelerate in {type(model).__name__}: no module in it has the structure of "
-            f"{kakaobrain.QUANTIZER}. Known models: kakaobrain's RQ-VAE."
+            f"{kakaobrain.QUANTIZER}, of {kakaobrain_soft_codes.TRANSFORMER} or of {kakaobrain_sampling.SAMPLER}. "
+            "Known models: kakaobrain's RQ-VAE and RQ-Transformer."
         )
+    if lazy_soft_codes:
+        if not quantizers:
+            raise ValueError(f"lazy_soft_codes: no quantizer in {type(model).__name__} that could return them")
+        kakaobrain_soft_codes.make_soft_codes_lazy(model)
     return model

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 import rqkernels
 
+from .condition import check_range_without_waiting, condition_ids
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
 from .transformer import Transformer, TransformerConfig
@@ -163,15 +164,37 @@ class RQTransformerConfig:
         return self.condition_dropout > 0
 
 
+class SoftLabels(NamedTuple):
+    """What the label `Q_tau(k | r) = softmax_k(-|r - e(k)|^2 / tau)` of every code is made of (equation 15)."""
+
+    residuals: Tensor
+    """(B, h, w, D, C): what each depth quantized, r_0 .. r_{D-1} of the search."""
+    codebooks: Tensor
+    """(K, C) or (D, K, C), see `RQTransformer.codebooks`."""
+    tau: float
+    """Temperature > 0, in squared units of the residuals."""
+
+
+class CodeLoss(NamedTuple):
+    """Negative log-likelihood of codes, float32."""
+
+    mean: Tensor
+    """Over all T * D codes; what is differentiated."""
+    per_depth: Tensor
+    """(D,): the same depth by depth, detached."""
+
+
 class RQTransformerOutput(NamedTuple):
     """What a prior returns for whole code maps."""
 
-    logits: Tensor
-    """float32 (B, h, w, D, K): `p(S_td | S_{<t}, S_{t,<d})` before the softmax."""
+    logits: Tensor | None
+    """float32 (B, h, w, D, K): `p(S_td | S_{<t}, S_{t,<d})` before the softmax; None where `code_loss` stands."""
     condition_logits: Tensor | None = None
     """float32 (B, L - 1, V): predictions of condition tokens 2..L; only with a token condition."""
     condition_dropped: Tensor | None = None
     """bool (B,): rows whose condition the prior replaced by the null condition; None outside that."""
+    code_loss: CodeLoss | None = None
+    """Where the prior was called with soft labels: its loss against them, in place of logits."""
 
 
 class PriorLoss(NamedTuple):
@@ -205,6 +228,26 @@ class CodeClassifier(nn.Module):
         if d is not None:
             return F.linear(x, self.weight[d], self.bias[d]).float()
         return (torch.einsum("ndw,dkw->ndk", x, self.weight) + self.bias).float()
+
+    def soft_label_loss(self, x: Tensor, labels: SoftLabels) -> CodeLoss:
+        """The loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a time."""
+        x = self.norm(x)
+        rows, depth, _ = x.shape
+        residuals, codebooks, tau = labels
+        residuals = residuals.reshape(rows, depth, -1)
+        if self.weight.dim() == 2:
+            losses = x.new_empty(rows, depth, dtype=torch.float32)
+            mean = rqkernels.fused_linear_soft_label_cross_entropy(
+                x, self.weight, self.bias, residuals, codebooks, tau, losses_out=losses
+            )
+            return CodeLoss(mean, losses.mean(dim=0))
+        books = codebooks if codebooks.dim() == 3 else [codebooks] * depth
+        means = [
+            rqkernels.fused_linear_soft_label_cross_entropy(x[:, d], weight, bias, residuals[:, d], books[d], tau)
+            for d, (weight, bias) in enumerate(zip(self.weight.unbind(), self.bias.unbind(), strict=True))
+        ]
+        per_depth = torch.stack(means)
+        return CodeLoss(per_depth.mean(), per_depth.detach())
 
 
 class RQTransformer(PretrainedModel):
@@ -290,13 +333,18 @@ class RQTransformer(PretrainedModel):
             raise ValueError("codebooks must be finite")
         self.codebooks.copy_(codebooks)
 
-    def forward(self, codes: Tensor, condition: Tensor | None = None) -> RQTransformerOutput:
-        """Logits of every code given all codes before it.
+    def forward(
+        self, codes: Tensor, condition: Tensor | None = None, soft_labels: SoftLabels | None = None
+    ) -> RQTransformerOutput:
+        """Logits of every code given all codes before it, or their loss.
 
         Args:
             codes: int64 (B, h, w, D) in [0, K).
             condition: as `condition_ids`. In training mode each row's condition is replaced by the null
                 condition with probability `config.condition_dropout` (torch's global generator).
+            soft_labels: to train without logits: classifier and loss take some rows at a time, forward and backward,
+                and nothing of B * T * D x K ever exists. The loss is part of the call so that what wraps a model
+                (DistributedDataParallel, torch.compile) sees all of its parameters used inside.
 
         Raises:
             TypeError, ValueError, IndexError: wrong dtype, shape or device; a code or condition out of range
@@ -305,6 +353,9 @@ class RQTransformer(PretrainedModel):
         batch = codes.shape[0] if isinstance(codes, Tensor) and codes.dim() else 0
         self.check_codes(codes, self.config.code_shape)
         self.check_codebooks()
+        if soft_labels is not None and soft_labels.residuals.shape[:-1] != codes.shape:
+            expected, got = ", ".join(map(str, codes.shape)), tuple(soft_labels.residuals.shape)
+            raise ValueError(f"soft_labels.residuals: expected shape ({expected}, C), got {got}")
         condition_bl = self.condition_ids(condition, batch)
         dropped = None
         if self.config.has_null_condition and condition is not None and self.training:
@@ -315,10 +366,14 @@ class RQTransformer(PretrainedModel):
         outputs_bnw = self.spatial_outputs(codes_btd[:, :-1], condition_bl)
         last = self.config.condition_length - 1
         states_ndw = self.depth_transformer(self._depth_inputs(outputs_bnw[:, last:], codes_btd))
-        logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
-        if self.config.condition != "tokens" or condition is None:
-            return RQTransformerOutput(logits, None, dropped)
-        return RQTransformerOutput(logits, self.condition_classifier(outputs_bnw[:, :last]).float(), dropped)
+        logits = condition_logits = code_loss = None
+        if soft_labels is None:
+            logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
+        else:
+            code_loss = self.classifier.soft_label_loss(states_ndw, soft_labels)
+        if self.config.condition == "tokens" and condition is not None:
+            condition_logits = self.condition_classifier(outputs_bnw[:, :last]).float()
+        return RQTransformerOutput(logits, condition_logits, dropped, code_loss)
 
     def condition_ids(self, condition: Tensor | None, batch: int) -> Tensor:
         """The condition as int64 (B, L) ids of the condition embedding.
@@ -332,26 +387,15 @@ class RQTransformer(PretrainedModel):
             TypeError, ValueError, IndexError: as `forward`; a condition missing, or given in vain.
         """
         config = self.config
-        shape = (batch, config.condition_length)
-        if condition is None:
-            if config.condition != "none" and not config.has_null_condition:
-                raise ValueError(
-                    f"condition: this prior needs one ({config.condition}); it has no null condition, "
-                    "because its config.condition_dropout is 0"
-                )
-            return torch.full(shape, config.condition_vocab_size, dtype=torch.int64, device=self.device)
-        if config.condition == "none":
-            raise ValueError("condition: this prior is unconditional, expected None")
-        if not isinstance(condition, Tensor):
-            raise TypeError(f"condition: expected a tensor, got {type(condition).__name__}")
-        if condition.dtype != torch.int64:
-            raise TypeError(f"condition: expected int64, got {condition.dtype}")
-        if condition.shape != shape and (config.condition != "class" or condition.shape != (batch,)):
-            expected = f"({batch},) or ({batch}, 1)" if config.condition == "class" else f"{shape}"
-            raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")
-        self._check_device(condition, "condition")
-        _check_range_without_waiting(condition, config.condition_vocab_size, "condition")
-        return condition.reshape(shape)
+        return condition_ids(
+            condition,
+            batch,
+            kind=config.condition,
+            vocab_size=config.condition_vocab_size,
+            length=config.condition_length,
+            has_null=config.has_null_condition,
+            device=self.device,
+        )
 
     def check_codes(self, codes: Tensor, code_shape: tuple[int, int, int], name: str = "codes") -> None:
         """Raises the errors of `forward` unless codes are int64 (B, *code_shape), in [0, K) and here."""
@@ -363,7 +407,7 @@ class RQTransformer(PretrainedModel):
             expected = ", ".join(map(str, code_shape))
             raise ValueError(f"{name}: expected shape (B, {expected}), got {tuple(codes.shape)}")
         self._check_device(codes, name)
-        _check_range_without_waiting(codes, self.config.codebook_size, name)
+        check_range_without_waiting(codes, self.config.codebook_size, name)
 
     def check_codebooks(self) -> None:
         """Raises ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
@@ -392,14 +436,16 @@ class RQTransformer(PretrainedModel):
             (B, L + n, W), or (B, n, W) without a condition.
         """
         first = 0 if condition_bl is not None else cache.length - self.config.condition_length
-        e_bnc = self._embed(self.config.spatial_embedding, codes_bnd).sum(dim=-2)
-        if self.config.spatial_embedding == "codebook":
-            e_bnc = self.spatial_projection(e_bnc)
-        u_bnw = e_bnc + self.spatial_positions[first : first + codes_bnd.shape[1]]
+        u_bnw = self.embed_stacks(codes_bnd) + self.spatial_positions[first : first + codes_bnd.shape[1]]
         if condition_bl is not None:
             condition_blw = self.condition_embedding(condition_bl) + self.condition_positions
             u_bnw = torch.cat([condition_blw, u_bnw], dim=1)
         return self.spatial_transformer(self.embedding_dropout(u_bnw), cache)
+
+    def embed_stacks(self, codes_bnd: Tensor) -> Tensor:
+        """Inputs of the spatial transformer at the stacks (B, n, D), short of their place's embedding: (B, n, W)."""
+        e_bnc = self._embed(self.config.spatial_embedding, codes_bnd).sum(dim=-2)
+        return self.spatial_projection(e_bnc) if self.config.spatial_embedding == "codebook" else e_bnc
 
     def sample_stack(self, context_bw: Tensor, draw: Callable[[Tensor, int], Tensor], cache: KVCache) -> Tensor:
         """Draws the D codes of one position, one after another.
@@ -465,6 +511,7 @@ def prior_loss(
     tau: float | None = None,
     condition: Tensor | None = None,
     condition_weight: float = 0.1,
+    inplace: bool = False,
 ) -> PriorLoss:
     """Negative log-likelihood of all T * D codes (equation 14), with hard or soft labels (equation 15).
 
@@ -473,34 +520,25 @@ def prior_loss(
     With a token condition: total = (1 - condition_weight) * codes + condition_weight * condition.
 
     Args:
-        output: of `RQTransformer.forward`.
+        output: of `RQTransformer.forward`. Where it was called with soft labels, it holds the loss of the codes, and
+            no labels are given here.
         codes: hard labels, int64 (B, h, w, D). Give these, or the next three.
-        residuals: (B, h, w, D, C): what each depth quantized, r_0 .. r_{D-1} of the search.
-        codebooks: (K, C) or (D, K, C), see `RQTransformer.codebooks`.
-        tau: temperature of the soft labels, > 0.
+        residuals, codebooks, tau: soft labels, see `SoftLabels`.
         condition: the token ids (B, L) that `output` was computed with; a row whose condition was dropped
             does not count in their loss.
         condition_weight: in [0, 1].
+        inplace: let the gradient of soft labels overwrite `output.logits`, which nobody may need afterwards, and
+            allocate nothing of their size; see `rqkernels.soft_label_cross_entropy`.
 
     Raises:
-        ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ.
+        ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ, inplace
+            without soft labels.
     """
-    soft = (residuals, codebooks, tau)
-    if (codes is None) == (residuals is None) or any((part is None) != (residuals is None) for part in soft):
-        raise ValueError("prior_loss: give either codes, or residuals with codebooks and tau")
     if not 0 <= condition_weight <= 1:
         raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
-    if codes is not None:
-        if codes.shape != output.logits.shape[:-1]:
-            expected = tuple(output.logits.shape[:-1])
-            raise ValueError(f"codes: expected shape {expected}, got {tuple(codes.shape)}")
-        per_code = F.cross_entropy(output.logits.flatten(0, -2), codes.flatten(), reduction="none")
-    else:
-        per_code = rqkernels.soft_label_cross_entropy(output.logits, residuals, codebooks, tau, reduction="none")
-    per_depth = per_code.reshape(-1, output.logits.shape[-2]).mean(dim=0)
-    codes_loss = per_depth.mean()
+    code_loss = _code_loss(output, codes, (residuals, codebooks, tau), inplace)
     if output.condition_logits is None:
-        return PriorLoss(codes_loss, codes_loss, per_depth.detach(), None)
+        return PriorLoss(code_loss.mean, *code_loss, None)
 
     if condition is None:
         raise ValueError("condition: the output has condition_logits, so the token ids are needed")
@@ -510,20 +548,33 @@ def prior_loss(
     per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:], reduction="none")
     kept = per_token.new_ones(batch) if output.condition_dropped is None else ~output.condition_dropped
     condition_loss = (per_token.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
-    total = (1 - condition_weight) * codes_loss + condition_weight * condition_loss
-    return PriorLoss(total, codes_loss, per_depth.detach(), condition_loss)
+    total = (1 - condition_weight) * code_loss.mean + condition_weight * condition_loss
+    return PriorLoss(total, *code_loss, condition_loss)
 
 
-def check_range(ids: Tensor, size: int, name: str) -> None:
-    """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
-    if ids.numel() == 0:
-        return
-    lowest, highest = (int(value) for value in ids.aminmax())
-    if lowest < 0 or highest >= size:
-        raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
-
-
-def _check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:
-    # On a GPU reading back would stall every training step, in a compiled graph it would break the graph.
-    if not (ids.is_cuda or torch.compiler.is_compiling()):
-        check_range(ids, size, name)
+def _code_loss(
+    output: RQTransformerOutput,
+    codes: Tensor | None,
+    soft: tuple[Tensor | None, Tensor | None, float | None],
+    inplace: bool,
+) -> CodeLoss:
+    hard, *parts = given = [part is not None for part in (codes, *soft)]
+    if output.code_loss is not None:
+        if any(given) or inplace:
+            raise ValueError("prior_loss: the output holds the loss of its codes: give neither labels nor inplace")
+        return output.code_loss
+    if any(parts) if hard else not all(parts):
+        raise ValueError("prior_loss: give either codes, or residuals with codebooks and tau")
+    if inplace and hard:
+        raise ValueError("inplace: the loss of hard labels leaves the logits as they are")
+    logits = output.logits
+    if not hard:
+        losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+        # The mean, so that its gradient is written once; what the depths are logged by comes on the side.
+        mean = rqkernels.soft_label_cross_entropy(logits, *soft, inplace=inplace, losses_out=losses)
+    else:
+        if codes.shape != logits.shape[:-1]:
+            raise ValueError(f"codes: expected shape {tuple(logits.shape[:-1])}, got {tuple(codes.shape)}")
+        losses = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
+        mean = losses.mean()
+    return CodeLoss(mean, losses.detach().mean(dim=(0, 1, 2)))

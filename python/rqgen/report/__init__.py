@@ -1,11 +1,14 @@
 """Pictures of what was learnt."""
 
-from .figures import draw_coarse_to_fine, draw_code_usage, draw_losses, draw_reconstructions, draw_samples
+from .figures import draw_coarse_to_fine, draw_code_usage, draw_edits, draw_losses, draw_reconstructions, draw_samples
+from .sampling_speed import draw_sampling_speed
 
 __all__ = [
     "draw_coarse_to_fine",
     "draw_code_usage",
+    "draw_edits",
     "draw_losses",
     "draw_reconstructions",
     "draw_samples",
+    "draw_sampling_speed",
 ]

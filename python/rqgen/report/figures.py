@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rqgen.data.grid import image_grid, save_png
-from rqgen.models.rqvae import RQVAE
+from rqgen.models import RQVAE, MultiScaleVQVAE
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *, columns: int = 10) -> None:
@@ -37,15 +37,28 @@ def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *,
 
 
 @torch.no_grad()
-def draw_coarse_to_fine(vae: RQVAE, images: Tensor, path: Path) -> None:
-    """Each image decoded from depths 1..1, 1..2, ... 1..D, then the image itself (the paper's figure 5)."""
-    codes_nhwd = vae.encode(images)
+def draw_coarse_to_fine(vae: RQVAE | MultiScaleVQVAE, images: Tensor, path: Path) -> None:
+    """Each image decoded from depths 1..1, 1..2, ... 1..D (or scales), then the image itself (figure 5 of the
+    RQ-VAE's paper)."""
+    codes = vae.encode(images)
+    kind, count = ("depths", vae.depth) if isinstance(codes, Tensor) else ("scales", len(codes))
     rows = [
-        (image_grid(vae.decode_partial(codes_nhwd, depth), columns=len(images)), f"depths 1..{depth}")
-        for depth in range(1, vae.depth + 1)
+        (image_grid(vae.decode_partial(codes, upto), columns=len(images)), f"{kind} 1..{upto}")
+        for upto in range(1, count + 1)
     ]
     rows.append((image_grid(images, columns=len(images)), "image"))
-    _stack_rows(rows, "Decoded from more and more depths", path)
+    _stack_rows(rows, f"Decoded from more and more {kind}", path)
+
+
+def draw_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: Path) -> None:
+    """For each edit (name, images, mask, results) three rows: the images, the images with the masked part greyed,
+    what came out. Images (N, channels, H, W) in [-1, 1], mask bool (H, W) or (N, H, W)."""
+    rows = []
+    for name, images, mask, results in edits:
+        masked = torch.where(mask.expand(len(images), *images.shape[2:]).unsqueeze(1), 0.0, images)
+        for part, label in ((images, "before"), (masked, "mask"), (results, name)):
+            rows.append((image_grid(part, columns=len(part)), label))
+    _stack_rows(rows, "Edits", path)
 
 
 def draw_code_usage(counts_dk: Tensor, path: Path) -> None:
@@ -55,12 +68,12 @@ def draw_code_usage(counts_dk: Tensor, path: Path) -> None:
     axes = figure.subplots(depths, 1, sharex=True, squeeze=False)[:, 0]
     for d, (axis, counts_k) in enumerate(zip(axes, counts_dk, strict=True)):
         share_k = (counts_k.double() / counts_k.sum().clamp(min=1)).sort(descending=True).values
-        axis.bar(range(len(share_k)), (100 * share_k).tolist(), width=1.0, color=_COLOURS[d % len(_COLOURS)])
+        axis.bar(range(len(share_k)), (100 * share_k).tolist(), width=1.0, color=COLOURS[d % len(COLOURS)])
         used = int((counts_k > 0).sum())
-        _tidy(axis, f"depth {d + 1}: {used} of {len(counts_k)} codes used")
+        tidy(axis, f"depth {d + 1}: {used} of {len(counts_k)} codes used")
         axis.set_ylabel("% of uses")
     axes[-1].set_xlabel("codes, most used first")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -70,7 +83,7 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     axes = figure.subplots(1, len(histories), squeeze=False)[0]
     for axis, (name, records) in zip(axes, histories.items(), strict=True):
         terms = [key for key in records[-1] if _is_loss(key)] if records else []
-        for term, colour in zip(terms, cycle(_COLOURS), strict=False):
+        for term, colour in zip(terms, cycle(COLOURS), strict=False):
             values = [record[term] for record in records]
             label = term.removeprefix("loss/").replace("_", " ")
             axis.plot([record["step"] for record in records], values, label=label, color=colour, linewidth=1.5)
@@ -78,11 +91,11 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
         # A logarithmic axis helps over decades, and only clutters below.
         if values and min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
-        _tidy(axis, name)
+        tidy(axis, name)
         axis.set_xlabel("step")
         if terms:
             axis.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_samples(images: Tensor, path: Path, *, columns: int) -> None:
@@ -107,15 +120,17 @@ def _stack_rows(rows: Sequence[tuple[Tensor, str]], title: str, path: Path) -> N
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _tidy(axis: Axes, title: str) -> None:
+def tidy(axis: Axes, title: str) -> None:
+    """A title at the left, no frame at the top and right."""
     axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG."""
     # Agg without pyplot: no window system, no global state.
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(110)

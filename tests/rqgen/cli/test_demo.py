@@ -52,11 +52,17 @@ def test_models_are_in_our_format(demo):
 def test_metrics(demo):
     out, metrics = demo
     assert metrics["seed"] == 3 and metrics["samples"] == 100 and 290 <= metrics["held_out_images"] <= 310
-    assert set(metrics["seconds"]) == {"tokenizer", "prior", "sampling", "evaluation", "figures", "total"}
+    assert set(metrics["seconds"]) == {
+        *("tokenizer", "prior", "sampling", "evaluation", "precisions", "figures", "total")
+    }
     assert all(taken > 0 for taken in metrics["seconds"].values())
     assert metrics["classifier_test_accuracy"] >= 0.97
     assert 0 <= metrics["sample_accuracy"] <= 1 and len(metrics["sample_accuracy_per_class"]) == 10
     assert np.mean(metrics["sample_accuracy_per_class"]) == pytest.approx(metrics["sample_accuracy"])
+    for precision in ("bf16", "int8"):
+        effect = metrics["precisions"][precision]
+        assert len(effect["kl"]) == len(effect["same_likeliest"]) == 4 and all(0 < kl < 1e-2 for kl in effect["kl"])
+        assert 0 <= effect["sample_accuracy"] <= 1 and effect["weight_error"]["depth classifier"] > 0
     assert {"python", "torch", "rqkernels"} <= set(metrics["versions"])
     held_out = open_dataset(DataConfig(), "held_out")
     quality = evaluate_reconstruction(RQVAE.from_pretrained(out / "tokenizer"), held_out)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import rqkernels
 from rqgen.convert import load_kakaobrain
-from rqgen.convert.kakaobrain.rqtransformer import build_rqtransformer
 from rqgen.models import RQVAE, RQTransformer, RQVAEConfig, prior_loss
+from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.quantizers import QuantizerConfig
 from rqgen.sampling import generate
 

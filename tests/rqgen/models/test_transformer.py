@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import rqkernels
+from rqgen.models import transformer as transformer_module
 from rqgen.models.kv_cache import KVCache
 from rqgen.models.transformer import QuickGELU, Transformer, TransformerConfig
 
@@ -49,6 +51,39 @@ def test_one_block_is_attention_and_mlp_on_normed_input() -> None:
     inner = block.mlp[0](block.mlp_norm(middle))
     expected = middle + block.mlp[2](inner * torch.sigmoid(1.702 * inner))
     torch.testing.assert_close(transformer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [4, 32, 33])
+def test_few_positions_go_through_depth_attention(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def record(qkv: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(qkv.shape))
+        return original(qkv)
+
+    original = rqkernels.depth_attention_packed
+    transformer, x = stack(attention_dropout=0.5), torch.randn(2, positions, WIDTH, requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer_module, "_FEW_POSITIONS", 0)
+        expected = transformer(x)
+        (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    monkeypatch.setattr(rqkernels, "depth_attention_packed", record)
+    found = transformer(x)
+    assert calls == ([(2, positions, 3, 3, 4)] * 2 if positions <= 32 else [])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    (grad,) = torch.autograd.grad(found.square().sum(), x)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_a_cache_and_wide_heads_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(rqkernels, "depth_attention_packed")
+    x = torch.randn(2, 4, WIDTH)
+    stack(attention_dropout=0.5).train()(x)
+    transformer = stack()
+    transformer(x, new_cache(transformer))
+    Transformer(TransformerConfig(layers=1, heads=1), 257)(torch.randn(2, 4, 257))
+    with pytest.raises(AttributeError, match="depth_attention_packed"):
+        transformer(x)
 
 
 def test_activations_differ() -> None:

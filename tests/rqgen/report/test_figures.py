@@ -5,7 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rqgen.report import draw_coarse_to_fine, draw_code_usage, draw_losses, draw_reconstructions, draw_samples
+from rqgen.report import (
+    draw_coarse_to_fine,
+    draw_code_usage,
+    draw_losses,
+    draw_reconstructions,
+    draw_samples,
+    draw_sampling_speed,
+)
 
 
 def pixels(path):
@@ -77,3 +84,27 @@ def test_samples_are_a_plain_sheet(tmp_path):
     shown = pixels(tmp_path / "s.png")
     assert shown.shape == (2 * (2 + 2 * 6), 2 * (2 + 2 * 6), 3)
     assert (shown[4:12, 4:12] == 0).all() and (shown[16:24, 4:12] == 128).all()
+
+
+def test_sampling_speed(tmp_path):
+    def case(shape, batch, contender, ms, decoder=5.0):
+        return {
+            "shape": shape,
+            "batch": batch,
+            "contender": contender,
+            "precision": "fp32",
+            "ar_ms_per_image": ms,
+            "floor_ms_per_image": 1.0,
+            "decoder_ms_per_image": decoder,
+        }
+
+    cases = [
+        case([8, 8, 4], batch, name, ms)
+        for name, times in (("rqgen", (20.0, 4.0)), ("published formulation", (90.0, 30.0)))
+        for batch, ms in zip((1, 16), times, strict=True)
+    ]
+    pictures = []
+    for more in ([], [case([16, 16, 1], 1, "rqgen", 60.0, None)], [case([16, 16, 1], 1, "rqgen", 60.0, 30.0)]):
+        draw_sampling_speed([*cases, *more], tmp_path / "speed.png")
+        pictures.append(assert_drawn(tmp_path / "speed.png"))
+    assert all((one != two).any() for one, two in ((pictures[0], pictures[1]), (pictures[1], pictures[2])))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -7,11 +10,13 @@ import torch
 from torch import Tensor
 
 import rqkernels
-from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
+from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig, captured
+from rqgen.models.captured import CapturedSampler
+from rqgen.models.packed import PackedPrior
+from rqgen.models.sampler import make_sampler
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import QuantizerConfig
 from rqgen.sampling import generate
-from rqgen.sampling.generate import CPU_BLOCK_ROWS
 
 K, C, W = 11, 4, 48
 SHAPE = (2, 2, 3)
@@ -191,32 +196,149 @@ def test_an_image_is_known_by_its_number(prior: RQTransformer, vae: RQVAE) -> No
 
 
 @pytest.mark.parametrize("cfg_scale", [None, 1.0])
-def test_logits_have_the_same_bits_however_the_batch_is_split(
-    prior: RQTransformer, vae: RQVAE, cfg_scale: float | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_contexts_have_the_same_bits_however_the_batch_is_split(
+    prior: RQTransformer, vae: RQVAE, precision: str, cfg_scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample_logits = rqkernels.sample_logits
+    """Codes may hide a difference in last bits; what they are drawn from does not."""
+    depth_decode = rqkernels.depth_decode
     seen: dict[tuple[int, int], Tensor] = {}
-    wanted: range = range(0)
 
-    def record(logits: Tensor, *, offset: int, stream: int, **settings: Any) -> Tensor:
-        for row in range(logits.shape[0]):
-            if offset + row in wanted:
-                seen[offset + row, stream] = logits[row].clone()
-        return sample_logits(logits, offset=offset, stream=stream, **settings)
+    def record(context: Tensor, decoder: Any, *, offset: int, stream: int, **settings: Any) -> Tensor:
+        codes = depth_decode(context, decoder, offset=offset, stream=stream, **settings)
+        for row in range(len(codes)):
+            seen[offset + row, stream] = context[row :: len(codes)].clone()
+        return codes
 
-    monkeypatch.setattr(rqkernels, "sample_logits", record)
-    labels = torch.arange(CPU_BLOCK_ROWS + 10) % 5
-    offset = 20
-    wanted = range(offset, offset + len(labels))
-    generate(prior, vae, labels, offset=offset, cfg_scale=cfg_scale)
-    whole, seen = dict(seen), {}
-    assert len(whole) == len(labels) * 12
-    for first, last in [(0, 1), (41, 47), (40, 74)]:
-        seen = {}
-        wanted = range(offset + first, offset + last)
-        generate(prior, vae, labels[first:last], offset=offset + first, cfg_scale=cfg_scale)
-        assert len(seen) == (last - first) * 12
-        assert all(torch.equal(logits, whole[key]) for key, logits in seen.items())
+    monkeypatch.setattr(rqkernels, "depth_decode", record)
+    settings = {"cfg_scale": cfg_scale, "precision": precision}
+    labels, offset = torch.arange(70) % 5, 20
+    generate(prior, vae, labels, offset=offset, **settings)
+    whole = dict(seen)
+    assert len(whole) == len(labels) * 4
+    for first, last in [(0, 1), (41, 47), (3, 69)]:
+        seen.clear()
+        generate(prior, vae, labels[first:last], offset=offset + first, **settings)
+        assert len(seen) == (last - first) * 4
+        assert all(torch.equal(context, whole[key]) for key, context in seen.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_the_same_images_on_any_number_of_threads(prior: RQTransformer, vae: RQVAE, precision: str) -> None:
+    drawn = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            # What is packed with so many threads counts too.
+            drawn.append(generate(copy.deepcopy(prior), vae, LABELS[:4], seed=12, precision=precision, top_p=0.9))
+    finally:
+        torch.set_num_threads(before)
+    for other in drawn[1:]:
+        assert torch.equal(other.codes, drawn[0].codes) and torch.equal(other.images, drawn[0].images)
+
+
+# --- precisions and ways of sampling
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({}, {}),
+        ({}, {"start_row": 1}),
+        (CLASS, {}),
+        (CLASS, {"cfg_scale": 1.5, "start_row": 1}),
+        (TOKENS, {"cfg_scale": 0.5}),
+    ],
+    ids=lambda value: value.get("condition", str(value)),
+)
+def test_the_step_that_a_gpu_captures_draws_the_same(
+    vae: RQVAE, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
+    monkeypatch.setattr(captured, "BUCKET", 3)  # several graphs' worth of positions
+    prior = make_prior(vae.codebooks, **config)
+    condition = None if not config else torch.arange(6) % 5 if config == CLASS else torch.randint(0, 6, (6, 3))
+    condition_bl = prior.condition_ids(condition, 6)
+    known_btd = torch.randint(0, K, (6, 2 * settings.get("start_row", 0), SHAPE[2]))
+    moved: list[int] = []
+    drawing = {
+        "temperature": [1.0, 0.5, 1.0],
+        "top_k": [None, 5, None],
+        "top_p": [None, None, 0.9],
+        "guidance": settings.get("cfg_scale", 0.0),
+        "seed": 13,
+        "advance": lambda: moved.append(1),
+    }
+    steps, chosen = CapturedSampler(prior, capture=False), make_sampler(prior, "fp32", use_graphs=True)
+    assert isinstance(chosen, PackedPrior)
+    # The second call finds the memory of the first.
+    steps.sample(condition_bl.flip(0), known_btd[:, :0], **drawing, offset=7)
+    moved.clear()
+    plain, packed = (sampler.sample(condition_bl, known_btd, **drawing, offset=40) for sampler in (steps, chosen))
+    assert torch.equal(plain, packed) and torch.equal(plain[:, : known_btd.shape[1]], known_btd)
+    assert len(moved) == 2 * (4 - known_btd.shape[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graphs_draw_the_same(precision: str) -> None:
+    vae = make_vae().cuda()
+    prior = make_prior(vae.codebooks, **CLASS).cuda()
+    settings = {"seed": 3, "cfg_scale": 0.5, "precision": precision, "top_p": 0.9}
+    replayed = generate(prior, vae, LABELS, **settings)
+    launched = generate(prior, vae, LABELS, use_graphs=False, **settings)
+    assert torch.equal(replayed.codes, launched.codes)
+    with pytest.raises(ValueError, match='precision: "int8" is for priors on the CPU'):
+        generate(prior, vae, LABELS, precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_shorter_precision_draws_from_nearby_logits(prior: RQTransformer, vae: RQVAE, precision: str) -> None:
+    """The same uniforms: most first codes agree, and not every code does (it is another precision)."""
+    labels = torch.arange(200) % 5
+    exact = generate(prior, vae, labels, seed=14).codes
+    short = generate(prior, vae, labels, seed=14, precision=precision).codes
+    agree = (exact[:, 0, 0, 0] == short[:, 0, 0, 0]).double().mean()
+    assert agree > 0.9 and not torch.equal(exact, short)
+
+
+def test_changed_weights_are_seen(vae: RQVAE) -> None:
+    """A write through .data leaves no trace in version counters."""
+    prior = make_prior(vae.codebooks, **CLASS)
+    first = generate(prior, vae, LABELS, seed=2).codes
+
+    def drawn_afresh() -> Tensor:
+        return generate(copy.deepcopy(prior), vae, LABELS, seed=2).codes
+
+    def step() -> None:
+        prior.classifier.weight.grad = torch.randn_like(prior.classifier.weight)
+        torch.optim.SGD([prior.classifier.weight], lr=0.5).step()
+
+    for change in (
+        step,
+        lambda: prior.load_state_dict(make_prior(vae.codebooks, **CLASS).state_dict()),
+        lambda: prior.spatial_positions.data.neg_(),
+        lambda: prior.classifier.norm.bias.data.copy_(prior.classifier.norm.bias.flip(0)),
+    ):
+        change()
+        second = generate(prior, vae, LABELS, seed=2).codes
+        assert not torch.equal(second, first) and torch.equal(second, drawn_afresh())
+        first = second
+
+
+def test_weights_are_packed_once(vae: RQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = make_prior(vae.codebooks)
+    made = []
+    pack = rqkernels.PackedDepthDecoder
+    monkeypatch.setattr(rqkernels, "PackedDepthDecoder", lambda *a, **k: made.append(1) or pack(*a, **k))
+    for precision in ("fp32", "fp32", "int8", "int8"):
+        generate(prior, vae, num=2, precision=precision)
+    assert len(made) == 2
+    alive = weakref.ref(prior)
+    del prior
+    gc.collect()
+    assert alive() is None  # what is kept does not keep the model
 
 
 # --- continuing
@@ -334,6 +456,8 @@ def test_half_precision(vae: RQVAE) -> None:
         ({"seed": 1.0}, TypeError, "seed: expected an integer, got 1.0"),
         ({"offset": -1}, ValueError, "offset: expected an integer in"),
         ({"offset": None}, TypeError, "offset: expected an integer, got None"),
+        ({"precision": "fp16"}, ValueError, "precision: expected one of fp32, bf16, int8, got 'fp16'"),
+        ({"use_graphs": "no"}, TypeError, "use_graphs: expected True or False, got 'no'"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ({"batch_size": 1.5}, TypeError, "batch_size: expected an integer, got 1.5"),
         ({"start_row": 1}, ValueError, "start_row: 1 needs partial_codes"),
@@ -382,7 +506,7 @@ def test_a_prior_without_a_null_condition(vae: RQVAE, unconditional: RQTransform
 
 
 def test_models_that_do_not_belong_together(prior: RQTransformer, vae: RQVAE) -> None:
-    with pytest.raises(TypeError, match="prior: expected an RQTransformer, got RQVAE"):
+    with pytest.raises(TypeError, match="prior: expected an RQTransformer or a VAR, got RQVAE"):
         generate(vae, vae, [1])
     with pytest.raises(TypeError, match="vae: expected an RQVAE, got NoneType"):
         generate(prior, None, [1])

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from rqgen.models import RQVAE, RQTransformer
+from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.models.pretrained import CONFIG_NAME
 
 from .checkpoint import Checkpoint, read_checkpoint
-from .rqtransformer import build_rqtransformer
 from .rqvae import build_rqvae
 
 __all__ = ["load_kakaobrain"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
+
+from ..published import unpickle
 
 CHECKPOINT_NAME = "model.pt"
 CONFIG_NAME = "config.yaml"
@@ -50,7 +49,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
     vocab_size = (config.get("dataset") or {}).get("vocab_size")
     if arch["type"] == "rq-transformer" and vocab_size is not None:
         arch.setdefault("vocab_size", vocab_size)
-    state_dict = _select_state_dict(_unpickle(checkpoint_path), checkpoint_path, ema=ema)
+    state_dict = _select_state_dict(unpickle(checkpoint_path), checkpoint_path, ema=ema)
     return Checkpoint(checkpoint_path, config_path, config, arch, state_dict)
 
 
@@ -62,17 +61,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
     return config
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        # Files of the older, non-zip layout cannot be mapped into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: refused: damaged, or holds more than tensors and plain values ({reason})") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable torch checkpoint ({str(error).splitlines()[:1]})") from error
 
 
 def _select_state_dict(content: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,27 +11,9 @@ from torch import Tensor
 from rqgen.config import from_dict
 from rqgen.models import RQVAE, RQVAEConfig
 
-REQUIRED = object()
+from ..published import published_name
 
-# Our names to the published ones, applied in this order.
-RENAMES = (
-    (r"^to_latents\.", "quant_conv."),
-    (r"^from_latents\.", "post_quant_conv."),
-    (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.down.\1.downsample."),
-    (r"^encoder\.levels\.", "encoder.down."),
-    (r"^decoder\.levels\.(\d+)\.resample\.", r"decoder.up.\1.upsample."),
-    (r"^decoder\.levels\.", "decoder.up."),
-    (r"\.blocks\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"\.middle\.0\.", ".mid.block_1."),
-    (r"\.middle\.1\.", ".mid.attn_1."),
-    (r"\.middle\.2\.", ".mid.block_2."),
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.query\.", ".q."),
-    (r"\.key\.", ".k."),
-    (r"\.value\.", ".v."),
-    (r"\.output\.", ".proj_out."),
-)
+REQUIRED = object()
 
 
 def build_rqvae(arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, where: str) -> RQVAE:
@@ -109,14 +90,6 @@ def rqvae_config(arch: Mapping[str, Any], *, where: str) -> RQVAEConfig:
     }
     ddconfig.finish()
     return from_dict(RQVAEConfig, settings, where=where)
-
-
-def published_name(name: str, num_levels: int) -> str:
-    """The published name of one of our encoder, decoder or 1x1 convolution tensors."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    # The published decoder numbers its levels from the finest, although it runs from the coarsest.
-    return re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{num_levels - 1 - int(m[1])}", name)
 
 
 def _translate(model: RQVAE, state_dict: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:

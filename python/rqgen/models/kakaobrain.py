@@ -68,7 +68,7 @@ class PublishedArch:
 def build_rqtransformer(
     arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], codebooks: Tensor | None
 ) -> RQTransformer:
-    """An `RQTransformer` with the published weights.
+    """An `RQTransformer` with the published weights. What is float32 and laid out as ours is not copied but shared.
 
     Args:
         arch: the published section; every option of it is read, an unknown one refused.
@@ -80,8 +80,13 @@ def build_rqtransformer(
         ValueError: an option of `arch` that is unknown, missing or not supported; codebooks that are needed
             and missing, or do not fit; a tensor missing, unknown or of another shape, by its published name.
     """
-    model = RQTransformer(_config(arch, codebooks), codebooks)
-    model.load_state_dict({**model.state_dict(), **_translate(model, state_dict)})
+    config = _config(arch, codebooks)
+    with torch.device("meta"):
+        model = RQTransformer(config)
+    tensors = _translate(model, state_dict)
+    if codebooks is not None:
+        tensors["codebooks"] = codebooks
+    model.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
     return model
 
 

@@ -1,0 +1,1 @@
+"""`rqgen bench`: how fast it is on this machine."""

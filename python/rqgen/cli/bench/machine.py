@@ -1,0 +1,132 @@
+"""This machine, as a benchmark sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rqkernels
+
+from ..check import installed_versions
+
+COPIED = 1 << 26  # numbers of the copy: more than a CPU's caches hold
+
+
+@dataclass
+class Peaks:
+    """What this device reaches at its easiest, measured here: the best of several tries.
+
+    Attributes:
+        copy_bytes_per_s: bytes read and written by a large copy.
+        operations_per_s: multiplications and additions of a square product, by precision: float32, bfloat16, and
+            int8 into int32. A precision may compute in a wider one, so it never counts for less than the wider.
+    """
+
+    copy_bytes_per_s: float
+    operations_per_s: dict[str, float]
+
+
+def measure_peaks(device: torch.device) -> Peaks:
+    cuda = device.type == "cuda"
+    side = 8192 if cuda else 1024
+    source = torch.ones(COPIED, device=device)
+    target = torch.empty_like(source)
+    square = torch.randn(side, side, device=device)
+    half, byte = square.bfloat16(), square.mul(30).clamp(-127, 127).to(torch.int8)
+    products: dict[str, Callable[[], object]] = {
+        "fp32": lambda: square @ square,
+        "bf16": lambda: half @ half,
+        "int8": lambda: torch._int_mm(byte, byte),
+    }
+    copy = best_seconds(lambda: target.copy_(source), device)
+    rates, widest = {}, 0.0
+    for precision, product in products.items():
+        widest = max(widest, 2 * side**3 / best_seconds(product, device))
+        rates[precision] = widest
+    return Peaks(2 * source.nbytes / copy, rates)
+
+
+def best_seconds(call: Callable[[], object], device: torch.device, tries: int = 5) -> float:
+    return min(seconds(call, device) for _ in range(tries + 1))
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device has done what it asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved_seconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, budget: float
+) -> list[dict[str, Any]]:
+    """Each call's median, fastest and slowest time, taken in turns: one round of all calls to warm up, then at least
+    two, and as many as `budget` seconds hold, at most 20."""
+    one_round = sum(seconds(call, device) for call in calls)
+    rounds = max(2, min(20, int(budget / max(one_round, 1e-9)) - 1))
+    samples = [[seconds(call, device) for call in calls] for _ in range(rounds)]
+    return [
+        {"median": statistics.median(times), "min": min(times), "max": max(times), "rounds": rounds}
+        for times in zip(*samples, strict=True)
+    ]
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """What one call needs on a GPU, beyond what stands there before it; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds(call, device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Where a number comes from: without it, the number says nothing."""
+    return {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "versions": installed_versions(),
+        "rqkernels": rqkernels.info(),
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") not in (None, ""),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout this file lies in; None for an installed package."""
+    folder = Path(__file__).parent
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,147 @@
+"""The published RQ-Transformer's `sample` (kakaobrain/rq-vae-transformer) on our operators.
+
+The published loop embeds all codes drawn so far for every code, grows keys and values by concatenation, and sorts all K
+logits and waits for the device at each code. After `rqgen.accelerate(transformer)` the same call
+
+    codes = transformer.sample(partial_sample, model_aux=vae, cond=labels, top_k=2048, top_p=0.95)
+
+draws a position in two calls (on a GPU in one CUDA graph), from the transformer's own weights, see
+`rqgen.models.sampler`. What is the same as before, and what is not:
+
+- The likeliest codes (top_k=1) are the same, but where two logits agree within rounding. Other draws come from the same
+  distributions, with numbers of our own generator: its seed is one number of torch's global CPU generator, so
+  `torch.manual_seed` fixes them. Of codes with equal logits at the edge of top_k, the lower ones are kept.
+- On the CPU the attribute `sampling_precision` of the transformer may be set to "bf16" or "int8" in place of "fp32".
+  On a GPU `amp=True` computes in bfloat16 (published: float16).
+- `cached`, `fast` and `desc` are accepted and change nothing; with `is_tqdm` there is a progress bar, of rich.
+- On the CPU packed weights, and copies that tell whether the weights have changed since, are kept between calls; on
+  a GPU each call reads the weights anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from rqgen.models import RQTransformer
+from rqgen.models.captured import CapturedSampler
+from rqgen.models.kakaobrain import build_rqtransformer
+from rqgen.models.packed import PackedPrior, packed_once
+from rqgen.models.condition import check_range
+from rqgen.models.sampler import Sampler, cast_prior, check_precision
+
+from .swap import Accelerated, has_structure, swap_class
+
+METHODS = ("embed_with_model_aux", "cached_forward", "init_cache", "sample")
+ATTRIBUTES = (
+    "config",
+    "block_size",
+    "vocab_size",
+    "block_size_cond",
+    "vocab_size_cond",
+    "body_transformer",
+    "head_transformer",
+)
+
+SAMPLER = f"kakaobrain's RQTransformer (attributes {', '.join(ATTRIBUTES)}; methods {', '.join(METHODS)})"
+
+
+def swap_samplers(model: nn.Module) -> int:
+    """Accelerates `sample` of every published transformer in the tree of `model`; how many it holds.
+
+    Raises:
+        ValueError: one whose codebooks differ in size by depth. No module has been changed then.
+    """
+    found = {name: module for name, module in model.named_modules() if has_structure(module, METHODS, ATTRIBUTES)}
+    for name, transformer in found.items():
+        if len(set(transformer.vocab_size)) > 1:
+            raise ValueError(
+                f"{name or 'model'}.vocab_size: sizes that differ by depth are not supported, "
+                f"got {list(transformer.vocab_size)}"
+            )
+    for transformer in found.values():
+        swap_class(transformer, Sampling)
+    return len(found)
+
+
+class Sampling(Accelerated):
+    """`RQTransformer`, with our way of drawing."""
+
+    sampling_precision = "fp32"
+
+    @torch.no_grad()
+    def sample(
+        self,
+        partial_sample: Tensor,
+        model_aux: Any = None,
+        cond: Tensor | None = None,
+        start_loc: tuple[int, int] = (0, 0),
+        temperature: float = 1.0,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        amp: bool = False,
+        cached: bool = True,
+        is_tqdm: bool = False,
+        desc: str = "Sampling",
+        fast: bool = True,
+    ) -> Tensor:
+        height, width, depth = self.block_size
+        if partial_sample.shape[1:] != (height, width, depth):
+            raise ValueError(
+                f"partial_sample: expected shape (B, {height}, {width}, {depth}), got {tuple(partial_sample.shape)}"
+            )
+        batch, known = len(partial_sample), start_loc[0] * width + start_loc[1]
+        if not 0 <= known < height * width:
+            return partial_sample.clone()
+        known_btd = partial_sample.flatten(1, 2)[:, :known]
+        shape = batch, self.block_size_cond
+        condition_bl = known_btd.new_zeros(shape) if cond is None else cond.reshape(shape)
+        check_range(known_btd, self.vocab_size[0], "partial_sample before start_loc")
+        check_range(condition_bl, self.vocab_size_cond, "cond")
+        sampler = self._sampler(model_aux, "bf16" if amp and partial_sample.is_cuda else self.sampling_precision)
+        with Progress(console=Console(stderr=True), disable=not is_tqdm) as bar:
+            task = bar.add_task(desc, total=height * width - known)
+            codes_btd = sampler.sample(
+                condition_bl,
+                known_btd,
+                temperature=[temperature] * depth,
+                top_k=_per_depth(top_k, depth),
+                top_p=[None if p is None else min(float(p), 1.0) for p in _per_depth(top_p, depth)],
+                seed=int(torch.randint(2**63 - 1, ())),
+                advance=lambda: bar.advance(task),
+            )
+        return codes_btd.view_as(partial_sample)
+
+    def _sampler(self, model_aux: Any, precision: str) -> Sampler:
+        state, codebooks = self.state_dict(), self._codebooks(model_aux)
+
+        def prior() -> RQTransformer:
+            arch = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
+            built = build_rqtransformer(arch, state, codebooks).eval()
+            check_precision(built, precision)
+            return built
+
+        if self.pos_emb_d.device.type != "cpu":
+            return CapturedSampler(cast_prior(prior(), precision), capture=True)
+        weights = itertools.chain(state.values(), () if codebooks is None else (codebooks,))
+        return packed_once(self, weights, precision, lambda: PackedPrior(prior(), precision))
+
+    def _codebooks(self, model_aux: Any) -> Tensor | None:
+        """(D, K, C): the tokenizer's vectors of all codes, at every depth; None where they are not embedded with."""
+        if not (self.config.input_emb_vqvae or self.config.head_emb_vqvae):
+            return None
+        codes_k = torch.arange(self.vocab_size[0], device=self.pos_emb_d.device)
+        codes_khwd = codes_k[:, None, None, None].expand(-1, 1, 1, self.block_size[2])
+        return self.embed_with_model_aux(codes_khwd, model_aux)[:, 0, 0].transpose(0, 1).contiguous()
+
+
+def _per_depth(value: Any, depth: int) -> list[Any]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * depth if len(values) == 1 else values

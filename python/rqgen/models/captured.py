@@ -1,0 +1,196 @@
+"""Sampling in torch, with every shape the same at every position, so that a GPU can replay a position.
+
+A captured CUDA graph repeats its launches with the addresses and shapes it was captured with. So the position is a
+number in device memory: keys and values are written where it says, attention sees all the memory up to a bound and
+masks what lies behind the position, and the drawn codes go where it says. A position is then one replay, with no look
+at the device from the host. Masked keys are read in vain: a graph for every `BUCKET` positions keeps that small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import rqkernels
+
+from .kv_cache import KVCache
+from .rqtransformer import RQTransformer
+from .transformer import Transformer
+
+# Positions that share a graph. At 64 positions three quarters of the read keys are in use, at a few captures.
+BUCKET = 16
+
+
+class CapturedSampler:
+    """Draws from the modules of a prior, position by position.
+
+    Args:
+        prior: in eval mode whenever codes are drawn.
+        capture: replay CUDA graphs (the prior must be on a GPU); without, the same steps are launched one by one.
+    """
+
+    def __init__(self, prior: RQTransformer, *, capture: bool) -> None:
+        self.prior, self.capture = prior, capture
+        self._drawing: _Drawing | None = None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition_bl: Tensor,
+        known_btd: Tensor,
+        *,
+        temperature: Sequence[float],
+        top_k: Sequence[int | None],
+        top_p: Sequence[float | None],
+        guidance: float = 0.0,
+        seed: int,
+        offset: int = 0,
+        advance: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """See `rqgen.models.sampler.Sampler`. Graphs are kept for the next call of the same batch size and settings."""
+        prior = self.prior
+        settings = _Settings(len(condition_bl), tuple(temperature), tuple(top_k), tuple(top_p), guidance, seed)
+        with torch.autocast(prior.device.type, enabled=False):
+            drawing = self._drawing
+            if drawing is None or drawing.settings != settings:
+                self._drawing = None  # its memory is free for the next one
+                drawing = self._drawing = _Drawing(prior, settings)
+            drawing.begin(condition_bl, known_btd, offset)
+            drawing.draw_stack()
+            advance()
+            for position in range(known_btd.shape[1] + 1, prior.positions):
+                # Tokens seen by then: the condition's and the stacks before this position.
+                bound = -(-(prior.config.condition_length + position) // BUCKET) * BUCKET
+                bound = min(bound, drawing.spatial.capacity)
+                if self.capture:
+                    drawing.graph(bound).replay()
+                else:
+                    drawing.draw_next(bound)
+                advance()
+            return drawing.codes_btd.clone()
+
+
+class _Settings(NamedTuple):
+    """What a captured graph cannot change."""
+
+    batch: int
+    temperature: tuple[float, ...]
+    top_k: tuple[int | None, ...]
+    top_p: tuple[float | None, ...]
+    guidance: float
+    seed: int
+
+
+class _Drawing:
+    """The memory of a batch and the graphs that work on it; everything that a replay touches keeps its address.
+
+    Attributes:
+        offset: int64 on the device, the number of the first image.
+        position: int64 on the device, the position whose stack is drawn next, or was drawn last.
+        context_bw: the context of that position, (copies * B, W).
+        codes_btd: what is known and drawn.
+    """
+
+    def __init__(self, prior: RQTransformer, settings: _Settings) -> None:
+        self.prior, self.settings = prior, settings
+        # With guidance the null condition follows the condition, in a second half.
+        self.copies = 2 if settings.guidance else 1
+        rows = self.copies * settings.batch
+        self.spatial, self.depth = prior.new_caches(rows)
+        # Masked keys and values have no weight, but NaN without weight is NaN.
+        self.spatial.keys.zero_()
+        self.spatial.values.zero_()
+        self.offset, self.position = (torch.zeros(1, dtype=torch.int64, device=prior.device) for _ in range(2))
+        self.places = torch.arange(self.spatial.capacity, device=prior.device)
+        self.codes_btd = self.position.new_zeros(settings.batch, prior.positions, prior.depth)
+        self.context_bw = self.spatial.keys.new_empty(rows, prior.config.embed_dim)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def begin(self, condition_bl: Tensor, known_btd: Tensor, offset: int) -> None:
+        """The context of the first position that is not known."""
+        known = known_btd.shape[1]
+        if self.settings.guidance:
+            condition_bl = torch.cat([condition_bl, self.prior.condition_ids(None, self.settings.batch)])
+        self.spatial.reset()
+        known_bnd = known_btd.repeat(self.copies, 1, 1)
+        self.context_bw.copy_(self.prior.spatial_outputs(known_bnd, condition_bl, self.spatial)[:, -1])
+        self.codes_btd[:, :known] = known_btd
+        self.offset.fill_(offset)
+        self.position.fill_(known)
+
+    def draw_stack(self) -> None:
+        """The D codes of the position."""
+
+        settings, first = self.settings, self.position * self.prior.depth
+
+        def draw(logits: Tensor, d: int) -> Tensor:
+            if settings.guidance:
+                conditional, null = logits.chunk(2)
+                logits = (1 + settings.guidance) * conditional - settings.guidance * null
+            codes = rqkernels.sample_logits(
+                logits,
+                temperature=settings.temperature[d],
+                top_k=settings.top_k[d],
+                top_p=settings.top_p[d],
+                seed=settings.seed,
+                offset=self.offset,
+                stream=first + d,
+            )
+            return codes.repeat(self.copies)
+
+        stack_bd = self.prior.sample_stack(self.context_bw, draw, self.depth)[: settings.batch]
+        self.codes_btd.index_copy_(1, self.position, stack_bd[:, None])
+
+    def draw_next(self, bound: int) -> None:
+        """The D codes of the position after it, of which no more than `bound` tokens are seen."""
+        prior = self.prior
+        stack_b1d = self.codes_btd.index_select(1, self.position).repeat(self.copies, 1, 1)
+        x_bw = prior.embed_stacks(stack_b1d)[:, 0] + prior.spatial_positions.index_select(0, self.position)
+        place = self.position + prior.config.condition_length
+        seen = (self.places[:bound] <= place)[None, None, None]
+        self.context_bw.copy_(_step(prior.spatial_transformer, x_bw, self.spatial, place, seen))
+        self.position += 1
+        self.draw_stack()
+
+    def graph(self, bound: int) -> torch.cuda.CUDAGraph:
+        """`draw_next(bound)` captured, at the first call; the state stays as it is."""
+        if bound in self._graphs:
+            return self._graphs[bound]
+        state = [(tensor, tensor.clone()) for tensor in (self.position, self.context_bw, self.codes_btd)]
+        # What libraries set up at a first call must not happen in a capture. (The keys and values it writes are those
+        # that the replay will write.)
+        with torch.cuda.device(self.prior.device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self.draw_next(bound)
+            torch.cuda.current_stream().wait_stream(aside)
+            for tensor, content in state:
+                tensor.copy_(content)
+            graph = torch.cuda.CUDAGraph()
+            # Graphs that follow one another can share their scratch memory.
+            other = next(iter(self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=None if other is None else other.pool()):
+                self.draw_next(bound)
+        self._graphs[bound] = graph
+        return graph
+
+
+def _step(stack: Transformer, x_bw: Tensor, cache: KVCache, place: Tensor, seen: Tensor) -> Tensor:
+    """One token through all blocks: keys and values are written at `place`, attention reads where `seen` is true."""
+    bound = seen.shape[-1]
+    for layer, block in enumerate(stack.blocks):
+        attention = block.attention
+        qkv = attention.qkv(block.attention_norm(x_bw)).view(len(x_bw), 3, stack.heads, 1, -1)
+        q, k, v = qkv.unbind(1)
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys.index_copy_(2, place, k)
+        values.index_copy_(2, place, v)
+        y = F.scaled_dot_product_attention(q, keys[:, :, :bound], values[:, :, :bound], attn_mask=seen)
+        x_bw = x_bw + attention.out(y.flatten(1))
+        x_bw = x_bw + block.mlp(block.mlp_norm(x_bw))
+    return x_bw

@@ -1,0 +1,209 @@
+"""A prior packed for sampling on a CPU: a call for a step of the spatial stack, and one for all codes of a position."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rqkernels
+
+from .kv_cache import KVCache
+from .rqtransformer import RQTransformer
+from .transformer import Transformer, TransformerConfig
+
+
+class PackedPrior:
+    """The weights of an `RQTransformer`, copied into the order in which `rqkernels` reads them.
+
+    A code's vector is kept as it enters each stack, already through the linear layer in front: a look-up per code in
+    place of a product, which has the same bits in every batch. (The products that make the tables are float64, so
+    that the number of threads does not show in them.)
+
+    Args:
+        prior: on the CPU.
+        precision: of the two stacks and the classifier, see `rqkernels.PackedTransformer`.
+
+    Attributes:
+        spatial: the stack over positions, for `rqkernels.transformer_step`. Its keys and values are float32.
+        decoder: what `rqkernels.depth_decode` takes.
+    """
+
+    def __init__(self, prior: RQTransformer, precision: str) -> None:
+        self.config, self.precision, self.positions = prior.config, precision, prior.positions
+        self.spatial = pack_transformer(prior.spatial_transformer, prior.config.spatial, precision)
+        vectors, bias = _code_vectors(prior, prior.config.depth_embedding, getattr(prior, "depth_projection", None))
+        positions = prior.depth_positions.detach().float().clone()
+        positions[1:] += bias
+        self.decoder = rqkernels.PackedDepthDecoder(
+            pack_transformer(prior.depth_transformer, prior.config.depth, precision),
+            positions,
+            vectors,
+            norm_weight=prior.classifier.norm.weight,
+            norm_bias=prior.classifier.norm.bias,
+            classifier_weight=prior.classifier.weight,
+            classifier_bias=prior.classifier.bias,
+            cumulative=prior.config.depth_context == "cumulative",
+            eps=prior.classifier.norm.eps,
+        )
+        vectors, bias = _code_vectors(prior, prior.config.spatial_embedding, getattr(prior, "spatial_projection", None))
+        self._vectors = vectors
+        self._positions = prior.spatial_positions.detach().float() + bias
+        self._condition = prior.condition_embedding.weight.detach().float().clone()
+        self._condition_positions = prior.condition_positions.detach().float().clone()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition_bl: Tensor,
+        known_btd: Tensor,
+        *,
+        temperature: Sequence[float],
+        top_k: Sequence[int | None],
+        top_p: Sequence[float | None],
+        guidance: float = 0.0,
+        seed: int,
+        offset: int = 0,
+        advance: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """See `rqgen.models.sampler.Sampler`. Codes are the same in every batch, with every number of threads."""
+        batch, known, depth = known_btd.shape
+        if guidance:
+            condition_bl = torch.cat([condition_bl, torch.full_like(condition_bl, self.config.condition_vocab_size)])
+        copies = len(condition_bl) // batch
+        cache = self._new_cache(len(condition_bl))
+        codes_btd = known_btd.new_empty(batch, self.positions, depth)
+        codes_btd[:, :known] = known_btd
+        u_bnw = torch.cat([self._condition_inputs(condition_bl), self._stack_inputs(known_btd, copies)], dim=1)
+        for position in range(known, self.positions):
+            if position > known:
+                u_bnw = self._stack_inputs(codes_btd[:, position - 1 : position], copies, first=position - 1)
+            codes_btd[:, position] = rqkernels.depth_decode(
+                self._step(u_bnw, cache)[:, -1],
+                self.decoder,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                guidance=guidance,
+                seed=seed,
+                offset=offset,
+                stream=position * depth,
+            )
+            advance()
+        return codes_btd
+
+    @torch.no_grad()
+    def logits(self, codes: Tensor, condition_bl: Tensor) -> Tensor:
+        """What `sample` would draw from after each of these codes: `RQTransformer.forward` at this precision.
+
+        Args:
+            codes: int64 (B, h, w, D) in [0, K).
+            condition_bl: ids of `RQTransformer.condition_ids`.
+
+        Returns:
+            float32 (B, h, w, D, K).
+        """
+        codes_btd = codes.flatten(1, 2)
+        u_bnw = torch.cat([self._condition_inputs(condition_bl), self._stack_inputs(codes_btd[:, :-1])], dim=1)
+        contexts_btw = self._step(u_bnw, self._new_cache(len(codes)))[:, -self.positions :]
+        logits = rqkernels.depth_logits(contexts_btw.flatten(0, 1), codes_btd.flatten(0, 1), self.decoder)
+        return logits.view(*codes.shape, -1)
+
+    def _new_cache(self, batch: int) -> KVCache:
+        packed = self.spatial
+        capacity = self.config.condition_length + self.positions - 1
+        shape = packed.layers, batch, packed.heads, capacity, packed.width // packed.heads
+        return KVCache(*shape, dtype=torch.float32, device=torch.device("cpu"))
+
+    def _condition_inputs(self, condition_bl: Tensor) -> Tensor:
+        """(B, L, W)."""
+        return F.embedding(condition_bl, self._condition) + self._condition_positions
+
+    def _stack_inputs(self, codes_bnd: Tensor, copies: int = 1, *, first: int = 0) -> Tensor:
+        """The spatial stack's inputs at the stacks of positions first, first + 1, ...: (copies * B, n, W)."""
+        u_bnw = self._positions[first : first + codes_bnd.shape[1]].expand(len(codes_bnd), -1, -1)
+        # One table of all depths, or one for each.
+        offset = self.config.codebook_size if len(self._vectors) > self.config.codebook_size else 0
+        for d, codes_bn in enumerate(codes_bnd.unbind(-1)):
+            u_bnw = u_bnw + F.embedding(codes_bn + d * offset, self._vectors)
+        return u_bnw.repeat(copies, 1, 1)
+
+    def _step(self, u_bnw: Tensor, cache: KVCache) -> Tensor:
+        outputs_bnw = rqkernels.transformer_step(u_bnw, self.spatial, cache.keys, cache.values, cache.length)
+        cache.advance(u_bnw.shape[1])
+        return outputs_bnw
+
+
+def pack_transformer(stack: Transformer, config: TransformerConfig, precision: str) -> rqkernels.PackedTransformer:
+    """The blocks of `stack` for `rqkernels.transformer_step`."""
+    blocks = [
+        rqkernels.BlockWeights(
+            block.attention_norm.weight,
+            block.attention_norm.bias,
+            block.attention.qkv.weight,
+            block.attention.qkv.bias,
+            block.attention.out.weight,
+            block.attention.out.bias,
+            block.mlp_norm.weight,
+            block.mlp_norm.bias,
+            block.mlp[0].weight,
+            block.mlp[0].bias,
+            block.mlp[2].weight,
+            block.mlp[2].bias,
+        )
+        for block in stack.blocks
+    ]
+    return rqkernels.PackedTransformer(
+        blocks, stack.heads, activation=config.activation, precision=precision, width=stack.width
+    )
+
+
+def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None) -> tuple[Tensor, Tensor]:
+    """What a code adds to a stack's input, (K, W) or (D * K, W), and what a position adds once, (W,)."""
+    if kind == "table":
+        return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim)
+    vectors = prior.codebooks.double().flatten(0, -2) @ projection.weight.detach().double().t()
+    return vectors.float(), projection.bias.detach().float()
+
+
+# --- packing once ------------------------------------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    packed: PackedPrior
+    tensors: list[Tensor]  # copies of what it was made from
+
+
+_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+
+
+def packed_prior(prior: RQTransformer, precision: str) -> PackedPrior:
+    """The `PackedPrior` of `prior`, as `packed_once` keeps it."""
+    return packed_once(prior, (*prior.parameters(), *prior.buffers()), precision, lambda: PackedPrior(prior, precision))
+
+
+def packed_once(
+    owner: nn.Module, weights: Iterable[Tensor], precision: str, pack: Callable[[], PackedPrior]
+) -> PackedPrior:
+    """What `pack` makes of `weights`, kept from the last call while `owner` lives and they are the same.
+
+    Packing takes as long as an image or two, comparing all weights with copies of them a small part of one. So every
+    change is seen, one that leaves no trace in version counters too, such as an average updated through `.data`. Kept
+    are the weights of the precision asked for last, and those copies.
+    """
+    tensors = [tensor.detach() for tensor in weights]
+    kept = _KEPT.get(owner)
+    if kept is None or kept.packed.precision != precision or not _same(tensors, kept.tensors):
+        kept = _Kept(pack(), [tensor.clone() for tensor in tensors])
+        _KEPT[owner] = kept
+    return kept.packed
+
+
+def _same(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in zip(tensors, others, strict=True)
+    )
