@@ -5,9 +5,31 @@
 
 from . import convert
 from .integrations import accelerate
-from .models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
-from .sampling import generate
+from .models import (
+    RQVAE,
+    VAR,
+    MultiScaleVQVAE,
+    MultiScaleVQVAEConfig,
+    RQTransformer,
+    RQTransformerConfig,
+    RQVAEConfig,
+    VARConfig,
+)
+from .sampling import edit, generate
 
 __version__ = "0.1.0"
 
-__all__ = ["RQVAE", "RQTransformer", "RQTransformerConfig", "RQVAEConfig", "accelerate", "convert", "generate"]
+__all__ = [
+    "RQVAE",
+    "VAR",
+    "MultiScaleVQVAE",
+    "MultiScaleVQVAEConfig",
+    "RQTransformer",
+    "RQTransformerConfig",
+    "RQVAEConfig",
+    "VARConfig",
+    "accelerate",
+    "convert",
+    "edit",
+    "generate",
+]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-PUBLISHED = Path(__file__).parent.parent / "data" / "kakaobrain"
+DATA = Path(__file__).parent.parent / "data"
+PUBLISHED = DATA / "kakaobrain"
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[bool | None]:
         return (yield)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def published_var(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the published VAR's fixture, unpacked: vae.pth, var.pth, config.json, expected.safetensors."""
+    root = tmp_path_factory.mktemp("var")
+    for name in ("config.json", "expected.safetensors"):
+        shutil.copyfile(DATA / "var" / name, root / name)
+    for name in ("vae.pth", "var.pth"):
+        (root / name).write_bytes(lzma.decompress((DATA / "var" / f"{name}.xz").read_bytes()))
+    return root

@@ -9,31 +9,50 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 app = typer.Typer(
     name="rqgen",
-    help="Images as stacks of residual codes: train, encode and sample RQ-VAE and RQ-Transformer.",
+    help="Images as residual codes: train, encode, sample and edit with RQ-VAE and RQ-Transformer, or VAR.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 train_app = typer.Typer(help="Train one of the two stages.", no_args_is_help=True)
+bench_app = typer.Typer(help="How fast it is on this machine.", no_args_is_help=True)
 convert_app = typer.Typer(help="Read models of other systems.", no_args_is_help=True)
+edit_app = typer.Typer(help="Draw a part of an image anew.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
+app.add_typer(edit_app, name="edit")
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as loop.steps=500."),
 ]
-Config = Annotated[str, typer.Option(help="A YAML file, or the name of a configuration shipped with the package.")]
+Config = Annotated[
+    str | None,
+    typer.Option(help="A YAML file, or the name of a configuration shipped with the package. Default: for digits."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the trained model (model/).")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder.")]
+System = Annotated[str, typer.Option(help="rq: RQ-VAE and RQ-Transformer; var: multi-scale VQ-VAE and VAR.")]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a trained tokenizer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+
+
+Image = Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")]
+Mask = Annotated[Path, typer.Option(help="An image of the same size, white where to edit (outpaint: what to keep).")]
+Label = Annotated[int | None, typer.Option(help="Class of the image. Default: the null condition.")]
+Sheet = Annotated[Path, typer.Option(help="PNG file to write: before, mask and after.")]
+PriorFolder = Annotated[Path, typer.Option("--prior", help="Folder of a trained prior.")]
+TopK = Annotated[int | None, typer.Option(help="Only the k likeliest codes.")]
+TopP = Annotated[float | None, typer.Option(help="Only the likeliest codes of this total mass.")]
+Guidance = Annotated[float | None, typer.Option("--cfg", help="Strength of classifier-free guidance.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same images.")]
 
 
 @app.callback()
@@ -47,18 +66,20 @@ def _options(
 @train_app.command("tokenizer")
 def train_tokenizer(
     overrides: Overrides = None,
-    config: Config = "digits_tokenizer",
+    system: System = "rq",
+    config: Config = None,
     out: Out = Path("runs/tokenizer"),
     resume: Resume = False,
 ) -> None:
-    """Stage 1: an RQ-VAE learns to turn images into codes and back."""
+    """Stage 1: a tokenizer learns to turn images into codes and back."""
     from rich.console import Console
 
     from rqgen.config import load
 
     from . import runs
 
-    run = load(runs.TokenizerRun, runs.find_config(config), overrides or ())
+    chosen = runs.find_system(system)
+    run = load(chosen.tokenizer_run, runs.find_config(config or chosen.config("tokenizer")), overrides or ())
     runs.train_tokenizer(run, out, resume=resume, console=Console())
     typer.echo(f"tokenizer: {out / 'model'}")
 
@@ -66,18 +87,20 @@ def train_tokenizer(
 @train_app.command("prior")
 def train_prior(
     overrides: Overrides = None,
-    config: Config = "digits_prior",
+    system: System = "rq",
+    config: Config = None,
     out: Out = Path("runs/prior"),
     resume: Resume = False,
 ) -> None:
-    """Stage 2: an RQ-Transformer learns the codes of a trained tokenizer (tokenizer=FOLDER)."""
+    """Stage 2: a prior learns the codes of a trained tokenizer (tokenizer=FOLDER)."""
     from rich.console import Console
 
     from rqgen.config import load
 
     from . import runs
 
-    run = load(runs.PriorRun, runs.find_config(config), overrides or ())
+    chosen = runs.find_system(system)
+    run = load(chosen.prior_run, runs.find_config(config or chosen.config("prior")), overrides or ())
     runs.train_prior(run, out, resume=resume, console=Console())
     typer.echo(f"prior: {out / 'model'}")
 
@@ -104,26 +127,164 @@ def encode(
 @app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="PNG file to write: all images on one sheet.")] = Path("samples.png"),
-    prior: Annotated[Path, typer.Option(help="Folder of a trained prior.")] = Path("runs/prior/model"),
+    prior: PriorFolder = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
     classes: Annotated[
         list[int] | None, typer.Option("--class", help="Class number; may be repeated. Default: every class.")
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Images of each class, or in all without classes.")] = 10,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest code.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest codes.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the likeliest codes of this total mass.")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.")] = 0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    cfg: Guidance = None,
+    seed: Seed = 0,
+    precision: Annotated[
+        str, typer.Option(help="Of the prior: fp32, bf16 or int8 (weights in 8 bits, on the CPU alone).")
+    ] = "fp32",
+    graphs: Annotated[bool, typer.Option(help="On a GPU: replay CUDA graphs.")] = True,
     batch_size: BatchSize = 100,
     codes: Annotated[Path | None, typer.Option(help="Also write the codes to this file (safetensors).")] = None,
 ) -> None:
     """Draw new images."""
     from .transfer import SampleRequest, sample_images
 
-    request = SampleRequest(classes, num, temperature, top_k, top_p, cfg, seed, batch_size)
+    request = SampleRequest(classes, num, temperature, top_k, top_p, cfg, seed, precision, graphs, batch_size)
     count = sample_images(prior, tokenizer, request, out, codes)
     typer.echo(f"{count} images: {out}")
+
+
+@bench_app.command("sampling")
+def bench_sampling(
+    out: Annotated[Path, typer.Option(help="Folder for sampling.json and sampling.png.")] = Path("runs/bench"),
+    preset: Annotated[
+        str | None, typer.Option(help="90M, 350M, 480M, 800M or 1.4B. Default: the next four options.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=1)] = 512,
+    spatial_layers: Annotated[int, typer.Option(min=0)] = 12,
+    depth_layers: Annotated[int, typer.Option(min=0)] = 4,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Code shape; may be repeated. Default: 8x8x4 8x8x8 8x8x16 16x16x1.")
+    ] = None,
+    codebook_size: Annotated[int, typer.Option(min=1, help="Codes of the codebook.")] = 16384,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. Default: 1 16 64.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: fp32.")] = None,
+    published: Annotated[bool, typer.Option(help="Also the published formulation, with the same weights.")] = False,
+    flat: Annotated[bool, typer.Option(help="Also one transformer over all codes, as the cost law has it.")] = False,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest codes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest codes of this total mass.")] = None,
+    decoder_channels: Annotated[
+        int, typer.Option(min=0, help="Base channels of the decoder, 128 as published; 0: it is not timed.")
+    ] = 128,
+    graphs: Annotated[bool, typer.Option(help="On a GPU: replay CUDA graphs.")] = True,
+    seconds: Annotated[float, typer.Option(help="For the rounds of one shape and batch size (two at least).")] = 20.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own.")] = None,
+) -> None:
+    """Images per second by code shape and batch size (the paper's figure 4), beside this machine's floor."""
+    import torch
+    from rich.console import Console
+
+    from .bench.sampling import SamplingBench, parse_shape, run_sampling_bench
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    bench = SamplingBench(
+        shapes=[parse_shape(text) for text in shape or ("8x8x4", "8x8x8", "8x8x16", "16x16x1")],
+        preset=preset,
+        width=width,
+        spatial_layers=spatial_layers,
+        depth_layers=depth_layers,
+        heads=heads,
+        codebook_size=codebook_size,
+        batch_sizes=batch or [1, 16, 64],
+        precisions=precision or ["fp32"],
+        published=published,
+        top_k=top_k,
+        top_p=top_p,
+        flat=flat,
+        decoder_channels=decoder_channels,
+        use_graphs=graphs,
+        seconds=seconds,
+    )
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run_sampling_bench(bench, out, device=chosen, console=Console())
+    typer.echo(f"{out / 'sampling.json'}, {out / 'sampling.png'}")
+
+
+@edit_app.command("inpaint")
+def edit_inpaint(
+    image: Image,
+    mask: Mask,
+    label: Label = None,
+    prior: PriorFolder = Path("runs/prior/model"),
+    tokenizer: Tokenizer = Path("runs/tokenizer/model"),
+    out: Sheet = Path("edited.png"),
+    top_k: TopK = None,
+    top_p: TopP = None,
+    cfg: Guidance = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw the masked part anew, to go with the rest."""
+    _edit("inpaint", image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed)
+
+
+@edit_app.command("outpaint")
+def edit_outpaint(
+    image: Image,
+    mask: Mask,
+    label: Label = None,
+    prior: PriorFolder = Path("runs/prior/model"),
+    tokenizer: Tokenizer = Path("runs/tokenizer/model"),
+    out: Sheet = Path("edited.png"),
+    top_k: TopK = None,
+    top_p: TopP = None,
+    cfg: Guidance = None,
+    seed: Seed = 0,
+) -> None:
+    """Keep the white part of the mask, and draw what may lie around it."""
+    _edit("outpaint", image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed)
+
+
+@edit_app.command("class")
+def edit_class(
+    image: Image,
+    mask: Mask,
+    label: Annotated[int, typer.Option(help="The class that the masked part is to show.")],
+    prior: PriorFolder = Path("runs/prior/model"),
+    tokenizer: Tokenizer = Path("runs/tokenizer/model"),
+    out: Sheet = Path("edited.png"),
+    top_k: TopK = None,
+    top_p: TopP = None,
+    cfg: Guidance = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw the masked part anew as another class."""
+    _edit("class", image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed)
+
+
+def _edit(kind: str, *arguments: Any) -> None:
+    from .edit import EditRequest, edit_image
+
+    request = EditRequest(kind, *arguments)
+    edit_image(request)
+    typer.echo(f"before, mask and after: {request.out}")
+
+
+@convert_app.command("var")
+def convert_var(
+    vae: Annotated[Path, typer.Option(help="The published tokenizer's state dict (.pth).")],
+    var: Annotated[Path, typer.Option(help="The published prior's state dict (.pth).")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write tokenizer/ and prior/ into.")],
+    config: Annotated[
+        Path | None, typer.Option(help="JSON with the constructors' arguments. Default: the models for 256x256.")
+    ] = None,
+) -> None:
+    """A published VAR and its tokenizer into our format."""
+    from .transfer import convert_published_var
+
+    convert_published_var(vae, var, config, destination)
+    typer.echo(f"tokenizer and prior: {destination}")
 
 
 @convert_app.command("kakaobrain")
@@ -144,6 +305,7 @@ def convert_kakaobrain(
 @app.command()
 def demo(
     overrides: Overrides = None,
+    system: System = "rq",
     seed: Annotated[int, typer.Option(min=0, help="Of the split, both trainings and the samples.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for figures, metrics.json and both models.")] = Path("runs/demo"),
 ) -> None:
@@ -152,7 +314,7 @@ def demo(
 
     from .demo import load_demo, run_demo
 
-    metrics = run_demo(load_demo(seed, overrides or ()), out, console=Console())
+    metrics = run_demo(load_demo(seed, overrides or (), system=system), out, console=Console())
     typer.echo(
         f"held-out reconstruction error {metrics['reconstruction_mse']:.4f}; "
         f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the drawn ones "

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,35 @@ from rich.console import Console
 
 from rqgen.config import load, read_yaml
 from rqgen.data import DigitImages, Split, open_dataset
-from rqgen.evaluation import ImageClassifier, evaluate_reconstruction
-from rqgen.report import draw_coarse_to_fine, draw_code_usage, draw_losses, draw_reconstructions, draw_samples
-from rqgen.sampling import generate
+from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
+from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.report import (
+    draw_coarse_to_fine,
+    draw_code_usage,
+    draw_edits,
+    draw_losses,
+    draw_reconstructions,
+    draw_samples,
+)
+from rqgen.sampling import edit, generate
 
 from .check import installed_versions
-from .runs import PriorRun, TokenizerRun, check_images_fit, fit_prior, fit_tokenizer, shipped_config
+from .runs import (
+    PriorRun,
+    TokenizerRun,
+    VARPriorRun,
+    VARTokenizerRun,
+    check_images_fit,
+    find_system,
+    fit_prior,
+    fit_tokenizer,
+    shipped_config,
+)
 
 # Held-out digits in reconstructions.png.
 SHOWN = 30
+# And in edits.png.
+EDITED = 10
 
 
 @dataclass
@@ -54,30 +74,50 @@ class DemoConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        if self.tokenizer.data != self.prior.data:
-            raise ValueError("prior.data: expected the same settings as tokenizer.data: one split for both")
-        if self.tokenizer.data.source != "digits":
-            raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
+        _check_split(self)
 
 
-def load_demo(seed: int, overrides: Sequence[str] = ()) -> DemoConfig:
+@dataclass
+class VARDemoConfig:
+    """The same for VAR."""
+
+    tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
+    prior: VARPriorRun = field(default_factory=VARPriorRun)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _check_split(self)
+
+
+def _check_split(config: DemoConfig | VARDemoConfig) -> None:
+    if config.tokenizer.data != config.prior.data:
+        raise ValueError("prior.data: expected the same settings as tokenizer.data: one split for both")
+    if config.tokenizer.data.source != "digits":
+        raise ValueError(f"data.source: the demo is about 'digits', got '{config.tokenizer.data.source}'")
+
+
+def load_demo(seed: int, overrides: Sequence[str] = (), *, system: str = "rq") -> DemoConfig | VARDemoConfig:
     """The shipped digits recipes, short of what a demo can do without (checkpoints, TensorBoard files), with
     one seed for both trainings and the drawing; then ``overrides``. The split is not drawn anew: figures of different
     seeds are of the same held-out digits."""
     stages = ("tokenizer", "prior")
     seeds = [f"{stage}.loop.seed={seed}" for stage in stages]
+    chosen = find_system(system)
     return load(
-        DemoConfig,
-        shipped_config("demo"),
+        DemoConfig if system == "rq" else VARDemoConfig,
+        shipped_config("demo" if system == "rq" else f"{system}_demo"),
         [*seeds, f"sampling.seed={seed}", *overrides],
-        defaults={stage: read_yaml(shipped_config(f"digits_{stage}")) for stage in stages},
+        defaults={stage: read_yaml(shipped_config(chosen.config(stage))) for stage in stages},
     )
 
 
-def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
+def run_demo(config: DemoConfig | VARDemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Trains, draws, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
-    losses.png, samples.png, metrics.json, tokenizer/ and prior/. Returns what metrics.json holds.
+    losses.png, samples.png, metrics.json, tokenizer/ and prior/; of a VAR also edits.png. Returns what metrics.json
+    holds.
 
+    Drawn in float32. The shorter precisions that the device has are compared with it: on the codes of held-out
+    digits (see `rqgen.evaluation.evaluate_precision`), and by how many of as many drawn digits are recognised.
     No sample is chosen or left out: all that are drawn are judged, and the first ten of each class are shown.
     Held-out digits train nothing, the classifier included.
     """
@@ -91,25 +131,18 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     with _timed(seconds, "prior"):
         prior = fit_prior(config.prior, vae, out, console=console)
         prior.model.save_pretrained(out / "prior")
-    train_images, held_out = (_digits(config, split) for split in ("train", "held_out"))
+    train_images, held_out = (digits(config, split) for split in ("train", "held_out"))
     classes = len(held_out.class_names)
     with _timed(seconds, "sampling"):
-        labels = torch.arange(config.sampling.count, device=vae.device) % classes
-        samples = generate(
-            prior.model,
-            vae,
-            labels,
-            temperature=config.sampling.temperature,
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-            cfg_scale=config.sampling.cfg_scale,
-            seed=config.sampling.seed,
-            batch_size=config.sampling.batch_size,
-        ).images
+        samples, labels = draw_classes(prior.model, vae, config.sampling, classes)
     with _timed(seconds, "evaluation"):
         quality = evaluate_reconstruction(vae, held_out)
         judge = ImageClassifier().fit(train_images.images, train_images.labels)
-        recognised = judge.predict(samples) == labels.cpu()
+        recognised = judge.predict(samples) == labels
+    precisions = {}
+    if isinstance(prior.model, RQTransformer):
+        with _timed(seconds, "precisions"):
+            precisions = _compare_precisions(config, prior.model, vae, held_out, judge)
     with _timed(seconds, "figures"):
         shown = held_out.images[:SHOWN].to(vae.device)
         draw_reconstructions(shown, vae(shown).reconstruction.detach(), out / "reconstructions.png")
@@ -119,6 +152,8 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
         draw_samples(rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1])
+        if isinstance(prior.model, VAR):
+            draw_edits(_three_edits(prior.model, vae, held_out, config.sampling), out / "edits.png")
     seconds["total"] = time.perf_counter() - started
     metrics = {
         "reconstruction_mse": quality.mse,
@@ -126,9 +161,8 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
         "perplexity": quality.perplexity,
         "classifier_test_accuracy": judge.accuracy(held_out.images, held_out.labels),
         "sample_accuracy": recognised.double().mean().item(),
-        "sample_accuracy_per_class": [
-            recognised[labels.cpu() == label].double().mean().item() for label in range(classes)
-        ],
+        "sample_accuracy_per_class": [recognised[labels == label].double().mean().item() for label in range(classes)],
+        **({"precisions": precisions} if precisions else {}),
         "samples": config.sampling.count,
         "held_out_images": len(held_out),
         "seconds": {part: round(taken, 2) for part, taken in seconds.items()},
@@ -140,7 +174,81 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     return metrics
 
 
-def _digits(config: DemoConfig, split: Split) -> DigitImages:
+def _compare_precisions(
+    config: DemoConfig, prior: RQTransformer, vae: RQVAE, held_out: DigitImages, judge: ImageClassifier
+) -> dict[str, Any]:
+    codes_nhwd = torch.cat([vae.encode(some.to(vae.device)) for some in held_out.images.split(128)])
+    labels = held_out.labels.to(vae.device)
+    precisions = {}
+    for precision in ("bf16", "int8") if vae.device.type == "cpu" else ("bf16",):
+        effect = evaluate_precision(prior, codes_nhwd, labels, precision=precision)
+        drawn, wanted = draw_classes(prior, vae, config.sampling, len(held_out.class_names), precision=precision)
+        accuracy = (judge.predict(drawn) == wanted).double().mean().item()
+        precisions[precision] = {"sample_accuracy": accuracy, **asdict(effect)}
+    return precisions
+
+
+def _three_edits(
+    prior: VAR, vae: MultiScaleVQVAE, held_out: DigitImages, config: SamplingConfig
+) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The first held-out digits with their lower half drawn anew, with all but their middle, and with their right half
+    as the next class."""
+    images, labels = held_out.images[:EDITED].to(vae.device), held_out.labels[:EDITED]
+    height, width = images.shape[2:]
+    lower, around, right = (torch.zeros(height, width, dtype=torch.bool, device=vae.device) for _ in range(3))
+    lower[height // 2 :] = True
+    around[:] = True
+    around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+    right[:, width // 2 :] = True
+    edits = []
+    for name, mask, wanted in (
+        ("in-painted", lower, labels),
+        ("out-painted", around, labels),
+        ("next class", right, (labels + 1) % len(held_out.class_names)),
+    ):
+        edited = edit(
+            prior,
+            vae,
+            images,
+            mask,
+            wanted.to(vae.device),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            cfg_scale=config.cfg_scale,
+            seed=config.seed,
+        )
+        edits.append((name, images, mask, edited.images))
+    return edits
+
+
+def draw_classes(
+    prior: RQTransformer | VAR,
+    vae: RQVAE | MultiScaleVQVAE,
+    config: SamplingConfig,
+    classes: int,
+    *,
+    precision: str = "fp32",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``config.count`` images, equally many of every class, and their labels (on the CPU): 0, 1, ... 9, 0, ..."""
+    labels = torch.arange(config.count) % classes
+    drawn = generate(
+        prior,
+        vae,
+        labels.to(vae.device),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        cfg_scale=config.cfg_scale,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        precision=precision,
+    )
+    return drawn.images, labels
+
+
+def digits(config: DemoConfig | VARDemoConfig, split: Split) -> DigitImages:
+    """The images of one side of the demo's split."""
     dataset = open_dataset(config.tokenizer.data, split)
     assert isinstance(dataset, DigitImages)  # DemoConfig holds this
     return dataset

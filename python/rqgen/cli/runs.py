@@ -17,8 +17,7 @@ from torch import Tensor
 
 from rqgen.config import to_dict
 from rqgen.data import DataConfig, ImageDataset, image_grid, open_dataset, read_codes
-from rqgen.models.rqtransformer import RQTransformer
-from rqgen.models.rqvae import RQVAE, RQVAEConfig
+from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, RQTransformer, RQVAEConfig
 from rqgen.sampling import generate
 from rqgen.training import (
     LoopConfig,
@@ -26,9 +25,12 @@ from rqgen.training import (
     PriorStage,
     TokenizerStage,
     TrainingResult,
+    VARPriorConfig,
+    VARStage,
     latest_checkpoint,
     prior_data,
     train,
+    var_prior_items,
 )
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,51 @@ class PriorRun:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 
+@dataclass
+class VARTokenizerRun:
+    """`rqgen train tokenizer --system var`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: MultiScaleVQVAEConfig = field(default_factory=MultiScaleVQVAEConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass
+class VARPriorRun:
+    """`rqgen train prior --system var`."""
+
+    tokenizer: Path = Path("runs/tokenizer/model")
+    """The folder of the trained tokenizer."""
+    data: DataConfig = field(default_factory=DataConfig)
+    prior: VARPriorConfig = field(default_factory=VARPriorConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass(frozen=True)
+class System:
+    """What differs between the systems on the command line."""
+
+    name: str
+    tokenizer_run: type
+    prior_run: type
+
+    def config(self, stage: str) -> str:
+        """The name of the shipped recipe for digits; stage is "tokenizer" or "prior"."""
+        return f"digits_{stage}" if self.name == "rq" else f"digits_{self.name}_{stage}"
+
+
+SYSTEMS = {
+    "rq": System("rq", TokenizerRun, PriorRun),
+    "var": System("var", VARTokenizerRun, VARPriorRun),
+}
+
+
+def find_system(name: str) -> System:
+    if name not in SYSTEMS:
+        raise ValueError(f"--system: expected one of {', '.join(SYSTEMS)}, got '{name}'")
+    return SYSTEMS[name]
+
+
 def shipped_config(name: str) -> Path:
     """A configuration that comes with the package, by its name without ".yaml"."""
     folder = Path(str(resources.files("rqgen.cli"))) / "configs"
@@ -75,7 +122,7 @@ def find_config(given: str) -> Path:
     return path if path.is_file() or path.suffix in (".yaml", ".yml") else shipped_config(given)
 
 
-def check_images_fit(data: DataConfig, model: RQVAEConfig) -> None:
+def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfig) -> None:
     """Raises ValueError where images of ``data`` are not what ``model`` takes."""
     if model.image_shape != (data.resolution, data.resolution):
         raise ValueError(
@@ -88,7 +135,7 @@ def check_images_fit(data: DataConfig, model: RQVAEConfig) -> None:
         )
 
 
-def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
+def train_tokenizer(run: TokenizerRun | VARTokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
     """Trains a tokenizer and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration."""
     check_images_fit(run.data, run.model)
     checkpoint = _prepare_folder(out, to_dict(run), resume)
@@ -96,10 +143,10 @@ def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Cons
     result.model.save_pretrained(out / "model")
 
 
-def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
+def train_prior(run: PriorRun | VARPriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
     """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
-    vae = RQVAE.from_pretrained(run.tokenizer)
-    if run.codes is None:
+    vae = (MultiScaleVQVAE if isinstance(run, VARPriorRun) else RQVAE).from_pretrained(run.tokenizer)
+    if isinstance(run, VARPriorRun) or run.codes is None:
         check_images_fit(run.data, vae.config)
     checkpoint = _prepare_folder(out, to_dict(run), resume)
     result = fit_prior(run, vae, out, resume=checkpoint, console=console)
@@ -107,25 +154,33 @@ def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | No
 
 
 def fit_tokenizer(
-    run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
-) -> TrainingResult[RQVAE]:
+    run: TokenizerRun | VARTokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
+) -> TrainingResult[RQVAE] | TrainingResult[MultiScaleVQVAE]:
     """Trains from scratch, or from the checkpoint ``resume``; writes what ``run.loop`` asks for to
     ``folder``."""
     images = open_dataset(run.data, "train")
     set_seed(run.loop.seed)
-    stage = TokenizerStage(RQVAE(run.model), _examples(run.data, images))
+    model = MultiScaleVQVAE(run.model) if isinstance(run, VARTokenizerRun) else RQVAE(run.model)
+    stage = TokenizerStage(model, _examples(run.data, images))
     return train(stage, images, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
 def fit_prior(
-    run: PriorRun,
-    vae: RQVAE,
+    run: PriorRun | VARPriorRun,
+    vae: RQVAE | MultiScaleVQVAE,
     folder: Path,
     *,
     resume: Path | None = None,
     console: Console | None = None,
-) -> TrainingResult[RQTransformer]:
+) -> TrainingResult[RQTransformer] | TrainingResult[VAR]:
     """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
+    if isinstance(run, VARPriorRun):
+        images = open_dataset(run.data, "train")
+        vae.to("cuda" if torch.cuda.is_available() else "cpu")
+        items = var_prior_items(run.prior, vae, images, batch_size=run.loop.batch_size)
+        set_seed(run.loop.seed)
+        stage = VARStage(run.prior.build(vae, len(images.class_names)), vae, preview=_samples)
+        return train(stage, items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
     vae.to("cuda" if torch.cuda.is_available() else "cpu")
     prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size)
@@ -163,9 +218,16 @@ def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:
     return torch.stack([images.item(index, 0)[0] for index in range(min(PREVIEW_COLUMNS, len(images)))])
 
 
-def _samples(prior: RQTransformer, vae: RQVAE) -> dict[str, Tensor]:
+def number_of_classes(prior: RQTransformer | VAR) -> int:
+    """Classes that a prior can be asked for; 0 without a class condition."""
+    if isinstance(prior, VAR):
+        return prior.config.num_classes
+    return prior.config.condition_vocab_size if prior.config.condition == "class" else 0
+
+
+def _samples(prior: RQTransformer | VAR, vae: RQVAE | MultiScaleVQVAE) -> dict[str, Tensor]:
     """The same few draws at every call, so that progress can be seen."""
-    classes = prior.config.condition_vocab_size if prior.config.condition == "class" else 0
+    classes = number_of_classes(prior)
     condition = torch.arange(4 * PREVIEW_COLUMNS, device=prior.device) % classes if classes else None
     drawn = generate(prior, vae, condition, None if classes else 4 * PREVIEW_COLUMNS, seed=0)
     return {"samples": image_grid(drawn.images, columns=PREVIEW_COLUMNS)}

@@ -10,15 +10,14 @@ from typing import get_args
 import torch
 
 from rqgen.config import load, to_dict
-from rqgen.convert import load_kakaobrain
+from rqgen.convert import load_kakaobrain, load_var
 from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
 from rqgen.data.codes import codebook_fingerprint
-from rqgen.models.rqtransformer import RQTransformer
-from rqgen.models.rqvae import RQVAE
+from rqgen.models import RQVAE, VAR, RQTransformer, load_pretrained
 from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
-from .runs import check_images_fit
+from .runs import check_images_fit, number_of_classes
 
 
 def encode_images(
@@ -63,6 +62,8 @@ class SampleRequest:
     top_p: float | None
     cfg_scale: float | None
     seed: int
+    precision: str
+    use_graphs: bool
     batch_size: int
 
 
@@ -70,10 +71,11 @@ def sample_images(
     prior_folder: Path, tokenizer: Path, request: SampleRequest, out: Path, codes_file: Path | None
 ) -> int:
     """Draws images onto one sheet, a row per class, and optionally writes their codes. Returns how many."""
-    prior = RQTransformer.from_pretrained(prior_folder, device=_device())
-    vae = RQVAE.from_pretrained(tokenizer, device=_device())
-    if codebook_fingerprint(prior.codebooks) != codebook_fingerprint(vae.codebooks):
-        raise ValueError(f"tokenizer: {tokenizer} has other codebooks than the prior {prior_folder}")
+    prior, vae = load_pretrained(prior_folder, _device()), load_pretrained(tokenizer, _device())
+    if codes_file is not None and isinstance(prior, VAR):
+        raise ValueError("--codes: only stacks of codes are written to files, and a VAR draws token maps")
+    if not isinstance(prior, (RQTransformer, VAR)):
+        raise ValueError(f"--prior: {prior_folder} holds no prior, but a {prior.model_type}")
     labels = _labels(prior, request)
     drawn = generate(
         prior,
@@ -85,6 +87,8 @@ def sample_images(
         top_p=request.top_p,
         cfg_scale=request.cfg_scale,
         seed=request.seed,
+        precision=request.precision,
+        use_graphs=request.use_graphs,
         batch_size=request.batch_size,
         progress=True,
     )
@@ -111,14 +115,21 @@ def convert_published(source: Path, destination: Path, tokenizer: Path | None) -
     return model.model_type
 
 
-def _labels(prior: RQTransformer, request: SampleRequest) -> torch.Tensor | None:
-    if prior.config.condition == "tokens":
+def convert_published_var(vae: Path, var: Path, config: Path | None, destination: Path) -> None:
+    """Reads a published VAR and its tokenizer and writes both in our format."""
+    tokenizer, prior = load_var(vae, var, config)
+    tokenizer.save_pretrained(destination / "tokenizer")
+    prior.save_pretrained(destination / "prior")
+
+
+def _labels(prior: RQTransformer | VAR, request: SampleRequest) -> torch.Tensor | None:
+    if isinstance(prior, RQTransformer) and prior.config.condition == "tokens":
         raise ValueError("prior: it is conditioned on tokens; draw from it in Python with rqgen.generate")
-    if prior.config.condition == "none":
+    classes = number_of_classes(prior)
+    if classes == 0:
         if request.classes is not None:
             raise ValueError("--class: this prior knows no classes")
         return None
-    classes = prior.config.condition_vocab_size
     chosen = list(range(classes)) if request.classes is None else request.classes
     for label in chosen:
         if not 0 <= label < classes:

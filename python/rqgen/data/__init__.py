@@ -1,7 +1,7 @@
 """Images in, batches out: the bundled digits and photographs, folders of images, and codes on disk."""
 
 from .codes import EncodedImages, read_codes, write_codes
-from .datasets import DataConfig, DigitImages, FolderImages, ImageDataset, PhotoCrops, Split, open_dataset
+from .datasets import DataConfig, DigitImages, FolderImages, ImageDataset, PhotoCrops, Split, open_dataset, read_image
 from .grid import image_grid, save_png, to_uint8
 from .stream import Batch, BatchStream, TensorItems
 
@@ -19,6 +19,7 @@ __all__ = [
     "image_grid",
     "open_dataset",
     "read_codes",
+    "read_image",
     "save_png",
     "to_uint8",
     "write_codes",

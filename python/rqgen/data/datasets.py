@@ -293,6 +293,23 @@ def _image_files(folder: Path, *, recursive: bool) -> list[Path]:
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
+def read_image(path: Path, *, channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """One image file as float32 (channels, H, W) in [-1, 1].
+
+    Raises FileNotFoundError, or ValueError for a file that is no image or an image of another size.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"image file not found: {path}")
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert(_mode(channels))
+    except Exception as error:  # each format's decoder fails in its own ways
+        raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+    if (image.height, image.width) != size:
+        raise ValueError(f"{path}: expected {size[1]}x{size[0]} pixels, got {image.width}x{image.height}")
+    return _to_tensor(image)
+
+
 def _item_generator(seed: int, epoch: int, index: int, *, stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, index, stream))
 

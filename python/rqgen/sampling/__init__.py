@@ -1,5 +1,7 @@
-"""Drawing images from a prior and a tokenizer."""
+"""Drawing images from a prior and a tokenizer, and parts of images."""
 
+from .cost import SamplingCost, sampling_cost
+from .edit import EditOutput, edit
 from .generate import GenerateOutput, generate
 
-__all__ = ["GenerateOutput", "generate"]
+__all__ = ["EditOutput", "GenerateOutput", "SamplingCost", "edit", "generate", "sampling_cost"]

@@ -7,21 +7,21 @@ from torch import Tensor
 
 from rqgen.data.grid import image_grid
 from rqgen.data.stream import Batch
-from rqgen.models.rqvae import RQVAE
+from rqgen.models import RQVAE, MultiScaleVQVAE
 
 from .loop import StepResult
 
 
 class TokenizerStage:
-    """Reconstruction and commitment (Lee et al. 2022, equations 6-7); the codebook learns by moving averages
-    inside the model.
+    """The tokenizer's own `loss`: of an RQ-VAE reconstruction and commitment (Lee et al. 2022, equations 6-7; the
+    codebook learns by moving averages inside the model), of a multi-scale VQ-VAE these and the codebook's term.
 
     ``examples`` (N, channels, H, W), if given, are drawn beside their reconstructions while training.
     """
 
     name = "tokenizer"
 
-    def __init__(self, model: RQVAE, examples: Tensor | None = None) -> None:
+    def __init__(self, model: RQVAE | MultiScaleVQVAE, examples: Tensor | None = None) -> None:
         self.model = model
         self._examples = examples
 
@@ -31,13 +31,14 @@ class TokenizerStage:
 
     def step(self, batch: Batch) -> StepResult:
         loss = self.model.loss(batch.inputs)
-        return StepResult(loss.total, {"reconstruction": loss.reconstruction, "commitment": loss.commitment})
+        terms = {name: term for name, term in loss._asdict().items() if name not in ("total", "output")}
+        return StepResult(loss.total, terms)
 
     def usage(self) -> dict[str, Tensor]:
         usage = self.model.quantizer.usage
         return {"codes_used": usage.codes_used(), "perplexity": usage.perplexity()}
 
-    def pictures(self, model: RQVAE) -> dict[str, Tensor]:
+    def pictures(self, model: RQVAE | MultiScaleVQVAE) -> dict[str, Tensor]:
         if self._examples is None:
             return {}
         both = torch.cat([self._examples, model(self._examples).reconstruction.float()])

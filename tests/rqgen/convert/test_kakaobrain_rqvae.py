@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rqgen.convert import load_kakaobrain
-from rqgen.convert.kakaobrain.rqvae import build_rqvae, published_name, rqvae_config
+from rqgen.convert.kakaobrain.rqvae import build_rqvae, rqvae_config
+from rqgen.convert.published import published_name
 from rqgen.models import RQVAE
 
 FLOAT_TOLERANCE = 1e-4

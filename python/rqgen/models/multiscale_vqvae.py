@@ -1,0 +1,200 @@
+"""The tokenizer of VAR: images to token maps of several scales and back (Tian et al. 2024, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
+
+from .autoencoder import AutoencoderLayout, Decoder, Encoder
+from .pretrained import PretrainedModel
+from .rqvae import RECONSTRUCTION_LOSSES
+
+
+@dataclass
+class MultiScaleVQVAEConfig:
+    """Everything that describes a `MultiScaleVQVAE`. The defaults are the published 256x256 model.
+
+    Attributes:
+        image_channels: channels of an image.
+        base_channels: channels of the finest level, before its multiplier.
+        channel_multipliers: one per level, from the finest; levels are joined by factors of two.
+        num_res_blocks: ResNet blocks per level (the decoder has one more).
+        attention: whether the coarsest level has attention after each block.
+        z_channels: C, channels of the features that are quantized.
+        latent_kernel: side of the convolutions before and after the quantizer, odd.
+        dropout: inside the ResNet blocks.
+        norm_groups: groups of every GroupNorm; must divide all channel counts.
+        quantizer: see `MultiScaleConfig`; its last scale is the size of the features, and with the levels decides
+            the size of the images.
+        reconstruction_loss: "mse" or "l1".
+        commitment_weight: beta, of the commitment term.
+        gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
+    """
+
+    image_channels: int = 3
+    base_channels: int = 160
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    num_res_blocks: int = 2
+    attention: bool = True
+    z_channels: int = 32
+    latent_kernel: int = 3
+    dropout: float = 0.0
+    norm_groups: int = 32
+    quantizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
+    reconstruction_loss: str = "mse"
+    commitment_weight: float = 0.25
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("image_channels", "base_channels", "num_res_blocks", "z_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers: expected one number >= 1 per level, got {self.channel_multipliers}")
+        if self.latent_kernel < 1 or self.latent_kernel % 2 == 0:
+            raise ValueError(f"latent_kernel: expected an odd number, got {self.latent_kernel}")
+        for multiplier in (1, *self.channel_multipliers):
+            if (self.base_channels * multiplier) % self.norm_groups:
+                raise ValueError(
+                    f"norm_groups: expected a divisor of every level's channels, got {self.norm_groups} "
+                    f"for {self.base_channels * multiplier}"
+                )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        if not self.commitment_weight >= 0.0:
+            raise ValueError(f"commitment_weight: expected a number >= 0, got {self.commitment_weight}")
+        if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
+            raise ValueError(
+                f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
+                f"got {self.reconstruction_loss!r}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per place of the features, along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        height, width = self.quantizer.scales[-1]
+        return height * self.stride, width * self.stride
+
+
+class MultiScaleVQVAEOutput(NamedTuple):
+    """Result of calling a `MultiScaleVQVAE`."""
+
+    reconstruction: Tensor  # (B, channels, H, W)
+    commitment_loss: Tensor  # float32 scalar
+    codes: list[Tensor]  # int64 (B, h_k, w_k), one per scale
+    codebook_loss: Tensor  # float32 scalar
+
+
+class MultiScaleVQVAELoss(NamedTuple):
+    """Result of `MultiScaleVQVAE.loss`."""
+
+    total: Tensor  # reconstruction + codebook + commitment_weight * commitment
+    reconstruction: Tensor
+    commitment: Tensor
+    codebook: Tensor
+    output: MultiScaleVQVAEOutput
+
+
+class MultiScaleVQVAE(PretrainedModel):
+    """Encoder, multi-scale quantizer, decoder.
+
+    Images are (B, channels, height, width) in [-1, 1], of the one size that the scales decide; codes are a list of
+    token maps int64 (B, h_k, w_k), from coarse to fine. `encode`, `decode` and `decode_partial` run without gradient
+    and never change state.
+    """
+
+    model_type = "multiscale_vqvae"
+    config_class = MultiScaleVQVAEConfig
+    config: MultiScaleVQVAEConfig
+
+    def __init__(self, config: MultiScaleVQVAEConfig) -> None:
+        super().__init__(config)
+        coarsest = len(config.channel_multipliers) - 1
+        layout = AutoencoderLayout(
+            image_channels=config.image_channels,
+            z_channels=config.z_channels,
+            base_channels=config.base_channels,
+            channel_multipliers=config.channel_multipliers,
+            num_res_blocks=config.num_res_blocks,
+            attention=[config.attention and level == coarsest for level in range(coarsest + 1)],
+            resample_with_conv=True,
+            dropout=config.dropout,
+            norm_groups=config.norm_groups,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+
+        def latent_convolution() -> nn.Conv2d:
+            kernel = config.latent_kernel
+            return nn.Conv2d(config.z_channels, config.z_channels, kernel, padding=kernel // 2)
+
+        self.encoder = Encoder(layout)
+        self.to_latents = latent_convolution()
+        self.quantizer = MultiScaleQuantizer(config.quantizer, config.z_channels)
+        self.from_latents = latent_convolution()
+        self.decoder = Decoder(layout)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """(K, C), shared by all scales."""
+        return self.quantizer.codebook
+
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return self.config.quantizer.codebook_size
+
+    @property
+    def scales(self) -> list[list[int]]:
+        """[h_k, w_k] of each token map."""
+        return self.config.quantizer.scales
+
+    def forward(self, images: Tensor) -> MultiScaleVQVAEOutput:
+        """Encodes, quantizes (straight-through gradient) and decodes."""
+        quantized, codes, commitment, codebook = self.quantizer(self.encode_latents(images))
+        return MultiScaleVQVAEOutput(self.decode_latents(quantized), commitment, codes, codebook)
+
+    def loss(self, images: Tensor) -> MultiScaleVQVAELoss:
+        """`reconstruction + codebook + commitment_weight * commitment`, means over elements and scales, in float32."""
+        output = self(images)
+        measure = F.mse_loss if self.config.reconstruction_loss == "mse" else F.l1_loss
+        reconstruction = measure(output.reconstruction.float(), images.float())
+        total = reconstruction + output.codebook_loss + self.config.commitment_weight * output.commitment_loss
+        return MultiScaleVQVAELoss(total, reconstruction, output.commitment_loss, output.codebook_loss, output)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """What the quantizer sees: features (B, C, H, W). Differentiable. ValueError for another shape of images."""
+        expected = (self.config.image_channels, *self.config.image_shape)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
+        return self.to_latents(self.encoder(images))
+
+    def decode_latents(self, features: Tensor) -> Tensor:
+        """Images (B, channels, H, W) from features (B, C, H, W). Differentiable."""
+        return self.decoder(self.from_latents(features.to(self.from_latents.weight.dtype)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Token maps int64 (B, h_k, w_k), from coarse to fine, of images (B, channels, H, W) in [-1, 1]."""
+        return self.quantizer.encode(self.encode_latents(images))
+
+    @torch.no_grad()
+    def decode(self, codes: Sequence[Tensor]) -> Tensor:
+        """Images (B, channels, H, W), clamped to [-1, 1], of token maps. Errors: `MultiScaleQuantizer.check_codes`."""
+        return self.decode_latents(self.quantizer.decode(codes)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode_partial(self, codes: Sequence[Tensor], scales: int) -> Tensor:
+        """Images of the first `scales` token maps alone: coarse to fine. ValueError unless 1 <= scales <= K."""
+        return self.decode_latents(self.quantizer.decode(codes, scales)).clamp(-1, 1)

@@ -1,0 +1,354 @@
+"""Residual quantization over scales: a feature map as token maps from coarse to fine (Tian et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rqkernels
+
+from .seeding import draw_vectors
+from .usage import CodeUsage
+
+INITIALISATIONS = ("data", "random")
+# Sides of the square token maps of the published tokenizer, by image size.
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+@dataclass
+class MultiScaleConfig:
+    """Settings of a `MultiScaleQuantizer`.
+
+    Attributes:
+        codebook_size: K, codes of the one codebook that all scales share.
+        scales: sizes of the token maps, from coarse to fine: [h, w] each, or one number for a square. The last is
+            the size of the feature map itself, and none may be larger. The default is the published list for
+            images of 256x256 (for 512: `SCALES_512`).
+        normalize: search among directions: features and codes divided by their norms, as in the published
+            `using_znorm`. What is looked up is the code itself.
+        refinements: R, how many 3x3 convolutions phi refine what is enlarged: 0 none, 1 for all scales, a number
+            between shares them among neighbouring scales, one per scale where it is the number of scales.
+        refinement_ratio: r of `phi(h) = (1 - r) h + r conv(h)`.
+        init: "data": the codebook is drawn from the first training batch; "random": normal numbers.
+        usage_window: tokens of a scale over which codes_used and perplexity are taken (see `CodeUsage`).
+    """
+
+    codebook_size: int = 4096
+    scales: list[Any] = field(default_factory=lambda: list(SCALES_256))
+    normalize: bool = False
+    refinements: int = 4
+    refinement_ratio: float = 0.5
+    init: str = "data"
+    usage_window: int = 131072
+
+    def __post_init__(self) -> None:
+        for name in ("codebook_size", "usage_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.refinements < 0:
+            raise ValueError(f"refinements: expected a number >= 0, got {self.refinements}")
+        if not 0.0 <= self.refinement_ratio <= 1.0:
+            raise ValueError(f"refinement_ratio: expected a number within 0..1, got {self.refinement_ratio}")
+        if self.init not in INITIALISATIONS:
+            raise ValueError(f"init: expected one of {', '.join(INITIALISATIONS)}, got {self.init!r}")
+        if not self.scales:
+            raise ValueError("scales: expected at least one")
+        self.scales = [_pair(scale) for scale in self.scales]
+        height, width = self.scales[-1]
+        for scale in self.scales:
+            if scale[0] > height or scale[1] > width:
+                raise ValueError(f"scales: none may be larger than the last, {[height, width]}; got {scale}")
+
+    @property
+    def tokens(self) -> list[int]:
+        """h_k * w_k of each scale."""
+        return [h * w for h, w in self.scales]
+
+
+def _pair(scale: Any) -> list[int]:
+    pair = [scale, scale] if isinstance(scale, int) else list(scale) if isinstance(scale, Sequence) else []
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
+        raise ValueError(f"scales: expected [h, w] or one number >= 1 for each, got {scale!r}")
+    return pair
+
+
+TokensOf = Callable[[int, Tensor | None, Tensor | None], Tensor]
+
+
+class ScaleStep(NamedTuple):
+    """What one scale found and added, see `MultiScaleQuantizer.steps`."""
+
+    codes: Tensor  # int64 (B, h_k, w_k)
+    total: Tensor  # (B, C, H, W): f_hat, the sum of what this scale and those before it added
+
+
+class MultiScaleOutput(NamedTuple):
+    """Result of `MultiScaleQuantizer.forward` for features (B, C, H, W)."""
+
+    quantized: Tensor  # (B, C, H, W), dtype of the input; value: f_hat of the last scale; gradient: the input's
+    codes: list[Tensor]  # int64 (B, h_k, w_k), one per scale
+    commitment_loss: Tensor  # float32: mean over scales of mean |f - sg[f_hat_k]|^2
+    codebook_loss: Tensor  # float32: mean over scales of mean |sg[f] - f_hat_k|^2
+
+
+class Refinement(nn.Conv2d):
+    """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that mends what enlarging blurred."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (1.0 - self.ratio) * h + self.ratio * super().forward(h)
+
+
+class MultiScaleDecoder(nn.Module):
+    """What token maps of several scales stand for: feature maps (B, C, H, W) (Tian et al. 2024, algorithm 2).
+
+        f_hat_k = f_hat_{k-1} + a_k,    a_k = phi_k(bicubic(e(t_k), (H, W)))       looked up, enlarged, refined
+
+    for scales k = 1..K of size (h_k, w_k), f_hat_0 = 0. `steps` is the one residual loop; decoding, the inputs of a
+    prior, and encoding and training (in `MultiScaleQuantizer`) are readings of it. Arithmetic is float32, under
+    autocast too.
+
+    Args:
+        config: see `MultiScaleConfig`.
+        code_dim: C.
+    """
+
+    def __init__(self, config: MultiScaleConfig, code_dim: int) -> None:
+        super().__init__()
+        if code_dim < 1:
+            raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
+        self.config = config
+        self.code_dim = code_dim
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim))
+        self.refinements = nn.ModuleList(
+            Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
+        )
+
+    @property
+    def num_scales(self) -> int:
+        """K."""
+        return len(self.config.scales)
+
+    def decode(self, codes: Sequence[Tensor], scales: int | None = None) -> Tensor:
+        """f_hat, float32 (B, C, H, W), of token maps; of the first `scales` only, if given.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `check_codes`; scales not within 1..K.
+        """
+        self.check_codes(codes)
+        if scales is not None and not 1 <= scales <= self.num_scales:
+            raise ValueError(f"scales: expected 1..{self.num_scales}, got {scales}")
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            *_, last = self.steps(lambda k, *_: codes[k], scales=scales)
+        return last.total
+
+    def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            for k, (_, total) in enumerate(self.steps(lambda k, *_: codes[k], scales=self.num_scales - 1)):
+                yield self.shrink(total, k + 1)
+
+    def steps(
+        self, tokens_of: TokensOf, features: Tensor | None = None, scales: int | None = None
+    ) -> Iterator[ScaleStep]:
+        """The residual loop: `tokens_of(k, total, rest)` gives the tokens of scale k = 0, 1, ... from f_hat so far
+        (None at the first) and from what is left of `features`, where given."""
+        total, rest = None, features
+        for k in range(self.num_scales if scales is None else scales):
+            codes = tokens_of(k, total, rest)
+            added = self.added(k, self.embed(codes))
+            total = added if total is None else total + added
+            if rest is not None:
+                rest = rest - added.detach()
+            yield ScaleStep(codes, total)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Code vectors, float32 (..., C); NaN for code -1. Differentiable in the codebook."""
+        vectors = F.embedding(codes.clamp(min=0), self.codebook.float())
+        return torch.where((codes < 0).unsqueeze(-1), torch.nan, vectors)
+
+    def added(self, k: int, vectors_bhwc: Tensor) -> Tensor:
+        """a_k, (B, C, H, W), of vectors (B, h_k, w_k, C): enlarged (bicubic) and refined."""
+        h = vectors_bhwc.permute(0, 3, 1, 2)
+        if self.config.scales[k] != self.config.scales[-1]:
+            h = F.interpolate(h, size=self.config.scales[-1], mode="bicubic")
+        refinement = self._refinement(k)
+        return h.contiguous() if refinement is None else refinement(h)
+
+    def shrink(self, features: Tensor, k: int) -> Tensor:
+        """Features (B, C, H, W) averaged to scale k: (B, h_k, w_k, C)."""
+        if self.config.scales[k] != self.config.scales[-1]:
+            features = F.interpolate(features, size=self.config.scales[k], mode="area")
+        return features.permute(0, 2, 3, 1)
+
+    def check_codes(self, codes: Sequence[Tensor], name: str = "codes") -> None:
+        """Raises unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
+
+        TypeError (not a list of int64 tensors), ValueError (number, shapes, device), IndexError (a code out of range).
+        """
+        if isinstance(codes, Tensor) or not isinstance(codes, Sequence):
+            raise TypeError(f"{name}: expected a list of token maps, got {type(codes).__name__}")
+        if len(codes) != self.num_scales:
+            raise ValueError(f"{name}: expected {self.num_scales} token maps, got {len(codes)}")
+        size = self.config.codebook_size
+        for k, (tokens, (h, w)) in enumerate(zip(codes, self.config.scales, strict=True)):
+            if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+                got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+                raise TypeError(f"{name}[{k}]: expected an int64 tensor, got {got}")
+            if tokens.ndim != 3 or tuple(tokens.shape) != (codes[0].shape[0], h, w):
+                raise ValueError(f"{name}[{k}]: expected shape (B, {h}, {w}), got {tuple(tokens.shape)}")
+            if tokens.device != self.codebook.device:
+                raise ValueError(f"{name}[{k}]: expected on {self.codebook.device}, got {tokens.device}")
+            # On a GPU reading back would stall every training step, in a compiled graph it would break the graph.
+            if tokens.is_cuda or torch.compiler.is_compiling() or not tokens.numel():
+                continue
+            lowest, highest = (int(value) for value in tokens.aminmax())
+            if lowest < 0 or highest >= size:
+                raise IndexError(f"{name}[{k}]: expected 0 <= code < {size}, got {lowest}..{highest}")
+
+    def _refinement(self, k: int) -> nn.Module | None:
+        """phi of scale k, which stands at (k - 1) / (K - 1) of [0, 1]: the nearest of R that stand at even distances
+        there, the first of two. Where exactly is the published code's choice (with four there is less room at the
+        ends), and so is its rounding, which decides ties."""
+        count = len(self.refinements)
+        if count == 0:
+            return None
+        margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+        places = np.linspace(margin, 1 - margin, count)
+        return self.refinements[int(np.abs(places - k / max(self.num_scales - 1, 1)).argmin())]
+
+
+class ScaleUsage(nn.ModuleList):
+    """`CodeUsage` of every scale; each counts its window in tokens of its own."""
+
+    def __init__(self, scales: int, codebook_size: int, window: int) -> None:
+        super().__init__(CodeUsage(1, codebook_size, window) for _ in range(scales))
+
+    def reset(self) -> None:
+        """Forgets everything counted so far."""
+        for usage in self:
+            usage.reset()
+
+    def counts(self) -> Tensor:
+        """int64 (scales, K): how often each code was chosen at each scale within its window."""
+        return torch.cat([usage.counts() for usage in self])
+
+    def codes_used(self) -> Tensor:
+        """int64 (scales,): number of different codes chosen at each scale within its window."""
+        return torch.cat([usage.codes_used() for usage in self])
+
+    def perplexity(self) -> Tensor:
+        """float32 (scales,): see `CodeUsage.perplexity`."""
+        return torch.cat([usage.perplexity() for usage in self])
+
+
+class MultiScaleQuantizer(MultiScaleDecoder):
+    """Quantizer of feature maps (B, C, H, W) into token maps of growing size (Tian et al. 2024, algorithm 1).
+
+    With the rest `f_0 = f`, for scales k = 1..K, and a_k from `MultiScaleDecoder`:
+
+        t_k = nearest codes of area(f_{k-1}, (h_k, w_k))        a token per place of the shrunken rest
+        f_k = f_{k-1} - a_k
+
+    It is residual quantization whose depths are scales: the nearest code is `rqkernels.residual_search` of depth 1
+    (certified, ties to the lowest code). A place of the rest that is not finite gets token -1 and makes what is
+    enlarged from it NaN.
+
+    The codebook and the refinements are trained by gradient (van den Oord et al. 2017, equation 3, at every scale),
+    so that processes of one group agree as far as their gradients are averaged.
+
+    Args:
+        config: see `MultiScaleConfig`.
+        code_dim: C.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, config: MultiScaleConfig, code_dim: int) -> None:
+        super().__init__(config, code_dim)
+        self.register_buffer("initialized", torch.tensor(config.init == "random"))
+        self.usage = ScaleUsage(self.num_scales, config.codebook_size, config.usage_window)
+
+    def forward(self, features: Tensor) -> MultiScaleOutput:
+        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time draws the codebook.
+
+        Raises:
+            ValueError: features that are not (B, C, H, W); no finite vector in the first training batch.
+        """
+        self._check_features(features)
+        with torch.autocast(features.device.type, enabled=False):
+            wanted = features.float()
+            fixed = wanted.detach()
+            if self.training and not self.initialized:
+                self.initialize(fixed)
+            codes, commitment, codebook, total = [], [], [], fixed
+            for k, (tokens, total) in enumerate(self.steps(self._nearest_of_rest, fixed)):
+                codes.append(tokens)
+                commitment.append(F.mse_loss(wanted, total.detach()))
+                codebook.append(F.mse_loss(total, fixed))
+                if self.training:
+                    self.usage[k].update(tokens.unsqueeze(-1))
+        # f - f is exactly zero, so the value is what `decode` gives for these codes.
+        quantized = total.detach().to(features.dtype) + (features - features.detach())
+        return MultiScaleOutput(quantized, codes, torch.stack(commitment).mean(), torch.stack(codebook).mean())
+
+    @torch.no_grad()
+    def encode(self, features: Tensor) -> list[Tensor]:
+        """Token maps int64 (B, h_k, w_k) of features (B, C, H, W). Changes no state in any mode."""
+        self._check_features(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return [step.codes for step in self.steps(self._nearest_of_rest, features.detach().float())]
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Nearest codes int64 (...) of vectors (..., C), of their directions where `config.normalize`."""
+        codebook = self.codebook.detach().float()
+        if self.config.normalize:
+            vectors, codebook = F.normalize(vectors, dim=-1), F.normalize(codebook, dim=-1)
+        return rqkernels.residual_search(vectors, codebook, 1).codes.squeeze(-1)
+
+    @torch.no_grad()
+    def initialize(self, features: Tensor) -> None:
+        """Draws the codebook from features (B, C, H, W); `forward` does so with the first training batch.
+
+        Every scale gets an equal share of the codes, drawn from the rest that it meets with the shares before it.
+        In a process group all processes take what the first one drew.
+        """
+        self._check_features(features)
+        rest = features.detach().float()
+        size, scales = self.config.codebook_size, self.num_scales
+        codebook = self.codebook.detach()
+        for k in range(scales):
+            start, stop = size * k // scales, size * (k + 1) // scales
+            vectors_nc = self.shrink(rest, k).reshape(-1, self.code_dim)
+            vectors_nc = vectors_nc[vectors_nc.isfinite().all(dim=1)]
+            if stop == start:
+                continue
+            codes = draw_vectors(vectors_nc, stop - start)
+            codebook[start:stop] = codes
+            found = rqkernels.residual_search(self.shrink(rest, k), codes, 1)
+            rest = rest - self.added(k, found.quantized)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(codebook, 0)
+        self.usage.reset()
+        self.initialized.fill_(True)
+
+    def _nearest_of_rest(self, k: int, _: Tensor | None, rest: Tensor) -> Tensor:
+        return self.nearest(self.shrink(rest, k))
+
+    def _check_features(self, features: Tensor) -> None:
+        expected = (self.code_dim, *self.config.scales[-1])
+        if features.ndim != 4 or tuple(features.shape[1:]) != expected:
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"features: expected (B, {sizes}), got shape {tuple(features.shape)}")

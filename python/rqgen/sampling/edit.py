@@ -1,0 +1,154 @@
+"""Editing: a part of an image is drawn anew, the rest is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rqgen.models import RQTransformer
+
+from .arguments import Prior, Tokenizer, check_condition, check_integer, check_models, check_settings
+from .generate import eval_mode, generate
+from .scales import Given, sample_scales
+
+
+class EditOutput(NamedTuple):
+    """What `edit` draws."""
+
+    images: Tensor
+    """(N, channels, H, W) in [-1, 1]."""
+    codes: Tensor | list[Tensor]
+    """As `GenerateOutput.codes`."""
+
+
+def edit(
+    prior: Prior,
+    vae: Tokenizer,
+    images: Tensor,
+    mask: Tensor,
+    condition: Tensor | Sequence[Any] | None = None,
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    cfg_scale: float | None = None,
+    seed: int = 0,
+    offset: int = 0,
+) -> EditOutput:
+    """Draws the masked part of images anew, under a condition, and keeps the rest as the tokenizer has it.
+
+    In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
+    (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask are never looked at: they are
+    replaced by the mean of the image's others before it is encoded. A VAR takes the code nearest to the image for
+    every place of every scale of which at least half is known, and draws the others (see `sample_scales`).
+
+    An RQ-Transformer draws in raster order: a position sees what stands above it and to its left, never what stands
+    below or to its right. So it can complete images from the rows above, and nothing else.
+
+    Args:
+        prior, vae: as `generate` takes them.
+        images: (N, channels, H, W) in [-1, 1], of the tokenizer's size, on its device.
+        mask: bool (H, W), or (N, H, W): True where an image is drawn anew. For an RQ-Transformer all rows from some
+            row on, the same for all images; it draws from the row of codes on that holds the first of them.
+        condition, temperature, top_k, top_p, cfg_scale, seed, offset: as in `generate`.
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or against another one; a mask
+            that covers an image whole, or that an RQ-Transformer cannot serve.
+    """
+    check_models(prior, vae)
+    known = _known_pixels(images, mask, vae)
+    if isinstance(prior, RQTransformer):
+        return _complete_rows(
+            prior,
+            vae,
+            images,
+            known,
+            condition,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_scale=cfg_scale,
+            seed=seed,
+            offset=offset,
+        )
+    if condition is not None:
+        condition = check_condition(condition, prior)
+        if len(condition) != len(images):
+            raise ValueError(f"condition: expected one per image ({len(images)}), got {len(condition)}")
+    settings = check_settings(
+        prior, condition, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed
+    )
+    check_integer(offset, "offset", 0, 2**62)
+    labels_n = prior.condition_ids(condition, len(images))[:, 0]
+    with torch.no_grad(), eval_mode(prior, vae):
+        drawn, decoded = [], []
+        # On the CPU each image goes alone, see `sample_scales`.
+        step = 1 if prior.device.type == "cpu" else len(images)
+        for start in range(0, len(images), step):
+            some = slice(start, start + step)
+            latents = vae.encode_latents(_filled(images[some], known[some])).float()
+            given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
+            sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
+            drawn.append(sample.codes)
+            decoded.append(vae.decode_latents(sample.latents).clamp(-1, 1))
+    return EditOutput(torch.cat(decoded), [torch.cat(maps) for maps in zip(*drawn, strict=True)])
+
+
+def _complete_rows(
+    prior: RQTransformer, vae: Tokenizer, images: Tensor, known: Tensor, condition: Any, **settings: Any
+) -> EditOutput:
+    height = images.shape[2]
+    rows = known[:, 0].all(dim=2)
+    first = int(rows[0].long().sum())
+    whole = torch.arange(height, device=known.device)[:, None].expand(known.shape[2:]) < first
+    if not bool((known[:, 0] == whole).all()):
+        raise ValueError(
+            "mask: an RQTransformer draws in raster order and sees only what stands above and to the left: expected "
+            "all rows from some row on, the same for all images; a VAR takes any mask"
+        )
+    start_row = first // (height // prior.config.code_shape[0])
+    with torch.no_grad(), eval_mode(vae):
+        codes = vae.encode(_filled(images, known))
+    out = generate(
+        prior,
+        vae,
+        condition,
+        None if condition is not None else len(images),
+        partial_codes=codes,
+        start_row=start_row,
+        **settings,
+    )
+    return EditOutput(out.images, out.codes)
+
+
+def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
+    """bool (N, 1, H, W): the pixels that are kept."""
+    for name, value in (("images", images), ("mask", mask)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.device != vae.device:
+            raise ValueError(f"{name}: expected on {vae.device}, where the models are, got {value.device}")
+    shape = (vae.config.image_channels, *vae.config.image_shape)
+    if images.ndim != 4 or tuple(images.shape[1:]) != shape or len(images) == 0:
+        raise ValueError(f"images: expected (N, {', '.join(map(str, shape))}), got shape {tuple(images.shape)}")
+    if not images.is_floating_point() or not bool((images.abs() <= 1).all()):
+        raise ValueError("images: expected floating-point values in [-1, 1]")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, got {mask.dtype}")
+    if tuple(mask.shape) not in (shape[1:], (len(images), *shape[1:])):
+        raise ValueError(f"mask: expected {shape[1:]} or {(len(images), *shape[1:])}, got {tuple(mask.shape)}")
+    known = ~mask.expand(len(images), *shape[1:]).unsqueeze(1)
+    if not bool(known.flatten(1).any(dim=1).all()):
+        raise ValueError("mask: it covers an image whole, nothing is left to keep; use generate")
+    return known
+
+
+def _filled(images: Tensor, known: Tensor) -> Tensor:
+    """Images with the mean of their known pixels in the place of the others."""
+    mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
+    return torch.where(known, images, mean)

@@ -1,0 +1,139 @@
+"""The commands with --system var, `rqgen edit` and `rqgen convert var`."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rqgen.cli.app import main
+from rqgen.models import VAR, MultiScaleVQVAE
+
+TOKENIZER = [
+    "model.base_channels=8",
+    "model.channel_multipliers=[1,1,1,1]",
+    "model.z_channels=8",
+    "model.quantizer.codebook_size=16",
+    "model.quantizer.refinements=1",
+    "loop.batch_size=16",
+    "loop.optimizer.warmup_steps=2",
+]
+PRIOR = ["prior.embed_dim=16", "prior.layers=1", "prior.heads=2", "loop.batch_size=16", "loop.optimizer.warmup_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("var")
+    tokenizer, prior = folder / "tokenizer", folder / "prior"
+    for arguments in (
+        ["train", "tokenizer", "--system", "var", "--out", str(tokenizer), *TOKENIZER, "loop.steps=3"],
+        [
+            *("train", "prior", "--system", "var", "--out", str(prior)),
+            *(f"tokenizer={tokenizer / 'model'}", *PRIOR, "loop.steps=3"),
+        ],
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert not left.value.code
+    return tokenizer / "model", prior / "model"
+
+
+def test_both_stages_train_and_the_prior_draws(rqgen, trained, tmp_path):
+    vae, prior = MultiScaleVQVAE.from_pretrained(trained[0]), VAR.from_pretrained(trained[1])
+    assert torch.equal(vae.codebooks, prior.quantizer.codebook) and prior.config.num_classes == 10
+    models = ["--tokenizer", trained[0], "--prior", trained[1]]
+    code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg", 1.5, "--out", tmp_path / "s.png")
+    assert code == 0, err
+    assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * (3 * 34 + 2), 2 * (34 + 2))
+    code, _, err = rqgen("sample", *models, "--codes", tmp_path / "c", "--out", tmp_path / "t.png")
+    assert code == 1 and "--codes: only stacks of codes" in err and not (tmp_path / "t.png").exists()
+    code, _, err = rqgen("sample", "--tokenizer", trained[0], "--prior", trained[0])
+    assert code == 1 and "holds no prior, but a multiscale_vqvae" in err
+
+
+def test_training_resumes_bit_for_bit(rqgen, trained, tmp_path):
+    arguments = ["train", "prior", "--system", "var", f"tokenizer={trained[0]}", *PRIOR, "prior.dropout=0.1"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert rqgen(*arguments, "--out", whole, "loop.steps=4", "loop.checkpoint_every=2")[0] == 0
+    assert rqgen(*arguments, "--out", halves, "loop.steps=4", "loop.checkpoint_every=2")[0] == 0
+    newest = sorted((halves / "checkpoints").iterdir())[-1]
+    for path in sorted(newest.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    newest.rmdir()
+    assert rqgen(*arguments, "--out", halves, "loop.steps=4", "loop.checkpoint_every=2", "--resume")[0] == 0
+    one, two = (VAR.from_pretrained(folder / "model").state_dict() for folder in (whole, halves))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_unknown_system_is_refused(rqgen):
+    code, _, err = rqgen("train", "tokenizer", "--system", "vqgan")
+    assert code == 1 and "--system: expected one of rq, var, got 'vqgan'" in err
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    pixels = np.full((32, 32), 40, dtype=np.uint8)
+    pixels[8:24, 12:20] = 220
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[16:] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"]
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "outpaint", "class"])
+def test_edit(rqgen, trained, pictures, tmp_path, kind):
+    models = ["--tokenizer", trained[0], "--prior", trained[1]]
+    code, out, err = rqgen("edit", kind, *models, *pictures, "--label", 7, "--out", tmp_path / "e.png")
+    assert code == 0, err
+    assert "before, mask and after" in out
+    sheet = np.asarray(Image.open(tmp_path / "e.png"))[::2, ::2]
+    before, masked = sheet[2:34, 2:34], sheet[2:34, 36:68]
+    hidden = slice(16) if kind == "outpaint" else slice(16, 32)
+    assert before[20, 15] == 220 and (masked[hidden] == 128).all()
+
+
+def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
+    models = ["--tokenizer", trained[0], "--prior", trained[1]]
+    Image.new("L", (16, 32)).save(tmp_path / "small.png")
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no image")
+    for change, words in (
+        (["--label", 10], "--label: expected 0..9, got 10"),
+        (["--mask", tmp_path / "small.png"], "expected 32x32 pixels, got 16x32"),
+        (["--mask", tmp_path / "black.png"], "leaves nothing to draw"),
+        (["--image", tmp_path / "none.png"], "image file not found"),
+        (["--image", tmp_path / "text.png"], "not a readable image"),
+        (["--prior", trained[0]], "--prior: "),
+    ):
+        code, _, err = rqgen("edit", "inpaint", *models, *pictures, *change, "--out", tmp_path / "e.png")
+        assert code == 1 and words in err and err.count("\n") == 1
+        assert not (tmp_path / "e.png").exists()
+    assert rqgen("edit", "class", *models, *pictures)[0] == 2  # a label is needed
+
+
+def test_convert(rqgen, published_var, tmp_path):
+    arguments = ["--vae", published_var / "vae.pth", "--var", published_var / "var.pth"]
+    code, out, err = rqgen("convert", "var", tmp_path / "out", *arguments, "--config", published_var / "config.json")
+    assert code == 0 and "tokenizer and prior" in out, err
+    assert MultiScaleVQVAE.from_pretrained(tmp_path / "out/tokenizer").codebook_size == 64
+    assert VAR.from_pretrained(tmp_path / "out/prior").config.layers == 2
+
+
+def test_demo(rqgen, tmp_path):
+    out = tmp_path / "demo"
+    overrides = [*(f"tokenizer.{s}" for s in TOKENIZER), *(f"prior.{s}" for s in PRIOR)]
+    steps = ["tokenizer.loop.steps=8", "prior.loop.steps=4", "sampling.count=100"]
+    code, _, err = rqgen("demo", "--system", "var", "--seed", 2, "--out", out, *overrides, *steps)
+    assert code == 0, err
+    figures = {"reconstructions", "coarse_to_fine", "code_usage", "losses", "samples", "edits"}
+    assert {path.name for path in out.iterdir()} == {
+        *(f"{name}.png" for name in figures),
+        "metrics.json",
+        "tokenizer",
+        "prior",
+    }
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["codes_used"]) == 4 and metrics["seed"] == 2
+    assert 0 <= metrics["sample_accuracy"] <= 1 and len(metrics["sample_accuracy_per_class"]) == 10

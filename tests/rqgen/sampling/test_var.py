@@ -1,0 +1,259 @@
+"""Token maps drawn scale by scale, and parts of images kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rqkernels
+from rqgen.models import (
+    RQVAE,
+    VAR,
+    MultiScaleVQVAE,
+    MultiScaleVQVAEConfig,
+    RQTransformer,
+    RQTransformerConfig,
+    RQVAEConfig,
+    VARConfig,
+)
+from rqgen.models.transformer import TransformerConfig
+from rqgen.quantizers import MultiScaleConfig, QuantizerConfig
+from rqgen.sampling import edit, generate
+
+K = 12
+CLASSES = 3
+LABELS = torch.tensor([0, 2, 1, 0, 2])
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def vae() -> MultiScaleVQVAE:
+    torch.manual_seed(1)
+    config = MultiScaleVQVAEConfig(
+        image_channels=1,
+        base_channels=8,
+        channel_multipliers=[1, 1],
+        num_res_blocks=1,
+        attention=False,
+        z_channels=6,
+        norm_groups=4,
+        quantizer=MultiScaleConfig(codebook_size=K, scales=[1, 2, 4], refinements=2),
+    )
+    return MultiScaleVQVAE(config).eval()
+
+
+@pytest.fixture(scope="module")
+def prior(vae: MultiScaleVQVAE) -> VAR:
+    torch.manual_seed(2)
+    config = VARConfig(quantizer=vae.config.quantizer, code_dim=6, embed_dim=16, layers=2, heads=2, num_classes=CLASSES)
+    prior = VAR(config, vae.quantizer)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return prior.eval()
+
+
+def flat(codes: list[Tensor]) -> Tensor:
+    return torch.cat([maps.flatten(1) for maps in codes], dim=1)
+
+
+@torch.no_grad()
+def draw_plainly(prior: VAR, label: int, image: int, *, seed: int, guidance: float = 0.0, **options: Any) -> Tensor:
+    """One image's tokens, every scale from a pass over all of them, every token by itself."""
+    codes = [torch.zeros(1, h, w, dtype=torch.int64) for h, w in prior.scales]
+    count = len(codes)
+    for k, (begin, end) in enumerate(zip([0, *prior.ends], prior.ends, strict=False)):
+        logits = prior(codes, torch.tensor([label])).logits[0, begin:end]
+        g = guidance * k / (count - 1)
+        logits = (1 + g) * logits - g * prior(codes).logits[0, begin:end]
+        settings = {name: value[k] if isinstance(value, tuple) else value for name, value in options.items()}
+        tokens = [
+            rqkernels.reference.sample_logits(logits[i], seed=seed, offset=image, stream=begin + i, **settings)
+            for i in range(end - begin)
+        ]
+        codes[k] = torch.stack(tokens).view(1, *prior.scales[k])
+    return flat(codes)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({}, {}),
+        ({"cfg_scale": 2.0}, {"guidance": 2.0}),
+        ({"top_k": 3, "temperature": 0.7}, {"top_k": 3, "temperature": 0.7}),
+        ({"top_p": [1.0, 0.5, None]}, {"top_p": (1.0, 0.5, None)}),
+        ({"temperature": 0}, {"temperature": 0}),
+    ],
+)
+def test_tokens_are_drawn_as_said(
+    prior: VAR, vae: MultiScaleVQVAE, options: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    drawn = generate(prior, vae, LABELS, seed=7, offset=20, **options)
+    for i, label in enumerate(LABELS.tolist()):
+        assert torch.equal(flat(drawn.codes)[i], draw_plainly(prior, label, 20 + i, seed=7, **plain))
+    assert torch.equal(
+        drawn.images, torch.cat([vae.decode([maps[i : i + 1] for maps in drawn.codes]) for i in range(5)])
+    )
+
+
+def test_images_do_not_depend_on_the_batch(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    whole = generate(prior, vae, LABELS, seed=3, cfg_scale=1.0)
+    split = generate(prior, vae, LABELS, seed=3, cfg_scale=1.0, batch_size=2)
+    assert torch.equal(whole.images, split.images) and torch.equal(flat(whole.codes), flat(split.codes))
+    part = generate(prior, vae, LABELS[3:], seed=3, offset=3, cfg_scale=1.0)
+    assert torch.equal(whole.images[3:], part.images)
+    assert not torch.equal(whole.images, generate(prior, vae, LABELS, seed=4, cfg_scale=1.0).images)
+
+
+def test_without_a_condition_the_null_condition_is_drawn(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    drawn = generate(prior, vae, num=2, seed=1)
+    assert drawn.images.shape == (2, *SHAPE)
+    with pytest.raises(ValueError, match="cfg_scale: guidance needs a condition"):
+        generate(prior, vae, num=2, cfg_scale=1.0)
+
+
+def test_smooth_mixtures(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    smooth = generate(prior, vae, LABELS, seed=3, smooth=True)
+    assert torch.equal(smooth.images, generate(prior, vae, LABELS, seed=3, smooth=True, batch_size=1).images)
+    assert not torch.equal(smooth.images, generate(prior, vae, LABELS, seed=3).images)
+    assert not torch.equal(smooth.images, generate(prior, vae, LABELS, seed=4, smooth=True).images)
+    # With one code left nothing is mixed.
+    greedy = generate(prior, vae, LABELS, seed=3, top_k=1)
+    mixed = generate(prior, vae, LABELS, seed=3, top_k=1, smooth=True)
+    assert torch.equal(flat(greedy.codes), flat(mixed.codes))
+    torch.testing.assert_close(greedy.images, mixed.images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partial_codes": torch.zeros(1, 2, 2, 2)}, "partial_codes: a VAR draws whole token maps; rqgen.edit"),
+        ({"start_row": 1}, "partial_codes: a VAR draws whole token maps"),
+        ({"precision": "int8"}, "precision: a VAR is sampled in 'fp32', got 'int8'"),
+        ({"top_k": [1, 2]}, r"top_k: expected one value, or 3 \(one per scale\), got 2"),
+    ],
+)
+def test_bad_arguments_are_named(prior: VAR, vae: MultiScaleVQVAE, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(prior, vae, [0], **options)
+
+
+def test_a_tokenizer_of_another_prior_is_refused(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    other = MultiScaleVQVAE(vae.config)
+    with pytest.raises(ValueError, match="its codebooks are not the ones"):
+        generate(prior, other, [0])
+    with pytest.raises(TypeError, match="vae: expected an MultiScaleVQVAE, got VAR"):
+        generate(prior, prior, [0])
+
+
+# --- editing
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+def lower_half() -> Tensor:
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[4:] = True
+    return mask
+
+
+def test_nothing_under_the_mask_is_looked_at(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
+    mask = lower_half()
+    hidden = torch.where(mask, torch.rand_like(images), images)
+    # The fill is a mean of what is known, so what is hidden cannot matter to the last bit.
+    first, second = (edit(prior, vae, some, mask, LABELS[:3], seed=2) for some in (images, hidden))
+    assert torch.equal(first.images, second.images)
+    other = edit(prior, vae, images.flip(3), mask, LABELS[:3], seed=2)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_known_places_are_as_close_as_the_tokenizer_comes(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[7, 7] = True  # so little that every place is kept: what comes out is the tokenizer's own reconstruction
+    edited = edit(prior, vae, images, mask, LABELS[:3])
+    known = images.clone()
+    known[:, :, 7, 7] = (images.sum((2, 3)) - images[:, :, 7, 7]) / 63
+    expected = vae.encode(known)
+    assert torch.equal(edited.codes[1][:, 0], expected[1][:, 0])
+    share = (flat(edited.codes) == flat(expected)).double().mean()
+    assert share > 0.8  # the places around the hole take the mean of what they know
+
+
+def test_places_under_the_mask_are_drawn(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
+    mask = lower_half()
+    one, two = (edit(prior, vae, images, mask, LABELS[:3], seed=seed) for seed in (0, 1))
+    last_one, last_two = one.codes[-1], two.codes[-1]
+    assert (last_one[:, 2:] != last_two[:, 2:]).any()
+    # The coarsest place is half known, and so kept: the same whatever is drawn below.
+    assert torch.equal(one.codes[0], two.codes[0])
+    assert torch.equal(one.codes[1][:, 0], two.codes[1][:, 0])
+
+
+def test_edits_do_not_depend_on_the_batch(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
+    masks = torch.stack([lower_half(), ~lower_half(), lower_half().t()])
+    whole = edit(prior, vae, images, masks, LABELS[:3], seed=2, cfg_scale=1.0).images
+    for i in range(3):
+        one = edit(prior, vae, images[i : i + 1], masks[i], LABELS[i : i + 1], seed=2, offset=i, cfg_scale=1.0)
+        assert torch.equal(one.images[0], whole[i])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mask": torch.zeros(8, 8)}, TypeError, "mask: expected bool"),
+        ({"mask": torch.ones(8, 8, dtype=torch.bool)}, ValueError, "mask: it covers an image whole"),
+        ({"mask": torch.zeros(4, 8, dtype=torch.bool)}, ValueError, r"mask: expected \(8, 8\) or \(3, 8, 8\)"),
+        ({"images": torch.zeros(3, 1, 8, 4)}, ValueError, r"images: expected \(N, 1, 8, 8\)"),
+        ({"images": torch.full((3, 1, 8, 8), 2.0)}, ValueError, r"images: expected floating-point values in \[-1, 1\]"),
+        ({"images": None}, TypeError, "images: expected a tensor, got NoneType"),
+        ({"condition": [0]}, ValueError, r"condition: expected one per image \(3\), got 1"),
+        ({"condition": [0, 1, 3]}, IndexError, "condition: expected values in"),
+    ],
+)
+def test_bad_edits_are_named(
+    prior: VAR, vae: MultiScaleVQVAE, images: Tensor, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {"images": images, "mask": lower_half(), "condition": LABELS[:3], **change}
+    with pytest.raises(error, match=message):
+        edit(prior, vae, **arguments)
+
+
+def test_an_rqtransformer_completes_from_the_rows_above() -> None:
+    stack = TransformerConfig(layers=1, heads=2)
+    rqvae = RQVAE(
+        RQVAEConfig(
+            image_channels=1,
+            resolution=8,
+            base_channels=8,
+            channel_multipliers=[1, 1],
+            num_res_blocks=1,
+            attention_resolutions=[],
+            z_channels=4,
+            embed_dim=4,
+            norm_groups=4,
+            code_shape=[4, 4, 2],
+            quantizer=QuantizerConfig(codebook_size=K, depth=2),
+        )
+    ).eval()
+    config = RQTransformerConfig(
+        code_shape=(4, 4, 2), codebook_size=K, code_dim=4, embed_dim=16, spatial=stack, depth=stack
+    )
+    rows_prior = RQTransformer(config, rqvae.codebooks).eval()
+    images = torch.rand(2, *SHAPE) * 2 - 1
+    edited = edit(rows_prior, rqvae, images, lower_half(), seed=3)
+    filled = images.clone()
+    filled[:, :, 4:] = images[:, :, :4].mean(dim=(2, 3), keepdim=True)
+    codes = rqvae.encode(filled)
+    assert torch.equal(edited.codes[:, :2], codes[:, :2])
+    again = generate(rows_prior, rqvae, partial_codes=codes, start_row=2, seed=3)
+    assert torch.equal(edited.images, again.images)
+    for mask in (~lower_half(), lower_half().t()):
+        with pytest.raises(ValueError, match="mask: an RQTransformer draws in raster order and sees only what stands"):
+            edit(rows_prior, rqvae, images, mask)
