@@ -334,42 +334,6 @@ def call_ragged() -> None:
             ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
             assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
 
-    def codes_of(precision: str, context: Any, vectors: Any, *block: Any) -> Any:
-        stack = rqkernels.PackedTransformer([rqkernels.BlockWeights(*block)], 1, precision=precision)
-        norm = {"norm_weight": block[0], "norm_bias": block[1]}
-        decoder = rqkernels.PackedDepthDecoder(stack, vectors[:3], vectors, **norm, classifier_weight=vectors)
-        return rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
-
-    def random(*sizes: int) -> Any:
-        return torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5
-
-    for rows, width, hidden, k in ((1, 5, 70, 40), (40, 33, 9, 131)):
-        linears = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
-        qkv, out, mlp_in, mlp_out = ((random(*sizes), random(sizes[0])) for sizes in linears)
-        norms = random(width), random(width), random(width), random(width)
-        given = [5 * random(rows, width), 5 * random(k, width), *norms[:2], *qkv, *out, *norms[2:], *mlp_in, *mlp_out]
-        for precision in ("fp32", "bf16", "int8"):
-            ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
-            assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
-
-    def codes_of(precision: str, context: Any, vectors: Any, *block: Any) -> Any:
-        stack = rqkernels.PackedTransformer([rqkernels.BlockWeights(*block)], 1, precision=precision)
-        norm = {"norm_weight": block[0], "norm_bias": block[1]}
-        decoder = rqkernels.PackedDepthDecoder(stack, vectors[:3], vectors, **norm, classifier_weight=vectors)
-        return rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
-
-    def random(*sizes: int) -> Any:
-        return torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5
-
-    for rows, width, hidden, k in ((1, 5, 70, 40), (40, 33, 9, 131)):
-        linears = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
-        qkv, out, mlp_in, mlp_out = ((random(*sizes), random(sizes[0])) for sizes in linears)
-        norms = random(width), random(width), random(width), random(width)
-        given = [5 * random(rows, width), 5 * random(k, width), *norms[:2], *qkv, *out, *norms[2:], *mlp_in, *mlp_out]
-        for precision in ("fp32", "bf16", "int8"):
-            ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
-            assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
-
 
 def call_typical(device: str = "cuda") -> None:
     """Shapes of the benchmarks, one call each: for ncu."""

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,11 +23,9 @@ app = typer.Typer(
 train_app = typer.Typer(help="Train one of the two stages.", no_args_is_help=True)
 bench_app = typer.Typer(help="How fast it is on this machine.", no_args_is_help=True)
 convert_app = typer.Typer(help="Read models of other systems.", no_args_is_help=True)
-edit_app = typer.Typer(help="Draw a part of an image anew.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
 app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
-app.add_typer(edit_app, name="edit")
 
 Overrides = Annotated[
     list[str] | None,
@@ -44,10 +42,6 @@ Tokenizer = Annotated[Path, typer.Option(help="Folder of a trained tokenizer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 
 
-Image = Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")]
-Mask = Annotated[Path, typer.Option(help="An image of the same size, white where to edit (outpaint: what to keep).")]
-Label = Annotated[int | None, typer.Option(help="Class of the image. Default: the null condition.")]
-Sheet = Annotated[Path, typer.Option(help="PNG file to write: before, mask and after.")]
 PriorFolder = Annotated[Path, typer.Option("--prior", help="Folder of a trained prior.")]
 TopK = Annotated[int | None, typer.Option(help="Only the k likeliest codes.")]
 TopP = Annotated[float | None, typer.Option(help="Only the likeliest codes of this total mass.")]
@@ -212,63 +206,31 @@ def bench_sampling(
     typer.echo(f"{out / 'sampling.json'}, {out / 'sampling.png'}")
 
 
-@edit_app.command("inpaint")
-def edit_inpaint(
-    image: Image,
-    mask: Mask,
-    label: Label = None,
+@app.command()
+def edit(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="inpaint|outpaint|class",
+            help="Draw the white part of the mask anew; keep it and draw around it; draw it as another class.",
+        ),
+    ],
+    image: Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")],
+    mask: Annotated[Path, typer.Option(help="An image of the same size.")],
+    label: Annotated[int | None, typer.Option(help="Class to draw. Default: the null condition.")] = None,
     prior: PriorFolder = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
-    out: Sheet = Path("edited.png"),
+    out: Annotated[Path, typer.Option(help="PNG file to write: before, mask and after.")] = Path("edited.png"),
     top_k: TopK = None,
     top_p: TopP = None,
     cfg: Guidance = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw the masked part anew, to go with the rest."""
-    _edit("inpaint", image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed)
-
-
-@edit_app.command("outpaint")
-def edit_outpaint(
-    image: Image,
-    mask: Mask,
-    label: Label = None,
-    prior: PriorFolder = Path("runs/prior/model"),
-    tokenizer: Tokenizer = Path("runs/tokenizer/model"),
-    out: Sheet = Path("edited.png"),
-    top_k: TopK = None,
-    top_p: TopP = None,
-    cfg: Guidance = None,
-    seed: Seed = 0,
-) -> None:
-    """Keep the white part of the mask, and draw what may lie around it."""
-    _edit("outpaint", image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed)
-
-
-@edit_app.command("class")
-def edit_class(
-    image: Image,
-    mask: Mask,
-    label: Annotated[int, typer.Option(help="The class that the masked part is to show.")],
-    prior: PriorFolder = Path("runs/prior/model"),
-    tokenizer: Tokenizer = Path("runs/tokenizer/model"),
-    out: Sheet = Path("edited.png"),
-    top_k: TopK = None,
-    top_p: TopP = None,
-    cfg: Guidance = None,
-    seed: Seed = 0,
-) -> None:
-    """Draw the masked part anew as another class."""
-    _edit("class", image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed)
-
-
-def _edit(kind: str, *arguments: Any) -> None:
+    """Draw a part of an image anew."""
     from .edit import EditRequest, edit_image
 
-    request = EditRequest(kind, *arguments)
-    edit_image(request)
-    typer.echo(f"before, mask and after: {request.out}")
+    edit_image(EditRequest(kind, image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed))
+    typer.echo(f"before, mask and after: {out}")
 
 
 @convert_app.command("var")

@@ -13,6 +13,8 @@ from rqgen.sampling import edit
 
 from .runs import number_of_classes
 
+KINDS = ("inpaint", "outpaint", "class")
+
 
 @dataclass
 class EditRequest:
@@ -33,6 +35,10 @@ class EditRequest:
 
 def edit_image(request: EditRequest) -> None:
     """Edits one image and writes a sheet: before, with the masked part greyed, after."""
+    if request.kind not in KINDS:
+        raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
+    if request.kind == "class" and request.label is None:
+        raise ValueError("--label: edit class needs the class to draw")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior, vae = load_pretrained(request.prior, device), load_pretrained(request.tokenizer, device)
     for name, model, kinds in (("prior", prior, (RQTransformer, VAR)), ("tokenizer", vae, (RQVAE, MultiScaleVQVAE))):

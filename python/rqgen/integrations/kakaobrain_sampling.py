@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from rqgen.models import RQTransformer
 from rqgen.models.captured import CapturedSampler
+from rqgen.models.condition import check_range
 from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.models.packed import PackedPrior, packed_once
-from rqgen.models.condition import check_range
 from rqgen.models.sampler import Sampler, cast_prior, check_precision
 
 from .swap import Accelerated, has_structure, swap_class

@@ -110,7 +110,12 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
         code, _, err = rqgen("edit", "inpaint", *models, *pictures, *change, "--out", tmp_path / "e.png")
         assert code == 1 and words in err and err.count("\n") == 1
         assert not (tmp_path / "e.png").exists()
-    assert rqgen("edit", "class", *models, *pictures)[0] == 2  # a label is needed
+    for arguments, words in (
+        (["class"], "--label: edit class needs"),
+        (["erase"], "expected one of inpaint, outpaint"),
+    ):
+        code, _, err = rqgen("edit", *arguments, *models, *pictures)
+        assert code == 1 and words in err
 
 
 def test_convert(rqgen, published_var, tmp_path):
