@@ -44,7 +44,8 @@ def edit(
     In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
     (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask are never looked at: they are
     replaced by the mean of the image's others before it is encoded. A VAR takes the code nearest to the image for
-    every place of every scale of which at least half is known, and draws the others (see `sample_scales`).
+    every place of every scale of which at least half is known, and draws the others (see `sample_scales`); what was
+    drawn and what is known then go through the tokenizer as one image.
 
     An RQ-Transformer draws in raster order: a position sees what stands above it and to its left, never what stands
     below or to its right. So it can complete images from the rows above, and nothing else.
@@ -86,7 +87,7 @@ def edit(
     check_integer(offset, "offset", 0, 2**62)
     labels_n = prior.condition_ids(condition, len(images))[:, 0]
     with torch.no_grad(), eval_mode(prior, vae):
-        drawn, decoded = [], []
+        codes, decoded = [], []
         # On the CPU each image goes alone, see `sample_scales`.
         step = 1 if prior.device.type == "cpu" else len(images)
         for start in range(0, len(images), step):
@@ -94,9 +95,12 @@ def edit(
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
             given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
             sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
-            drawn.append(sample.codes)
-            decoded.append(vae.decode_latents(sample.latents).clamp(-1, 1))
-    return EditOutput(torch.cat(decoded), [torch.cat(maps) for maps in zip(*drawn, strict=True)])
+            part = vae.decode_latents(sample.latents).clamp(-1, 1)
+            # Latents beside the mask were made without what now lies there: the two parts go through the tokenizer
+            # together, and the known one comes back as from any image.
+            codes.append(vae.encode(torch.where(known[some], images[some], part.to(images.dtype))))
+            decoded.append(vae.decode(codes[-1]))
+    return EditOutput(torch.cat(decoded), [torch.cat(maps) for maps in zip(*codes, strict=True)])
 
 
 def _complete_rows(

@@ -178,22 +178,15 @@ def test_known_places_are_as_close_as_the_tokenizer_comes(prior: VAR, vae: Multi
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[7, 7] = True  # so little that every place is kept: what comes out is the tokenizer's own reconstruction
     edited = edit(prior, vae, images, mask, LABELS[:3])
-    known = images.clone()
-    known[:, :, 7, 7] = (images.sum((2, 3)) - images[:, :, 7, 7]) / 63
-    expected = vae.encode(known)
-    assert torch.equal(edited.codes[1][:, 0], expected[1][:, 0])
-    share = (flat(edited.codes) == flat(expected)).double().mean()
-    assert share > 0.8  # the places around the hole take the mean of what they know
+    error = (edited.images - images)[:, :, :6].square().mean()
+    assert error < 1.1 * (vae.decode(vae.encode(images)) - images)[:, :, :6].square().mean()
 
 
 def test_places_under_the_mask_are_drawn(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
     mask = lower_half()
     one, two = (edit(prior, vae, images, mask, LABELS[:3], seed=seed) for seed in (0, 1))
-    last_one, last_two = one.codes[-1], two.codes[-1]
-    assert (last_one[:, 2:] != last_two[:, 2:]).any()
-    # The coarsest place is half known, and so kept: the same whatever is drawn below.
-    assert torch.equal(one.codes[0], two.codes[0])
-    assert torch.equal(one.codes[1][:, 0], two.codes[1][:, 0])
+    assert (one.codes[-1][:, 2:] != two.codes[-1][:, 2:]).any()
+    assert not torch.equal(one.images[:, :, 4:], two.images[:, :, 4:])
 
 
 def test_edits_do_not_depend_on_the_batch(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
