@@ -421,8 +421,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
   __syncthreads();
 
   settle_rows<kType, kLoss>(p, w, tables);
-  __syncthreads();
   if (p.gradient == nullptr) return;
+  // No barrier: what was settled is read after the scan's own.
 
   scan(w, tables.codes, true, has_rows() ? num_codes : 0, parts, tables.scale, ring,
        [&](unsigned k, const float (&h)[8][4]) {
