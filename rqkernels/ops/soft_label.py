@@ -68,8 +68,9 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
     """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
 
     Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances;
-    here products run in float32 on vectors centred among the codes (on CUDA squared differences), and where their
-    rounding could be seen in Q, the codes that have the most of it get their distances in float64. So with tau -> 0 Q
+    here products run in float32 on vectors centred among the codes (on CUDA on tensor cores, each vector in two parts
+    of float16, and where those do not reach as squared differences), and where their rounding could be seen in Q, the
+    codes that have the most of it get their distances in float64. So with tau -> 0 Q
     tends to the certified code of `residual_search` (shared equally by equal codes). A small Q has the relative error
     of its float32 score, about 1e-7 |x||e| / tau plus 1e-7 times its exponent; below about 1e-38 it is zero.
 
@@ -117,10 +118,10 @@ def soft_label_cross_entropy(
     `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits (on
     CUDA one each, with Q formed again), and nothing of their size is made but the gradient that is returned: in the
     forward call, in the dtype of the logits, where a gradient will be asked for. On a CPU a call also holds the
-    labels of at most 32 rows, for each thread where there are many rows, else for all together (a twentieth of the
-    logits from about 700 rows on), and a copy of the codebook where it lies off the origin. Sums within a row are
-    float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend on threads or on
-    the other rows.
+    labels of at most 32 rows, for each thread where there are many rows, else for all together (with K C >= 2^19 a
+    twentieth of the logits from about 700 rows on), and a copy of the codebook where it lies off the origin. Sums
+    within a row are float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend
+    on threads or on the other rows.
 
     Differentiable once, in logits alone. Autocast does not touch it: logits are used in the dtype in which they come.
 
