@@ -80,7 +80,7 @@ def _pair(scale: Any) -> list[int]:
     return pair
 
 
-TokensOf = Callable[[int, Tensor | None, Tensor | None], Tensor]
+TokensOf = Callable[[int, Tensor | None], Tensor]
 
 
 class ScaleStep(NamedTuple):
@@ -150,23 +150,23 @@ class MultiScaleDecoder(nn.Module):
         if scales is not None and not 1 <= scales <= self.num_scales:
             raise ValueError(f"scales: expected 1..{self.num_scales}, got {scales}")
         with torch.autocast(self.codebook.device.type, enabled=False):
-            *_, last = self.steps(lambda k, *_: codes[k], scales=scales)
+            *_, last = self.steps(lambda k, _: codes[k], scales=scales)
         return last.total
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
         with torch.autocast(self.codebook.device.type, enabled=False):
-            for k, (_, total) in enumerate(self.steps(lambda k, *_: codes[k], scales=self.num_scales - 1)):
+            for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
                 yield self.shrink(total, k + 1)
 
     def steps(
         self, tokens_of: TokensOf, features: Tensor | None = None, scales: int | None = None
     ) -> Iterator[ScaleStep]:
-        """The residual loop: `tokens_of(k, total, rest)` gives the tokens of scale k = 0, 1, ... from f_hat so far
-        (None at the first) and from what is left of `features`, where given."""
+        """The residual loop: `tokens_of(k, rest)` gives the tokens of scale k = 0, 1, ... from what is left of
+        `features`, None where none are given."""
         total, rest = None, features
         for k in range(self.num_scales if scales is None else scales):
-            codes = tokens_of(k, total, rest)
+            codes = tokens_of(k, rest)
             added = self.added(k, self.embed(codes))
             total = added if total is None else total + added
             if rest is not None:
@@ -344,7 +344,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         self.usage.reset()
         self.initialized.fill_(True)
 
-    def _nearest_of_rest(self, k: int, _: Tensor | None, rest: Tensor) -> Tensor:
+    def _nearest_of_rest(self, k: int, rest: Tensor) -> Tensor:
         return self.nearest(self.shrink(rest, k))
 
     def _check_features(self, features: Tensor) -> None:
