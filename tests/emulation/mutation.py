@@ -1,7 +1,8 @@
-"""Deletes each barrier of each kernel (*.cuh) in turn, and expects the emulation's tests of that operator to fail.
+"""Does without each barrier of each kernel (*.cuh) in turn, and expects the emulation's tests of that operator to fail.
 
 A mutant that survives is either a barrier that no test needs (add a shape that does) or one that nothing needs
-(take it out of the kernel). Run by .ci/run; by hand, for one operator:
+(take it out of the kernel). All mutants are compiled once, into one copy of the sources in which an environment
+variable names the barrier that is passed over. Run by .ci/run; by hand, for one operator:
 
     python tests/emulation/mutation.py [residual_search ...]
 """
@@ -9,13 +10,12 @@ A mutant that survives is either a barrier that no test needs (add a shape that 
 from __future__ import annotations
 
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,17 +35,34 @@ SYNCHRONISATION = re.compile(
 
 # What operators share and no kernel of its own stands for: whose tests must catch the mutants.
 SHARED = {"sample_logits": ("sample_row.cuh",)}
-TARGETS = {"race": "rqk_emulation_race", "plain": "rqk_emulation", "asan": "rqk_emulation_asan"}
+BUILDS = ("race", "plain", "asan")
+
+
+# Read once, when the module or the executable is loaded; 0 is none.
+CHOICE = "RQK_MUTANT"
+CHOSEN = f"""
+#include <cstdlib>
+namespace rqk {{
+inline const int chosen_mutant = [] {{
+  const char* number = std::getenv("{CHOICE}");
+  return number == nullptr ? 0 : std::atoi(number);
+}}();
+}}
+"""
 
 
 class Mutant(NamedTuple):
+    slug: str
+    file: Path  # from csrc on
     line: int
-    deleted: str
-    text: str  # of the whole file
+    barrier: str
 
 
-def mutants(source: str) -> Iterator[Mutant]:
+def mutated(source: str, first: int) -> tuple[str, list[tuple[int, str]]]:
+    """The source with each barrier left out where it is the chosen mutant (numbered from `first` on), and each
+    barrier's line and text."""
     code = re.sub(r"//[^\n]*", lambda comment: " " * len(comment.group()), source)
+    parts, barriers, done = [], [], 0
     for found in SYNCHRONISATION.finditer(code):
         end, open_brackets = found.end(), 1
         while open_brackets:
@@ -53,87 +70,74 @@ def mutants(source: str) -> Iterator[Mutant]:
             end += 1
         argument = code[found.end() : end - 1].strip()
         own = f"int(({argument}) != 0)" if found["name"].startswith("__syncthreads_") else "static_cast<void>(0)"
-        line = source.count("\n", 0, found.start()) + 1
-        yield Mutant(line, source[found.start() : end], source[: found.start()] + own + source[end:])
+        barrier = source[found.start() : end]
+        choice = f"(::rqk::chosen_mutant == {first + len(barriers)} ? {own} : {barrier})"
+        parts += [source[done : found.start()], choice]
+        barriers.append((source.count("\n", 0, found.start()) + 1, barrier))
+        done = end
+    return "".join([*parts, source[done:]]), barriers
 
 
-class Workshop:
-    """A copy of the sources with builds of its own, in which one mutant at a time is tried."""
+def make_mutants(slugs: Sequence[str], target: Path) -> list[Mutant]:
+    """Copies csrc to `target`, with all mutants of these operators in it. Mutant n of the list is number n + 1."""
+    csrc = ROOT / "csrc"
+    shutil.rmtree(target, ignore_errors=True)
+    # With new times: by the originals', older than what an earlier run left, a change back would stay unbuilt.
+    shutil.copytree(csrc, target, copy_function=shutil.copyfile)
+    with (target / "common" / "device.h").open("a") as file:
+        file.write(CHOSEN)
+    found: list[Mutant] = []
+    for slug in slugs:
+        files = sorted((csrc / "ops" / slug).glob("*.cuh")) + [csrc / "common" / name for name in SHARED.get(slug, ())]
+        for path in files:
+            file = path.relative_to(csrc)
+            text, barriers = mutated(path.read_text(), len(found) + 1)
+            (target / file).write_text(text)
+            found += [Mutant(slug, file, line, barrier) for line, barrier in barriers]
+    return found
 
-    def __init__(self, folder: Path) -> None:
-        self.source, self.builds = folder / "source", folder / "build"
-        shutil.rmtree(self.source, ignore_errors=True)
-        self.source.mkdir(parents=True)
-        shutil.copy(ROOT / "CMakeLists.txt", self.source)
-        # With new times: by the originals', older than what a broken-off run left, its last mutant would stay built.
-        shutil.copytree(ROOT / "csrc", self.source / "csrc", copy_function=shutil.copyfile)
 
-    def caught_by(self, slug: str, file: Path | None = None, mutant: Mutant | None = None) -> str | None:
-        """The build whose tests of `slug` fail with the mutant in place of `file` (from csrc on), the likeliest build
-        first; None where all pass."""
-        if file is None or mutant is None:
-            return self._failing(slug)
-        path = self.source / "csrc" / file
-        original = path.read_text()
-        path.write_text(mutant.text)
-        try:
-            return self._failing(slug)
-        finally:
-            path.write_text(original)
-
-    def _failing(self, slug: str) -> str | None:
-        for name, target in TARGETS.items():
-            folder = build(self.source, self.builds, target=target, quiet=True)
-            command = [sys.executable, "-m", "pytest", ROOT / "tests" / "emulation" / f"test_{slug}.py", "-x", "-q"]
-            environment = os.environ | {"RQK_EMULATION_FOLDER": str(folder)}
-            done = subprocess.run(
-                [*command, "-k", name, "-p", "no:cacheprovider"],
-                cwd=ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode == 1:
-                return name
-            if done.returncode != 0:
-                raise RuntimeError(f"the tests of {slug} do not run:\n{done.stdout}{done.stderr}")
-        return None
+def caught_by(slug: str, number: int, builds: Path) -> str | None:
+    """The build whose tests of `slug` fail with this mutant, the likeliest first; None where all pass."""
+    for name in BUILDS:
+        command = [sys.executable, "-m", "pytest", ROOT / "tests" / "emulation" / f"test_{slug}.py", "-x", "-q"]
+        environment = os.environ | {"RQK_EMULATION_FOLDER": str(builds), CHOICE: str(number)}
+        done = subprocess.run(
+            [*command, "-k", name, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if done.returncode == 1:
+            return name
+        if done.returncode != 0:
+            raise RuntimeError(f"the tests of {slug} do not run:\n{done.stdout}{done.stderr}")
+    return None
 
 
 def main() -> int:
-    csrc = ROOT / "csrc"
-    slugs = sys.argv[1:] or sorted(p.parent.name for p in (csrc / "ops").glob("*/kernel.cuh"))
-    found: list[tuple[str, Path, Mutant]] = []
-    for slug in slugs:
-        files = sorted((csrc / "ops" / slug).glob("*.cuh")) + [csrc / "common" / name for name in SHARED.get(slug, ())]
-        found += [(slug, file.relative_to(csrc), mutant) for file in files for mutant in mutants(file.read_text())]
-    # One core each: compilers and tests are what takes the time.
-    workers = os.cpu_count() or 1
-    shops: queue.Queue[Workshop] = queue.Queue()
-    for number in range(workers):
-        shops.put(Workshop(WORK / str(number)))
+    slugs = sys.argv[1:] or sorted(path.parent.name for path in (ROOT / "csrc" / "ops").glob("*/kernel.cuh"))
+    source = WORK / "source"
+    mutants = make_mutants(slugs, source / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    builds = build(source, WORK / "build", quiet=True)
 
-    def attempt(slug: str, file: Path | None = None, mutant: Mutant | None = None) -> tuple[str | None, float]:
-        shop, start = shops.get(), time.monotonic()
-        try:
-            return shop.caught_by(slug, file, mutant), time.monotonic() - start
-        finally:
-            shops.put(shop)
+    def attempt(slug: str, number: int) -> tuple[str | None, float]:
+        start = time.monotonic()
+        return caught_by(slug, number, builds), time.monotonic() - start
 
-    with ThreadPoolExecutor(workers) as pool:
-        wanted = sorted({slug for slug, _, _ in found})
-        for slug, (name, _) in zip(wanted, pool.map(attempt, wanted), strict=True):
+    survivors = 0
+    # The tests of the emulation run on one core each.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wanted = sorted({mutant.slug for mutant in mutants})
+        for slug, (name, _) in zip(wanted, pool.map(lambda slug: attempt(slug, 0), wanted), strict=True):
             if name is not None:
-                sys.exit(f"mutation: the tests of {slug} fail in the {name} build before anything is deleted")
-        survivors = 0
-        for (slug, file, mutant), (name, seconds) in zip(
-            found, pool.map(lambda one: attempt(*one), found), strict=True
-        ):
+                sys.exit(f"mutation: the tests of {slug} fail in the {name} build with every barrier in its place")
+        numbers = range(1, len(mutants) + 1)
+        tried = pool.map(lambda number: attempt(mutants[number - 1].slug, number), numbers)
+        for mutant, (name, seconds) in zip(mutants, tried, strict=True):
             survivors += name is None
             verdict = "SURVIVES" if name is None else f"caught by {name}"
-            where = f"{slug}: {file}:{mutant.line}"
-            print(f"mutation: {where}: {mutant.deleted}: {verdict} ({seconds:.0f} s)", flush=True)
-    print(f"mutation: {len(found) - survivors} of {len(found)} caught")
+            where = f"{mutant.slug}: {mutant.file}:{mutant.line}"
+            print(f"mutation: {where}: {mutant.barrier}: {verdict} ({seconds:.0f} s)", flush=True)
+    print(f"mutation: {len(mutants) - survivors} of {len(mutants)} caught")
     return 1 if survivors else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from .build import ROOT
-from .mutation import mutants
+from .mutation import mutated
 
 KERNEL = """
   // __syncthreads() in a comment stays
@@ -29,18 +29,23 @@ ptxas info    : Used 48 registers, used 0 barriers
 """
 
 
-def test_every_synchronisation_is_deleted_once() -> None:
-    found = list(mutants(KERNEL))
-    assert [(m.line, m.deleted) for m in found] == [
+def test_every_synchronisation_can_be_passed_over() -> None:
+    text, barriers = mutated(KERNEL, 7)
+    assert barriers == [
         (3, "__syncthreads()"),
         (4, "__syncthreads()"),
         (5, "__syncthreads_count(f(a, b) == k)"),
         (6, "__syncwarp(mask)"),
         (7, "rqk::ptx::cp_async_wait<kStages - 1>()"),
     ]
-    assert found[0].text == KERNEL.replace("  __syncthreads();\n  if", "  static_cast<void>(0);\n  if")
-    assert found[4].text.endswith("  __syncwarp(mask);\n  static_cast<void>(0);\n")
-    assert "const int own = int((f(a, b) == k) != 0);" in found[2].text
+    assert text.splitlines()[2:] == [
+        "  (::rqk::chosen_mutant == 7 ? static_cast<void>(0) : __syncthreads());",
+        "  if (d + 1 == p.depth) (::rqk::chosen_mutant == 8 ? static_cast<void>(0) : __syncthreads());",
+        "  const int own = (::rqk::chosen_mutant == 9 ? int((f(a, b) == k) != 0) : __syncthreads_count(f(a, b) == k));",
+        "  (::rqk::chosen_mutant == 10 ? static_cast<void>(0) : __syncwarp(mask));",
+        "  (::rqk::chosen_mutant == 11 ? static_cast<void>(0) : rqk::ptx::cp_async_wait<kStages - 1>());",
+    ]
+    assert text.splitlines()[1] == "  // __syncthreads() in a comment stays"
 
 
 def test_spills_and_stack_frames_are_trouble() -> None:
