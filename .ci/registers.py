@@ -69,7 +69,8 @@ def compile_self_test(nvcc: str) -> None:
 def compile_op(nvcc: str, source: Path) -> list[Kernel]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *targets, "-Xptxas=-v", "--threads=2"]
+        flags = ["-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}"]  # as CMakeLists.txt has it
+        command = [nvcc, *flags, *targets, "-Xptxas=-v", "--threads=2"]
         done = subprocess.run([*command, "-c", source, "-o", Path(folder) / "kernel.o"], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{source.relative_to(ROOT)} does not compile:\n{done.stdout}{done.stderr}")

@@ -43,27 +43,42 @@ inline unsigned grid_for(int64_t items) {
   return static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX));
 }
 
+// What every launch may use of shared memory, static and dynamic. More must be asked for, which takes time: it is done
+// where the dynamic part alone is above 36 KiB, and a kernel that has a smaller one may declare 12 KiB.
+constexpr size_t kFreeShared = 48 * 1024, kUnaskedShared = 36 * 1024;
+
+#ifdef __CUDACC__
+// Asks for all that the device has, once for a kernel and device: were it for `shared` bytes, then another thread could
+// ask for less before this one launches.
+template <class Kernel>
+cudaError_t ask_for_shared(const char* op, Kernel* kernel, size_t shared) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  const size_t left = static_cast<size_t>(device_limits(op).shared_bytes) - attributes.sharedSizeBytes;
+  const int most = static_cast<int>(std::max(left, shared));
+  if (attributes.maxDynamicSharedSizeBytes >= most) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+#endif
+
 // `shared` is dynamic shared memory in bytes. An empty grid is nothing to do.
 template <class... Params, class... Args>
 void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void* stream,
                    const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-  cudaError_t error = cudaSuccess;
-  // More than the 48 KiB that every launch may use must be asked for; static shared memory counts too, and no kernel
-  // here has more than 16 KiB of it.
-  if (shared > 32 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  }
-  if (error == cudaSuccess) {
-    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(args...);
-    // A launch reports a bad configuration here, and an error of an earlier kernel too.
-    error = cudaGetLastError();
-  }
+  cudaError_t error = shared > kUnaskedShared ? ask_for_shared(op, kernel, shared) : cudaSuccess;
+  if (error == cudaSuccess) kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  // A launch reports a bad configuration here, and an error of an earlier kernel too. What failed before it is
+  // forgotten, or the next launch would find it.
+  const cudaError_t latest = cudaGetLastError();
+  if (error == cudaSuccess) error = latest;
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
 #else
   static_cast<void>(stream);
-  emulation::launch(op, grid, block, shared, [&] { kernel(args...); });
+  const size_t most = shared > kUnaskedShared ? static_cast<size_t>(emulation::device().shared_bytes) : kFreeShared;
+  emulation::launch(op, grid, block, shared, most, [&] { kernel(args...); });
 #endif
 }
 

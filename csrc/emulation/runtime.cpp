@@ -79,8 +79,6 @@ struct Random {
 
 uint64_t schedule_seed = 0;
 
-size_t max_shared() { return static_cast<size_t>(device().shared_bytes); }
-
 // --- stacks --------------------------------------------------------------------------------------------
 
 // A stack with a page below it that ends the process; kept for the next block.
@@ -168,7 +166,7 @@ struct Launch {
   int barrier_result = 0;
 
   std::vector<SharedVariable> shared;
-  size_t static_shared_bytes = 0, dynamic_shared_bytes = 0;
+  size_t static_shared_bytes = 0, dynamic_shared_bytes = 0, most_shared_bytes = 0;
   std::string error;
 };
 
@@ -442,7 +440,7 @@ void free_shared(Launch& l) {
   l.shared.clear();
 }
 
-void check_limits(const char* name, dim3 grid, dim3 block, size_t dynamic_shared) {
+void check_limits(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size_t most_shared) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   auto text = [](dim3 d) {
     return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
@@ -453,8 +451,8 @@ void check_limits(const char* name, dim3 grid, dim3 block, size_t dynamic_shared
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
     fail(std::string(name) + ": a grid has 1 to (2147483647, 65535, 65535) blocks; got " + text(grid));
   }
-  if (dynamic_shared > max_shared()) {
-    fail(std::string(name) + ": a block has at most " + std::to_string(max_shared()) +
+  if (dynamic_shared > most_shared) {
+    fail(std::string(name) + ": a block has at most " + std::to_string(most_shared) +
          " bytes of shared memory; the launch asks for " + std::to_string(dynamic_shared));
   }
 }
@@ -485,14 +483,16 @@ Device& device() {
 
 int64_t strided_grid(int64_t items) { return schedule_seed != 0 && schedule_seed % 2 == 0 ? (items + 2) / 3 : items; }
 
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context) {
-  check_limits(name, grid, block, dynamic_shared);
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size_t most_shared, void (*thread)(void*),
+            void* context) {
+  check_limits(name, grid, block, dynamic_shared, most_shared);
   if (current != nullptr) fail(std::string(name) + ": launched from inside a kernel");
   Launch l{};
   l.name = name;
   l.block = block;
   l.thread = thread;
   l.context = context;
+  l.most_shared_bytes = most_shared;
   l.random.state = schedule_seed;
   l.fibers.resize(size_t{block.x} * block.y * block.z);
   l.ready.resize(l.fibers.size());
@@ -552,8 +552,8 @@ void* shared_variable(const void* key, const char* name, size_t bytes, size_t al
     fail("static shared memory is limited to " + std::to_string(kMaxStaticShared) + " bytes; with " + name +
          " the kernel declares " + std::to_string(l.static_shared_bytes));
   }
-  if (l.static_shared_bytes + l.dynamic_shared_bytes > max_shared()) {
-    fail("a block has at most " + std::to_string(max_shared()) + " bytes of shared memory; with " + name +
+  if (l.static_shared_bytes + l.dynamic_shared_bytes > l.most_shared_bytes) {
+    fail("a block has at most " + std::to_string(l.most_shared_bytes) + " bytes of shared memory; with " + name +
          " the kernel uses " + std::to_string(l.static_shared_bytes + l.dynamic_shared_bytes));
   }
   return add_shared(l, key, name, bytes, alignment).data;
@@ -669,15 +669,24 @@ void before_atomic(void* address, size_t bytes, const void* pc) {
   race::atomic(address, bytes, pc);
 }
 
+namespace {
+
+// Whether bytes lie within one variable of this block. Where shared memory is expected, a device takes the lower half
+// of any other address for a place in it.
+bool is_shared(const void* address, size_t bytes) {
+  const char* first = static_cast<const char*>(address);
+  for (const SharedVariable& variable : current->shared) {
+    if (first >= variable.data && first + bytes <= variable.data + variable.bytes) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
 void async_copy(void* shared, const void* global, size_t copied, size_t bytes, const Site& site) {
   Fiber& self = *current->running;
-  const char* first = static_cast<const char*>(shared);
-  bool inside = false;
-  for (const SharedVariable& variable : current->shared) {
-    inside = inside || (first >= variable.data && first + bytes <= variable.data + variable.bytes);
-  }
   const std::string where = "cp.async at " + describe(site) + " by thread " + std::to_string(self.linear);
-  if (!inside) fail(where + ": the destination is not within one shared variable");
+  if (!is_shared(shared, bytes)) fail(where + ": the destination is not within one shared variable");
   if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0) {
     fail(where + ": both addresses must be aligned to " + std::to_string(bytes) + " bytes");
   }
@@ -714,6 +723,7 @@ void load_matrices(uint32_t (&d)[4], const void* row, bool transpose, const Site
   if (reinterpret_cast<uintptr_t>(row) % kRowBytes != 0) {
     fail("ldmatrix at " + describe(site) + ": rows must be aligned to 16 bytes");
   }
+  if (!is_shared(row, kRowBytes)) fail("ldmatrix at " + describe(site) + ": a row is not within one shared variable");
   // This lane's row is read in its name, wherever the elements go.
   race::read(row, kRowBytes, __builtin_return_address(0));
   struct Argument {

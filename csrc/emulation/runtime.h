@@ -51,12 +51,14 @@ Device& device();
 
 // --- launches and memory -------------------------------------------------------------------------------
 
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(void*), void* context);
+// `most_shared`: bytes that a block may have, static and dynamic.
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size_t most_shared, void (*thread)(void*),
+            void* context);
 
 template <class Thread>
-void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, const Thread& thread) {
+void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size_t most_shared, const Thread& thread) {
   launch(
-      name, grid, block, dynamic_shared, [](void* t) { (*static_cast<const Thread*>(t))(); },
+      name, grid, block, dynamic_shared, most_shared, [](void* t) { (*static_cast<const Thread*>(t))(); },
       const_cast<Thread*>(&thread));
 }
 

@@ -233,6 +233,14 @@ __global__ void too_much_static_shared(SelfTestParams p) {
 }
 #endif
 
+// Together more than every launch may use, and the dynamic part is too small for launch_kernel to ask for more.
+__global__ void too_much_unasked_shared(SelfTestParams p) {
+  CU_SHARED(int32_t, large, [5 * 1024]);
+  CU_DYN_SMEM(int32_t, tile);
+  large[threadIdx.x] = tile[threadIdx.x] = p.in[threadIdx.x];
+  p.out[threadIdx.x] = large[threadIdx.x] + tile[threadIdx.x];
+}
+
 __global__ void copy_never_awaited(SelfTestParams p) {
   CU_SHARED(int4, tile);
   ptx::cp_async_16(&tile, p.in);
@@ -247,6 +255,19 @@ __global__ void copy_misaligned(SelfTestParams p) {
 __global__ void copy_past_shared(SelfTestParams p) {
   CU_SHARED(int4, tile);
   ptx::cp_async_16(&tile + 1, p.in);
+}
+
+__global__ void matrices_misaligned(SelfTestParams p) {
+  CU_SHARED(int4, tile, [33]);
+  uint32_t d[4];
+  ptx::ldmatrix_x4<false>(d, reinterpret_cast<const char*>(&tile[threadIdx.x]) + 8);
+  p.out[threadIdx.x] = static_cast<int32_t>(d[0]);
+}
+
+__global__ void matrices_of_global_memory(SelfTestParams p) {
+  uint32_t d[4];
+  ptx::ldmatrix_x4<false>(d, p.in + threadIdx.x / 8 * 4);
+  p.out[threadIdx.x] = static_cast<int32_t>(d[0]);
 }
 
 __global__ void copy(SelfTestParams p) { p.out[threadIdx.x] = p.in[threadIdx.x]; }
@@ -397,6 +418,8 @@ const SelfTest self_tests[] = {
     {"copy_never_awaited", run<copy_never_awaited, 1, 1>},
     {"copy_misaligned", run<copy_misaligned, 1, 1>},
     {"copy_past_shared", run<copy_past_shared, 1, 1>},
+    {"matrices_misaligned", run<matrices_misaligned, 1, 32>},
+    {"matrices_of_global_memory", run<matrices_of_global_memory, 1, 32>},
     {"divergent_barrier", run<divergent_barrier>},
     {"deadlock", run<deadlock>},
     {"inactive_source", run<inactive_source, 1, 32>},
@@ -409,6 +432,7 @@ const SelfTest self_tests[] = {
 #ifndef __CUDACC__
     {"too_much_static_shared", run<too_much_static_shared>},
 #endif
+    {"too_much_unasked_shared", run<too_much_unasked_shared, 1, 64, 30 * 1024>},
     {"too_much_dynamic_shared", run<copy, 1, 64, 227 * 1024 + 1>},
     {"too_many_threads", run<copy, 1, 1025>},
     {"read_past_global", run<read_past_global>},

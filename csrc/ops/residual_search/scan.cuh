@@ -8,9 +8,11 @@
 // v = p + (error of norm <= z), both measured; the scan computes a_k = c_k + <p, q_k>, starting from a float c_k.
 //
 // Products of bf16 are exact in float. How a tensor core adds them is not documented; assumed is that an mma of depth
-// 16 errs by at most 2^-18 (|addend| + sum|products|). (Aligning 17 terms to the largest and cutting each off 23 bits
-// below it, with no rounding, errs by 17 * 2^-23 of it; doing so in two steps by 20 * 2^-23.) For C channels, padded,
-// in C/16 mma:
+// 16 errs by at most 2^-18, or 32 * 2^-23, of |addend| + sum|products|. (Measured by Khattak and Mikaitis, "Accurate
+// Models of NVIDIA Tensor Cores", arXiv:2512.07004: terms are aligned to the largest, cut off so many bits below it,
+// and the sum once more at 23. H100 and B200: 16 products and the addend together, 25 bits: 17/4 + 1 times 2^-23. A100:
+// two steps of 8 and 24 bits: 2 (9/2 + 1). V100: four steps of 4 and 23 bits: 4 (5 + 1).) For C channels, padded, in
+// C/16 mma:
 //   G = 1.1 (C/16) 2^-18,  |a_k - c_k - <p, q_k>| <= G (|c_k| + |p| |q_k|).
 // With n_k = |e'_k| and what denormals lose (2 C 2^-126, in z, f and B):
 //   <v - p, e'_k>            <= z n_k
