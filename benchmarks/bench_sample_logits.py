@@ -39,6 +39,7 @@ CASES = (
         *(Case(f"published, {n} rows", 16384, 2048, 0.95, n, m) for n, m in ((1, 1), (16, 64), (64, 512))),
         *(Case(f"plain, {n} rows", 16384, None, None, n, m) for n, m in ((1, 1), (16, 64), (64, 512))),
         *(Case(f"top-p, {n} rows", 16384, None, 0.95, n, m) for n, m in ((1, 1), (16, 64))),
+        *(Case(f"top-k, {n} rows", 16384, 2048, None, n, m) for n, m in ((1, 1), (16, 64))),
         Case("var, last scale of two images", 4096, 900, 0.96, 512, 16384),
     ]
 )
@@ -95,7 +96,7 @@ def with_searchsorted(logits_nk: Tensor, top_k: int | None, top_p: float | None)
 def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
     rows = case.rows_cuda if device.type == "cuda" else case.rows_cpu
     # Such logits spread their mass over hundreds of codes, as those of a trained prior do.
-    logits = (2 * torch.randn(rows, case.codes, generator=torch.Generator().manual_seed(0))).to(device)
+    logits = 2 * torch.randn(rows, case.codes, generator=torch.Generator(device).manual_seed(0), device=device)
     timed_rows = max(1, min(rows, TIMED_CODES // case.codes))
     settings = {"top_k": case.top_k, "top_p": case.top_p}
 

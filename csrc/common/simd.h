@@ -143,7 +143,11 @@ inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm512_max_pd(a.v, b.v)}; }
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 // a[j] where bit j is set, else zero.
 inline Lanes8 keep(Lanes8 a, uint32_t bits) { return {_mm512_maskz_mov_pd(__mmask8(bits), a.v)}; }
-// The float64 with the lowest twelve bits of a's representation as sign and exponent.
+inline Vec keep(Vec a, uint32_t bits) { return {_mm512_maskz_mov_ps(__mmask16(bits), a.v)}; }
+// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+inline Vec low_bits_as_exponent(Vec a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
 inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a.v), 52))};
 }
@@ -311,7 +315,15 @@ inline Lanes8 keep(Lanes8 a, uint32_t bits) {
   const __m256i high = _mm256_cmpeq_epi64(_mm256_and_si256(all, second), second);
   return {_mm256_and_pd(a.low, _mm256_castsi256_pd(low)), _mm256_and_pd(a.high, _mm256_castsi256_pd(high))};
 }
-// The float64 with the lowest twelve bits of a's representation as sign and exponent.
+inline Vec keep(Vec a, uint32_t bits) {
+  const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes), lanes);
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(kept))};
+}
+// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+inline Vec low_bits_as_exponent(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
 inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.low), 52)),
           _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.high), 52))};
@@ -390,6 +402,11 @@ inline uint32_t at_most(Vec a, Vec limit) {
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline float smallest_of(Vec a) {
+  const float x = a.v[0] < a.v[1] ? a.v[0] : a.v[1], y = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
+  return x < y ? x : y;
+}
+inline float largest_of(Vec a) { return -smallest_of(Vec::zero() - a); }
 inline Vec rounded(Vec a) {
   for (int j = 0; j < Vec::kSize; ++j) a.v[j] = __builtin_rintf(a.v[j]);
   return a;
@@ -512,7 +529,13 @@ inline Lanes8 keep(Lanes8 a, uint32_t bits) {
   __builtin_memcpy(a.v, lanes, sizeof lanes);
   return a;
 }
-// The float64 with the lowest twelve bits of a's representation as sign and exponent.
+typedef int32_t IntLanes __attribute__((vector_size(16)));
+inline Vec keep(Vec a, uint32_t bits) {
+  const IntLanes lanes = {1, 2, 4, 8}, all = IntLanes{} + int32_t(bits);
+  return {(Vec::Lanes)((IntLanes)a.v & ((all & lanes) == lanes))};
+}
+// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+inline Vec low_bits_as_exponent(Vec a) { return {(Vec::Lanes)((IntLanes)a.v << 23)}; }
 inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   uint64_t bits[8];
   __builtin_memcpy(bits, a.v, sizeof bits);

@@ -49,8 +49,20 @@ inline std::string shape_of(const Tensor& t) {
   return text + ")";
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& like) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device());
+// Straight from the allocator: through the dispatcher it costs 1 us more, and 20 us where the caches are cold.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  const torch::stable::Device device = like.device();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  static_cast<int32_t>(type), static_cast<int32_t>(device.type()),
+                                                  device.index(), &handle));
+  return Tensor(handle);
 }
 
 // The tensor as contiguous float32; itself where it already is, without two calls that would find that out.

@@ -19,6 +19,7 @@ def sample_logits(
     seed: int,
     offset: int | Tensor = 0,
     stream: int | Tensor = 0,
+    streams: int = 1,
 ) -> Tensor:
     """One code per row of logits: temperature, top-k, top-p, and one counter-based uniform inverted in code order.
 
@@ -37,9 +38,10 @@ def sample_logits(
     `rqkernels.reference.philox_uniform`: so a draw is a function of (seed, row, stream) and the row's values alone, the
     same for every batch size, position in the batch and thread count.
 
-    Arithmetic is float64: codes are those of `rqkernels.reference.sample_logits`, on every device and instruction
-    set, but where u or top_p falls within rounding of a boundary between two codes: a relative 1e-12 on a CPU, and
-    K 2^-(62 - log2 K) on CUDA, where weights are integers (1e-10 at K = 16384).
+    Codes are those of the float64 arithmetic of `rqkernels.reference.sample_logits`, on every device and instruction
+    set (a CPU weighs in float32 with a bound, and again in float64 where that leaves the code open), but where u or
+    top_p falls within rounding of a boundary between two codes: a relative 1e-12 on a CPU, and K 2^-(62 - log2 K) on
+    CUDA, where weights are integers (1e-10 at K = 16384).
 
     Not differentiable: logits are taken detached. Autocast does not touch it.
 
@@ -54,15 +56,18 @@ def sample_logits(
         stream: 0 <= stream < 2^32; a depth, or a token's index. `offset` and `stream` may also be an int64 tensor of
             one element on the device of the logits, which is read when the kernel runs: a captured CUDA graph draws
             anew with every replay.
+        streams: how many neighbouring rows, the innermost, differ by their stream and not by their index: row n has
+            the counter (offset + n // streams, stream + n % streams). So a call for (B, L, K) with streams = L draws
+            what L calls for (B, K) do, one for each stream. Divides the number of rows.
 
     Returns:
         int64 (...). On CUDA -1 for a row with NaN, +inf, or nothing but -inf; on a CPU that is an error.
 
     Raises:
         TypeError: logits of another dtype (float64 among them) or not a tensor, temperature or top_p not a number,
-            top_k, seed, offset or stream not an integer (or, the last two, not an int64 tensor).
-        ValueError: no codes, temperature, top_k, top_p, seed, offset or stream out of range (on CUDA a tensor is not
-            looked at), a tensor of more than one element or on another device, on a CPU a row with NaN, +inf, or
+            top_k, seed, offset, stream or streams not an integer (or, offset and stream, not an int64 tensor).
+        ValueError: no codes, temperature, top_k, top_p, seed, offset, stream or streams out of range (on CUDA a tensor
+            is not looked at), a tensor of more than one element or on another device, on a CPU a row with NaN, +inf, or
             nothing but -inf.
     """
     check_tensor(_OP, "logits", logits, FLOAT_DTYPES)
@@ -73,17 +78,31 @@ def sample_logits(
         check_number(_OP, "top_p", top_p)
         top_p = float(top_p)
     check_counter(_OP, "seed", seed, 64)
-    counters: list[int] = []
-    tensors: list[Tensor | None] = []
-    for name, value, bits in (("offset", offset, 63), ("stream", stream, 32)):
-        if isinstance(value, Tensor):
-            check_tensor(_OP, name, value, (torch.int64,))
-        else:
-            check_counter(_OP, name, value, bits)
-        counters.append(0 if isinstance(value, Tensor) else value)
-        tensors.append(value if isinstance(value, Tensor) else None)
+    offset_there = stream_there = None
+    if isinstance(offset, Tensor):
+        check_tensor(_OP, "offset", offset, (torch.int64,))
+        offset, offset_there = 0, offset
+    else:
+        check_counter(_OP, "offset", offset, 63)
+    if isinstance(stream, Tensor):
+        check_tensor(_OP, "stream", stream, (torch.int64,))
+        stream, stream_there = 0, stream
+    else:
+        check_counter(_OP, "stream", stream, 32)
+    check_counter(_OP, "streams", streams, 32)
+    if logits.requires_grad:
+        logits = logits.detach()
     return torch.ops.rqkernels.sample_logits(
-        logits.detach(), float(temperature), top_k, top_p, signed_seed(seed), *counters, *tensors
+        logits,
+        float(temperature),
+        top_k,
+        top_p,
+        signed_seed(seed),
+        offset,
+        stream,
+        offset_there,
+        stream_there,
+        streams,
     )
 
 
@@ -98,5 +117,6 @@ def _fake(
     stream: int,
     offset_there: Tensor | None = None,
     stream_there: Tensor | None = None,
+    streams: int = 1,
 ) -> Tensor:
     return logits.new_empty(logits.shape[:-1], dtype=torch.int64)

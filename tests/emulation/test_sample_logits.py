@@ -25,12 +25,14 @@ def draw(
     seed: int = 7,
     offset: int = 0,
     stream: int = 0,
+    streams: int = 1,
     on_device: bool = False,
 ) -> np.ndarray:
     signed = seed - (1 << 64) if seed >= 1 << 63 else seed
     top_k = logits_nk.shape[1] if top_k is None else top_k
     numbers = np.array([temperature, top_p])
-    (codes,) = emulation.run("sample_logits", logits_nk, numbers, top_k, signed, offset, stream, int(on_device))
+    counters = (signed, offset, stream, int(on_device), streams)
+    (codes,) = emulation.run("sample_logits", logits_nk, numbers, top_k, *counters)
     return codes
 
 
@@ -123,6 +125,7 @@ def test_counters(emulation: Emulation) -> None:
         assert not np.array_equal(codes, plain)
         np.testing.assert_array_equal(draw(emulation, x, **options, on_device=True), codes)
     np.testing.assert_array_equal(check(emulation, x[2:], offset=2), plain[2:])
+    assert not np.array_equal(check(emulation, x, streams=2), plain)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, "nothing"])

@@ -36,7 +36,7 @@ SETTINGS = [
 
 KINDS = [
     "gaussian", "spread", "integers", "equal", "two-values", "both-zeros", "forbidden", "one-allowed", "huge",
-    "denormal", "ascending", "descending", "outliers", "exponents",
+    "denormal", "ascending", "descending", "outliers", "spikes", "exponents",
 ]  # fmt: skip
 
 
@@ -67,8 +67,8 @@ def draw_logits(kind: str, n: int, k: int, device: torch.device | str = "cpu") -
         x = torch.linspace(-9, 3, k).expand(n, k)
     elif kind == "descending":
         x = torch.linspace(3, -9, k).expand(n, k)
-    elif kind == "outliers":  # where evenly spaced samples look, and nowhere else
-        x[:, (torch.arange(64) * k // 64).unique()] -= 30
+    elif kind in ("outliers", "spikes"):  # where evenly spaced samples look, and nowhere else
+        x[:, (torch.arange(256) * k // 256).unique()] += 30 if kind == "spikes" else -30
     elif kind == "exponents":
         x = x.sign() * torch.exp2(torch.randint(-140, 127, (n, k)).float())
     return x.to(device)
@@ -168,6 +168,38 @@ def test_many_codes(device: torch.device) -> None:
             assert_equals_definition(logits, **settings)
 
 
+def assert_inverts_uniforms(logits: Tensor, draws: int, **settings: float) -> None:
+    """Many draws from one row (K,), each against the definition's one set of weights."""
+    top_k, top_p = settings.get("top_k", len(logits)), settings.get("top_p", 1.0)
+    ordered, order = logits.cpu().double().sort(descending=True, stable=True)
+    weights = (ordered - ordered[0]).exp()
+    weights[top_k:] = 0
+    before = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(0)[:-1]])
+    stays = weights.masked_fill(before >= top_p * weights.sum(), 0) if top_p < 1 else weights
+    cumulative = torch.zeros_like(weights).scatter(0, order, stays).cumsum(0)
+    u = philox_uniform(torch.arange(draws), seed=3, stream=0, op_id=OP_SAMPLE_LOGITS)
+    codes = [rqk.sample_logits(logits, seed=3, offset=i, **settings) for i in range(draws)]
+    assert torch.equal(torch.stack(codes).cpu(), torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(top_p=0.8), dict(top_k=100_000, top_p=0.9)], ids=str)
+def test_weights_off_by_their_rounding_decide_nothing(settings: dict[str, float], device: torch.device) -> None:
+    # Half of the mass in logits whose float32 weights are all off by the same: one draw in a hundred would be another.
+    for smaller in (-7.203, -7.235, -7.405, -7.511, -7.607):
+        logits = torch.full((1 << 17,), smaller, device=device)
+        logits[::1500] = 0.1
+        assert_inverts_uniforms(logits, 80, **settings)
+
+
+def test_cuts_at_a_code_s_very_end(device: torch.device) -> None:
+    logits = torch.linspace(0, -3, 30, device=device)
+    weights = logits.cpu().double().exp()
+    for last in range(1, 29):
+        for off in (-1e-9, 1e-9):
+            top_p = (weights[:last].sum() / weights.sum()).item() + off
+            assert_equals_definition(logits.expand(150, 30), top_p=top_p)
+
+
 def test_published_settings_over_many_rows(device: torch.device) -> None:
     logits = 2 * torch.randn(300, 4096, device=device)
     codes = assert_equals_definition(logits, top_k=512, top_p=0.95, seed=1)
@@ -236,6 +268,26 @@ def test_counters_may_be_tensors(sample: Sample, shape: tuple[int, ...], device:
         assert torch.equal(sample(logits, seed=3, offset=2**32 - 20 + step, stream=stream, top_k=50), expected)
         offset += 1
         stream += 1
+
+
+@BOTH
+def test_innermost_rows_may_be_streams(sample: Sample, device: torch.device) -> None:
+    logits, settings = torch.randn(6, 5, 40, device=device), dict(seed=4, offset=2**32 - 3, top_k=30)
+    whole = sample(logits, stream=9, streams=5, **settings)
+    apart = [sample(logits[:, i], stream=9 + i, **settings) for i in range(5)]
+    assert torch.equal(whole, torch.stack(apart, dim=1))
+    assert not torch.equal(whole, sample(logits, stream=9, **settings))
+    counters = {name: torch.tensor(value, device=device) for name, value in (("offset", 2**32 - 3), ("stream", 9))}
+    assert torch.equal(sample(logits, streams=5, **{**settings, **counters}), whole)
+    last = 2**32 - 5
+    assert torch.equal(
+        sample(logits, stream=last, streams=5, **settings)[:, 4], sample(logits[:, 4], stream=2**32 - 1, **settings)
+    )
+    for wrong in (0, 4, 31):
+        with pytest.raises(
+            ValueError, match=rf"streams must be >= 1 and divide the number of rows \(30\), got {wrong}"
+        ):
+            sample(logits, streams=wrong, **settings)
 
 
 def test_draws_do_not_depend_on_threads() -> None:
@@ -316,9 +368,9 @@ def test_strided_input(device: torch.device) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, "nothing"])
 def test_rows_that_nothing_can_be_drawn_from(bad: float | str, device: torch.device) -> None:
-    for k in (5, 33, 300):
+    for k in (5, 33, 3000):
         logits = torch.randn(9, k, device=device)
-        for settings in (dict(), dict(top_k=3, top_p=0.5), dict(temperature=0)):
+        for settings in (dict(), dict(top_k=3, top_p=0.5), dict(top_p=0.9), dict(temperature=0)):
             clean = rqk.sample_logits(logits, seed=1, **settings)
             for place in (0, k // 2, k - 1):
                 broken = logits.clone()
@@ -381,6 +433,12 @@ def test_bad_arguments_are_named(sample: Sample, change: dict[str, object], mess
         (dict(offset=2**63 - 1), ValueError, r"offset \+ rows below 2\^63"),
         (dict(offset=0.0), TypeError, "offset must be an integer, got float"),
         (dict(stream=-1), ValueError, r"stream must be in \[0, 2\^32\), got -1"),
+        (
+            dict(stream=2**32 - 1, logits=torch.zeros(2, 2), streams=2),
+            ValueError,
+            r"stream \+ streams must be <= 2\^32",
+        ),
+        (dict(streams=1.0), TypeError, "streams must be an integer, got float"),
         (dict(stream=torch.tensor(1.0)), TypeError, "stream must be int64, got float32"),
         (dict(stream=torch.tensor([1, 2])), ValueError, r"stream must be one number, got a tensor \(2\)"),
         (dict(offset=torch.tensor([], dtype=torch.int64)), ValueError, "offset must be one number"),
@@ -417,7 +475,7 @@ def test_opcheck(device: torch.device) -> None:
     logits, counter = torch.randn(3, 7, 30, device=device), torch.tensor(3, device=device)
     torch.library.opcheck(op, (logits, 1.0, None, None, 5, 0, 2))
     torch.library.opcheck(op, (logits.half(), 0.5, 9, 0.9, -1, 0, 0, counter, counter))
-    torch.library.opcheck(op, (logits[:0], 0.0, None, 0.5, 5, 7, 0, None, counter))
+    torch.library.opcheck(op, (logits[:0], 0.0, None, 0.5, 5, 7, 0, None, counter, 7))
 
 
 def test_compiles_as_one_graph_for_all_counters(device: torch.device) -> None:

@@ -5,7 +5,7 @@
 namespace rqk::emulation {
 
 // logits (n, k), temperature and top_p (2), top_k, seed (64 bits), offset, stream, whether the device holds the last
-// two -> codes
+// two, streams -> codes
 std::vector<Array> sample_logits(const Inputs& inputs) {
   const Array &logits = inputs.array(0, "<f4", 2), &numbers = inputs.array(1, "<f8", 1);
   double temperature_and_top_p[2];
@@ -15,6 +15,7 @@ std::vector<Array> sample_logits(const Inputs& inputs) {
   p.num_codes = logits.shape[1];
   p.settings = {temperature_and_top_p[0], inputs.number(2), temperature_and_top_p[1]};
   p.seed = static_cast<uint64_t>(inputs.number(3));
+  p.streams = inputs.number(7);
   const int64_t counters[2] = {inputs.number(4), inputs.number(5)};
   const DeviceBuffer on_device(sizeof(counters), counters), logits_nk = to_device(logits);
   DeviceBuffer codes = device_array("<i8", {p.rows});

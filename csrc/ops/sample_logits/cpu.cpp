@@ -25,7 +25,8 @@ void launch(const SampleLogitsParams& p, void*) {
   for (int64_t i = 0; i < tasks; ++i) scratch.emplace_back(static_cast<int64_t>(kernel.scratch_bytes(p.num_codes)));
   for_each_task(tasks, [&](int64_t task) {
     for (int64_t n = p.rows * task / tasks; n < p.rows * (task + 1) / tasks; ++n) {
-      const double uniform = philox_uniform(p.seed, offset + static_cast<uint64_t>(n), stream, kDrawSampleLogits);
+      const double uniform = philox_uniform(p.seed, offset + static_cast<uint64_t>(n / p.streams),
+                                            stream + static_cast<uint32_t>(n % p.streams), kDrawSampleLogits);
       p.codes[n] = kernel.draw(p.logits + n * p.num_codes, p.num_codes, p.settings, uniform, scratch[task]);
     }
   });

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads, 2) draw_rows(SampleLogitsParams p) {
   const int64_t offset = p.offset_there != nullptr ? *p.offset_there : p.offset;
   const int64_t stream = p.stream_there != nullptr ? *p.stream_there : p.stream;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-    const double uniform =
-        philox_uniform(p.seed, static_cast<uint64_t>(offset + row), static_cast<uint32_t>(stream), kDrawSampleLogits);
+    const double uniform = philox_uniform(p.seed, static_cast<uint64_t>(offset + row / p.streams),
+                                          static_cast<uint32_t>(stream + row % p.streams), kDrawSampleLogits);
     const int64_t code = sample_row(p.logits + row * p.num_codes, p.num_codes, p.settings, uniform, *shared);
     if (threadIdx.x == 0) p.codes[row] = code;
   }

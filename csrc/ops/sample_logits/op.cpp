@@ -33,17 +33,20 @@ const int64_t* check_counter(const char* name, const std::optional<Tensor>& coun
   return counter->const_data_ptr<int64_t>();
 }
 
-void check_counters(int64_t offset, int64_t stream, int64_t rows) {
-  if (offset < 0 || offset > INT64_MAX - rows) {
+void check_counters(int64_t offset, int64_t stream, int64_t rows, int64_t streams) {
+  if (offset < 0 || offset > INT64_MAX - rows / streams) {
     rqk::value_error(kOp, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows, " rows");
   }
   if (stream < 0 || stream > UINT32_MAX) rqk::value_error(kOp, ": stream must be in [0, 2^32), got ", stream);
+  if (stream > UINT32_MAX - (streams - 1)) {
+    rqk::value_error(kOp, ": stream + streams must be <= 2^32, got ", stream, " + ", streams);
+  }
 }
 
 // `seed` holds the 64 bits of an unsigned one; a tensor stands in place of the number of its name.
 Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
                      int64_t seed, int64_t offset, int64_t stream, std::optional<Tensor> offset_there,
-                     std::optional<Tensor> stream_there) {
+                     std::optional<Tensor> stream_there, int64_t streams) {
   if (logits.dim() < 1) rqk::value_error(kOp, ": logits must be (..., K), got a scalar");
   std::vector<int64_t> sizes = rqk::sizes_of(logits);
   const int64_t num_codes = sizes.back();
@@ -54,6 +57,10 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
   rqk::SampleLogitsParams params{};
   params.rows = logits.numel() / num_codes;
   params.num_codes = num_codes;
+  if (streams < 1 || params.rows % streams != 0) {
+    rqk::value_error(kOp, ": streams must be >= 1 and divide the number of rows (", params.rows, "), got ", streams);
+  }
+  params.streams = streams;
   params.settings = settings_of(num_codes, temperature, top_k, top_p);
   params.seed = static_cast<uint64_t>(seed);
   params.offset = offset;
@@ -61,10 +68,10 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
   params.offset_there = check_counter("offset", offset_there, logits);
   params.stream_there = check_counter("stream", stream_there, logits);
 #ifdef RQK_CUDA_LIBRARY
-  check_counters(offset, stream, params.rows);
+  check_counters(offset, stream, params.rows, streams);
 #else
   check_counters(params.offset_there != nullptr ? *params.offset_there : offset,
-                 params.stream_there != nullptr ? *params.stream_there : stream, params.rows);
+                 params.stream_there != nullptr ? *params.stream_there : stream, params.rows, streams);
 #endif
   const Tensor logits_float = rqk::as_float(logits);
   const Tensor codes = rqk::empty(sizes, ScalarType::Long, logits);
@@ -84,5 +91,5 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
 
 RQK_REGISTER("sample_logits",
              "sample_logits(Tensor logits, float temperature, int? top_k, float? top_p, SymInt seed, SymInt offset,"
-             " SymInt stream, Tensor? offset_there=None, Tensor? stream_there=None) -> Tensor",
+             " SymInt stream, Tensor? offset_there=None, Tensor? stream_there=None, SymInt streams=1) -> Tensor",
              sample_logits)
