@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from rqgen.data import image_grid, read_image, save_png
-from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer, load_pretrained
 from rqgen.sampling import edit
 
-from .runs import number_of_classes
+from .runs import load_model, number_of_classes
 
 KINDS = ("inpaint", "outpaint", "class")
 
@@ -39,14 +38,10 @@ def edit_image(request: EditRequest) -> None:
         raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
     if request.kind == "class" and request.label is None:
         raise ValueError("--label: edit class needs the class to draw")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prior, vae = load_pretrained(request.prior, device), load_pretrained(request.tokenizer, device)
-    for name, model, kinds in (("prior", prior, (RQTransformer, VAR)), ("tokenizer", vae, (RQVAE, MultiScaleVQVAE))):
-        if not isinstance(model, kinds):
-            raise ValueError(f"--{name}: {getattr(request, name)} holds no {name}, but a {model.model_type}")
+    prior, vae = load_model("prior", request.prior), load_model("tokenizer", request.tokenizer)
     height, width = vae.config.image_shape
-    image = read_image(request.image, channels=vae.config.image_channels, size=(height, width)).to(device)
-    mask = read_image(request.mask, channels=1, size=(height, width))[0].to(device) > 0
+    image = read_image(request.image, channels=vae.config.image_channels, size=(height, width)).to(vae.device)
+    mask = read_image(request.mask, channels=1, size=(height, width))[0].to(vae.device) > 0
     if request.kind == "outpaint":
         mask = ~mask
     if not bool(mask.any()):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rqgen.quantizers import Convolution, silu
+
 NORM_EPSILON = 1e-6
 
 
@@ -36,12 +38,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPSILON)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPSILON)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else Convolution(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training:
@@ -49,8 +51,8 @@ class ResidualBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
         return self.shortcut(x) + h
 
 
@@ -60,10 +62,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, norm_groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPSILON)
-        self.query = nn.Conv2d(channels, channels, 1)
-        self.key = nn.Conv2d(channels, channels, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.output = nn.Conv2d(channels, channels, 1)
+        self.query = Convolution(channels, channels, 1)
+        self.key = Convolution(channels, channels, 1)
+        self.value = Convolution(channels, channels, 1)
+        self.output = Convolution(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -77,7 +79,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, with_conv: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
+        self.conv = Convolution(channels, channels, 3, stride=2) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is None:
@@ -91,7 +93,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, *, with_conv: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else None
+        self.conv = Convolution(channels, channels, 3, padding=1) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -194,7 +196,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = layout.channels
         coarsest = len(channels) - 1
-        self.conv_in = nn.Conv2d(layout.image_channels, layout.base_channels, 3, padding=1)
+        self.conv_in = Convolution(layout.image_channels, layout.base_channels, 3, padding=1)
         self.levels = nn.ModuleList(
             Level(
                 layout.base_channels if index == 0 else channels[index - 1],
@@ -208,13 +210,13 @@ class Encoder(nn.Module):
         )
         self.middle = _middle(channels[-1], **layout.block)
         self.norm_out = nn.GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
-        self.conv_out = nn.Conv2d(channels[-1], layout.z_channels, 3, padding=1)
+        self.conv_out = Convolution(channels[-1], layout.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.conv_in(images)
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        return self.conv_out(silu(self.norm_out(self.middle(h))))
 
 
 class Decoder(nn.Module):
@@ -227,7 +229,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = layout.channels[::-1]
         finest = len(channels) - 1
-        self.conv_in = nn.Conv2d(layout.z_channels, channels[0], 3, padding=1)
+        self.conv_in = Convolution(layout.z_channels, channels[0], 3, padding=1)
         self.middle = _middle(channels[0], **layout.block)
         self.levels = nn.ModuleList(
             Level(
@@ -241,10 +243,10 @@ class Decoder(nn.Module):
             for index, width in enumerate(channels)
         )
         self.norm_out = nn.GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
-        self.conv_out = nn.Conv2d(channels[-1], layout.image_channels, 3, padding=1)
+        self.conv_out = Convolution(channels[-1], layout.image_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         h = self.middle(self.conv_in(features))
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
+from rqgen.quantizers import Convolution, MultiScaleConfig, MultiScaleQuantizer
 
 from .autoencoder import AutoencoderLayout, Decoder, Encoder
 from .pretrained import PretrainedModel
@@ -135,9 +135,9 @@ class MultiScaleVQVAE(PretrainedModel):
             gradient_checkpointing=config.gradient_checkpointing,
         )
 
-        def latent_convolution() -> nn.Conv2d:
+        def latent_convolution() -> Convolution:
             kernel = config.latent_kernel
-            return nn.Conv2d(config.z_channels, config.z_channels, kernel, padding=kernel // 2)
+            return Convolution(config.z_channels, config.z_channels, kernel, padding=kernel // 2)
 
         self.encoder = Encoder(layout)
         self.to_latents = latent_convolution()

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import rqkernels
-from rqgen.quantizers import QuantizerConfig, ResidualQuantizer
+from rqgen.quantizers import Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import AutoencoderLayout, Decoder, Encoder
 from .pretrained import PretrainedModel
@@ -191,9 +191,9 @@ class RQVAE(PretrainedModel):
             gradient_checkpointing=config.gradient_checkpointing,
         )
         self.encoder = Encoder(layout)
-        self.to_latents = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.to_latents = Convolution(config.z_channels, config.embed_dim, 1)
         self.quantizer = ResidualQuantizer(config.quantizer, config.code_dim)
-        self.from_latents = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.from_latents = Convolution(config.embed_dim, config.z_channels, 1)
         self.decoder = Decoder(layout)
 
     @property

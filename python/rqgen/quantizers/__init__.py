@@ -1,11 +1,13 @@
 """Quantizers of latent vectors."""
 
+from .convolution import Convolution, silu
 from .multiscale import MultiScaleConfig, MultiScaleDecoder, MultiScaleOutput, MultiScaleQuantizer
 from .residual import QuantizerConfig, QuantizerOutput, ResidualQuantizer
 from .usage import CodeUsage
 
 __all__ = [
     "CodeUsage",
+    "Convolution",
     "MultiScaleConfig",
     "MultiScaleDecoder",
     "MultiScaleOutput",
@@ -13,4 +15,5 @@ __all__ = [
     "QuantizerConfig",
     "QuantizerOutput",
     "ResidualQuantizer",
+    "silu",
 ]

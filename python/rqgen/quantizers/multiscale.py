@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import rqkernels
 
+from .convolution import Convolution
 from .seeding import draw_vectors
 from .usage import CodeUsage
 
@@ -99,7 +100,7 @@ class MultiScaleOutput(NamedTuple):
     codebook_loss: Tensor  # float32: mean over scales of mean |sg[f] - f_hat_k|^2
 
 
-class Refinement(nn.Conv2d):
+class Refinement(Convolution):
     """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that mends what enlarging blurred."""
 
     def __init__(self, channels: int, ratio: float) -> None:
@@ -124,6 +125,9 @@ class MultiScaleDecoder(nn.Module):
         code_dim: C.
     """
 
+    # What figures and logs call the places that an image's token maps stand at.
+    axis: ClassVar[str] = "scale"
+
     def __init__(self, config: MultiScaleConfig, code_dim: int) -> None:
         super().__init__()
         if code_dim < 1:
@@ -139,6 +143,11 @@ class MultiScaleDecoder(nn.Module):
     def num_scales(self) -> int:
         """K."""
         return len(self.config.scales)
+
+    def code_tensors(self) -> list[Tensor]:
+        """All that decides what token maps of these scales stand for."""
+        ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [])
+        return [self.codebook, *self.refinements.parameters(), ratio]
 
     def decode(self, codes: Sequence[Tensor], scales: int | None = None) -> Tensor:
         """f_hat, float32 (B, C, H, W), of token maps; of the first `scales` only, if given.
@@ -253,6 +262,14 @@ class ScaleUsage(nn.ModuleList):
         return torch.cat([usage.perplexity() for usage in self])
 
 
+def nearest_codes(vectors: Tensor, codebook: Tensor, *, normalize: bool) -> Tensor:
+    """Nearest codes int64 (...) of vectors (..., C) in a codebook (K, C); where `normalize`, among directions: of
+    `vectors / |vectors|` in `codebook / |codebook|`. Not differentiable."""
+    if normalize:
+        vectors, codebook = F.normalize(vectors, dim=-1), F.normalize(codebook, dim=-1)
+    return rqkernels.residual_search(vectors, codebook, 1).codes.squeeze(-1)
+
+
 class MultiScaleQuantizer(MultiScaleDecoder):
     """Quantizer of feature maps (B, C, H, W) into token maps of growing size (Tian et al. 2024, algorithm 1).
 
@@ -312,11 +329,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Nearest codes int64 (...) of vectors (..., C), of their directions where `config.normalize`."""
-        codebook = self.codebook.detach().float()
-        if self.config.normalize:
-            vectors, codebook = F.normalize(vectors, dim=-1), F.normalize(codebook, dim=-1)
-        return rqkernels.residual_search(vectors, codebook, 1).codes.squeeze(-1)
+        """`nearest_codes` in the codebook, by `config.normalize`."""
+        return nearest_codes(vectors, self.codebook.detach().float(), normalize=self.config.normalize)
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,9 @@ class ResidualQuantizer(nn.Module):
     of how many vectors chose a code in a step, and of their sum; `initialized`, a bool.
     """
 
+    # What figures and logs call the places that one position's codes stand at.
+    axis: ClassVar[str] = "depth"
+
     codebook: Tensor
     ema_count: Tensor
     ema_sum: Tensor
@@ -205,6 +208,10 @@ class ResidualQuantizer(nn.Module):
             return None
         frozen = rqkernels.FrozenCodebook(self.codebook)
         return frozen if frozen.has_gram else None
+
+    def code_tensors(self) -> list[Tensor]:
+        """All that decides what codes stand for."""
+        return [self.codebook]
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
         """Sum of the codes, float32 (..., C); of the first `depth` codes only if given.

@@ -88,7 +88,13 @@ def check_condition(condition: Any, prior: Prior) -> Tensor:
     return condition
 
 
-def check_partial_codes(partial_codes: Any, start_row: int, prior: RQTransformer) -> Tensor:
+def check_partial_codes(partial_codes: Any, start_row: Any, prior: RQTransformer) -> Tensor | None:
+    """The codes on the prior's device, with the rows above `start_row` in range."""
+    check_integer(start_row, "start_row", 0, prior.config.code_shape[0] - 1)
+    if partial_codes is None:
+        if start_row > 0:
+            raise ValueError(f"start_row: {start_row} needs partial_codes, which hold the rows above it")
+        return None
     if not isinstance(partial_codes, Tensor):
         raise TypeError(f"partial_codes: expected a tensor, got {type(partial_codes).__name__}")
     if partial_codes.dtype != torch.int64:

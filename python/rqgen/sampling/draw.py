@@ -31,8 +31,8 @@ class DrawSettings(NamedTuple):
         conditional, null = logits.chunk(2)
         return (1 + strength) * conditional - strength * null
 
-    def draw(self, logits: Tensor, entry: int, *, first_image: int, stream: int) -> Tensor:
-        """Codes (B,) from guided logits (B, K); `entry` is the scale."""
+    def draw(self, logits: Tensor, entry: int, *, first_image: int, first_stream: int) -> Tensor:
+        """Codes (B, l) from guided logits (B, l, K); `entry` is the scale, `first_stream` its first token's index."""
         return rqkernels.sample_logits(
             logits,
             temperature=self.temperature[entry],
@@ -40,7 +40,8 @@ class DrawSettings(NamedTuple):
             top_p=self.top_p[entry],
             seed=self.seed,
             offset=first_image,
-            stream=stream,
+            stream=first_stream,
+            streams=logits.shape[1],
         )
 
     def kept(self, logits: Tensor, entry: int) -> Tensor:

@@ -9,20 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.models import RQTransformer
+from rqgen.models import MultiScaleVQVAE, RQTransformer
 
 from .arguments import Prior, Tokenizer, check_condition, check_integer, check_models, check_settings
 from .generate import eval_mode, generate
 from .scales import Given, sample_scales
+
+# How often what is encoded is corrected, at an encoding and a decoding each. After two the known half of a digit is
+# closer than the tokenizer brings it in a whole one (docs/sampling.md).
+_CORRECTIONS = 3
 
 
 class EditOutput(NamedTuple):
     """What `edit` draws."""
 
     images: Tensor
-    """(N, channels, H, W) in [-1, 1]."""
+    """(N, channels, H, W) in [-1, 1]: the given pixels where the mask is False, `decoded` where it is True."""
     codes: Tensor | list[Tensor]
     """As `GenerateOutput.codes`."""
+    decoded: Tensor
+    """(N, channels, H, W): what the tokenizer makes of `codes`, known part and drawn part."""
 
 
 def edit(
@@ -39,13 +45,17 @@ def edit(
     seed: int = 0,
     offset: int = 0,
 ) -> EditOutput:
-    """Draws the masked part of images anew, under a condition, and keeps the rest as the tokenizer has it.
+    """Draws the masked part of images anew, under a condition, and keeps the rest.
 
     In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
     (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask are never looked at: they are
-    replaced by the mean of the image's others before it is encoded. A VAR takes the code nearest to the image for
-    every place of every scale of which at least half is known, and draws the others (see `sample_scales`); what was
-    drawn and what is known then go through the tokenizer as one image.
+    replaced by the mean of the image's others before it is encoded. The others come back as they are (`images`), and
+    as the tokenizer has them (`decoded`).
+
+    A VAR takes the code nearest to the image for every place of every scale of which at least half is known, and draws
+    the others (see `sample_scales`). What was drawn and what is known then go through the tokenizer as one image, and
+    three times more, each time with the error of the time before added to the known part; of the four results each
+    image takes the one whose known part is closest.
 
     An RQ-Transformer draws in raster order: a position sees what stands above it and to its left, never what stands
     below or to its right. So it can complete images from the rows above, and nothing else.
@@ -95,12 +105,31 @@ def edit(
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
             given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
             sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
-            part = vae.decode_latents(sample.latents).clamp(-1, 1)
-            # Latents beside the mask were made without what now lies there: the two parts go through the tokenizer
-            # together, and the known one comes back as from any image.
-            codes.append(vae.encode(torch.where(known[some], images[some], part.to(images.dtype))))
-            decoded.append(vae.decode(codes[-1]))
-    return EditOutput(torch.cat(decoded), [torch.cat(maps) for maps in zip(*codes, strict=True)])
+            drawn = vae.decode_latents(sample.latents).clamp(-1, 1).to(images.dtype)
+            found = _as_one_image(vae, images[some], known[some], drawn)
+            codes.append(found[0])
+            decoded.append(found[1])
+    whole = torch.cat(decoded)
+    codes = [torch.cat(maps) for maps in zip(*codes, strict=True)]
+    return EditOutput(torch.where(known, images, whole.to(images.dtype)), codes, whole)
+
+
+def _as_one_image(vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Token maps of images whose unknown part was drawn, and what they decode to.
+
+    Latents beside the mask were made without what now lies there, coarse codes stand for both parts, and norms take
+    their statistics of both: the known part comes back worse than from a whole image. So what is encoded is moved
+    against the error, as an integrating controller does it.
+    """
+    target, maps, decoded, errors = torch.where(known, images, drawn), [], [], []
+    for _ in range(1 + _CORRECTIONS):
+        maps.append(vae.encode(target))
+        decoded.append(vae.decode(maps[-1]))
+        error = torch.where(known, images - decoded[-1].to(images.dtype), 0)
+        errors.append(error.float().square().sum(dim=(1, 2, 3)))
+        target = target + error
+    best = torch.stack(errors).argmin(dim=0), torch.arange(len(images), device=images.device)
+    return [torch.stack(scale)[best] for scale in zip(*maps, strict=True)], torch.stack(decoded)[best]
 
 
 def _complete_rows(
@@ -127,7 +156,7 @@ def _complete_rows(
         start_row=start_row,
         **settings,
     )
-    return EditOutput(out.images, out.codes)
+    return EditOutput(torch.where(known, images, out.images.to(images.dtype)), out.codes, out.images)
 
 
 def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:

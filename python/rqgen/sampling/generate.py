@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from rqgen.models import VAR
+from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
 from rqgen.models.sampler import make_sampler
 
 from .arguments import (
@@ -24,6 +24,7 @@ from .arguments import (
     check_settings,
     number_of_images,
 )
+from .draw import DrawSettings
 from .scales import sample_scales
 
 DEFAULT_BATCH_SIZE = 256
@@ -65,10 +66,11 @@ def generate(
     (Ho and Salimans 2022, in the form where 0 is no guidance); of a VAR scale k = 0 .. K-1 has g k / (K - 1). Each code
     is drawn as by `rqkernels.sample_logits` with row = offset + the image's index and stream = t * D + d (VAR: the
     token's index, counted through all scales), so an image depends on its number, the seed, the model and its
-    condition, not on how the batch is split. On the CPU it is the same to the last bit for every split, and codes of an
-    RQ-Transformer are for every number of threads (the decoder's convolutions may then differ in last bits); on CUDA a
-    code may change where its uniform falls between the roundings of two batch sizes, and is the same with and without
-    graphs.
+    condition, not on how the batch is split. On the CPU it is the same to the last bit for every split, and an
+    RQ-Transformer's for every number of threads (the decoder's part of that rests on oneDNN, see
+    `rqgen.quantizers.Convolution`); the matrix products of a VAR are torch's, whose roundings may depend on the number
+    of threads. There, and on CUDA between two batch sizes, a code may change where its uniform falls between two
+    roundings; with and without graphs it is the same.
 
     Keys and values are kept, and never concatenated or moved. An RQ-Transformer's position is on the CPU one
     `rqkernels.transformer_step` and one `rqkernels.depth_decode`, over weights that are packed at the first call and
@@ -109,17 +111,10 @@ def generate(
             raise ValueError("partial_codes: a VAR draws whole token maps; rqgen.edit keeps parts of an image")
         if precision != "fp32":
             raise ValueError(f"precision: a VAR is sampled in 'fp32', got {precision!r}")
-        steps, sampler = len(prior.scales), None
     else:
         if smooth:
             raise ValueError("smooth: only a VAR has it, and the prior is an RQTransformer")
-        height, width, depth = prior.config.code_shape
-        check_integer(start_row, "start_row", 0, height - 1)
-        if partial_codes is not None:
-            partial_codes = check_partial_codes(partial_codes, start_row, prior)
-        elif start_row > 0:
-            raise ValueError(f"start_row: {start_row} needs partial_codes, which hold the rows above it")
-        steps = (height - start_row) * width
+        partial_codes = check_partial_codes(partial_codes, start_row, prior)
     num = number_of_images(condition, num, partial_codes)
     settings = check_settings(
         prior, condition, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed
@@ -127,38 +122,109 @@ def generate(
     check_integer(offset, "offset", 0, 2**62)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_integer(batch_size, "batch_size", 1)
     condition_nl = prior.condition_ids(condition, num)
-    if not isinstance(prior, VAR):
-        known_ntd = torch.empty(num, 0, depth, dtype=torch.int64, device=prior.device)
-        if partial_codes is not None:
-            known_ntd = partial_codes.reshape(num, -1, depth)[:, : start_row * width]
-        with torch.no_grad(), eval_mode(prior):
-            sampler = make_sampler(prior, precision, use_graphs)
-    codes, images = [], []
-    with torch.no_grad(), eval_mode(prior, vae), progress_bar(progress, num, steps) as advance:
-        for start in range(0, num, batch_size):
-            stop = min(start + batch_size, num)
-            some = slice(start, stop)
-            if sampler is None:
-                drawn = sample_scales(
-                    prior, condition_nl[some, 0], settings, first_image=offset + start, smooth=smooth, advance=advance
-                )
-                codes.append(drawn.codes)
-                latents, decode = drawn.latents, lambda part: vae.decode_latents(part).clamp(-1, 1)
-            else:
-                stacks = sampler.sample(
-                    condition_nl[some],
-                    known_ntd[some],
-                    **settings._asdict(),
-                    offset=offset + start,
-                    advance=lambda count=stop - start: advance(count),
-                )
-                codes.append(stacks.reshape(-1, height, width, depth))
-                latents, decode = codes[-1], vae.decode
-            # Convolutions sum in an order that depends on the batch: on the CPU each image goes alone.
-            images += [decode(part) for part in latents.split(1 if prior.device.type == "cpu" else stop - start)]
-    if sampler is None:
-        return GenerateOutput([torch.cat(maps) for maps in zip(*codes, strict=True)], torch.cat(images))
-    return GenerateOutput(torch.cat(codes), torch.cat(images))
+    with torch.no_grad(), eval_mode(prior, vae):
+        drawer: _Drawer
+        if isinstance(prior, VAR):
+            drawer = _ScaleDrawer(prior, vae, condition_nl, settings, smooth)
+        else:
+            known_ntd = _known_stacks(prior, partial_codes, start_row, num)
+            drawer = _StackDrawer(prior, vae, condition_nl, settings, known_ntd, precision, use_graphs)
+        codes, images = [], []
+        with progress_bar(progress, num, drawer.steps) as advance:
+            for start in range(0, num, batch_size):
+                some = slice(start, min(start + batch_size, num))
+                drawn, latents = drawer.draw(some, offset + start, advance)
+                codes.append(drawn)
+                # Convolutions sum in an order that depends on the batch: on the CPU each image goes alone.
+                step = 1 if prior.device.type == "cpu" else len(latents)
+                images += [drawer.decode(part) for part in latents.split(step)]
+    return GenerateOutput(drawer.joined(codes), torch.cat(images))
+
+
+class _Drawer(Protocol):
+    """Draws codes from a prior and decodes them: what the two systems have in common."""
+
+    steps: int
+    """Of one image, for the progress bar."""
+
+    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[Any, Tensor]:
+        """Codes of these images, the first of which has that number, and what `decode` takes, an image a row."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images."""
+        ...
+
+    def joined(self, codes: list[Any]) -> Any:
+        """The codes of several draws as those of one."""
+        ...
+
+
+class _StackDrawer:
+    """An RQ-Transformer, position by position and depth by depth."""
+
+    def __init__(
+        self,
+        prior: RQTransformer,
+        vae: RQVAE,
+        condition_nl: Tensor,
+        settings: DrawSettings,
+        known_ntd: Tensor,
+        precision: str,
+        use_graphs: bool,
+    ) -> None:
+        self._condition_nl, self._settings, self._known_ntd = condition_nl, settings, known_ntd
+        self._shape = prior.config.code_shape
+        self._sampler = make_sampler(prior, precision, use_graphs)
+        self.steps = prior.positions - known_ntd.shape[1]
+        self.decode = vae.decode
+        self.joined = torch.cat
+
+    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+        stacks_btd = self._sampler.sample(
+            self._condition_nl[some],
+            self._known_ntd[some],
+            **self._settings._asdict(),
+            offset=first_image,
+            advance=lambda: advance(some.stop - some.start),
+        )
+        codes = stacks_btd.reshape(-1, *self._shape)
+        return codes, codes
+
+
+class _ScaleDrawer:
+    """A VAR, scale by scale."""
+
+    def __init__(
+        self, prior: VAR, vae: MultiScaleVQVAE, condition_nl: Tensor, settings: DrawSettings, smooth: bool
+    ) -> None:
+        self._prior, self._vae = prior, vae
+        self._labels_n, self._settings, self._smooth = condition_nl[:, 0], settings, smooth
+        self.steps = len(prior.scales)
+
+    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[list[Tensor], Tensor]:
+        return sample_scales(
+            self._prior,
+            self._labels_n[some],
+            self._settings,
+            first_image=first_image,
+            smooth=self._smooth,
+            advance=advance,
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._vae.decode_latents(latents).clamp(-1, 1)
+
+    def joined(self, codes: list[list[Tensor]]) -> list[Tensor]:
+        return [torch.cat(maps) for maps in zip(*codes, strict=True)]
+
+
+def _known_stacks(prior: RQTransformer, partial_codes: Tensor | None, start_row: int, num: int) -> Tensor:
+    """(num, t, D): the positions that are kept."""
+    _, width, depth = prior.config.code_shape
+    if partial_codes is None:
+        return torch.empty(num, 0, depth, dtype=torch.int64, device=prior.device)
+    return partial_codes.reshape(num, -1, depth)[:, : start_row * width]
 
 
 @contextmanager

@@ -104,13 +104,7 @@ def sample_scales(
         logits_blk = prior.scale_logits(k, features, modulation, cache)
         logits_blk = settings.guided(logits_blk, settings.guidance * k / last)
         begin = prior.ends[k] - height * width
-        drawn = torch.stack(
-            [
-                settings.draw(logits_bk, k, first_image=first_image, stream=begin + i)
-                for i, logits_bk in enumerate(logits_blk.unbind(1))
-            ],
-            dim=1,
-        )
+        drawn = settings.draw(logits_blk, k, first_image=first_image, first_stream=begin)
         vectors = None
         if smooth:
             weights = _mixture(settings.kept(logits_blk, k), k / last, settings.seed, first_image, begin)

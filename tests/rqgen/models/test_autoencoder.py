@@ -130,3 +130,21 @@ def test_upsample_repeats() -> None:
     assert torch.equal(Upsample(4, with_conv=False)(x), repeated)
     module = Upsample(4, with_conv=True)
     torch.testing.assert_close(module(x), module.conv(repeated))
+
+
+@torch.no_grad()
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    # Wide enough for parts of convolutions and activations to be shared out.
+    wide = layout(base_channels=64, channel_multipliers=[1, 2], attention=[False, True], z_channels=128)
+    encoder, decoder = Encoder(wide), Decoder(wide)
+    images, latents = torch.randn(1, 3, 36, 36), torch.randn(1, 128, 18, 18)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append((encoder(images), decoder(latents)))
+    finally:
+        torch.set_num_threads(before)
+    for z, image in found[1:]:
+        assert torch.equal(z, found[0][0]) and torch.equal(image, found[0][1])

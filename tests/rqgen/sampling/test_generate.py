@@ -341,6 +341,27 @@ def test_weights_are_packed_once(vae: RQVAE, monkeypatch: pytest.MonkeyPatch) ->
     assert alive() is None  # what is kept does not keep the model
 
 
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_every_position_is_computed_once(
+    prior: RQTransformer, vae: RQVAE, guidance: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step sees the one new position of all images, behind those whose keys and values are kept; the codes of the
+    position come from one call."""
+    steps, calls = [], []
+    step, decode = rqkernels.transformer_step, rqkernels.depth_decode
+
+    def watched_step(u_bnw: Tensor, packed: Any, keys: Tensor, values: Tensor, length: int) -> Tensor:
+        steps.append((*u_bnw.shape[:2], length))
+        return step(u_bnw, packed, keys, values, length)
+
+    monkeypatch.setattr(rqkernels, "transformer_step", watched_step)
+    monkeypatch.setattr(rqkernels, "depth_decode", lambda h, *a, **k: calls.append(len(h)) or decode(h, *a, **k))
+    generate(prior, vae, LABELS[:3], cfg_scale=guidance)
+    rows = 6 if guidance else 3
+    assert steps == [(rows, 1, position) for position in range(prior.positions)]
+    assert calls == [rows] * prior.positions
+
+
 # --- continuing
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import rqkernels
 from rqgen.models import (
@@ -19,9 +22,13 @@ from rqgen.models import (
     RQVAEConfig,
     VARConfig,
 )
+from rqgen.models.kv_cache import KVCache
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import MultiScaleConfig, QuantizerConfig
-from rqgen.sampling import edit, generate
+from rqgen.sampling import edit, generate, sampling_cost
+from rqgen.sampling.draw import DrawSettings
+from rqgen.sampling.edit import _as_one_image
+from rqgen.sampling.scales import sample_scales
 
 K = 12
 CLASSES = 3
@@ -109,6 +116,64 @@ def test_images_do_not_depend_on_the_batch(prior: VAR, vae: MultiScaleVQVAE) -> 
     assert not torch.equal(whole.images, generate(prior, vae, LABELS, seed=4, cfg_scale=1.0).images)
 
 
+class Work(TorchFunctionMode):
+    """Every product with weights as (weight, rows), every attention as (rows, queries, keys)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[Tensor, int]] = []
+        self.attentions: list[tuple[int, int, int]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight = args[:2]
+            self.products.append((weight, x.shape[:-1].numel()))
+        elif func is F.scaled_dot_product_attention:
+            q, k, _ = args
+            self.attentions.append((q.shape[0], q.shape[2], k.shape[2]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@torch.no_grad()
+def test_weights_are_read_once_per_scale_and_nothing_is_computed_twice(
+    prior: VAR, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, int, int]] = []
+    write = KVCache.write
+
+    def watched_write(cache: KVCache, layer: int, k_bhnd: Tensor, v_bhnd: Tensor) -> tuple[Tensor, Tensor]:
+        written.append((layer, cache.length, cache.length + k_bhnd.shape[2]))
+        return write(cache, layer, k_bhnd, v_bhnd)
+
+    monkeypatch.setattr(KVCache, "write", watched_write)
+    settings = DrawSettings([1.0] * 3, [None] * 3, [None] * 3, guidance, seed=0)
+    with Work() as work:
+        sample_scales(prior, LABELS[:1], settings, first_image=0)
+    rows, tokens, ends = 2 if guidance else 1, (1, 4, 16), (1, 5, 21)
+    # Each linear layer once per scale, for that scale's tokens alone; the condition's once, for one token.
+    seen: dict[str, list[int]] = {}
+    names = {parameter.data_ptr(): name for name, parameter in prior.named_parameters()}
+    for weight, count in work.products:
+        seen.setdefault(names[weight.data_ptr()].removesuffix(".weight"), []).append(count)
+    of_tokens = [rows * count for count in tokens]
+    linear = [name for name, module in prior.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert seen.keys() == set(linear)
+    for name in linear:
+        expected = of_tokens[1:] if name == "word_embedding" else [rows] if "modulation" in name else of_tokens
+        assert seen[name] == expected, name
+    # Keys and values are written once each, and read by every later scale in one go.
+    assert written == [(layer, end - new, end) for new, end in zip(tokens, ends, strict=True) for layer in range(2)]
+    assert Counter(work.attentions) == Counter({(rows, q, k): 2 for q, k in zip(tokens, ends, strict=True)})
+    # It is what the cost says.
+    cost, width = sampling_cost(prior.config, rows), prior.config.embed_dim
+    assert sum(weight.numel() for weight, _ in work.products) == sum(scale.weights for scale in cost)
+    assert sum(2 * weight.numel() * count for weight, count in work.products) == sum(scale.products for scale in cost)
+    assert sum(4 * width * b * q * k for b, q, k in work.attentions) == sum(scale.attention for scale in cost)
+    moved = sum(2 * width * b * (q + k) for b, q, k in work.attentions)
+    assert moved == sum(scale.states for scale in cost)
+
+
 def test_without_a_condition_the_null_condition_is_drawn(prior: VAR, vae: MultiScaleVQVAE) -> None:
     drawn = generate(prior, vae, num=2, seed=1)
     assert drawn.images.shape == (2, *SHAPE)
@@ -174,12 +239,35 @@ def test_nothing_under_the_mask_is_looked_at(prior: VAR, vae: MultiScaleVQVAE, i
     assert not torch.equal(first.images, other.images)
 
 
+def test_what_is_known_comes_back(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
+    edited = edit(prior, vae, images, lower_half(), LABELS[:3], seed=2)
+    assert torch.equal(edited.images[:, :, :4], images[:, :, :4])
+    assert torch.equal(edited.images[:, :, 4:], edited.decoded[:, :, 4:])
+    assert torch.equal(vae.decode(edited.codes), edited.decoded)
+
+
 def test_known_places_are_as_close_as_the_tokenizer_comes(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
     mask = torch.zeros(8, 8, dtype=torch.bool)
-    mask[7, 7] = True  # so little that every place is kept: what comes out is the tokenizer's own reconstruction
+    mask[7, 7] = True  # so little that every place is kept
     edited = edit(prior, vae, images, mask, LABELS[:3])
-    error = (edited.images - images)[:, :, :6].square().mean()
-    assert error < 1.1 * (vae.decode(vae.encode(images)) - images)[:, :, :6].square().mean()
+    error = (edited.decoded - images)[:, :, :6].square().mean()
+    assert error < (vae.decode(vae.encode(images)) - images)[:, :, :6].square().mean()
+
+
+@torch.no_grad()
+def test_each_image_takes_the_correction_that_brings_its_known_part_closest(vae: MultiScaleVQVAE) -> None:
+    images, drawn = torch.rand(2, 12, *SHAPE, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    known = ~lower_half().expand(12, 1, 8, 8)
+    maps, decoded = _as_one_image(vae, images, known, drawn)
+    assert torch.equal(vae.decode(maps), decoded)
+    target, errors = torch.where(known, images, drawn), []
+    for _ in range(4):
+        error = (images - vae.decode(vae.encode(target))) * known
+        errors.append(error.square().mean(dim=(1, 2, 3)))
+        target = target + error
+    found = ((images - decoded) * known).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, torch.stack(errors).amin(dim=0))
+    assert found.mean() < 0.95 * errors[0].mean()
 
 
 def test_places_under_the_mask_are_drawn(prior: VAR, vae: MultiScaleVQVAE, images: Tensor) -> None:
@@ -246,7 +334,8 @@ def test_an_rqtransformer_completes_from_the_rows_above() -> None:
     codes = rqvae.encode(filled)
     assert torch.equal(edited.codes[:, :2], codes[:, :2])
     again = generate(rows_prior, rqvae, partial_codes=codes, start_row=2, seed=3)
-    assert torch.equal(edited.images, again.images)
+    assert torch.equal(edited.decoded, again.images)
+    assert torch.equal(edited.images, torch.where(lower_half(), again.images, images))
     for mask in (~lower_half(), lower_half().t()):
         with pytest.raises(ValueError, match="mask: an RQTransformer draws in raster order and sees only what stands"):
             edit(rows_prior, rqvae, images, mask)
