@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,8 +19,17 @@ from rich.console import Console
 from torch import Tensor
 
 from rqgen.config import to_dict
-from rqgen.data import DataConfig, ImageDataset, image_grid, open_dataset, read_codes
-from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, RQTransformer, RQVAEConfig
+from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid, open_dataset, read_codes
+from rqgen.models import (
+    RQVAE,
+    VAR,
+    MultiScaleVQVAE,
+    MultiScaleVQVAEConfig,
+    PretrainedModel,
+    RQTransformer,
+    RQVAEConfig,
+    load_pretrained,
+)
 from rqgen.sampling import generate
 from rqgen.training import (
     LoopConfig,
@@ -61,23 +73,42 @@ class PriorRun:
 
 
 @dataclass
-class VARTokenizerRun:
+class VARTokenizerRun(TokenizerRun):
     """`rqgen train tokenizer --system var`."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: MultiScaleVQVAEConfig = field(default_factory=MultiScaleVQVAEConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
 
 
 @dataclass
-class VARPriorRun:
+class VARPriorRun(PriorRun):
     """`rqgen train prior --system var`."""
 
-    tokenizer: Path = Path("runs/tokenizer/model")
-    """The folder of the trained tokenizer."""
-    data: DataConfig = field(default_factory=DataConfig)
     prior: VARPriorConfig = field(default_factory=VARPriorConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def _rq_prior(
+    run: PriorRun, vae: RQVAE, source: ImageDataset | EncodedImages
+) -> tuple[PriorStage, ImageDataset | TensorItems]:
+    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size)
+    if prepared.tau is not None:
+        logger.info("temperature of soft labels: %.4g", prepared.tau)
+    stage = PriorStage(
+        run.prior.build(vae, len(source.class_names)),
+        vae,
+        run.prior,
+        kind=prepared.kind,
+        tau=prepared.tau,
+        seed=run.loop.seed,
+        preview=_samples,
+    )
+    return stage, prepared.items
+
+
+def _var_prior(
+    run: VARPriorRun, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages
+) -> tuple[VARStage, ImageDataset | TensorItems]:
+    items = var_prior_items(run.prior, vae, source, batch_size=run.loop.batch_size)
+    return VARStage(run.prior.build(vae, len(source.class_names)), vae, preview=_samples), items
 
 
 @dataclass(frozen=True)
@@ -85,8 +116,12 @@ class System:
     """What differs between the systems on the command line."""
 
     name: str
-    tokenizer_run: type
-    prior_run: type
+    tokenizer: type[PretrainedModel]
+    prior: type[PretrainedModel]
+    tokenizer_run: type[TokenizerRun]
+    prior_run: type[PriorRun]
+    prior_stage: Callable[[Any, Any, Any], tuple[Any, ImageDataset | TensorItems]]
+    """(run, tokenizer, images or codes) -> the stage with a new prior, and what it learns from."""
 
     def config(self, stage: str) -> str:
         """The name of the shipped recipe for digits; stage is "tokenizer" or "prior"."""
@@ -94,8 +129,8 @@ class System:
 
 
 SYSTEMS = {
-    "rq": System("rq", TokenizerRun, PriorRun),
-    "var": System("var", VARTokenizerRun, VARPriorRun),
+    "rq": System("rq", RQVAE, RQTransformer, TokenizerRun, PriorRun, _rq_prior),
+    "var": System("var", MultiScaleVQVAE, VAR, VARTokenizerRun, VARPriorRun, _var_prior),
 }
 
 
@@ -103,6 +138,23 @@ def find_system(name: str) -> System:
     if name not in SYSTEMS:
         raise ValueError(f"--system: expected one of {', '.join(SYSTEMS)}, got '{name}'")
     return SYSTEMS[name]
+
+
+def _system_of(run: TokenizerRun | PriorRun) -> System:
+    return next(system for system in SYSTEMS.values() if type(run) in (system.tokenizer_run, system.prior_run))
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(option: str, folder: Path) -> Any:
+    """The model that ``--prior`` or ``--tokenizer`` (``option``) names, of whichever system. ValueError for a model of
+    the other stage."""
+    model = load_pretrained(folder, default_device())
+    if not isinstance(model, tuple(getattr(system, option) for system in SYSTEMS.values())):
+        raise ValueError(f"--{option}: {folder} holds no {option}, but a {model.model_type}")
+    return model
 
 
 def shipped_config(name: str) -> Path:
@@ -135,7 +187,13 @@ def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfi
         )
 
 
-def train_tokenizer(run: TokenizerRun | VARTokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
+def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
+    """Raises ValueError where the two stages would not hold out the same images."""
+    if tokenizer != prior:
+        raise ValueError("prior.data: expected the same settings as tokenizer.data: one split for both")
+
+
+def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
     """Trains a tokenizer and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration."""
     check_images_fit(run.data, run.model)
     checkpoint = _prepare_folder(out, to_dict(run), resume)
@@ -143,10 +201,15 @@ def train_tokenizer(run: TokenizerRun | VARTokenizerRun, out: Path, *, resume: b
     result.model.save_pretrained(out / "model")
 
 
-def train_prior(run: PriorRun | VARPriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
+def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
     """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
-    vae = (MultiScaleVQVAE if isinstance(run, VARPriorRun) else RQVAE).from_pretrained(run.tokenizer)
-    if isinstance(run, VARPriorRun) or run.codes is None:
+    system, vae = _system_of(run), load_pretrained(run.tokenizer)
+    if not isinstance(vae, system.tokenizer):
+        raise ValueError(
+            f"tokenizer: --system {system.name} expects a {system.tokenizer.model_type}, "
+            f"got a {vae.model_type} in {run.tokenizer}"
+        )
+    if run.codes is None:
         check_images_fit(run.data, vae.config)
     checkpoint = _prepare_folder(out, to_dict(run), resume)
     result = fit_prior(run, vae, out, resume=checkpoint, console=console)
@@ -154,19 +217,18 @@ def train_prior(run: PriorRun | VARPriorRun, out: Path, *, resume: bool, console
 
 
 def fit_tokenizer(
-    run: TokenizerRun | VARTokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
+    run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
 ) -> TrainingResult[RQVAE] | TrainingResult[MultiScaleVQVAE]:
     """Trains from scratch, or from the checkpoint ``resume``; writes what ``run.loop`` asks for to
     ``folder``."""
     images = open_dataset(run.data, "train")
     set_seed(run.loop.seed)
-    model = MultiScaleVQVAE(run.model) if isinstance(run, VARTokenizerRun) else RQVAE(run.model)
-    stage = TokenizerStage(model, _examples(run.data, images))
+    stage = TokenizerStage(_system_of(run).tokenizer(run.model), _examples(run.data, images))
     return train(stage, images, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
 def fit_prior(
-    run: PriorRun | VARPriorRun,
+    run: PriorRun,
     vae: RQVAE | MultiScaleVQVAE,
     folder: Path,
     *,
@@ -174,29 +236,12 @@ def fit_prior(
     console: Console | None = None,
 ) -> TrainingResult[RQTransformer] | TrainingResult[VAR]:
     """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
-    if isinstance(run, VARPriorRun):
-        images = open_dataset(run.data, "train")
-        vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        items = var_prior_items(run.prior, vae, images, batch_size=run.loop.batch_size)
-        set_seed(run.loop.seed)
-        stage = VARStage(run.prior.build(vae, len(images.class_names)), vae, preview=_samples)
-        return train(stage, items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
-    vae.to("cuda" if torch.cuda.is_available() else "cpu")
-    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size)
-    if prepared.tau is not None:
-        logger.info("temperature of soft labels: %.4g", prepared.tau)
+    vae.to(default_device())
+    # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
     set_seed(run.loop.seed)
-    stage = PriorStage(
-        run.prior.build(vae, len(source.class_names)),
-        vae,
-        run.prior,
-        kind=prepared.kind,
-        tau=prepared.tau,
-        seed=run.loop.seed,
-        preview=_samples,
-    )
-    return train(stage, prepared.items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
+    stage, items = _system_of(run).prior_stage(run, vae, source)
+    return train(stage, items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
 def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Path | None:
@@ -231,3 +276,18 @@ def _samples(prior: RQTransformer | VAR, vae: RQVAE | MultiScaleVQVAE) -> dict[s
     condition = torch.arange(4 * PREVIEW_COLUMNS, device=prior.device) % classes if classes else None
     drawn = generate(prior, vae, condition, None if classes else 4 * PREVIEW_COLUMNS, seed=0)
     return {"samples": image_grid(drawn.images, columns=PREVIEW_COLUMNS)}
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    write_text(json.dumps(content, indent=2) + "\n", path)

@@ -12,12 +12,12 @@ import torch
 from rqgen.config import load, to_dict
 from rqgen.convert import load_kakaobrain, load_var
 from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
-from rqgen.data.codes import codebook_fingerprint
-from rqgen.models import RQVAE, VAR, RQTransformer, load_pretrained
+from rqgen.data.codes import code_fingerprint
+from rqgen.models import RQVAE, VAR, RQTransformer
 from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
-from .runs import check_images_fit, number_of_classes
+from .runs import check_images_fit, load_model, number_of_classes
 
 
 def encode_images(
@@ -27,22 +27,22 @@ def encode_images(
     resolution and channels are the tokenizer's unless given."""
     if split not in get_args(Split):
         raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got '{split}'")
-    vae = RQVAE.from_pretrained(tokenizer, device=_device())
+    vae = load_model("tokenizer", tokenizer)
     data = load(
         DataConfig,
         None,
         overrides,
-        defaults={"resolution": vae.config.resolution, "channels": vae.config.image_channels},
+        defaults={"resolution": vae.config.image_shape[0], "channels": vae.config.image_channels},
     )
     check_images_fit(data, vae.config)
     images = open_dataset(data, split)  # type: ignore[arg-type]
-    codes_nhwd, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True)
+    codes, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True)
     info = {"tokenizer": str(tokenizer), "split": split, "data": to_dict(data)}
     encoded = EncodedImages(
-        codes_nhwd,
+        codes,
         labels,
         vae.codebook_size,
-        codebook_fingerprint(vae.codebooks),
+        code_fingerprint(*vae.quantizer.code_tensors()),
         images.class_names,
         info,
     )
@@ -71,11 +71,7 @@ def sample_images(
     prior_folder: Path, tokenizer: Path, request: SampleRequest, out: Path, codes_file: Path | None
 ) -> int:
     """Draws images onto one sheet, a row per class, and optionally writes their codes. Returns how many."""
-    prior, vae = load_pretrained(prior_folder, _device()), load_pretrained(tokenizer, _device())
-    if codes_file is not None and isinstance(prior, VAR):
-        raise ValueError("--codes: only stacks of codes are written to files, and a VAR draws token maps")
-    if not isinstance(prior, (RQTransformer, VAR)):
-        raise ValueError(f"--prior: {prior_folder} holds no prior, but a {prior.model_type}")
+    prior, vae = load_model("prior", prior_folder), load_model("tokenizer", tokenizer)
     labels = _labels(prior, request)
     drawn = generate(
         prior,
@@ -94,12 +90,12 @@ def sample_images(
     )
     save_png(image_grid(drawn.images, columns=request.num), out, scale=2)
     if codes_file is not None:
-        unlabelled = torch.full((len(drawn.codes),), -1)
+        unlabelled = torch.full((len(drawn.images),), -1)
         encoded = EncodedImages(
             drawn.codes,
             unlabelled if labels is None else labels.cpu(),
             vae.codebook_size,
-            codebook_fingerprint(vae.codebooks),
+            code_fingerprint(*vae.quantizer.code_tensors()),
             (),
             {"prior": str(prior_folder), "tokenizer": str(tokenizer), "seed": request.seed},
         )
@@ -135,7 +131,3 @@ def _labels(prior: RQTransformer | VAR, request: SampleRequest) -> torch.Tensor 
         if not 0 <= label < classes:
             raise ValueError(f"--class: expected 0..{classes - 1}, got {label}")
     return torch.tensor(chosen, device=prior.device).repeat_interleave(request.num)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,6 +54,8 @@ class DataConfig:
     split_seed: int = 0
     horizontal_flip: bool = False
     """Mirror half of the training images."""
+    shift: int = 0
+    """Move training images by up to so many pixels, up or down and left or right; the border is repeated."""
     crops_per_epoch: int = 1024
     """Source "photos": how many random crops make an epoch."""
 
@@ -64,6 +66,8 @@ class DataConfig:
             raise ValueError(f"channels: expected 1 (grey) or 3 (colour), got {self.channels}")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction: expected 0 <= fraction < 1, got {self.held_out_fraction}")
+        if not 0 <= self.shift < self.resolution:
+            raise ValueError(f"shift: expected 0 <= shift < resolution ({self.resolution}), got {self.shift}")
         if self.crops_per_epoch < 1:
             raise ValueError(f"crops_per_epoch: expected at least 1, got {self.crops_per_epoch}")
         if (self.source == "folder") != (self.folder is not None):
@@ -127,14 +131,14 @@ class DigitImages(ImageDataset):
         images_n1hw = torch.from_numpy(np.stack(enlarged)).clamp_(-1, 1).unsqueeze(1)
         self.images = images_n1hw.expand(-1, config.channels, -1, -1).contiguous()
         self.labels = torch.tensor([labels[i] for i in keep])
-        self._flip = _Flip(config, split)
-        self.varies = self._flip.on
+        self._augment = _Augmentation(config, split)
+        self.varies = self._augment.on
 
     def __len__(self) -> int:
         return len(self.images)
 
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
-        return self._flip(self.images[index], index, epoch), int(self.labels[index])
+        return self._augment(self.images[index], index, epoch), int(self.labels[index])
 
 
 class PhotoCrops(ImageDataset):
@@ -162,7 +166,7 @@ class PhotoCrops(ImageDataset):
                 )
             self._regions[label] = photo.crop((left, 0, right, photo.height))
         self._config = config
-        self._flip = _Flip(config, split)
+        self._augment = _Augmentation(config, split)
 
     def __len__(self) -> int:
         return self._config.crops_per_epoch
@@ -178,7 +182,7 @@ class PhotoCrops(ImageDataset):
         top = int(draw.integers(0, region.height - side + 1))
         crop = region.crop((left, top, left + side, top + side))
         size = (self._config.resolution, self._config.resolution)
-        return self._flip(_to_tensor(crop.resize(size, Image.Resampling.LANCZOS)), index, epoch), label
+        return self._augment(_to_tensor(crop.resize(size, Image.Resampling.LANCZOS)), index, epoch), label
 
 
 class FolderImages(ImageDataset):
@@ -214,15 +218,15 @@ class FolderImages(ImageDataset):
         self.files = self._readable([files[i] for i in keep])
         if keep and not self.files:
             raise ValueError(f"{folder}: none of its image files can be read")
-        self._flip = _Flip(config, split)
-        self.varies = self._flip.on
+        self._augment = _Augmentation(config, split)
+        self.varies = self._augment.on
 
     def __len__(self) -> int:
         return len(self.files)
 
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[index]
-        return self._flip(_to_tensor(self._fit(path, self._open(path))), index, epoch), label
+        return self._augment(_to_tensor(self._fit(path, self._open(path))), index, epoch), label
 
     def _readable(self, files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
         with ThreadPoolExecutor() as pool:
@@ -261,16 +265,24 @@ class FolderImages(ImageDataset):
         return image.crop((left, top, left + side, top + side))
 
 
-class _Flip:
-    """Mirrors every other training image, by a coin that depends on (seed, epoch, index)."""
+class _Augmentation:
+    """Mirrors every other training image and moves it, by draws that depend on (seed, epoch, index)."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
-        self.on = config.horizontal_flip and split == "train"
+        training = split == "train"
+        self._flip, self._shift = training and config.horizontal_flip, config.shift if training else 0
+        self.on = self._flip or self._shift > 0
         self._seed = config.split_seed
 
     def __call__(self, image_chw: torch.Tensor, index: int, epoch: int) -> torch.Tensor:
-        if self.on and _item_generator(self._seed, epoch, index, stream=0).random() < 0.5:
-            return image_chw.flip(-1)
+        if self._flip and _item_generator(self._seed, epoch, index, stream=0).random() < 0.5:
+            image_chw = image_chw.flip(-1)
+        if self._shift:
+            draw = _item_generator(self._seed, epoch, index, stream=2)
+            down, right = draw.integers(-self._shift, self._shift + 1, size=2).tolist()
+            rows, columns = (torch.arange(side) for side in image_chw.shape[1:])
+            rows, columns = (rows - down).clamp(0, len(rows) - 1), (columns - right).clamp(0, len(columns) - 1)
+            image_chw = image_chw[:, rows.unsqueeze(1), columns]
         return image_chw
 
 

@@ -61,17 +61,18 @@ def draw_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: Path) 
     _stack_rows(rows, "Edits", path)
 
 
-def draw_code_usage(counts_dk: Tensor, path: Path) -> None:
-    """How often each code is used at each depth, most used first (the paper's figure 6); counts (D, K)."""
-    depths = len(counts_dk)
-    figure = Figure(figsize=(8, 1.7 * depths + 0.6), layout="constrained")
-    axes = figure.subplots(depths, 1, sharex=True, squeeze=False)[:, 0]
-    for d, (axis, counts_k) in enumerate(zip(axes, counts_dk, strict=True)):
+def draw_code_usage(counts_dk: Tensor, path: Path, *, axis: str = "depth") -> None:
+    """How often each code is used at each depth (or whatever ``axis`` says), most used first (figure 6 of the RQ-VAE's
+    paper); counts (D, K)."""
+    panels = len(counts_dk)
+    figure = Figure(figsize=(8, 1.7 * panels + 0.6), layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for d, (panel, counts_k) in enumerate(zip(axes, counts_dk, strict=True)):
         share_k = (counts_k.double() / counts_k.sum().clamp(min=1)).sort(descending=True).values
-        axis.bar(range(len(share_k)), (100 * share_k).tolist(), width=1.0, color=COLOURS[d % len(COLOURS)])
+        panel.bar(range(len(share_k)), (100 * share_k).tolist(), width=1.0, color=COLOURS[d % len(COLOURS)])
         used = int((counts_k > 0).sum())
-        tidy(axis, f"depth {d + 1}: {used} of {len(counts_k)} codes used")
-        axis.set_ylabel("% of uses")
+        tidy(panel, f"{axis} {d + 1}: {used} of {len(counts_k)} codes used")
+        panel.set_ylabel("% of uses")
     axes[-1].set_xlabel("codes, most used first")
     save_figure(figure, path)
 

@@ -1,11 +1,12 @@
 """Training of both stages: one loop, two sets of step functions."""
 
 from .checkpoint import latest_checkpoint
-from .loop import LoopConfig, StepResult, TrainingResult, train
+from .encoding import encode_dataset
+from .loop import LoopConfig, StepResult, TrainingResult, refuse_other_run, train
 from .optim import OptimizerConfig
-from .prior import PriorConfig, PriorData, PriorStage, encode_dataset, measure_tau, prior_data
+from .prior import PriorConfig, PriorData, PriorStage, measure_tau, prior_data
 from .tokenizer import TokenizerStage
-from .var import VARPriorConfig, VARStage, encode_token_maps, var_prior_items
+from .var import VARPriorConfig, VARStage, var_prior_items
 
 __all__ = [
     "LoopConfig",
@@ -19,10 +20,10 @@ __all__ = [
     "VARPriorConfig",
     "VARStage",
     "encode_dataset",
-    "encode_token_maps",
     "latest_checkpoint",
     "measure_tau",
     "prior_data",
+    "refuse_other_run",
     "train",
     "var_prior_items",
 ]

@@ -88,6 +88,8 @@ class Stage(Protocol[ModelT]):
 
     name: str
     model: ModelT
+    axis: str
+    """What the entries of `usage` stand for, as logs call it: "depth" or "scale"."""
 
     def to(self, device: torch.device) -> None:
         """Moves whatever the stage holds beside the model."""
@@ -95,7 +97,7 @@ class Stage(Protocol[ModelT]):
     def step(self, batch: Batch) -> StepResult: ...
 
     def usage(self) -> dict[str, Tensor]:
-        """Values per depth (D,) over the running window, such as codes used and perplexity."""
+        """Values per depth (D,), or per scale, over the running window, such as codes used and perplexity."""
 
     def pictures(self, model: ModelT) -> dict[str, Tensor]:
         """Sheets of images, bytes (channels, H, W), drawn with ``model`` (the averaged weights, if any)."""
@@ -148,7 +150,7 @@ def train(
     step, history, window = 0, [], deque(maxlen=config.window)
     if resume is not None:
         state, info = load_checkpoint(resume, map_location=accelerator.device)
-        _refuse_other_run(info["description"], described, resume)
+        refuse_other_run(info["description"], described, resume)
         step, history = state["step"], state["history"]
         window.extend(state["window"])
         model.load_state_dict(state["model"])
@@ -262,7 +264,7 @@ def _record(step: int, rate: float, window: deque[dict[str, Tensor]], stage: Sta
     if not all(value == value and abs(value) != float("inf") for value in record.values()):
         raise FloatingPointError(f"{stage.name}: the loss is not finite at step {step}: {record}")
     for name, values_d in stage.usage().items():
-        record |= {f"{name}/depth_{d + 1}": float(value) for d, value in enumerate(values_d.tolist())}
+        record |= {f"{name}/{stage.axis}_{d + 1}": float(value) for d, value in enumerate(values_d.tolist())}
     return record
 
 
@@ -282,7 +284,8 @@ def _draw(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights | None)
         model.train()
 
 
-def _refuse_other_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where two descriptions of a run differ in what changes its weights."""
     for key, before, now in _differences(saved, current, ""):
         if key.rsplit(".", 1)[-1] not in RESUMABLE_CHANGES:
             raise ValueError(f"cannot resume {path}: '{key}' was {before!r} there and is {now!r} now")

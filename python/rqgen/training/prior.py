@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import rqkernels
-from rqgen.data.codes import EncodedImages, codebook_fingerprint
+from rqgen.data.codes import EncodedImages, code_fingerprint
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
 from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, SoftLabels, prior_loss
 from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
 
+from .encoding import encode_dataset
 from .loop import StepResult
 
 # Enough to measure a temperature by.
@@ -91,26 +92,6 @@ class PriorConfig:
         return RQTransformer(config, vae.codebooks)
 
 
-@torch.no_grad()
-def encode_dataset(
-    vae: RQVAE, images: ImageDataset, *, batch_size: int, codes: bool, count: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Every image once (or the first ``count``), in order: codes (N, h, w, D) or latents (N, h, w, C), and
-    labels (N,), on the CPU."""
-    vae.eval()
-    encoded, labels = [], []
-    count = len(images) if count is None else count
-    frozen = vae.freeze(count) if codes else None
-    for start in range(0, count, batch_size):
-        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
-        images_nchw = torch.stack([image for image, _ in batch]).to(vae.device)
-        encoded.append((vae.encode(images_nchw, frozen) if codes else vae.encode_latents(images_nchw).float()).cpu())
-        labels += [label for _, label in batch]
-    if not encoded:
-        raise ValueError("images: expected at least one, got an empty dataset")
-    return torch.cat(encoded), torch.tensor(labels)
-
-
 class PriorData(NamedTuple):
     """What a prior learns from. ``kind`` says what a batch of ``items`` holds; ``tau`` is None where nothing
     needs it (hard labels of the nearest codes)."""
@@ -127,14 +108,13 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
     (those are made of residuals, which codes on disk do not have), and for cached latents of varying images.
     """
     if isinstance(source, EncodedImages):
-        if source.codebook_id != codebook_fingerprint(vae.codebooks):
-            raise ValueError("codes: they were written by another tokenizer than the given one")
+        source.check_tokenizer(list(vae.code_shape), code_fingerprint(*vae.quantizer.code_tensors()))
         if config.soft_labels or config.stochastic_codes:
             raise ValueError(
                 "codes on disk have no residuals: set prior.soft_labels=false and "
                 "prior.stochastic_codes=false, or train from images"
             )
-        return PriorData(TensorItems(source.codes_nhwd, source.labels), "codes", None)
+        return PriorData(TensorItems(source.codes, source.labels), "codes", None)
     needs_tau = config.soft_labels or config.stochastic_codes
     if config.cache_latents:
         if source.varies:
@@ -173,6 +153,7 @@ class PriorStage:
     """
 
     name = "prior"
+    axis = "depth"
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class TokenizerStage:
 
     def __init__(self, model: RQVAE | MultiScaleVQVAE, examples: Tensor | None = None) -> None:
         self.model = model
+        self.axis = model.quantizer.axis
         self._examples = examples
 
     def to(self, device: torch.device) -> None:

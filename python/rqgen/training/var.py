@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rqgen.data.codes import EncodedImages, code_fingerprint, flatten_codes, unflatten_codes
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
 from rqgen.models import VAR, MultiScaleVQVAE, VARConfig, var_loss
 
+from .encoding import encode_dataset
 from .loop import StepResult
 
 
@@ -58,48 +60,29 @@ class VARPriorConfig:
         return VAR(config, vae.quantizer)
 
 
-@torch.no_grad()
-def encode_token_maps(vae: MultiScaleVQVAE, images: ImageDataset, *, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Every image once, in order: all its tokens side by side, int64 (N, L), and labels (N,), on the CPU."""
-    vae.eval()
-    tokens, labels = [], []
-    for start in range(0, len(images), batch_size):
-        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
-        images_nchw = torch.stack([image for image, _ in batch]).to(vae.device)
-        tokens.append(flat_tokens(vae.encode(images_nchw)).cpu())
-        labels += [label for _, label in batch]
-    if not tokens:
-        raise ValueError("images: expected at least one, got an empty dataset")
-    return torch.cat(tokens), torch.tensor(labels)
-
-
-def flat_tokens(codes: Sequence[Tensor]) -> Tensor:
-    """Token maps (B, h_k, w_k) side by side: (B, L)."""
-    return torch.cat([maps.flatten(1) for maps in codes], dim=1)
-
-
-def token_maps(tokens_bl: Tensor, scales: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The opposite of `flat_tokens`."""
-    parts = tokens_bl.split([h * w for h, w in scales], dim=1)
-    return [part.unflatten(1, (h, w)) for part, (h, w) in zip(parts, scales, strict=True)]
-
-
 def var_prior_items(
-    config: VARPriorConfig, vae: MultiScaleVQVAE, images: ImageDataset, *, batch_size: int
+    config: VARPriorConfig, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages, *, batch_size: int
 ) -> ImageDataset | TensorItems:
-    """What a prior learns from: tokens (L,), or the images themselves. ValueError for cached codes of images that
-    differ from epoch to epoch."""
+    """What a prior learns from: all tokens of an image side by side, (L,), or the images themselves.
+
+    Raises ValueError for codes of another tokenizer, and for cached codes of images that differ from epoch to epoch.
+    """
+    if isinstance(source, EncodedImages):
+        source.check_tokenizer(vae.scales, code_fingerprint(*vae.quantizer.code_tensors()))
+        return TensorItems(flatten_codes(source.codes), source.labels)
     if not config.cache_codes:
-        return images
-    if images.varies:
+        return source
+    if source.varies:
         raise ValueError("prior.cache_codes: the images differ from epoch to epoch (crops, flips): set it to false")
-    return TensorItems(*encode_token_maps(vae, images, batch_size=batch_size))
+    codes, labels = encode_dataset(vae, source, batch_size=batch_size, codes=True)
+    return TensorItems(flatten_codes(codes), labels)
 
 
 class VARStage:
     """Cross-entropy over all tokens of all scales."""
 
     name = "prior"
+    axis = "scale"
 
     def __init__(
         self,
@@ -119,7 +102,7 @@ class VARStage:
         if batch.inputs.is_floating_point():
             codes = self._vae.encode(batch.inputs)
         else:
-            codes = token_maps(batch.inputs, self._vae.scales)
+            codes = unflatten_codes(batch.inputs, self._vae.scales)
         loss = var_loss(self.model(codes, batch.labels), codes)
         return StepResult(loss.total, {f"loss/scale_{k + 1}": term for k, term in enumerate(loss.per_scale)})
 

@@ -21,7 +21,7 @@ def test_encode_writes_the_codes_of_every_image(rqgen, trained, tmp_path):
     code, out, err = rqgen("encode", "--tokenizer", tokenizer, "--out", file, "--split", "held_out")
     assert code == 0, err
     encoded, images = read_codes(file), open_dataset(DataConfig(), "held_out")
-    assert torch.equal(encoded.codes_nhwd[:70], RQVAE.from_pretrained(tokenizer).encode(images.images[:70]))
+    assert torch.equal(encoded.codes[:70], RQVAE.from_pretrained(tokenizer).encode(images.images[:70]))
     assert torch.equal(encoded.labels, images.labels) and encoded.class_names == tuple("0123456789")
     assert encoded.info["split"] == "held_out" and f"{len(images)} images as 4x4x4 codes" in out
 
@@ -46,6 +46,7 @@ def test_encode_mistakes(rqgen, trained, tmp_path):
         (["resolution=64"], "data.resolution: 64"),
         (["sourc=digits"], "did you mean 'source'"),
         (["source=folder"], "folder: expected a path"),
+        (["--tokenizer", trained[1] / "model"], "holds no tokenizer, but a rqtransformer"),
     ):
         code, _, err = rqgen("encode", "--tokenizer", tokenizer, "--out", tmp_path / "x", *more)
         assert code == 1 and words in err and err.count("\n") == 1
@@ -65,11 +66,11 @@ def test_sample_draws_a_row_per_class(rqgen, trained, tmp_path):
     # The same seed draws the same images, however they are batched; another seed draws others.
     files = ["--out", tmp_path / "t.png", "--codes", tmp_path / "t.safetensors", "--batch-size", 3]
     assert rqgen("sample", *models, *arguments, *files)[0] == 0
-    assert torch.equal(read_codes(tmp_path / "t.safetensors").codes_nhwd, drawn.codes_nhwd)
+    assert torch.equal(read_codes(tmp_path / "t.safetensors").codes, drawn.codes)
     # In a shorter precision hardly any code of a few images differs: these are told apart in the tests of `generate`.
     assert rqgen("sample", *models, *arguments, *files, "--precision", "int8", "--no-graphs")[0] == 0
     assert rqgen("sample", *models, *arguments, *files, "--seed", 6)[0] == 0
-    assert not torch.equal(read_codes(tmp_path / "t.safetensors").codes_nhwd, drawn.codes_nhwd)
+    assert not torch.equal(read_codes(tmp_path / "t.safetensors").codes, drawn.codes)
 
 
 def test_sample_mistakes(rqgen, trained, tmp_path):
@@ -88,6 +89,8 @@ def test_sample_mistakes(rqgen, trained, tmp_path):
     other.save_pretrained(tmp_path / "other")
     code, _, err = rqgen("sample", "--prior", prior, "--tokenizer", tmp_path / "other")
     assert code == 1 and "codebooks are not the ones" in err
+    code, _, err = rqgen("sample", "--prior", prior, "--tokenizer", prior)
+    assert code == 1 and "--tokenizer: " in err and "holds no tokenizer, but a rqtransformer" in err
     assert rqgen("sample", "--num", 0)[0] == 2
 
 

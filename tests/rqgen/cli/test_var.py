@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rqgen.cli.app import main
-from rqgen.models import VAR, MultiScaleVQVAE
+from rqgen.data import DataConfig, image_grid, open_dataset, read_codes, save_png
+from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig
+from rqgen.quantizers import MultiScaleConfig
 
 TOKENIZER = [
     "model.base_channels=8",
@@ -46,10 +49,68 @@ def test_both_stages_train_and_the_prior_draws(rqgen, trained, tmp_path):
     code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg", 1.5, "--out", tmp_path / "s.png")
     assert code == 0, err
     assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * (3 * 34 + 2), 2 * (34 + 2))
-    code, _, err = rqgen("sample", *models, "--codes", tmp_path / "c", "--out", tmp_path / "t.png")
-    assert code == 1 and "--codes: only stacks of codes" in err and not (tmp_path / "t.png").exists()
     code, _, err = rqgen("sample", "--tokenizer", trained[0], "--prior", trained[0])
     assert code == 1 and "holds no prior, but a multiscale_vqvae" in err
+
+
+def test_encode_writes_token_maps(rqgen, trained, tmp_path):
+    file = tmp_path / "codes.safetensors"
+    code, out, err = rqgen("encode", "--tokenizer", trained[0], "--out", file, "--split", "held_out")
+    assert code == 0, err
+    encoded, images = read_codes(file), open_dataset(DataConfig(), "held_out")
+    assert f"{len(images)} images as token maps of 1x1, 2x2, 3x3, 4x4" in out
+    expected = MultiScaleVQVAE.from_pretrained(trained[0]).encode(images.images[:70])
+    assert len(encoded.codes) == 4
+    assert all(torch.equal(maps[:70], first) for maps, first in zip(encoded.codes, expected, strict=True))
+    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == tuple("0123456789")
+
+
+def test_a_prior_learns_from_token_maps_on_disk_as_from_images(rqgen, trained, tmp_path):
+    file = tmp_path / "codes.safetensors"
+    assert rqgen("encode", "--tokenizer", trained[0], "--out", file, "--split", "train", "--batch-size", 16)[0] == 0
+    arguments = ["train", "prior", "--system", "var", f"tokenizer={trained[0]}", *PRIOR, "loop.steps=3"]
+    code, _, err = rqgen(*arguments, f"codes={file}", "--out", tmp_path / "prior")
+    assert code == 0, err
+    one, two = (VAR.from_pretrained(folder).state_dict() for folder in (trained[1], tmp_path / "prior" / "model"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_codes_of_another_tokenizer_are_refused(rqgen, trained, tmp_path):
+    file, other = tmp_path / "codes.safetensors", tmp_path / "other"
+    vae = MultiScaleVQVAE.from_pretrained(trained[0])
+    with torch.no_grad():
+        vae.quantizer.refinements[0].bias[0] += 1  # one codebook, but its codes stand for other features
+    vae.save_pretrained(other)
+    assert rqgen("encode", "--tokenizer", other, "--out", file, "--split", "train")[0] == 0
+    arguments = ["train", "prior", "--system", "var", *PRIOR, "--out", tmp_path / "prior", f"codes={file}"]
+    code, _, err = rqgen(*arguments, f"tokenizer={trained[0]}")
+    assert code == 1 and "written by another tokenizer" in err
+    coarse = MultiScaleVQVAEConfig(
+        **{**vars(vae.config), "quantizer": MultiScaleConfig(codebook_size=16, scales=[1, 4], refinements=1)}
+    )
+    MultiScaleVQVAE(coarse).save_pretrained(tmp_path / "coarse")
+    code, _, err = rqgen(*arguments, f"tokenizer={tmp_path / 'coarse'}", "--out", tmp_path / "third")
+    assert code == 1 and "expected token maps of 1x1, 4x4, as the tokenizer has, got token maps of 1x1, 2x2" in err
+
+
+def test_sample_writes_the_token_maps_it_drew(rqgen, trained, tmp_path):
+    models = ["--tokenizer", trained[0], "--prior", trained[1]]
+    files = ["--out", tmp_path / "s.png", "--codes", tmp_path / "c"]
+    code, _, err = rqgen("sample", *models, "--num", 2, "--class", 4, "--class", 1, *files)
+    assert code == 0, err
+    drawn = read_codes(tmp_path / "c")
+    assert drawn.labels.tolist() == [4, 4, 1, 1]
+    # What the file holds is what the sheet shows.
+    vae = MultiScaleVQVAE.from_pretrained(trained[0])
+    images = torch.cat([vae.decode([maps[i : i + 1] for maps in drawn.codes]) for i in range(4)])
+    save_png(image_grid(images, columns=2), tmp_path / "again.png", scale=2)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(tmp_path / "s.png")))
+
+
+def test_usage_is_logged_by_scale(trained):
+    events = EventAccumulator(str(trained[0].parent / "tensorboard")).Reload()
+    names = {name for name in events.Tags()["scalars"] if name.startswith(("codes_used", "perplexity"))}
+    assert names == {f"{what}/scale_{k}" for what in ("codes_used", "perplexity") for k in range(1, 5)}
 
 
 def test_training_resumes_bit_for_bit(rqgen, trained, tmp_path):
@@ -64,6 +125,12 @@ def test_training_resumes_bit_for_bit(rqgen, trained, tmp_path):
     assert rqgen(*arguments, "--out", halves, "loop.steps=4", "loop.checkpoint_every=2", "--resume")[0] == 0
     one, two = (VAR.from_pretrained(folder / "model").state_dict() for folder in (whole, halves))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_tokenizer_of_the_other_system_is_refused(rqgen, trained, tmp_path):
+    code, _, err = rqgen("train", "prior", f"tokenizer={trained[0]}", "--out", tmp_path / "p")
+    assert code == 1 and "tokenizer: --system rq expects a rqvae, got a multiscale_vqvae" in err
+    assert not (tmp_path / "p").exists()
 
 
 def test_an_unknown_system_is_refused(rqgen):
@@ -90,8 +157,10 @@ def test_edit(rqgen, trained, pictures, tmp_path, kind):
     assert "before, mask and after" in out
     sheet = np.asarray(Image.open(tmp_path / "e.png"))[::2, ::2]
     before, masked = sheet[2:34, 2:34], sheet[2:34, 36:68]
-    hidden = slice(16) if kind == "outpaint" else slice(16, 32)
+    hidden, kept = (slice(16), slice(16, 32)) if kind == "outpaint" else (slice(16, 32), slice(16))
     assert before[20, 15] == 220 and (masked[hidden] == 128).all()
+    after = sheet[2:34, 70:102]
+    assert (after[kept] == before[kept]).all() and (after[hidden] != before[hidden]).any()
 
 
 def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
@@ -126,7 +195,8 @@ def test_convert(rqgen, published_var, tmp_path):
     assert VAR.from_pretrained(tmp_path / "out/prior").config.layers == 2
 
 
-def test_demo(rqgen, tmp_path):
+def test_demo(rqgen, tmp_path, monkeypatch):
+    monkeypatch.setattr("rqgen.cli.demo.INPAINTED", 12)
     out = tmp_path / "demo"
     overrides = [*(f"tokenizer.{s}" for s in TOKENIZER), *(f"prior.{s}" for s in PRIOR)]
     steps = ["tokenizer.loop.steps=8", "prior.loop.steps=4", "sampling.count=100"]
@@ -142,3 +212,6 @@ def test_demo(rqgen, tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["codes_used"]) == 4 and metrics["seed"] == 2
     assert 0 <= metrics["sample_accuracy"] <= 1 and len(metrics["sample_accuracy_per_class"]) == 10
+    inpainting = metrics["inpainting"]
+    assert inpainting["images"] == 12 and 0 <= inpainting["accuracy"] <= 1
+    assert inpainting["kept_mse"] > 0 and inpainting["tokenizer_mse"] > 0

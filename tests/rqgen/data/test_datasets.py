@@ -1,5 +1,6 @@
 """Digits, photographs and folders of images."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -137,6 +138,35 @@ def test_flips_touch_training_images_only(tmp_path):
     whole = open_dataset(config, "all")
     assert train.varies and not whole.varies
     assert all(whole.item(0, epoch)[0][0, 0, 0] > 0 for epoch in range(32))
+
+
+def test_shifts_move_training_images_and_repeat_their_border(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    config = DataConfig(
+        source="folder", folder=tmp_path, resolution=16, channels=3, shift=2, held_out_fraction=0, horizontal_flip=True
+    )
+    train, whole = open_dataset(config, "train"), open_dataset(config, "all")
+    plain = whole.item(0, 0)[0]
+    assert train.varies and not whole.varies and torch.equal(plain, whole.item(0, 5)[0])
+    # The border repeated, then a window that sees the picture further down and to the right.
+    padded = {m: np.pad(plain.flip(-1) if m else plain, ((0, 0), (2, 2), (2, 2)), mode="edge") for m in (False, True)}
+    windows = {
+        padded[m][:, 2 - down : 18 - down, 2 - right : 18 - right].tobytes(): (m, down, right)
+        for m, down, right in itertools.product((False, True), range(-2, 3), range(-2, 3))
+    }
+    seen = {windows[train.item(0, epoch)[0].numpy().tobytes()] for epoch in range(600)}
+    assert len(seen) == 2 * 5 * 5
+    assert torch.equal(train.item(0, 7)[0], open_dataset(config, "train").item(0, 7)[0])
+
+
+def test_a_shift_stays_within_the_image():
+    for shift in (-1, 32):
+        with pytest.raises(ValueError, match=rf"shift: expected 0 <= shift < resolution \(32\), got {shift}"):
+            DataConfig(shift=shift)
+    assert (
+        open_dataset(DataConfig(shift=1), "train").varies and not open_dataset(DataConfig(shift=1), "held_out").varies
+    )
 
 
 def test_broken_images_fail_by_name_or_are_skipped_by_name(folder, caplog):

@@ -142,6 +142,7 @@ class Line(nn.Module):
 
 class LineStage:
     name = "line"
+    axis = "scale"
 
     def __init__(self, factor=1.0):
         self.model = Line()
@@ -199,7 +200,7 @@ def test_window_of_logged_terms(tmp_path):
     record = train(stage, line_items(), config, tmp_path).history[0]
     means = [sum(labels) / 2 for _, labels in stage.seen]
     assert record["mean"] == pytest.approx(sum(means[1:]) / 3)
-    assert record["codes_used/depth_2"] == 7
+    assert record["codes_used/scale_2"] == 7 and "codes_used/depth_2" not in record
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):
@@ -207,7 +208,7 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     train(LineStage(), line_items(), config, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4]
-    assert {"learning_rate", "images_per_second", "codes_used/depth_1"} <= set(events.Tags()["scalars"])
+    assert {"learning_rate", "images_per_second", "codes_used/scale_1"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Images("sheet")] == [2, 4]
 
 

@@ -7,7 +7,7 @@ import torch
 
 import rqkernels
 from rqgen.data import Batch, EncodedImages, TensorItems
-from rqgen.data.codes import codebook_fingerprint
+from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models import SoftLabels, prior_loss
 from rqgen.models.rqvae import RQVAE
@@ -153,7 +153,7 @@ def test_prepared_data(vae, images):
 
 def test_codes_on_disk_must_fit(vae, images):
     codes, labels = encode_dataset(vae, images, batch_size=10, codes=True)
-    encoded = EncodedImages(codes, labels, 16, codebook_fingerprint(vae.codebooks), ("a", "b", "c"), {})
+    encoded = EncodedImages(codes, labels, 16, code_fingerprint(vae.codebooks), ("a", "b", "c"), {})
     config = small(soft_labels=False, stochastic_codes=False)
     prepared = prior_data(config, vae, encoded, batch_size=4)
     assert prepared.kind == "codes" and torch.equal(prepared.items.inputs, codes)
@@ -161,6 +161,8 @@ def test_codes_on_disk_must_fit(vae, images):
         prior_data(small(), vae, encoded, batch_size=4)
     with pytest.raises(ValueError, match="written by another tokenizer"):
         prior_data(config, vae, replace(encoded, codebook_id="other"), batch_size=4)
+    with pytest.raises(ValueError, match="codes: expected 4x4x2 codes, as the tokenizer has, got 4x4x1 codes"):
+        prior_data(config, vae, replace(encoded, codes=codes[..., :1]), batch_size=4)
 
 
 def test_bad_settings(vae):

@@ -1,0 +1,35 @@
+"""A data set through a tokenizer, once."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from rqgen.data.codes import Codes
+from rqgen.data.datasets import ImageDataset
+from rqgen.models import RQVAE, MultiScaleVQVAE
+
+
+@torch.no_grad()
+def encode_dataset(
+    vae: RQVAE | MultiScaleVQVAE, images: ImageDataset, *, batch_size: int, codes: bool, count: int | None = None
+) -> tuple[Codes, Tensor]:
+    """Every image once (or the first ``count``), in order: codes as ``vae.encode`` gives them, or float32 latents, and
+    labels (N,), on the CPU."""
+    vae.eval()
+    count = len(images) if count is None else count
+    encode = vae.encode if codes else lambda images_nchw: vae.encode_latents(images_nchw).float()
+    if codes and isinstance(vae, RQVAE):  # a scale's search is one of depth 1, which a frozen codebook does not help
+        encode = functools.partial(vae.encode, frozen=vae.freeze(count))
+    parts, labels = [], []
+    for start in range(0, count, batch_size):
+        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
+        encoded = encode(torch.stack([image for image, _ in batch]).to(vae.device))
+        parts.append([part.cpu() for part in ([encoded] if isinstance(encoded, Tensor) else encoded)])
+        labels += [label for _, label in batch]
+    if not parts:
+        raise ValueError("images: expected at least one, got an empty dataset")
+    whole = [torch.cat(same) for same in zip(*parts, strict=True)]
+    return whole[0] if isinstance(encoded, Tensor) else whole, torch.tensor(labels)
