@@ -377,3 +377,12 @@ def describe(record: Mapping[str, Any]) -> str:
     for c in record["contenders"]:
         lines.append(f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours")
     return "\n".join(lines)
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two markers. Raises ValueError where they are not both there, in order."""
+    before, found_begin, rest = path.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{path} must hold {begin} and after it {end}")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -150,15 +150,6 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_table(text: str, path: Path) -> None:
-    """Replaces what stands between the markers. Raises ValueError where they are not both there, in order."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} must hold {BEGIN} and after it {END}")
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
-
-
 def write_json(content: Any, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -179,5 +170,5 @@ if __name__ == "__main__":
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     content = {"environment": _harness.environment(device), "records": run(args.out, args.seeds, args.overrides)}
     write_json(content, args.json)
-    write_table(table(content), args.docs)
+    _harness.write_between(args.docs, BEGIN, END, table(content))
     print(table(content))

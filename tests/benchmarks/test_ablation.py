@@ -115,11 +115,11 @@ def test_the_table(ablation: ModuleType, tmp_path: Path) -> None:
     )
     page = tmp_path / "page.md"
     page.write_text(f"before\n{ablation.BEGIN}\nold\n{ablation.END}\nafter\n")
-    ablation.write_table(text, page)
+    ablation._harness.write_between(page, ablation.BEGIN, ablation.END, text)
     assert page.read_text() == f"before\n{ablation.BEGIN}\n\n{text}\n\n{ablation.END}\nafter\n"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="must hold"):
-        ablation.write_table(text, page)
+        ablation._harness.write_between(page, ablation.BEGIN, ablation.END, text)
 
 
 def test_the_table_in_the_docs_is_that_of_the_results(ablation: ModuleType) -> None:

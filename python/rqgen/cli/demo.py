@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from rqgen.report import (
     draw_reconstructions,
     draw_samples,
 )
-from rqgen.sampling import edit, generate
+from rqgen.sampling import EditOutput, edit, generate
 
 from .check import installed_versions
 from .runs import (
@@ -35,16 +33,20 @@ from .runs import (
     VARPriorRun,
     VARTokenizerRun,
     check_images_fit,
+    check_one_split,
     find_system,
     fit_prior,
     fit_tokenizer,
     shipped_config,
+    write_json,
 )
 
 # Held-out digits in reconstructions.png.
 SHOWN = 30
 # And in edits.png.
 EDITED = 10
+# And judged with their lower half drawn anew.
+INPAINTED = 200
 
 
 @dataclass
@@ -74,47 +76,47 @@ class DemoConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        _check_split(self)
+        check_one_split(self.tokenizer.data, self.prior.data)
+        if self.tokenizer.data.source != "digits":
+            raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
 
 
 @dataclass
-class VARDemoConfig:
+class VARDemoConfig(DemoConfig):
     """The same for VAR."""
 
     tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
     prior: VARPriorRun = field(default_factory=VARPriorRun)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def __post_init__(self) -> None:
-        _check_split(self)
 
 
-def _check_split(config: DemoConfig | VARDemoConfig) -> None:
-    if config.tokenizer.data != config.prior.data:
-        raise ValueError("prior.data: expected the same settings as tokenizer.data: one split for both")
-    if config.tokenizer.data.source != "digits":
-        raise ValueError(f"data.source: the demo is about 'digits', got '{config.tokenizer.data.source}'")
+# Of each system the settings, and the shipped configuration of them.
+DEMOS = {"rq": (DemoConfig, "demo"), "var": (VARDemoConfig, "var_demo")}
 
 
-def load_demo(seed: int, overrides: Sequence[str] = (), *, system: str = "rq") -> DemoConfig | VARDemoConfig:
+def load_demo(seed: int, overrides: Sequence[str] = (), *, system: str = "rq") -> DemoConfig:
     """The shipped digits recipes, short of what a demo can do without (checkpoints, TensorBoard files), with
     one seed for both trainings and the drawing; then ``overrides``. The split is not drawn anew: figures of different
     seeds are of the same held-out digits."""
     stages = ("tokenizer", "prior")
     seeds = [f"{stage}.loop.seed={seed}" for stage in stages]
     chosen = find_system(system)
+    settings, config = DEMOS[chosen.name]
     return load(
-        DemoConfig if system == "rq" else VARDemoConfig,
-        shipped_config("demo" if system == "rq" else f"{system}_demo"),
+        settings,
+        shipped_config(config),
         [*seeds, f"sampling.seed={seed}", *overrides],
         defaults={stage: read_yaml(shipped_config(chosen.config(stage))) for stage in stages},
     )
 
 
-def run_demo(config: DemoConfig | VARDemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
+def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Trains, draws, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
     losses.png, samples.png, metrics.json, tokenizer/ and prior/; of a VAR also edits.png. Returns what metrics.json
     holds.
+
+    Of a VAR "inpainting" tells about held-out digits whose lower half was drawn anew, given their label: how many the
+    classifier reads as that, and the mean squared error of the upper half after the tokenizer (`EditOutput.decoded`)
+    beside that of the same pixels when the tokenizer gets the digit whole.
 
     Drawn in float32. The shorter precisions that the device has are compared with it: on the codes of held-out
     digits (see `rqgen.evaluation.evaluate_precision`), and by how many of as many drawn digits are recognised.
@@ -139,15 +141,18 @@ def run_demo(config: DemoConfig | VARDemoConfig, out: Path, *, console: Console 
         quality = evaluate_reconstruction(vae, held_out)
         judge = ImageClassifier().fit(train_images.images, train_images.labels)
         recognised = judge.predict(samples) == labels
-    precisions = {}
+    of_the_system = {}
     if isinstance(prior.model, RQTransformer):
         with _timed(seconds, "precisions"):
-            precisions = _compare_precisions(config, prior.model, vae, held_out, judge)
+            of_the_system["precisions"] = _compare_precisions(config, prior.model, vae, held_out, judge)
+    else:
+        with _timed(seconds, "inpainting"):
+            of_the_system["inpainting"] = _judge_inpainting(prior.model, vae, held_out, config.sampling, judge)
     with _timed(seconds, "figures"):
         shown = held_out.images[:SHOWN].to(vae.device)
         draw_reconstructions(shown, vae(shown).reconstruction.detach(), out / "reconstructions.png")
         draw_coarse_to_fine(vae, shown[:10], out / "coarse_to_fine.png")
-        draw_code_usage(quality.code_counts, out / "code_usage.png")
+        draw_code_usage(quality.code_counts, out / "code_usage.png", axis=vae.quantizer.axis)
         draw_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
@@ -162,7 +167,7 @@ def run_demo(config: DemoConfig | VARDemoConfig, out: Path, *, console: Console 
         "classifier_test_accuracy": judge.accuracy(held_out.images, held_out.labels),
         "sample_accuracy": recognised.double().mean().item(),
         "sample_accuracy_per_class": [recognised[labels == label].double().mean().item() for label in range(classes)],
-        **({"precisions": precisions} if precisions else {}),
+        **of_the_system,
         "samples": config.sampling.count,
         "held_out_images": len(held_out),
         "seconds": {part: round(taken, 2) for part, taken in seconds.items()},
@@ -170,7 +175,7 @@ def run_demo(config: DemoConfig | VARDemoConfig, out: Path, *, console: Console 
         "threads": torch.get_num_threads(),
         "versions": installed_versions(),
     }
-    _write_json(metrics, out / "metrics.json")
+    write_json(metrics, out / "metrics.json")
     return metrics
 
 
@@ -188,38 +193,71 @@ def _compare_precisions(
     return precisions
 
 
+def _judge_inpainting(
+    prior: VAR, vae: MultiScaleVQVAE, held_out: DigitImages, config: SamplingConfig, judge: ImageClassifier
+) -> dict[str, Any]:
+    images, labels = held_out.images[:INPAINTED].to(vae.device), held_out.labels[:INPAINTED]
+    lower = _masks(images)[0]
+    edited = _edit(prior, vae, images, lower, labels, config)
+    whole = torch.cat([vae.decode(vae.encode(some)) for some in images.split(128)])
+    kept, own = ((found - images)[:, :, ~lower].double().square().mean().item() for found in (edited.decoded, whole))
+    return {
+        "images": len(images),
+        "accuracy": judge.accuracy(edited.images, labels),
+        "kept_mse": kept,
+        "tokenizer_mse": own,
+    }
+
+
 def _three_edits(
     prior: VAR, vae: MultiScaleVQVAE, held_out: DigitImages, config: SamplingConfig
 ) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The first held-out digits with their lower half drawn anew, with all but their middle, and with their right half
     as the next class."""
     images, labels = held_out.images[:EDITED].to(vae.device), held_out.labels[:EDITED]
+    lower, around, right = _masks(images)
+    following = (labels + 1) % len(held_out.class_names)
+    return [
+        (name, images, mask, _edit(prior, vae, images, mask, wanted, config).images)
+        for name, mask, wanted in (
+            ("in-painted", lower, labels),
+            ("out-painted", around, labels),
+            ("next class", right, following),
+        )
+    ]
+
+
+def _masks(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The lower half, all but the middle, the right half."""
     height, width = images.shape[2:]
-    lower, around, right = (torch.zeros(height, width, dtype=torch.bool, device=vae.device) for _ in range(3))
+    lower, around, right = (torch.zeros(height, width, dtype=torch.bool, device=images.device) for _ in range(3))
     lower[height // 2 :] = True
     around[:] = True
     around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
     right[:, width // 2 :] = True
-    edits = []
-    for name, mask, wanted in (
-        ("in-painted", lower, labels),
-        ("out-painted", around, labels),
-        ("next class", right, (labels + 1) % len(held_out.class_names)),
-    ):
-        edited = edit(
-            prior,
-            vae,
-            images,
-            mask,
-            wanted.to(vae.device),
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            cfg_scale=config.cfg_scale,
-            seed=config.seed,
-        )
-        edits.append((name, images, mask, edited.images))
-    return edits
+    return lower, around, right
+
+
+def _edit(
+    prior: VAR,
+    vae: MultiScaleVQVAE,
+    images: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    config: SamplingConfig,
+) -> EditOutput:
+    return edit(
+        prior,
+        vae,
+        images,
+        mask,
+        labels.to(vae.device),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        cfg_scale=config.cfg_scale,
+        seed=config.seed,
+    )
 
 
 def draw_classes(
@@ -247,7 +285,7 @@ def draw_classes(
     return drawn.images, labels
 
 
-def digits(config: DemoConfig | VARDemoConfig, split: Split) -> DigitImages:
+def digits(config: DemoConfig, split: Split) -> DigitImages:
     """The images of one side of the demo's split."""
     dataset = open_dataset(config.tokenizer.data, split)
     assert isinstance(dataset, DigitImages)  # DemoConfig holds this
@@ -259,13 +297,3 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - started
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,216 @@
+"""`rqgen scaling`: a family of VARs trained for equal tokens, and the power laws of their test loss and token error."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rqgen.config import load, read_yaml, to_dict
+from rqgen.data import ImageDataset, open_dataset
+from rqgen.data.codes import code_fingerprint
+from rqgen.evaluation import evaluate_token_prediction, fit_power_law
+from rqgen.models import MultiScaleVQVAE
+from rqgen.report import draw_scaling
+from rqgen.training import VARPriorConfig, latest_checkpoint, refuse_other_run
+
+from .bench.machine import describe_machine
+from .runs import (
+    SYSTEMS,
+    VARPriorRun,
+    VARTokenizerRun,
+    check_images_fit,
+    check_one_split,
+    find_config,
+    fit_prior,
+    fit_tokenizer,
+    shipped_config,
+    write_json,
+    write_text,
+)
+
+logger = logging.getLogger(__name__)
+
+# What is fitted: fields of `TokenPrediction`, and what the figure calls them.
+CURVES = {
+    "loss": "test loss, all scales",
+    "last_scale_loss": "test loss, last scale",
+    "error_rate": "token error rate, all scales",
+    "last_scale_error_rate": "token error rate, last scale",
+}
+# Settings of a prior that its depth decides.
+DECIDED = ("preset", "embed_dim", "layers", "heads", "drop_path")
+
+
+@dataclass
+class ScalingConfig:
+    """A family of priors on one tokenizer: all see the same batches in the same order, and as many."""
+
+    depths: list[int] = field(default_factory=lambda: [2, 3, 4, 6])
+    """Each N is a VAR of the published shape "dN": N layers of width 64 N, N heads, drop path 0.1 N / 24."""
+    tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
+    """Trained first, where no trained one is given."""
+    prior: VARPriorRun = field(default_factory=VARPriorRun)
+    """Of every member; ``prior.tokenizer`` is not read. The learning rate is that of depth 1, width 64: depth N has it
+    divided by N, as wider layers need smaller steps."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.depths)) != len(self.depths):
+            raise ValueError(f"depths: expected each size once, got {self.depths}")
+        if len(self.depths) < 3:
+            raise ValueError(f"depths: a fit needs at least three sizes, got {self.depths}")
+        if min(self.depths) < 1:
+            raise ValueError(f"depths: expected numbers of layers, got {self.depths}")
+        for name in DECIDED:
+            given = getattr(self.prior.prior, name)
+            if given != getattr(VARPriorConfig(), name):
+                raise ValueError(f"prior.prior.{name}: depths decide it, but it is set to {given!r}")
+        if self.prior.data.held_out_fraction == 0:
+            raise ValueError("prior.data.held_out_fraction: 0 leaves no images to test on")
+
+    def member(self, depth: int) -> VARPriorRun:
+        """The training run of one size."""
+        prior = replace(self.prior.prior, preset=f"d{depth}")
+        optimizer = self.prior.loop.optimizer
+        optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / depth)
+        return replace(self.prior, prior=prior, loop=replace(self.prior.loop, optimizer=optimizer))
+
+
+def load_scaling(config: str | None, overrides: Sequence[str] = ()) -> ScalingConfig:
+    """A configuration by name or path (None: digits_scaling), above the shipped tokenizer for digits; then
+    ``overrides``."""
+    return load(
+        ScalingConfig,
+        find_config(config or "digits_scaling"),
+        overrides,
+        defaults={"tokenizer": read_yaml(shipped_config(SYSTEMS["var"].config("tokenizer")))},
+    )
+
+
+def run_scaling(
+    config: ScalingConfig, out: Path, *, tokenizer: Path | None, resume: bool, console: Console | None = None
+) -> dict[str, Any]:
+    """Trains every member, tests it on held-out images, fits the laws. Writes into ``out``: scaling.csv (a row per
+    member), scaling.json (the same, the laws, settings, machine), scaling.png, tokenizer/ (where ``tokenizer`` is None)
+    and a folder per member. Returns what scaling.json holds.
+
+    Every member is judged as it is after its last update: none is chosen by its test loss. With ``resume``, members
+    that are finished are not trained again, and one with a checkpoint goes on from it; ``depths`` may then have
+    changed.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: ``out`` holds another run, or none to resume; no tokenizer
+            there; images that do not fit it, without classes, or none held out; figures that no law fits.
+    """
+    held_out = open_dataset(config.prior.data, "held_out")
+    if len(held_out) == 0 or not held_out.class_names:
+        raise ValueError("prior.data: a family is trained on images with classes, and tested on held-out ones")
+    vae = None if tokenizer is None else MultiScaleVQVAE.from_pretrained(tokenizer)
+    check_images_fit(config.prior.data, config.tokenizer.model if vae is None else vae.config)
+    if vae is None:
+        check_one_split(config.tokenizer.data, config.prior.data)
+    _claim_folder(out, {"tokenizer": tokenizer and str(tokenizer), "config": to_dict(config)}, resume=resume)
+    tokenizer_seconds = None
+    if vae is None:
+        vae, tokenizer_seconds = _tokenizer(config, out / "tokenizer", console)
+    members = []
+    for depth in sorted(config.depths):
+        members.append(_member(config.member(depth), depth, vae, held_out, out / f"d{depth}", console))
+        logger.info("d%(depth)d: %(block_parameters)d parameters in blocks, test loss %(loss).4f", members[-1])
+    # Before the fits, which may find that there is no law.
+    write_text(_csv(members), out / "scaling.csv")
+    sizes = [member["block_parameters"] for member in members]
+    laws = []
+    for name, title in CURVES.items():
+        values = [member[name] for member in members]
+        laws.append({"name": name, "title": title, "values": values, **asdict(fit_power_law(sizes, values))})
+    draw_scaling(sizes, laws, out / "scaling.png")
+    result = {
+        "members": members,
+        "laws": laws,
+        "held_out_images": len(held_out),
+        "tokens_per_image": sum(h * w for h, w in vae.scales),
+        "tokenizer": tokenizer and str(tokenizer),
+        "tokenizer_seconds": tokenizer_seconds,
+        "config": to_dict(config),
+        "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+    write_json(result, out / "scaling.json")
+    return result
+
+
+def _claim_folder(out: Path, description: dict[str, Any], *, resume: bool) -> None:
+    """Writes ``out``/run.json, or compares with what stands there."""
+    path = out / "run.json"
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"{out} is not empty: --resume goes on with a run there, or choose another --out")
+    elif not path.is_file():
+        raise FileNotFoundError(f"--resume: no run in {out}")
+    else:
+        saved = json.loads(path.read_text())
+        # Members do not depend on each other.
+        saved["config"]["depths"] = description["config"]["depths"]
+        refuse_other_run(saved, description, out)
+    write_json(description, path)
+
+
+def _tokenizer(config: ScalingConfig, folder: Path, console: Console | None) -> tuple[MultiScaleVQVAE, float]:
+    """Trained, or read where that is done; and how many seconds the training took."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        started = time.perf_counter()
+        resume = latest_checkpoint(folder / "checkpoints")
+        trained = fit_tokenizer(config.tokenizer, folder, resume=resume, console=console)
+        trained.model.save_pretrained(folder / "model")
+        write_json({"seconds": time.perf_counter() - started}, path)
+    return MultiScaleVQVAE.from_pretrained(folder / "model"), json.loads(path.read_text())["seconds"]
+
+
+def _member(
+    run: VARPriorRun, depth: int, vae: MultiScaleVQVAE, held_out: ImageDataset, folder: Path, console: Console | None
+) -> dict[str, Any]:
+    """A row of the table: trained and tested, or read where that is done."""
+    path, codebook = folder / "metrics.json", code_fingerprint(*vae.quantizer.code_tensors())
+    if path.is_file():
+        done = json.loads(path.read_text())
+        if done.pop("codebook") != codebook:
+            raise ValueError(f"{folder}: trained on the tokens of another tokenizer; choose another --out")
+        return done
+    started = time.perf_counter()
+    trained = fit_prior(run, vae, folder, resume=latest_checkpoint(folder / "checkpoints"), console=console)
+    seconds = time.perf_counter() - started
+    prior = trained.model
+    prior.save_pretrained(folder / "model")
+    images = run.loop.steps * run.loop.batch_size * run.loop.accumulation
+    member = {
+        "depth": depth,
+        "width": prior.config.embed_dim,
+        "block_parameters": sum(parameter.numel() for parameter in prior.blocks.parameters()),
+        "parameters": sum(parameter.numel() for parameter in prior.parameters() if parameter.requires_grad),
+        "training_tokens": images * prior.ends[-1],
+        "learning_rate": run.loop.optimizer.learning_rate,
+        # Of the last updates, with dropped conditions: beside the test loss it tells how much was learnt by heart.
+        "training_loss": trained.history[-1]["loss"],
+        **asdict(evaluate_token_prediction(prior, vae, held_out)),
+        "seconds": seconds,
+    }
+    write_json({**member, "codebook": codebook}, path)
+    return member
+
+
+def _csv(members: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(members[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(members)
+    return text.getvalue()
