@@ -1,4 +1,4 @@
-"""Writes the tables of benchmarks/README.md, between its two markers, and the plot speedup.svg beside the JSON of
+"""Writes the tables of benchmarks/README.md, between its markers, and the plot speedup.svg beside the JSON of
 benchmarks/results that both are made of. The same JSON gives the same bytes.
 
 python benchmarks/render.py [--results DIR] [--readme FILE]
@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _harness
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# What `rqgen bench systems --out benchmarks/results/systems` writes; the README shows its figure.
+SYSTEMS = Path("systems", "systems.json")
 
 
 def three_digits(value: float) -> str:
@@ -68,6 +70,73 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def amount(count: float) -> str:
+    for unit, size in ((" G", 1e9), (" M", 1e6)):
+        if count >= 0.9995 * size:
+            return f"{three_digits(count / size)}{unit}"
+    return f"{count:.0f}"
+
+
+def systems_tables(result: Mapping[str, Any]) -> str:
+    """What `rqgen bench systems` counted and measured, as markdown."""
+    machine, settings, peaks, systems = (result[key] for key in ("machine", "settings", "peaks", "systems"))
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("python", "rqkernels", "torch"))
+    commit = (machine["commit"] or "unknown")[:12] + (
+        " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    )
+    names, first = [system["name"] for system in systems], [system["counted_per_image"][0] for system in systems]
+    counted = {
+        "codes": [f"{system['codes']}: {system['number_of_codes']} of {system['codebook_size']}" for system in systems],
+        "layers": [" + ".join(map(str, system["layers"])) for system in systems],
+        "parameters": [amount(system["parameters"]) for system in systems],
+        "steps, one after another": [" + ".join(map(str, system["steps"])) for system in systems],
+        "operations: products with weights": [amount(work["products"]) for work in first],
+        "operations: attention": [amount(work["attention"]) for work in first],
+        **{
+            f"weights read, batch {works[0]['batch']}": [amount(work["weights"]) for work in works]
+            for works in zip(*(system["counted_per_image"] for system in systems), strict=True)
+        },
+        "keys and values moved": [amount(work["states"]) for work in first],
+    }
+    side, width = settings["image_side"], settings["width"]
+    lines = [
+        *markdown(
+            [
+                {f"per image of {side} x {side}, width {width}": label, **dict(zip(names, cells, strict=True))}
+                for label, cells in counted.items()
+            ]
+        ),
+        "",
+        f"Measured: {machine['device']}, {machine['threads']} threads, {'warm' if machine['malloc'] else 'COLD'} heap, "
+        f"{versions}, commit {commit}, {machine['time']}. Copy {peaks['copy_bytes_per_s'] / 1e9:.3g} GB/s, "
+        + ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in peaks["operations_per_s"].items())
+        + " GFLOP/s.",
+        "",
+    ]
+    return "\n".join([*lines, *markdown([_measured(case) for case in result["cases"]])])
+
+
+def _measured(case: Mapping[str, Any]) -> dict[str, str]:
+    guided = f", guidance {case['guidance']:g}" if case["guidance"] else ""
+    decoder, peak = case["decoder_ms_per_image"], case["peak_bytes"]
+    return {
+        "batch": str(case["batch"]),
+        "system": f"{case['system']}, {case['precision']}{guided}",
+        "codes, ms per image": three_digits(case["ar_ms_per_image"]),
+        "least - most": " - ".join(map(three_digits, case["ar_ms_per_image_min_max"])),
+        "images/s": three_digits(case["images_per_s_ar_only"]),
+        "% of the floor": three_digits(case["percent_of_floor"]),
+        **({} if decoder is None else {"decoder, ms": three_digits(decoder)}),
+        **({} if peak is None else {"peak memory": memory(peak)}),
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """A table of rows that all have the same columns."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel for each JSON file: by shape, how many times as long as ours each contender takes per row.
 
@@ -107,21 +176,22 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
 def render(results: Path, readme: Path) -> None:
     """Replaces what stands between the markers, and draws the plot.
 
     Raises:
-        ValueError: the file does not hold both markers, in their order.
+        ValueError: the file does not hold both markers of a table, in their order.
     """
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme} must hold {BEGIN} and after it {END}")
     contents = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     measured = [content for content in contents if "slug" in content]
-    tables = [table(content) for content in measured]
-    readme.write_text(before + begin + "\n\n" + "\n\n".join(tables) + "\n\n" + end + after)
+    if (results / SYSTEMS).exists():
+        systems = systems_tables(json.loads((results / SYSTEMS).read_text()))
+        _harness.write_between(readme, *markers("systems"), systems)
+    _harness.write_between(readme, *markers("results"), "\n\n".join(map(table, measured)))
     if measured:
         plot(measured, results / "speedup.svg")
 

@@ -111,11 +111,12 @@ def encode(
     batch_size: BatchSize = 64,
 ) -> None:
     """Images to codes on disk."""
+    from rqgen.data.codes import code_shape_in_words
+
     from .transfer import encode_images
 
     encoded = encode_images(tokenizer, out, overrides or (), split=split, batch_size=batch_size)
-    count, height, width, depth = encoded.codes_nhwd.shape
-    typer.echo(f"{count} images as {height}x{width}x{depth} codes: {out}")
+    typer.echo(f"{len(encoded.labels)} images as {code_shape_in_words(encoded.code_shape)}: {out}")
 
 
 @app.command()
@@ -171,7 +172,7 @@ def bench_sampling(
         int, typer.Option(min=0, help="Base channels of the decoder, 128 as published; 0: it is not timed.")
     ] = 128,
     graphs: Annotated[bool, typer.Option(help="On a GPU: replay CUDA graphs.")] = True,
-    seconds: Annotated[float, typer.Option(help="For the rounds of one shape and batch size (two at least).")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="For the rounds of one shape and batch size.")] = 20.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU where there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own.")] = None,
 ) -> None:
@@ -204,6 +205,56 @@ def bench_sampling(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run_sampling_bench(bench, out, device=chosen, console=Console())
     typer.echo(f"{out / 'sampling.json'}, {out / 'sampling.png'}")
+
+
+@bench_app.command("systems")
+def bench_systems(
+    out: Annotated[Path, typer.Option(help="Folder for systems.json and systems.png.")] = Path("runs/bench"),
+    image_side: Annotated[int, typer.Option(help="256 or 512: decides each system's codes.")] = 256,
+    width: Annotated[int, typer.Option(min=1)] = 512,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    spatial_layers: Annotated[int, typer.Option(min=0)] = 12,
+    depth_layers: Annotated[int, typer.Option(min=1, help="The other systems have all layers in one stack.")] = 4,
+    codebook_size: Annotated[int, typer.Option(min=1, help="Of the RQ-Transformer and the flat prior.")] = 16384,
+    var_codebook_size: Annotated[int, typer.Option(min=1, help="Of the VAR.")] = 4096,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. Default: 1 16.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Of all but the VAR; may be repeated. Default: fp32.")
+    ] = None,
+    cfg: Annotated[float | None, typer.Option(help="Also with guidance of this strength.")] = None,
+    decoder: Annotated[bool, typer.Option(help="Also the decoders of the published layouts.")] = False,
+    graphs: Annotated[bool, typer.Option(help="On a GPU: replay CUDA graphs.")] = True,
+    seconds: Annotated[float, typer.Option(help="For the rounds of one batch size (two at least).")] = 60.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU where there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own.")] = None,
+) -> None:
+    """Images per second of a VAR, an RQ-Transformer and a flat prior of one code at a time, of the same width and
+    number of layers, beside their counted work."""
+    import torch
+    from rich.console import Console
+
+    from .bench.systems import SystemsBench, run_systems_bench
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    bench = SystemsBench(
+        image_side=image_side,
+        width=width,
+        heads=heads,
+        spatial_layers=spatial_layers,
+        depth_layers=depth_layers,
+        codebook_size=codebook_size,
+        var_codebook_size=var_codebook_size,
+        batch_sizes=batch or [1, 16],
+        precisions=precision or ["fp32"],
+        guidance=cfg,
+        decoder=decoder,
+        use_graphs=graphs,
+        seconds=seconds,
+    )
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run_systems_bench(bench, out, device=chosen, console=Console())
+    typer.echo(f"{out / 'systems.json'}, {out / 'systems.png'}")
 
 
 @app.command()
@@ -283,6 +334,32 @@ def demo(
         f"and {metrics['classifier_test_accuracy']:.1%} of real held-out ones; "
         f"{metrics['seconds']['total']:.0f} s. Look at {out / 'samples.png'}"
     )
+
+
+@app.command()
+def scaling(
+    overrides: Overrides = None,
+    config: Config = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a trained multi-scale VQ-VAE. Default: one is trained first.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the table, the figure and all models.")] = Path("runs/scaling"),
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the folder: finished models are kept.")] = False,
+) -> None:
+    """Train VARs of several sizes for equal tokens and fit power laws to their test loss and token error."""
+    from rich.console import Console
+
+    from rqgen.report import power_of_ten
+
+    from .scaling import load_scaling, run_scaling
+
+    result = run_scaling(
+        load_scaling(config, overrides or ()), out, tokenizer=tokenizer, resume=resume, console=Console()
+    )
+    for law in result["laws"]:
+        beta = power_of_ten(law["log_beta"])
+        typer.echo(f"{law['title']}: ({beta} N)^{law['alpha']:.4f}, correlation {law['correlation']:.4f}")
+    typer.echo(f"table and figure of {len(result['members'])} sizes: {out / 'scaling.csv'}, {out / 'scaling.png'}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The paper's figure 4 of a machine: how long an image takes, by code shape and batch size."""
+"""How long an image takes on a machine: by code shape and batch size (the paper's figure 4), and by system."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _LINES = ("-", "--", "-.", ":")
 
 def draw_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Left: images per second, codes only, by batch size; a line per shape (colour) and contender (dashes), and the
-    floor as dots. Right: milliseconds per image of the first contender, the decoder above the codes.
+    floor of the first contender as dashes. Right: milliseconds per image of the first contender, the decoder above the
+    codes.
 
     Each case has `shape`, `batch`, `contender`, `precision`, `ar_ms_per_image`, `floor_ms_per_image` and
     `decoder_ms_per_image` (None: not measured).
@@ -26,39 +27,88 @@ def draw_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     speed, parts = figure.subplots(1, 2)
     shapes = list(dict.fromkeys(tuple(case["shape"]) for case in cases))
     colours = {shape: COLOURS[index % len(COLOURS)] for index, shape in enumerate(shapes)}
-    contenders = list(dict.fromkeys(_name(case) for case in cases))
-    for shape in shapes:
-        for index, contender in enumerate(contenders):
-            chosen = [case for case in cases if (tuple(case["shape"]), _name(case)) == (shape, contender)]
-            batches = [case["batch"] for case in chosen]
-            speed.plot(
-                batches,
-                [1e3 / case["ar_ms_per_image"] for case in chosen],
-                color=colours[shape],
-                linestyle=_LINES[index % len(_LINES)],
-                marker="o",
-                markersize=4,
-            )
-            if contender == contenders[0]:
-                floors = [1e3 / case["floor_ms_per_image"] for case in chosen]
-                speed.plot(batches, floors, color=colours[shape], linestyle="", marker="_", markersize=12)
-    speed.set_xscale("log", base=2)
-    speed.set_yscale("log")
-    batches = sorted({case["batch"] for case in cases})
-    speed.set_xticks(batches, [str(batch) for batch in batches])
-    speed.set_xlabel("batch size")
-    speed.set_ylabel("images per second")
-    tidy(speed, f"drawing codes (dashes: floor of {contenders[0]})")
-    # Colours and dashes have a key each: every pair of them would fill the panel.
-    keys = [Line2D([], [], color=colours[shape], label="×".join(map(str, shape))) for shape in shapes]
-    keys += [
-        Line2D([], [], color="grey", linestyle=_LINES[index % len(_LINES)], label=contender)
-        for index, contender in enumerate(contenders)
-    ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, handlelength=3, fontsize=8)
-    _bars(parts, [case for case in cases if _name(case) == contenders[0]], shapes, colours)
-    tidy(parts, f"{contenders[0]}: codes, and the decoder (pale)")
+    named = [("×".join(map(str, case["shape"])), _name(case), case) for case in cases]
+    first = named[0][1]
+    _speeds(figure, speed, named)
+    tidy(speed, f"drawing codes (dashes: floor of {first})")
+    _bars(parts, [case for case in cases if _name(case) == first], shapes, colours)
+    tidy(parts, f"{first}: codes, and the decoder (pale)")
     save_figure(figure, path)
+
+
+def draw_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Left: images per second, codes only, by batch size; a line per system (colour) and way of drawing (dashes), and
+    the floor of the first way as dashes. Right: the counted work per image of each system over the last one's.
+
+    Each system has `name`, `steps` and `counted_per_image`, each case `system`, `precision`, `guidance`, `batch`,
+    `ar_ms_per_image` and `floor_ms_per_image` (see `rqgen bench systems`).
+    """
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    speed, work = figure.subplots(1, 2)
+    ways = [f"{case['precision']}, guided" if case["guidance"] else case["precision"] for case in cases]
+    named = [(case["system"], way, case) for way, case in zip(ways, cases, strict=True)]
+    _speeds(figure, speed, named)
+    tidy(speed, f"drawing codes (dashes: floor of {ways[0]})")
+    rows = {system["name"]: _work(system) for system in systems}
+    names, kinds = list(rows), list(rows[systems[0]["name"]])
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        for place, kind in enumerate(kinds):
+            at, ratio = place + (index - (len(names) - 1) / 2) * width, rows[name][kind] / rows[names[-1]][kind]
+            # From 1 up or down: a bar's length is how far it is from the last system's.
+            work.bar(at, ratio - 1, width * 0.9, bottom=1, color=COLOURS[index % len(COLOURS)])
+            outwards = "bottom" if ratio >= 1 else "top"
+            work.annotate(_short(rows[name][kind]), (at, ratio), ha="center", va=outwards, fontsize=6)
+    work.axhline(1, color="black", linewidth=0.8)
+    work.set_yscale("log")
+    work.set_xticks(range(len(kinds)), kinds, fontsize=7)
+    work.set_ylabel(f"over that of {names[-1]}")
+    tidy(work, "counted per image")
+    save_figure(figure, path)
+
+
+def _work(system: Mapping[str, Any]) -> dict[str, float]:
+    counted = system["counted_per_image"]
+    return {
+        "steps": sum(system["steps"]),
+        **{f"weights read,\nbatch {count['batch']}": count["weights"] for count in (counted[0], counted[-1])},
+        "products": counted[0]["products"],
+        "attention": counted[0]["attention"],
+        "keys and\nvalues": counted[0]["states"],
+    }
+
+
+def _short(count: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+def _speeds(figure: Figure, axis: Axes, named: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+    """Lines of images per second over the batch size for (colour's name, dashes' name, case), the floor of the first
+    dashes, and a key of both below the figure."""
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(dict.fromkeys(n for n, _, _ in named))}
+    dashes = {name: _LINES[index % len(_LINES)] for index, name in enumerate(dict.fromkeys(n for _, n, _ in named))}
+    for colour in colours:
+        for dash in dashes:
+            chosen = [case for *names, case in named if names == [colour, dash]]
+            batches = [case["batch"] for case in chosen]
+            speeds = [1e3 / case["ar_ms_per_image"] for case in chosen]
+            axis.plot(batches, speeds, color=colours[colour], linestyle=dashes[dash], marker="o", markersize=4)
+            if dash == next(iter(dashes)):
+                floors = [1e3 / case["floor_ms_per_image"] for case in chosen]
+                axis.plot(batches, floors, color=colours[colour], linestyle="", marker="_", markersize=12)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    batches = sorted({case["batch"] for *_, case in named})
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("images per second")
+    # Colours and dashes have a key each: every pair of them would fill the panel.
+    keys = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    keys += [Line2D([], [], color="grey", linestyle=line, label=name) for name, line in dashes.items()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, handlelength=3, fontsize=8)
 
 
 def _bars(

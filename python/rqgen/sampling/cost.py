@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
-from rqgen.models import RQTransformerConfig
+from rqgen.models import RQTransformerConfig, VARConfig
 
 
 class Cost(NamedTuple):
-    """Work of one stack (with what stands around it) while a batch of code maps is drawn."""
+    """Work of one stack or scale (with what stands around it) while a batch of code maps is drawn."""
 
     weights: int
-    """Weights read, each once per step for the whole batch."""
+    """Weights read, each once per step for the whole batch. A step is a position, a code of one, or a scale."""
     states: int
-    """Keys and values written, and read again at every later position, of all images."""
+    """Keys and values written, and read again at every later step, of all images."""
     products: int
     """Multiplications and additions of states with weights."""
     attention: int
@@ -29,19 +29,40 @@ class SamplingCost(NamedTuple):
     """The stack over the codes of a position, with the projection of the code vectors and the classifier."""
 
 
-def sampling_cost(config: RQTransformerConfig, batch: int) -> SamplingCost:
-    """Work of drawing `batch` code maps, position by position and code by code, with caches.
+@overload
+def sampling_cost(config: RQTransformerConfig, batch: int) -> SamplingCost: ...
 
-    With width W, N_s and N_d layers, T positions, D codes at each of them, L condition tokens and B = `batch`,
-    the leading terms are
+
+@overload
+def sampling_cost(config: VARConfig, batch: int) -> list[Cost]: ...
+
+
+def sampling_cost(config: RQTransformerConfig | VARConfig, batch: int) -> SamplingCost | list[Cost]:
+    """Work of drawing `batch` images' codes with caches, in parts that follow one another: of an RQ-Transformer its
+    two stacks, of a VAR its scales. With guidance every image is two rows: give twice as many.
+
+    RQ-Transformer, position by position and code by code. With width W, N_s and N_d layers, T positions, D codes at
+    each of them, L condition tokens and B = `batch`, the leading terms are
 
         weights      12 W^2 (N_s T + N_d T D) + K W T D           attention    2 W B (N_s (L + T)^2 + N_d T D^2)
 
     which is the paper's O(N_s T^2 + N_d T D^2) in the term that grows with the length (section 3.2.2), against
-    O(N T^2 D^2) of N layers over all T D codes one after another: the prior of code shape (h, w * D, 1). Biases,
-    norms, position embeddings, condition and code look-ups are left out; keys and values of the depth stack stay in
-    registers or cache and count as no traffic.
+    O(N T^2 D^2) of N layers over all T D codes one after another: the prior of code shape (h, w * D, 1). Keys and
+    values of the depth stack stay in registers or cache and count as no traffic.
+
+    VAR, scale by scale. With N layers, S scales of l_k tokens each and e_k = l_1 + .. + l_k,
+
+        weights      (12 N W^2 + K W) S + 6 N W^2                 attention    4 W B N sum_k l_k e_k
+
+    and products 2 B e_S (12 N W^2 + K W): every token passes through all layers, as in an RQ-Transformer of one stack,
+    but S times in all weights are read and not once per token. The 6 N W^2 are the adaptive norms', which see one row
+    per image and count to the first scale.
+
+    Biases, norms, position embeddings, condition and code look-ups are left out, and of a VAR what turns a token map
+    into the next scale's input (3x3 convolutions of C channels).
     """
+    if isinstance(config, VARConfig):
+        return _scales_cost(config, batch)
     width = config.embed_dim
     height, columns, depth = config.code_shape
     positions = height * columns
@@ -68,3 +89,25 @@ def sampling_cost(config: RQTransformerConfig, batch: int) -> SamplingCost:
             attention=2 * batch * config.depth.layers * positions * width * depth * (depth + 1),
         ),
     )
+
+
+def _scales_cost(config: VARConfig, batch: int) -> list[Cost]:
+    width, layers = config.embed_dim, config.layers
+    per_token = layers * (4 * width * width + 2 * width * round(config.mlp_ratio * width))
+    per_token += config.quantizer.codebook_size * width
+    modulation = (6 * (1 if config.shared_adaptive_norm else layers) + 2) * width * width
+    costs, seen = [], 0
+    for k, tokens in enumerate(config.quantizer.tokens):
+        seen += tokens
+        # The first scale sees the class, through the adaptive norms too; the others what was drawn.
+        embedding = config.code_dim * width if k else 0
+        once = 0 if k else modulation
+        costs.append(
+            Cost(
+                weights=per_token + embedding + once,
+                states=batch * layers * 2 * width * (seen + tokens),
+                products=2 * batch * (tokens * (per_token + embedding) + once),
+                attention=4 * batch * layers * width * tokens * seen,
+            )
+        )
+    return costs

@@ -49,19 +49,6 @@ def test_scales_one_by_one_with_a_cache_give_the_same_logits(
 
 
 @torch.no_grad()
-def test_every_scale_is_computed_once(codes: list[torch.Tensor]) -> None:
-    prior = make()
-    rows: list[int] = []
-    prior.blocks[0].mlp[0].register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
-    modulations: list[int] = []
-    prior.blocks[0].modulation.register_forward_hook(lambda *_: modulations.append(1))
-    cache, modulation = prior.new_cache(2), prior.modulation(torch.tensor([2, 0]))
-    for k, features in enumerate([None, *prior.quantizer.next_inputs(codes)]):
-        prior.scale_logits(k, features, modulation, cache)
-    assert rows == [1, 6, 20] and len(modulations) == 1
-
-
-@torch.no_grad()
 def test_a_token_sees_the_scales_before_and_no_other(codes: list[torch.Tensor]) -> None:
     prior = make()
     labels = torch.tensor([1, 1])

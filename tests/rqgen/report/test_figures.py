@@ -1,5 +1,7 @@
 """Figures: written, readable, and about what they were given."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,9 @@ from rqgen.report import (
     draw_reconstructions,
     draw_samples,
     draw_sampling_speed,
+    draw_scaling,
+    draw_systems,
+    power_of_ten,
 )
 
 
@@ -68,6 +73,8 @@ def test_code_usage(tmp_path):
     draw_code_usage(torch.tensor([[2, 2, 2], [0, 0, 0]]), tmp_path / "other.png")
     assert np.array_equal(first, pixels(tmp_path / "same.png"))
     assert not np.array_equal(first, pixels(tmp_path / "other.png"))
+    draw_code_usage(counts, tmp_path / "scales.png", axis="scale")
+    assert not np.array_equal(first, pixels(tmp_path / "scales.png"))
 
 
 def test_losses(tmp_path):
@@ -108,3 +115,57 @@ def test_sampling_speed(tmp_path):
         draw_sampling_speed([*cases, *more], tmp_path / "speed.png")
         pictures.append(assert_drawn(tmp_path / "speed.png"))
     assert all((one != two).any() for one, two in ((pictures[0], pictures[1]), (pictures[1], pictures[2])))
+
+
+def test_systems(tmp_path):
+    def system(name, steps, products):
+        work = {"batch": 1, "products": products, "attention": 5e8, "weights": 2e7, "states": 1e6}
+        return {"name": name, "steps": steps, "counted_per_image": [work, work | {"batch": 8, "weights": 2.5e6}]}
+
+    def case(name, batch, ms, **way):
+        way = {"precision": "fp32", "guidance": 0.0, **way}
+        return {"system": name, "batch": batch, "ar_ms_per_image": ms, "floor_ms_per_image": 1.0, **way}
+
+    systems = [system("VAR", [10], 7e10), system("flat", [256], 2e10)]
+    cases = [case(name, batch, ms) for batch in (1, 8) for name, ms in (("VAR", 50.0), ("flat", 300.0 / batch))]
+    pictures = []
+    for other, more in (
+        (systems, []),
+        (systems, [case("flat", 1, 90.0, precision="int8")]),
+        (systems, [case("VAR", 1, 90.0, guidance=1.5)]),
+        ([systems[0], system("flat", [256], 3e10)], []),
+    ):
+        draw_systems(other, [*cases, *more], tmp_path / "systems.png")
+        pictures.append(assert_drawn(tmp_path / "systems.png"))
+    assert all((pictures[0] != picture).any() for picture in pictures[1:])
+
+
+def test_scaling(tmp_path):
+    sizes = [1e5, 1e6, 1e7]
+
+    def drawn(name, **changes):
+        curve = {"title": "test loss", "values": [3.0, 2.5, 2.2], "alpha": -0.07, "log_beta": -27.2, "correlation": -1}
+        draw_scaling(sizes, [{**curve, **changes}, {**curve, "title": "token error rate"}], tmp_path / name)
+        return assert_drawn(tmp_path / name)
+
+    first = drawn("one.png")
+    for change in ({"values": [3.0, 2.6, 2.2]}, {"alpha": -0.06}, {"log_beta": -28.0}, {"correlation": -0.98}):
+        other = drawn("other.png", **change)
+        assert (first != other).any()
+    with pytest.raises(ValueError, match="test loss: expected a value for each of 3 sizes, got 2"):
+        drawn("none.png", values=[3.0, 2.5])
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("log_value", "text"),
+    [
+        (math.log(3.1e-5), "3.10e-05"),
+        (math.log(9.999), "1.00e+01"),
+        (0.0, "1.00e+00"),
+        (-1e4 * math.log(10), "1.00e-10000"),
+        (1234.5 * math.log(10), "3.16e+1234"),
+    ],
+)
+def test_powers_of_ten_beyond_a_float(log_value, text):
+    assert power_of_ten(log_value) == text

@@ -2,8 +2,9 @@
 
 import pytest
 
-from rqgen.models import RQTransformerConfig
+from rqgen.models import RQTransformerConfig, VARConfig
 from rqgen.models.transformer import TransformerConfig
+from rqgen.quantizers import MultiScaleConfig
 from rqgen.sampling import sampling_cost
 
 
@@ -52,3 +53,35 @@ def test_the_law_of_the_stacked_prior():
     assert attention((12, 4), (32, 32, 4)) == pytest.approx(2 * 2 * (12 * 1024**2 + 4 * 1024 * 4 * 5), rel=0.01)
     ratio = attention((16, 0), (32, 128, 1)) / attention((12, 4), (32, 32, 4))
     assert ratio == pytest.approx(16 * 4**2 / 12, rel=0.02)
+
+
+def var_config(**settings):
+    quantizer = MultiScaleConfig(codebook_size=7, scales=[1, [1, 2], 2])
+    return VARConfig(quantizer=quantizer, code_dim=3, embed_dim=2, layers=2, heads=1, **settings)
+
+
+@pytest.mark.parametrize(("shared", "modulations"), [(False, 2), (True, 1)])
+def test_a_small_var_counted_by_hand(shared, modulations):
+    """Two layers over scales of 1, 2 and 4 tokens, width 2, K = 7, C = 3."""
+    per_token, embedding = 2 * 12 * 2 * 2 + 7 * 2, 3 * 2
+    modulation = (6 * modulations + 2) * 2 * 2
+    first, second, third = sampling_cost(var_config(shared_adaptive_norm=shared), batch=5)
+    assert first.weights == per_token + modulation and second.weights == third.weights == per_token + embedding
+    assert first.products == 2 * 5 * first.weights and third.products == 2 * 5 * 4 * third.weights
+    # Of two layers, keys and values of width 2: those written, and all so far, which are read.
+    assert [cost.states for cost in (first, second, third)] == [5 * 2 * 2 * 2 * n for n in (1 + 1, 2 + 3, 4 + 7)]
+    assert [cost.attention for cost in (first, second, third)] == [5 * 2 * 4 * 2 * n for n in (1, 2 * 3, 4 * 7)]
+    assert sum(sampling_cost(var_config(mlp_ratio=2), 1)[0]) < sum(sampling_cost(var_config(), 1)[0])
+
+
+def test_a_var_reads_its_weights_seldom_and_multiplies_much():
+    """The published 256x256 scales beside as many layers over 16x16 codes one by one."""
+    scales = sampling_cost(VARConfig(quantizer=MultiScaleConfig(), embed_dim=512, layers=16, heads=8), 1)
+    flat = RQTransformerConfig(
+        (16, 16, 1), 4096, 32, embed_dim=512, spatial=TransformerConfig(16, 8), depth=TransformerConfig(0, 8)
+    )
+    stacks = sampling_cost(flat, 1)
+    reads = sum(stack.weights for stack in stacks) / sum(scale.weights for scale in scales)
+    assert reads == pytest.approx(256 / 10, rel=0.06)  # but for the adaptive norms
+    products = sum(scale.products for scale in scales) / sum(stack.products for stack in stacks)
+    assert products == pytest.approx(680 / 256, rel=0.01)
