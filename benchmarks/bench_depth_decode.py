@@ -2,7 +2,8 @@
 
 Peers are what rqgen's sampling does without these operators: PyTorch modules with a static cache, a call for each
 depth, and top-k, top-p and multinomial of PyTorch; in float32, in bfloat16, and with `quantize_dynamic` (int8 weights
-and activations). `agrees`: codes of a greedy position that equal those of the model in float64.
+and activations). On a GPU all of them, ours too, also as a CUDA graph, which is what they are worth there. `agrees`:
+codes of a greedy position that equal those of the model in float64.
 """
 
 from __future__ import annotations
@@ -37,35 +38,43 @@ class Case(NamedTuple):
     depth: int = 2 if QUICK else 4
     codes: int = 32 if QUICK else 16384
     channels: int = 8 if QUICK else 256
+    preset: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.precision}-{self.batch}"
+        return f"{self.preset}{self.precision}-{self.batch}"
 
 
 BATCHES = (2,) if QUICK else (1, 4, 16, 64)
 CASES = [Case(precision, batch) for precision, batch in itertools.product(("int8", "bf16", "fp32"), BATCHES)]
+if torch.cuda.is_available() and not QUICK:
+    CASES = [Case("bf16", batch, 1536, (42, 6), 24, preset="1.4B-") for batch in (1, 100)] + CASES
 
 
-def prior_of(case: Case) -> RQTransformer:
+def prior_of(case: Case, device: torch.device) -> RQTransformer:
     torch.manual_seed(0)
     spatial, depths = (TransformerConfig(layers, case.heads, residual_dropout=0.0) for layers in case.layers)
     config = RQTransformerConfig(
         (8, 8, case.depth), case.codes, case.channels, embed_dim=case.width, spatial=spatial, depth=depths
     )
-    prior = RQTransformer(config, torch.randn(case.codes, case.channels)).eval()
+    with device:
+        prior = RQTransformer(config, torch.randn(case.codes, case.channels)).eval()
     # Drawn as they are initialised all codes would be nearly as likely as one another.
     nn.init.normal_(prior.classifier.weight, std=2 * case.width**-0.5)
     return prior
 
 
 def draw_in_torch(logits: Tensor) -> Tensor:
-    """Top-k, top-p and multinomial, as published code has them."""
+    """Top-k, top-p and multinomial, as published code has them (on a GPU what that does, without waiting for it)."""
     if logits.shape[1] > TOP_K:
         logits = logits.masked_fill(logits < logits.topk(TOP_K)[0][:, -1:], -torch.inf)
     ordered, order = torch.softmax(logits, -1).sort(-1, descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= TOP_P, 0.0)
-    return order.gather(-1, torch.multinomial(ordered, 1))[:, 0]
+    if ordered.is_cuda:
+        drawn = (ordered / torch.empty_like(ordered).exponential_()).argmax(-1, keepdim=True)
+    else:
+        drawn = torch.multinomial(ordered, 1)
+    return order.gather(-1, drawn)[:, 0]
 
 
 class LinearClassifier(nn.Module):
@@ -142,12 +151,31 @@ def ours(case: Case, prior: RQTransformer, history: tuple[Tensor, Tensor], codes
     return position
 
 
+def captured(position: Position) -> Position:
+    """As one CUDA graph, where codes are drawn."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        position(False)
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph, stream=aside):
+        codes = position(False)
+
+    def replayed(greedy: bool) -> Tensor:
+        if greedy:
+            return position(True)
+        graph.replay()
+        return codes
+
+    return replayed
+
+
 def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
     with torch.no_grad():
-        prior = prior_of(case).to(device)
+        prior = prior_of(case, device)
         codes_bd = torch.randint(case.codes, (case.batch, case.depth)).to(device)
-        caches = prior.new_caches(case.batch)[0]
-        history = (torch.randn_like(caches.keys[:, :, :, :SEEN]), torch.randn_like(caches.keys[:, :, :, :SEEN]))
+        shape = (case.layers[0], case.batch, case.heads, SEEN, case.width // case.heads)
+        history = (torch.randn(shape, device=device), torch.randn(shape, device=device))
         positions = {f"rqkernels {case.precision}": ours(case, prior, history, codes_bd)}
         positions["eager fp32"] = eager(prior, history, codes_bd)
         if case.precision == "bf16":
@@ -155,6 +183,9 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         if case.precision == "int8" and device.type == "cpu":
             positions["quantize_dynamic int8"] = eager(quantized(prior), history, codes_bd)
         truth = eager(copy.deepcopy(prior).double(), history, codes_bd)(True)
+        if device.type == "cuda":
+            graphs = {f"{name}, CUDA graph": captured(position) for name, position in positions.items()}
+            positions = graphs | positions
         contenders = [
             Contender(name, lambda position=position: position(False), case.batch)
             for name, position in positions.items()

@@ -54,13 +54,13 @@ def published_linear_loss(
 
 def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
     rows = case.rows_cuda if device.type == "cuda" else case.rows_cpu
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, case.channels, generator=generator).to(device)
-    norms = torch.rand(case.codes, 1, generator=generator) * 0.8 + 0.2
-    codebook = (torch.randn(case.codes, case.channels, generator=generator) * norms).to(device)
+    there = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn(rows, case.channels, **there)
+    norms = torch.rand(case.codes, 1, **there) * 0.8 + 0.2
+    codebook = torch.randn(case.codes, case.channels, **there) * norms
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(device).requires_grad_()
+        return (scale * torch.randn(*shape, **there)).requires_grad_()
 
     if case.hidden is None:
         leaves = (leaf(rows, case.codes),)

@@ -1,6 +1,6 @@
 """What needs a card: tests marked gpu, compute-sanitizer, the benchmarks. Results as JSON in one folder, in one call.
 
-    python benchmarks/gpu_check.py [--out DIR] [--budget SECONDS] [--ncu]
+    python benchmarks/gpu_check.py [--out DIR] [--budget SECONDS] [--ncu] [--only STEP ...]
 
 Uses this Python as it is (torch, pytest and numpy must be there), reads the repository and writes only into
 DIR. Where the repository holds no compiled libraries they are built in a temporary copy (cmake, ninja, nvcc).
@@ -11,9 +11,12 @@ a benchmark has measured until then stays):
     tests        the tests marked gpu
     memcheck     compute-sanitizer over ragged shapes of each operator and the smaller of the tests
     racecheck    compute-sanitizer over the ragged shapes
-    bench_*      every benchmark on the card
+    bench_*      every benchmark on the card, the search first, and after it
+    sampling-*   `rqgen bench sampling` with the 1.4B preset, beside the published formulation with the same weights
     ncu          with --ncu: what each kernel makes of the tensor cores, FP64 units, DRAM and L2
+    ncu-position with --ncu: the same of all kernels, PyTorch's too, that draw a position of 500 images
 
+--only takes names of steps, with * for any letters; each of them may take all the time that is left.
 Exit status: 0 all well; 1 a step failed or overran; 2 something that is needed is missing, or a step was skipped;
 3 no GPU.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import fnmatch
 import importlib.util
 import io
 import json
@@ -44,13 +48,14 @@ BENCHMARKS = sorted(
     (ROOT / "benchmarks").glob("bench_*.py"), key=lambda path: (path.stem != "bench_residual_search", path)
 )
 # What the models' tests import beyond torch; without all of it only the kernels are tested.
-MODEL_PACKAGES = ("accelerate", "omegaconf", "rich", "safetensors", "sklearn", "typer", "yaml")
-MODEL_BENCHMARKS = ("bench_prior_step",)
+MODEL_PACKAGES = ("PIL", "accelerate", "matplotlib", "omegaconf", "rich", "safetensors", "sklearn", "typer", "yaml")
+MODEL_BENCHMARKS = ("bench_depth_decode", "bench_prior_step")
 # Few launches, and none into a CUDA graph: the sanitizer takes a while for each, and sees through torch's allocator
 # only where that caches nothing, which a graph cannot do without.
 SMALL_TESTS = ("tests/rqkernels/test_code_statistics.py", "tests/rqkernels/test_residual_decode.py")
 BUDGET = 540.0
 SECONDS_PER_CASE = 3.0
+QUICK = os.environ.get("RQK_BENCH_QUICK") == "1"
 TAIL = 4000  # characters of a step's output that are kept
 
 
@@ -59,6 +64,41 @@ class Missing(Exception):
 
 
 # --- steps and their time --------------------------------------------------------------------------------
+
+
+class Sampling(NamedTuple):
+    """A run of `rqgen bench sampling`: what is drawn, without a decoder, and its share of the budget."""
+
+    shape: str
+    precision: str
+    batches: tuple[int, ...]
+    share: float
+
+    @property
+    def name(self) -> str:
+        return f"sampling-{self.shape}-{self.precision}"
+
+    def options(self) -> list[object]:
+        size: list[object] = ["--preset", "1.4B", "--device", "cuda"]
+        if QUICK:  # on any machine
+            small = {"width": 16, "spatial-layers": 1, "depth-layers": 1, "heads": 2, "codebook-size": 32}
+            size = [part for name, value in small.items() for part in (f"--{name}", value)] + ["--device", "cpu"]
+        batches = [part for batch in self.batches for part in ("--batch", batch)]
+        what = ["--shape", self.shape, "--precision", self.precision, *batches, "--published"]
+        # Seconds in which a batch of 500 is drawn a few times by us, and twice in the published way.
+        return [*size, *what, "--decoder-channels", 0, "--seconds", 0 if QUICK else 8]
+
+
+# The paper's figure 4, what is asked for most first. (Keys and values of 500 images at 16x16x1 would take 38 GB.)
+SAMPLINGS = (
+    [Sampling("2x2x2", "bf16", (1, 2), 0.25)]
+    if QUICK
+    else [
+        Sampling("8x8x4", "bf16", (1, 100, 200, 500), 0.25),
+        Sampling("16x16x1", "bf16", (1, 100, 200), 0.25),
+        Sampling("8x8x4", "fp32", (1, 100), 0.15),
+    ]
+)
 
 
 class Step(NamedTuple):
@@ -90,6 +130,19 @@ def run_steps(
         why = records[step.name].get("why")
         print(f"gpu-check: {step.name}: {records[step.name]['outcome']}{f' ({why})' if why else ''}", flush=True)
     return records
+
+
+def chosen(steps: Sequence[Step], patterns: Sequence[str]) -> list[Step]:
+    """The steps of these names, none with a share that it must keep to.
+
+    Raises:
+        ValueError: a name that no step has.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter([step.name for step in steps], pattern):
+            raise ValueError(f"--only: no step is called {pattern}; there are {', '.join(s.name for s in steps)}")
+    wanted = [step for step in steps if any(fnmatch.fnmatchcase(step.name, pattern) for pattern in patterns)]
+    return [step._replace(share=1.0) for step in wanted]
 
 
 def exit_status(records: Mapping[str, Mapping[str, Any]]) -> int:
@@ -180,7 +233,8 @@ def pytest_command(*paths: str) -> list[object]:
     return [sys.executable, "-m", "pytest", *options, *(ROOT / path for path in paths)]
 
 
-def steps_on(scratch: Path, environment: Mapping[str, str], out: Path, with_ncu: bool) -> Iterator[Step]:
+def steps_on(scratch: Path, environment: Mapping[str, str], out: Path, device: str) -> Iterator[Step]:
+    """All there are. `device`: as results are named after it."""
     without = [name for name in MODEL_PACKAGES if importlib.util.find_spec(name) is None]
 
     def tests(seconds: float) -> dict[str, Any]:
@@ -215,26 +269,54 @@ def steps_on(scratch: Path, environment: Mapping[str, str], out: Path, with_ncu:
 
         return run
 
-    def ncu(seconds: float) -> dict[str, Any]:
-        report = scratch / "ncu.csv"
-        sections = [part for name in NCU_SECTIONS for part in ("--section", name)]
-        command = [tool("ncu"), "--csv", "--page", "raw", *sections, "--kernel-name-base", "demangled"]
-        command += ["--kernel-name", "regex:rqk::", sys.executable, __file__, "--calls", "typical"]
-        record = execute(command, seconds, environment, scratch, stdout=report)
-        kernels = summarize_ncu(report.read_text(errors="replace")) if report.exists() else {}
-        if record["outcome"] == "passed" and not kernels:
-            tail = report.read_text(errors="replace")[-TAIL:]
-            record |= {"outcome": "failed", "why": "its report names no kernel of ours", "tail": tail}
-        return {**record, "kernels": kernels}
+    def sampling(run_: Sampling) -> Callable[[float], dict[str, Any]]:
+        def run(seconds: float) -> dict[str, Any]:
+            if without:
+                raise Missing(f"the models need {', '.join(without)}")
+            folder = scratch / run_.name
+            command = [sys.executable, "-m", "rqgen", "bench", "sampling", *run_.options(), "--out", folder]
+            record = execute(command, seconds, environment, scratch)
+            (out / "sampling").mkdir(exist_ok=True)
+            # Written after each batch size, so what was measured before an end stays.
+            for path in (folder / "sampling.json", folder / "sampling.png"):
+                if path.exists():
+                    target = out / "sampling" / f"{device}-{run_.name.removeprefix('sampling-')}{path.suffix}"
+                    shutil.copy(path, target)
+            return record
+
+        return run
+
+    def ncu(calls: str, *which: str) -> Callable[[float], dict[str, Any]]:
+        def run(seconds: float) -> dict[str, Any]:
+            if without and calls == "position":
+                raise Missing(f"the models need {', '.join(without)}")
+            report = scratch / f"ncu-{calls}.csv"
+            # Clocks are left alone, as they are for the benchmarks.
+            command = [tool("ncu"), "--csv", "--page", "raw", "--clock-control", "none"]
+            command += ["--kernel-name-base", "demangled", *which]
+            command += [part for name in NCU_SECTIONS for part in ("--section", name)]
+            command += [sys.executable, __file__, "--calls", calls]
+            record = execute(command, seconds, environment, scratch, stdout=report)
+            text = report.read_text(errors="replace") if report.exists() else ""
+            kernels = summarize_ncu(text)
+            if record["outcome"] == "passed" and not kernels:
+                record |= {"outcome": "failed", "why": "its report names no kernel", "tail": text[-TAIL:]}
+            return {**record, "kernels": kernels}
+
+        return run
 
     ragged = [sys.executable, __file__, "--calls", "ragged"]
     yield Step("tests", 0.35, 20, tests)
     yield Step("memcheck", 0.2, 20, sanitize("memcheck", ragged, pytest_command(*SMALL_TESTS)))
     yield Step("racecheck", 0.15, 20, sanitize("racecheck", ragged))
-    for path in BENCHMARKS:
-        yield Step(path.stem, 0.6 if path.stem == "bench_residual_search" else 0.25, 20, bench(path))
-    if with_ncu:
-        yield Step("ncu", 0.25, 20, ncu)
+    first, *others = BENCHMARKS
+    yield Step(first.stem, 0.6, 20, bench(first))
+    for run in SAMPLINGS:
+        yield Step(run.name, run.share, 20, sampling(run))
+    for path in others:
+        yield Step(path.stem, 0.25, 20, bench(path))
+    yield Step("ncu", 0.25, 20, ncu("typical", "--kernel-name", "regex:rqk::"))
+    yield Step("ncu-position", 0.15, 20, ncu("position", "--profile-from-start", "off"))
 
 
 def test_outcomes(report: Path) -> dict[str, str]:
@@ -283,13 +365,20 @@ def call_ragged() -> None:
             loss = rqkernels.soft_label_cross_entropy(leaf, x, codebook, tau)
             drawn = rqkernels.stochastic_residual_search(x, codebook, 2, tau=tau, seed=1)
             grad = torch.autograd.grad(loss, leaf)[0]
-            return [loss, grad, rqkernels.distance_softmax(x, codebook, tau), drawn.codes]
+            # The rows as what a classifier sees, and the codes as its weights, for logits of size 1.
+            leaves = [t.requires_grad_() for t in (x / x.shape[1] ** 0.5, codebook.detach().clone())]
+            fused = rqkernels.fused_linear_soft_label_cross_entropy(*leaves, logits[0], x, codebook, tau)
+            grads = torch.autograd.grad(fused, leaves)
+            written = logits.detach().clone().requires_grad_() * 1.0
+            rqkernels.soft_label_cross_entropy(written, x, codebook, tau, inplace=True)
+            softmax = rqkernels.distance_softmax(x, codebook, tau)
+            return [loss, grad, softmax, fused, *grads, written.detach(), drawn.codes]
 
         ours, expected = labelled(x.cuda(), codebook.cuda(), logits.cuda()), labelled(x, codebook, logits)
-        for i, (a, b) in enumerate(zip(ours[:3], expected[:3], strict=True)):
+        for i, (a, b) in enumerate(zip(ours[:-1], expected[:-1], strict=True)):
             assert torch.allclose(a.cpu(), b, rtol=1e-4, atol=1e-6), f"soft labels {i} differ at N, K, C = {n, k, c}"
         # A draw may fall on the other side of a boundary that the two round differently.
-        same = (ours[3].cpu() == expected[3]).double().mean().item()
+        same = (ours[-1].cpu() == expected[-1]).double().mean().item()
         assert same > 0.98, f"only {same:.1%} of the codes drawn are the CPU's at N, K, C = {n, k, c}"
     for n, k in [(0, 5), (1, 1), (129, 257), (9, 3000)]:
         logits = torch.randn(n, k, generator=generator)
@@ -316,27 +405,97 @@ def call_ragged() -> None:
                 same = torch.allclose(a.cpu(), b, rtol=close, atol=close)
                 assert same, f"result {i} differs from the CPU's at {dtype}, {n, heads, queries, keys, head_dim}"
 
-    def codes_of(precision: str, context: Any, vectors: Any, *block: Any) -> Any:
-        stack = rqkernels.PackedTransformer([rqkernels.BlockWeights(*block)], 1, precision=precision)
-        norm = {"norm_weight": block[0], "norm_bias": block[1]}
-        decoder = rqkernels.PackedDepthDecoder(stack, vectors[:3], vectors, **norm, classifier_weight=vectors)
-        return rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
+    # Shapes that fill no tile, with more than one block of rows; a decoder whose stack is the identity.
+    sizes = [(1, 5, 70, 40, 1), (40, 33, 9, 131, 2)]
+    cases = [(precision, *size) for size in sizes for precision in ("fp32", "bf16", "int8")] + [("fp32", 3, 8, 4, 7, 0)]
+    for precision, rows, width, hidden, k, layers in cases:
+        ours, expected = (
+            position_of(move, generator.manual_seed(rows), precision, rows, width, hidden, k, layers)
+            for move in (lambda tensor: tensor.cuda(), lambda tensor: tensor)
+        )
+        for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+            where = f"result {i} of {precision} at {rows} rows of width {width}"
+            if a.dtype == torch.int64:
+                # Of two codes that are nearly as likely either may be the likeliest.
+                same = (a.cpu() == b).double().mean().item()
+                assert same > 0.95, f"only {same:.1%} of {where} are the CPU's"
+            else:  # a step of int8's is 1/32639 of a row's largest
+                close = 1e-4 * max(1.0, b.abs().max().item())
+                assert torch.allclose(a.cpu(), b, rtol=0, atol=close), f"{where} differs from the CPU's"
 
-    def random(*sizes: int) -> Any:
-        return torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5
 
-    for rows, width, hidden, k in ((1, 5, 70, 40), (40, 33, 9, 131)):
-        linears = ((3 * width, width), (width, width), (hidden, width), (width, hidden))
-        qkv, out, mlp_in, mlp_out = ((random(*sizes), random(sizes[0])) for sizes in linears)
-        norms = random(width), random(width), random(width), random(width)
-        given = [5 * random(rows, width), 5 * random(k, width), *norms[:2], *qkv, *out, *norms[2:], *mlp_in, *mlp_out]
-        for precision in ("fp32", "bf16", "int8"):
-            ours, expected = codes_of(precision, *(t.cuda() for t in given)), codes_of(precision, *given)
-            assert torch.equal(ours.cpu(), expected), f"codes of {precision} differ from the CPU's at {rows} rows"
+def packed_decoder(
+    move: Callable[[Any], Any],
+    generator: Any,
+    precision: str,
+    width: int,
+    hidden: int,
+    heads: int,
+    k: int,
+    layers: int,
+    depth: int,
+) -> Any:
+    """A decoder of random weights, each moved to its device; with an output layer for every depth where D is odd."""
+    import torch
+
+    import rqkernels
+
+    def weights(*sizes: int) -> Any:
+        return move(torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5)
+
+    def linear(outputs: int, inputs: int) -> tuple[Any, Any]:
+        return weights(outputs, inputs), weights(outputs)
+
+    def block() -> Any:
+        attention = linear(3 * width, width), linear(width, width)
+        mlp = linear(hidden, width), linear(width, hidden)
+        parts = (weights(width), weights(width)), *attention, (weights(width), weights(width)), *mlp
+        return rqkernels.BlockWeights(*(tensor for part in parts for tensor in part))
+
+    blocks = [block() for _ in range(layers)]
+    device = move(torch.empty(0)).device
+    stack = rqkernels.PackedTransformer(blocks, heads, precision=precision, width=width, device=device)
+    norm = {"norm_weight": weights(width), "norm_bias": weights(width)}
+    classifier = 5 * (weights(depth, k, width) if depth % 2 else weights(k, width))
+    return rqkernels.PackedDepthDecoder(
+        stack, weights(depth, width), weights(k, width), **norm, classifier_weight=classifier
+    )
+
+
+def position_of(
+    move: Callable[[Any], Any],
+    generator: Any,
+    precision: str,
+    rows: int,
+    width: int,
+    hidden: int,
+    k: int,
+    layers: int,
+) -> list[Any]:
+    """Every call of the sampling of a position, after two tokens and one more: contexts, greedy codes, logits."""
+    import torch
+
+    import rqkernels
+
+    depth = 3
+    decoder = packed_decoder(move, generator, precision, width, hidden, 1, k, layers, depth)
+    keys, values = (move(torch.zeros(layers, 2 * rows, 1, 5, width)) for _ in range(2))
+    x = torch.randn(2 * rows, 3, width, generator=generator)
+    first, last = move(x[:, :2].contiguous()), move(x[:, 2].contiguous())
+    step = move(torch.ones(1)).to(torch.int64)
+    rqkernels.transformer_step(first, decoder.transformer, keys, values, 0)
+    context = rqkernels.transformer_step(last, decoder.transformer, keys, values, 1, step=step)
+    codes = rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
+    guided = rqkernels.depth_decode(context, decoder, temperature=0.0, guidance=0.5, seed=0, step=step)
+    drawn = rqkernels.depth_decode(context, decoder, top_k=1 + k // 2, top_p=0.9, seed=0)
+    assert ((drawn >= 0) & (drawn < k)).all()
+    # Of given codes, so that a code that falls on the other side of a rounding changes nothing else.
+    given = torch.arange(2 * rows * depth, device=context.device).view(-1, depth) % k
+    return [context, codes, guided, rqkernels.depth_logits(context, given, decoder)]
 
 
 def call_typical(device: str = "cuda") -> None:
-    """Shapes of the benchmarks, one call each: for ncu."""
+    """Every operator in the shapes of the benchmarks, one call each: for ncu."""
     import torch
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -344,12 +503,79 @@ def call_typical(device: str = "cuda") -> None:
 
     import rqkernels
 
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(*sizes, generator=generator).to(device)
+
     for case in SHAPES[:3]:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(case.rows(torch.device(device)), case.channels, generator=generator).to(device)
+        x = random(case.rows(torch.device(device)), case.channels)
         codebooks = case.codebooks(generator).to(device)
         found = rqkernels.residual_search(x, codebooks, case.depth, return_statistics=True)
-        rqkernels.residual_decode(found.codes, codebooks, check=False).cpu()
+        rqkernels.residual_decode(found.codes, codebooks, check=False)
+        rqkernels.code_statistics(x, found.codes[..., 0], codebooks.shape[-2])
+        if codebooks.dim() == 2:
+            rqkernels.residual_search(x, rqkernels.FrozenCodebook(codebooks), case.depth)
+    # Codes drawn and soft labels, of an RQ-VAE's codes and of a VAR's.
+    for rows, channels, k, tau in ((64, 8, 16, 4.0),) if QUICK else ((8192, 256, 16384, 20.0), (65536, 32, 4096, 2.0)):
+        x, codebook, logits = random(rows, channels), random(k, channels), random(rows, k).requires_grad_()
+        rqkernels.stochastic_residual_search(x, codebook, 1, tau=tau, seed=0)
+        rqkernels.distance_softmax(x[: rows // 8], codebook, tau)
+        rqkernels.soft_label_cross_entropy(logits, x, codebook, tau).backward()
+        rqkernels.soft_label_cross_entropy(logits * 1.0, x, codebook, tau, inplace=True)
+        del logits
+        classifier = random(k, 2 * channels).requires_grad_(), random(k).requires_grad_()
+        hidden = random(rows, 2 * channels).requires_grad_()
+        rqkernels.fused_linear_soft_label_cross_entropy(hidden, *classifier, x, codebook, tau).backward()
+    # What drawing 500 images of the 1.4B prior takes: a position of one block in each stack, and the codes.
+    rows, width, heads, k = (4, 16, 2, 32) if QUICK else (500, 1536, 24, 16384)
+    logits = random(rows, k)
+    rqkernels.sample_logits(logits, seed=0)
+    rqkernels.sample_logits(logits, top_k=k // 8, top_p=0.95, seed=0)
+    decoder = packed_decoder(lambda tensor: tensor.to(device), generator, "bf16", width, 4 * width, heads, k, 1, 4)
+    for batch in (1, rows):
+        keys, values = random(2, 1, batch, heads, 64, width // heads)
+        context = rqkernels.transformer_step(random(batch, width), decoder.transformer, keys, values, 32)
+        codes = rqkernels.depth_decode(context, decoder, top_k=k // 8, top_p=0.95, seed=0)
+        rqkernels.depth_logits(context, codes, decoder)
+    # And what training it takes for 256 images.
+    for depth in (4, 8, 16):
+        stacks = 8 if QUICK else 65536 // depth
+        qkv = random(stacks, depth, 3, heads, width // heads).bfloat16().requires_grad_()
+        rqkernels.depth_attention_packed(qkv).float().sum().backward()
+        rqkernels.depth_attention(*(t.contiguous() for t in qkv.permute(2, 0, 3, 1, 4))).float().sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def call_position(device: str = "cuda") -> None:
+    """One position of a batch, for ncu, which sees what lies between the profiler's start and stop: the 1.4B prior's
+    layers in their proportion, launched one by one."""
+    import torch
+
+    from rqgen.models import RQTransformer, RQTransformerConfig
+    from rqgen.models.captured import CapturedSampler
+    from rqgen.models.transformer import TransformerConfig
+
+    width, heads, k, batch, positions = (16, 2, 32, 2, 4) if QUICK else (1536, 24, 16384, 500, 64)
+    stacks = {name: TransformerConfig(layers, heads) for name, layers in (("spatial", 7), ("depth", 1))}
+    with torch.device(device):
+        config = RQTransformerConfig((positions // 2, 2, 4), k, 256, embed_dim=width, **stacks)
+        prior = RQTransformer(config, torch.randn(k, 256)).bfloat16().eval()
+    begun = iter(range(positions))
+
+    def advance() -> None:
+        position = next(begun)
+        if position == positions // 2:
+            torch.cuda.profiler.start()
+        elif position == positions // 2 + 1:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+    known = torch.empty(batch, 0, 4, dtype=torch.int64, device=device)
+    settings = {"temperature": [1.0] * 4, "top_k": [None] * 4, "top_p": [None] * 4, "seed": 0}
+    sampler = CapturedSampler(prior, capture=False)
+    sampler.sample(prior.condition_ids(None, batch), known, **settings, advance=advance)
 
 
 # --- what ncu says ---------------------------------------------------------------------------------------
@@ -409,7 +635,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps (%(default).0f)")
     parser.add_argument("--ncu", action="store_true", help="also profile each kernel")
-    parser.add_argument("--calls", choices=["ragged", "typical"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone, such as 'sampling-*' ncu")
+    parser.add_argument("--calls", choices=["ragged", "typical", "position"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     start = time.monotonic()
     try:
@@ -422,7 +649,7 @@ def main() -> int:
         print(f"gpu-check: no GPU: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
         return 3
     if args.calls is not None:
-        {"ragged": call_ragged, "typical": call_typical}[args.calls]()
+        {"ragged": call_ragged, "typical": call_typical, "position": call_position}[args.calls]()
         return 0
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -440,16 +667,29 @@ def main() -> int:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         built = time.monotonic() - start
-        records = run_steps(list(steps_on(scratch, environment, out, args.ncu)), args.budget - built)
-    name = "-".join(torch.cuda.get_device_name().lower().split())
+        name = "-".join(torch.cuda.get_device_name().lower().split())
+        steps = list(steps_on(scratch, environment, out, name))
+        try:
+            steps = (
+                chosen(steps, args.only)
+                if args.only
+                else [step for step in steps if args.ncu or not step.name.startswith("ncu")]
+            )
+        except ValueError as error:
+            print(f"gpu-check: {error}", file=sys.stderr)
+            return 2
+        records = run_steps(steps, args.budget - built)
+    path = out / f"{name}-gpu-tests.json"
+    # What other calls found of other steps stays, where this one was asked for some.
+    others = json.loads(path.read_text())["steps"] if args.only and path.exists() else {}
     summary = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "budget_seconds": args.budget,
         "build_seconds": round(built, 1),
-        "steps": records,
+        "steps": {**others, **records},
     }
-    (out / f"{name}-gpu-tests.json").write_text(json.dumps(summary, indent=1) + "\n")
+    path.write_text(json.dumps(summary, indent=1) + "\n")
     status = exit_status(records)
     print(f"gpu-check: {('passed', 'FAILED', 'INCOMPLETE')[status]}, results in {out}")
     return status

@@ -40,7 +40,7 @@ class PackedTransformer:
         activation: "gelu" (exact) or "quick_gelu", `x * sigmoid(1.702 x)`.
         precision: "fp32", "bf16" or "int8".
         eps: of the norms.
-        width: of a stack without blocks, which is the identity.
+        width, device: of a stack without blocks, which is the identity (torch's default device, unless given).
 
     Raises:
         TypeError: a weight that is not a tensor of these dtypes.
@@ -56,6 +56,7 @@ class PackedTransformer:
         precision: str = "fp32",
         eps: float = 1e-5,
         width: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         blocks = [BlockWeights(*block) for block in blocks]
         for name, value, allowed in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
@@ -69,6 +70,10 @@ class PackedTransformer:
                     check_tensor("PackedTransformer", f"blocks[{layer}].{name}", tensor, FLOAT_DTYPES)
         if blocks and width is not None and blocks[0].attention_norm_weight.shape != (width,):
             raise ValueError(f"PackedTransformer: width is {width}, the blocks' another")
+        if blocks and device is not None:
+            wanted, there = torch.device(device), blocks[0].attention_norm_weight.device
+            if wanted.type != there.type or wanted.index not in (None, there.index):
+                raise ValueError(f"PackedTransformer: device is {wanted}, the blocks are on {there}")
         self.width = blocks[0].attention_norm_weight.shape[-1] if blocks else int(width)  # type: ignore[arg-type]
         self.hidden = blocks[0].mlp_in_weight.shape[0] if blocks else 4 * self.width
         self.layers, self.heads, self.eps = len(blocks), int(heads), float(eps)
@@ -84,7 +89,7 @@ class PackedTransformer:
             parts += [_vector(block.mlp_norm_weight), _vector(block.mlp_norm_bias)]
             parts += _linear(block.mlp_in_weight, block.mlp_in_bias, precision, errors, "mlp_in")
             parts += _linear(block.mlp_out_weight, block.mlp_out_bias, precision, errors, "mlp_out")
-        self._blocks = _joined(parts)
+        self._blocks = _joined(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
         self.quantization_error: dict[str, float] = errors.relative()
         """`|rounded - weight| / |weight|` (Frobenius) over all blocks, for "qkv", "out", "mlp_in", "mlp_out"."""
 
@@ -165,7 +170,7 @@ class PackedDepthDecoder:
             check_tensor(op, name, tensor, FLOAT_DTYPES)
             if tensor.device != depth_positions.device:
                 raise ValueError(f"{op}: {name} must be on {depth_positions.device}, got {tensor.device}")
-        if transformer.layers and transformer._blocks.device != depth_positions.device:
+        if transformer._blocks.device != depth_positions.device:
             raise ValueError(f"{op}: transformer is on {transformer._blocks.device}, not {depth_positions.device}")
         width = transformer.width
         if depth_positions.dim() != 2 or depth_positions.shape[0] < 1 or depth_positions.shape[1] != width:
@@ -430,7 +435,7 @@ class _Errors:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    packed = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    packed = torch.cat(parts)
     return torch.ops.rqkernels.copy_to_large_pages(packed) if packed.device.type == "cpu" else packed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -112,9 +113,76 @@ def test_as_a_script_and_drawn_into_a_readme(tmp_path: Path) -> None:
     assert "index_add and bincount" in plot and "tiny" in plot and "reference" not in plot
 
 
-def test_the_plot_that_the_readme_shows_is_there() -> None:
-    (target,) = re.findall(r"!\[.*?\]\((.*?)\)", (BENCHMARKS / "README.md").read_text())
-    assert (BENCHMARKS / target).read_text().count("<svg") == 1
+def test_systems_are_drawn_into_a_readme(tmp_path: Path) -> None:
+    """Of what `rqgen bench systems` writes; its own test holds the names."""
+    work = {"products": 7.15e10, "attention": 2.5e9, "states": 3e6}
+    systems = [
+        {
+            "name": name,
+            "codes": codes,
+            "number_of_codes": 256,
+            "codebook_size": 4096,
+            "layers": layers,
+            "parameters": 5.1e7,
+            "steps": steps,
+            "counted_per_image": [{"batch": batch, "weights": 5.4e8 / batch, **work} for batch in (1, 16)],
+        }
+        for name, codes, layers, steps in (("VAR", "1+2", [16], [10]), ("stacks", "8x8x4", [12, 4], [64, 256]))
+    ]
+    case = {
+        "batch": 16,
+        "system": "VAR",
+        "precision": "fp32",
+        "guidance": 1.5,
+        "ar_ms_per_image": 12.34,
+        "ar_ms_per_image_min_max": [11.0, 13.0],
+        "images_per_s_ar_only": 81.0,
+        "percent_of_floor": 45.6,
+        "decoder_ms_per_image": None,
+        "peak_bytes": None,
+    }
+    machine = {
+        "device": "a processor",
+        "threads": 2,
+        "malloc": {},
+        "versions": dict.fromkeys(("python", "rqkernels", "torch", "rich"), "1.0"),
+        "commit": None,
+        "uncommitted_changes": False,
+        "time": "now",
+    }
+    content = {
+        "machine": machine,
+        "settings": {"image_side": 256, "width": 512},
+        "peaks": {"copy_bytes_per_s": 2e10, "operations_per_s": {"fp32": 1.2e11}},
+        "systems": systems,
+        "cases": [case],
+    }
+    (tmp_path / "systems").mkdir()
+    (tmp_path / "systems" / "systems.json").write_text(json.dumps(content))
+    readme = tmp_path / "README.md"
+    markers = [f"<!-- {name}: {end} -->" for name in ("systems", "results") for end in ("begin", "end")]
+    command = (BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme)
+    readme.write_text("\n".join(markers[2:]))
+    assert "must hold <!-- systems: begin -->" in quick(*command, out=tmp_path).stderr
+    readme.write_text("\n".join(["before", *markers, "after"]))
+    assert quick(*command, out=tmp_path).returncode == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after")
+    for row in (
+        "| steps, one after another | 10 | 64 + 256 |",
+        "| operations: products with weights | 71.5 G | 71.5 G |",
+        "| weights read, batch 16 | 33.8 M | 33.8 M |",
+        "| 16 | VAR, fp32, guidance 1.5 | 12.3 | 11 - 13 | 81 | 45.6 |",
+    ):
+        assert f"\n{row}\n" in text
+    assert "2 threads, COLD heap, python 1.0, rqkernels 1.0, torch 1.0, commit unknown" in text
+
+
+def test_the_plots_that_the_readme_shows_are_there() -> None:
+    targets = re.findall(r"!\[.*?\]\((.*?)\)", (BENCHMARKS / "README.md").read_text())
+    assert [Path(target).name for target in targets] == ["systems.png", "speedup.svg"]
+    assert (BENCHMARKS / targets[0]).read_bytes().startswith(b"\x89PNG")
+    assert (BENCHMARKS / targets[1]).read_text().count("<svg") == 1
 
 
 def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
@@ -163,13 +231,14 @@ def gpu_check() -> ModuleType:
 
 
 def test_the_whole_is_summed_up_in_one_file(
-    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def steps(scratch: Path, environment: dict[str, str], out: Path, with_ncu: bool) -> list[object]:
+    def steps(scratch: Path, environment: dict[str, str], out: Path, device: str) -> list[object]:
         assert environment["PYTHONPATH"].startswith(f"{ROOT}{os.pathsep}{ROOT / 'python'}")
         command = [sys.executable, "-c", "import rqkernels, sys; sys.exit('no kernel')"]
         return [
-            gpu_check.Step("one", 1.0, 0, lambda seconds: gpu_check.execute(command, seconds, environment, scratch))
+            gpu_check.Step("one", 1.0, 0, lambda seconds: gpu_check.execute(command, seconds, environment, scratch)),
+            gpu_check.Step("two", 1.0, 0, lambda seconds: {"outcome": "passed", "budget": seconds}),
         ]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -178,10 +247,17 @@ def test_the_whole_is_summed_up_in_one_file(
     monkeypatch.setattr(gpu_check, "steps_on", steps)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out"), "--budget", "60"])
     assert gpu_check.main() == 1
+    command = list(sys.argv)
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "three*"])
+    assert gpu_check.main() == 2
+    assert "--only: no step is called three*; there are one, two" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "30", "--only", "tw*"])
+    assert gpu_check.main() == 0  # of this step; the file keeps the other
     (path,) = (tmp_path / "out").iterdir()
     assert path.name == "a-card-gpu-tests.json"
     summary = json.loads(path.read_text())
-    assert summary["device"] == "A Card" and summary["budget_seconds"] == 60
+    assert summary["device"] == "A Card" and summary["budget_seconds"] == 30
+    assert summary["steps"]["two"]["budget"] < 30
     assert summary["steps"]["one"]["outcome"] == "failed"
     assert summary["steps"]["one"]["tail"] == "no kernel\n"
 
@@ -194,12 +270,115 @@ def test_the_ragged_calls_compare_with_the_cpu(gpu_check: ModuleType, monkeypatc
         gpu_check.call_ragged()
 
 
-def test_the_typical_calls_run(tmp_path: Path) -> None:
-    script = tmp_path / "typical.py"
-    script.write_text("import gpu_check\ngpu_check.call_typical('cpu')\n")
-    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+def run_script(path: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script that finds the benchmarks, in their smallest shapes."""
+    path.write_text(text)
+    python_path = f"{BENCHMARKS}:{ROOT}:{ROOT / 'python'}"
+    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "PYTHONPATH": python_path, **environment}
+    return subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+
+
+def test_the_typical_calls_are_calls_of_every_operator(tmp_path: Path) -> None:
+    run = run_script(
+        tmp_path / "typical.py",
+        "import gpu_check, json, torch\n"
+        "from torch.utils._python_dispatch import TorchDispatchMode\n"
+        "called = set()\n"
+        "class Record(TorchDispatchMode):\n"
+        "    def __torch_dispatch__(self, function, types, args=(), kwargs=None):\n"
+        "        called.add(function._schema.name)\n"
+        "        return function(*args, **(kwargs or {}))\n"
+        "with Record():\n"
+        "    gpu_check.call_typical('cpu')\n"
+        "there = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith('rqkernels::')}\n"
+        "print(json.dumps(sorted(there - called)))\n",
+    )
     assert run.returncode == 0, run.stderr
+    # These two ask for a number, and launch nothing.
+    assert json.loads(run.stdout) == ["rqkernels::codebook_cache_state", "rqkernels::packed_has_gram"]
+
+
+def test_every_benchmark_takes_its_ways_for_a_card(tmp_path: Path) -> None:
+    run = run_script(
+        tmp_path / "card.py",
+        "import importlib, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import _harness, fake_card, torch\n"
+        "from pathlib import Path\n"
+        "_harness._l2_flush = lambda device: torch.empty(1)\n"
+        "import rqkernels\n"  # before a card is there, for which it would load a library
+        f"for path in sorted(Path({str(BENCHMARKS)!r}).glob('bench_*.py')):\n"
+        "    with fake_card.fake_card() as device:\n"
+        "        bench = importlib.import_module(path.stem)\n"
+        "        cases = getattr(bench, 'CASES', None) or bench.SHAPES\n"
+        "        for case in cases:\n"
+        "            record = bench.run_case(case, device)\n"
+        "            print(path.stem, [c['name'] for c in record['contenders']], record.get('without'))\n",
+    )
+    assert run.returncode == 0, run.stderr
+    ran = {line.split()[0] for line in run.stdout.splitlines()}
+    assert ran == {path.stem for path in BENCHMARKS.glob("bench_*.py")}
+    # Each backend by itself, and those that this machine has not by name.
+    attention = [line for line in run.stdout.splitlines() if line.startswith("bench_depth_attention")]
+    assert all("SDPA (flash)" in line and "'SDPA (cuDNN)': 'No viable backend" in line for line in attention)
+    (decoded,) = [line for line in run.stdout.splitlines() if "rqkernels bf16" in line]
+    assert decoded.startswith(
+        "bench_depth_decode ['rqkernels bf16, CUDA graph', 'eager fp32, CUDA graph', 'eager bf16, C"
+    )
+
+
+def test_a_prior_is_sampled_on_the_card(tmp_path: Path) -> None:
+    """The step of the largest preset, with a small prior on the CPU."""
+    out = tmp_path / "out"
+    out.mkdir()
+    run = run_script(
+        tmp_path / "step.py",
+        "import gpu_check, os\n"
+        "from pathlib import Path\n"
+        "folder = Path(__file__).parent\n"
+        "steps = list(gpu_check.steps_on(folder, os.environ, folder / 'out', 'a-card'))\n"
+        "records = gpu_check.run_steps(gpu_check.chosen(steps, ['sampling-*']), 100)\n"
+        "assert set(records) == {'sampling-2x2x2-bf16'}\n"
+        "assert gpu_check.exit_status(records) == 0, records\n",
+    )
+    assert run.returncode == 0, run.stderr + run.stdout
+    written = {path.suffix: path for path in (out / "sampling").iterdir()}
+    assert {path.name for path in written.values()} == {"a-card-2x2x2-bf16.json", "a-card-2x2x2-bf16.png"}
+    result = json.loads(written[".json"].read_text())
+    assert [(case["batch"], case["contender"], case["precision"]) for case in result["cases"]] == [
+        (batch, contender, "bf16") for batch in (1, 2) for contender in ("rqgen", "published formulation")
+    ]
+    assert all(case["ar_ms_per_image"] > 0 and case["floor_ms_per_image"] > 0 for case in result["cases"])
+
+
+def test_the_largest_preset_is_sampled_where_there_is_a_card(gpu_check: ModuleType) -> None:
+    runs = {run.name: run for run in gpu_check.SAMPLINGS}
+    options = list(map(str, runs["sampling-8x8x4-bf16"].options()))
+    assert options[:4] == ["--preset", "1.4B", "--device", "cuda"] and "--published" in options
+    batches = [value for option, value in itertools.pairwise(options) if option == "--batch"]
+    assert batches == ["1", "100", "200", "500"]
+    assert {"sampling-16x16x1-bf16", "sampling-8x8x4-fp32"} <= set(runs)
+
+
+def test_a_position_is_profiled(tmp_path: Path) -> None:
+    run = run_script(
+        tmp_path / "position.py",
+        "import gpu_check, torch\n"
+        "said = []\n"
+        "torch.cuda.synchronize = lambda: None\n"
+        "torch.cuda.profiler.start, torch.cuda.profiler.stop = lambda: said.append('on'), lambda: said.append('off')\n"
+        "gpu_check.call_position('cpu')\n"
+        "assert said == ['on', 'off'], said\n",
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_steps_that_are_asked_for_may_take_the_whole_budget(gpu_check: ModuleType) -> None:
+    steps = [gpu_check.Step(name, share, 1, dict) for name, share in (("tests", 0.5), ("a-1", 0.1), ("a-2", 0.3))]
+    named = gpu_check.chosen(steps, ["a-2", "test*"])
+    assert [(step.name, step.share) for step in named] == [("tests", 1.0), ("a-2", 1.0)]
+    with pytest.raises(ValueError, match="--only: no step is called b; there are tests, a-1, a-2"):
+        gpu_check.chosen(steps, ["a-1", "b"])
 
 
 def test_formulations_for_the_card_alone_do_the_same_work(tmp_path: Path) -> None:
@@ -244,7 +423,7 @@ def test_steps_beyond_the_budget_are_skipped_by_name(gpu_check: ModuleType, caps
 def test_a_missing_tool_is_noted_and_is_no_pass(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    steps = [step for step in gpu_check.steps_on(Path(), {}, Path(), True) if step.name in ("racecheck", "ncu")]
+    steps = [step for step in gpu_check.steps_on(Path(), {}, Path(), "card") if step.name in ("racecheck", "ncu")]
     records = gpu_check.run_steps(steps, 100)
     assert records["racecheck"]["outcome"] == records["ncu"]["outcome"] == "missing"
     assert records["racecheck"]["why"] == "compute-sanitizer is not installed here"
@@ -253,7 +432,7 @@ def test_a_missing_tool_is_noted_and_is_no_pass(gpu_check: ModuleType, monkeypat
 
 def test_a_model_that_cannot_be_imported_is_noted(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "MODEL_PACKAGES", ("no_such_package", "yaml"))
-    steps = [step for step in gpu_check.steps_on(Path(), {}, Path(), False) if step.name == "bench_prior_step"]
+    steps = [step for step in gpu_check.steps_on(Path(), {}, Path(), "card") if step.name == "bench_prior_step"]
     record = gpu_check.run_steps(steps, 100)["bench_prior_step"]
     assert record == record | {"outcome": "missing", "why": "the models need no_such_package"}
 
@@ -267,9 +446,12 @@ def test_exit_status(gpu_check: ModuleType, outcomes: list[str], status: int) ->
 
 
 def test_all_that_is_asked_of_the_card_is_a_step(gpu_check: ModuleType) -> None:
-    names = [step.name for step in gpu_check.steps_on(Path(), {}, Path(), False)]
+    names = [step.name for step in gpu_check.steps_on(Path(), {}, Path(), "card")]
     assert names[:4] == ["tests", "memcheck", "racecheck", "bench_residual_search"]
-    assert set(names[3:]) == {path.stem for path in BENCHMARKS.glob("bench_*.py")}
+    assert names[4].startswith("sampling-") and names[-2:] == ["ncu", "ncu-position"]
+    assert {name for name in names if name.startswith("bench_")} == {
+        path.stem for path in BENCHMARKS.glob("bench_*.py")
+    }
     assert all((ROOT / path).is_file() for path in gpu_check.SMALL_TESTS)
 
 

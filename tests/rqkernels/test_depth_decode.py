@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -147,6 +148,18 @@ def test_a_stack_without_blocks_is_the_identity() -> None:
     packed, _ = random_stack(24, layers=0)
     x = torch.randn(5, 24)
     assert torch.equal(rqk.transformer_step(x, packed, *caches(packed, 5, 3), 0), x)
+
+
+def test_a_stack_without_blocks_has_a_device() -> None:
+    """Which no weight tells: a GPU's calls need it there."""
+    elsewhere = rqk.PackedTransformer([], 3, width=24, device="meta")
+    assert elsewhere._blocks.device.type == "meta"
+    x, cache = torch.zeros(2, 24, device="meta"), torch.zeros(0, 2, 3, 1, 8, device="meta")
+    assert rqk.transformer_step(x, elsewhere, cache, cache, 0).device.type == "meta"
+    weights = {"norm_weight": torch.ones(24), "norm_bias": torch.zeros(24), "classifier_weight": torch.zeros(7, 24)}
+    for transformer, places in ((elsewhere, "meta, not cpu"), (rqk.PackedTransformer([], 3, width=24), None)):
+        with pytest.raises(ValueError, match=places) if places else contextlib.nullcontext():
+            rqk.PackedDepthDecoder(transformer, torch.zeros(4, 24), torch.zeros(7, 24), **weights)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -443,6 +456,7 @@ def test_packing_names_bad_arguments() -> None:
         ([block], {"activation": "relu"}, ValueError, "activation must be one of gelu, quick_gelu, got 'relu'"),
         ([block], {"precision": "int4"}, ValueError, "precision must be one of fp32, bf16, int8, got 'int4'"),
         ([block], {"width": 25}, ValueError, "width is 25"),
+        ([block], {"device": "meta"}, ValueError, "device is meta, the blocks are on cpu"),
         ([], {}, ValueError, "width must be given"),
         ([not_finite], {}, ValueError, "the weights of mlp_in must be finite"),
     ):

@@ -8,6 +8,8 @@ at the device from the host. Masked keys are read in vain: a graph for every `BU
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +25,15 @@ from .transformer import Transformer
 
 # Positions that share a graph. At 64 positions three quarters of the read keys are in use, at a few captures.
 BUCKET = 16
+# torch captures one graph at a time in a process, and what another thread launched on the same stream would be in it.
+_ONE_CAPTURE = threading.Lock()
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of warm-ups and captures. A single one: cuBLAS keeps 32 MiB for every stream it has seen, and what it
+    got in the warm-up is there for the capture; and graphs that share memory must be captured on the same."""
+    return torch.cuda.Stream(device)
 
 
 class CapturedSampler:
@@ -51,7 +62,11 @@ class CapturedSampler:
         offset: int = 0,
         advance: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """See `rqgen.models.sampler.Sampler`. Graphs are kept for the next call of the same batch size and settings."""
+        """See `rqgen.models.sampler.Sampler`. Graphs are kept for the next call of the same batch size and settings.
+
+        Raises:
+            ValueError: logits with NaN, +inf, or nothing but -inf; known when all positions are drawn.
+        """
         prior = self.prior
         settings = _Settings(len(condition_bl), tuple(temperature), tuple(top_k), tuple(top_p), guidance, seed)
         with torch.autocast(prior.device.type, enabled=False):
@@ -71,6 +86,7 @@ class CapturedSampler:
                 else:
                     drawing.draw_next(bound)
                 advance()
+            drawing.check()
             return drawing.codes_btd.clone()
 
 
@@ -93,6 +109,8 @@ class _Drawing:
         position: int64 on the device, the position whose stack is drawn next, or was drawn last.
         context_bw: the context of that position, (copies * B, W).
         codes_btd: what is known and drawn.
+        lowest_b: the lowest code that was drawn for an image, -1 where logits had no distribution. (That code is never
+            looked up: a device on which a look-up was out of range does nothing more for this process.)
     """
 
     def __init__(self, prior: RQTransformer, settings: _Settings) -> None:
@@ -107,6 +125,7 @@ class _Drawing:
         self.offset, self.position = (torch.zeros(1, dtype=torch.int64, device=prior.device) for _ in range(2))
         self.places = torch.arange(self.spatial.capacity, device=prior.device)
         self.codes_btd = self.position.new_zeros(settings.batch, prior.positions, prior.depth)
+        self.lowest_b = self.position.new_zeros(settings.batch)
         self.context_bw = self.spatial.keys.new_empty(rows, prior.config.embed_dim)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -119,6 +138,7 @@ class _Drawing:
         known_bnd = known_btd.repeat(self.copies, 1, 1)
         self.context_bw.copy_(self.prior.spatial_outputs(known_bnd, condition_bl, self.spatial)[:, -1])
         self.codes_btd[:, :known] = known_btd
+        self.lowest_b.zero_()
         self.offset.fill_(offset)
         self.position.fill_(known)
 
@@ -140,7 +160,8 @@ class _Drawing:
                 offset=self.offset,
                 stream=first + d,
             )
-            return codes.repeat(self.copies)
+            torch.minimum(self.lowest_b, codes, out=self.lowest_b)
+            return codes.clamp_min(0).repeat(self.copies)
 
         stack_bd = self.prior.sample_stack(self.context_bw, draw, self.depth)[: settings.batch]
         self.codes_btd.index_copy_(1, self.position, stack_bd[:, None])
@@ -156,15 +177,26 @@ class _Drawing:
         self.position += 1
         self.draw_stack()
 
+    def check(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            ValueError: a code that could not be drawn.
+        """
+        failed = (self.lowest_b < 0).nonzero().flatten().tolist()
+        if failed:
+            image = int(self.offset) + failed[0]
+            raise ValueError(f"prior: the logits of image {image} have NaN, +inf, or nothing but -inf")
+
     def graph(self, bound: int) -> torch.cuda.CUDAGraph:
         """`draw_next(bound)` captured, at the first call; the state stays as it is."""
         if bound in self._graphs:
             return self._graphs[bound]
-        state = [(tensor, tensor.clone()) for tensor in (self.position, self.context_bw, self.codes_btd)]
-        # What libraries set up at a first call must not happen in a capture. (The keys and values it writes are those
-        # that the replay will write.)
-        with torch.cuda.device(self.prior.device):
-            aside = torch.cuda.Stream()
+        state = [(t, t.clone()) for t in (self.position, self.context_bw, self.codes_btd, self.lowest_b)]
+        with _ONE_CAPTURE, torch.cuda.device(self.prior.device):
+            # What libraries set up at a first call must not happen in a capture. (The keys and values it writes are
+            # those that the replay will write.)
+            aside = _aside(self.prior.device)
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 self.draw_next(bound)
@@ -172,9 +204,10 @@ class _Drawing:
             for tensor, content in state:
                 tensor.copy_(content)
             graph = torch.cuda.CUDAGraph()
-            # Graphs that follow one another can share their scratch memory.
-            other = next(iter(self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=None if other is None else other.pool()):
+            # Graphs that follow one another can share their scratch memory: all that a replay leaves behind stands
+            # elsewhere. What other threads ask of CUDA meanwhile, memory for one, is no error of this capture.
+            pool = next((other.pool() for other in self._graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 self.draw_next(bound)
         self._graphs[bound] = graph
         return graph

@@ -35,12 +35,12 @@ class PackedPrior:
 
     def __init__(self, prior: RQTransformer, precision: str) -> None:
         self.config, self.precision, self.positions = prior.config, precision, prior.positions
-        self.spatial = pack_transformer(prior.spatial_transformer, prior.config.spatial, precision)
+        self.spatial = pack_transformer(prior.spatial_transformer, prior.config.spatial, precision, prior.device)
         vectors, bias = _code_vectors(prior, prior.config.depth_embedding, getattr(prior, "depth_projection", None))
         positions = prior.depth_positions.detach().float().clone()
         positions[1:] += bias
         self.decoder = rqkernels.PackedDepthDecoder(
-            pack_transformer(prior.depth_transformer, prior.config.depth, precision),
+            pack_transformer(prior.depth_transformer, prior.config.depth, precision, prior.device),
             positions,
             vectors,
             norm_weight=prior.classifier.norm.weight,
@@ -138,8 +138,10 @@ class PackedPrior:
         return outputs_bnw
 
 
-def pack_transformer(stack: Transformer, config: TransformerConfig, precision: str) -> rqkernels.PackedTransformer:
-    """The blocks of `stack` for `rqkernels.transformer_step`."""
+def pack_transformer(
+    stack: Transformer, config: TransformerConfig, precision: str, device: torch.device
+) -> rqkernels.PackedTransformer:
+    """The blocks of `stack`, which are on `device`, for `rqkernels.transformer_step`."""
     blocks = [
         rqkernels.BlockWeights(
             block.attention_norm.weight,
@@ -158,7 +160,7 @@ def pack_transformer(stack: Transformer, config: TransformerConfig, precision: s
         for block in stack.blocks
     ]
     return rqkernels.PackedTransformer(
-        blocks, stack.heads, activation=config.activation, precision=precision, width=stack.width
+        blocks, stack.heads, activation=config.activation, precision=precision, width=stack.width, device=device
     )
 
 

@@ -1,4 +1,4 @@
-"""`rqgen bench sampling`, with priors that draw in an instant."""
+"""`rqgen bench`, with priors that draw in an instant."""
 
 import json
 
@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rqgen.cli.bench import machine, sampling
+from rqgen.cli.bench import machine, sampling, systems
 from rqgen.cli.bench.published import PublishedSampling
 from rqgen.cli.bench.sampling import SamplingBench
 from rqgen.models import RQTransformer, RQTransformerConfig
-from rqgen.models.sampler import make_sampler
+from rqgen.models.captured import CapturedSampler
+from rqgen.models.sampler import cast_prior, make_sampler
 from rqgen.models.transformer import TransformerConfig
+from rqgen.sampling import Cost, sampling_cost
 
 SMALL = ["--width", 16, "--heads", 2, "--spatial-layers", 2, "--depth-layers", 1, "--codebook-size", 32]
 
@@ -43,12 +45,157 @@ def test_everything_is_measured_and_drawn(rqgen, tmp_path, monkeypatch):
     assert [(case["contender"], case["precision"]) for case in cases] == contenders * 4
     assert [case["layers"] for case in cases[::6]] == [[2, 1], [3, 0]]  # the same budget of layers
     for case in cases:
+        assert case["greedy_agreement"] == 1 or (case["precision"] == "int8" and case["greedy_agreement"] > 0.5)
         assert case["images_per_s"] == pytest.approx(1e3 / (case["ar_ms_per_image"] + case["decoder_ms_per_image"]))
         assert case["percent_of_floor"] == pytest.approx(100 * case["floor_ms_per_image"] / case["ar_ms_per_image"])
     stacked, one = result["cost_law"]
     assert stacked["flat_over_stacked_attention"] > 1 and stacked["measured"]["flat_ar_ms_per_image"] > 0
     assert one["flat_over_stacked"] == 1 and "measured" not in one  # it is its own flat model
     assert np.asarray(Image.open(tmp_path / "sampling.png")).std() > 1
+
+
+def bench_of(**settings):
+    return SamplingBench(**{**dict.fromkeys(SamplingBench.__dataclass_fields__), **settings})
+
+
+def test_the_published_formulation_has_our_precisions():
+    prior = small_prior((2, 2, 2))
+
+    def of(precisions):
+        contenders = sampling._contenders(bench_of(precisions=precisions, published=True, use_graphs=True), prior)
+        return [(contender.name, contender.precision) for contender in contenders][len(precisions) :]
+
+    assert of(["bf16", "fp32"]) == [("published formulation", "bf16"), ("published formulation", "fp32")]
+    assert of(["int8"]) == [("published formulation", "fp32")]
+    codes = sampling._published(prior, "bf16").draw(prior.condition_ids(None, 3), 5, 0.9)
+    assert codes.shape == (3, 4, 2) and codes.min() >= 0 and codes.max() < 11
+
+
+def test_contenders_as_a_gpu_has_them(monkeypatch):
+    """There ours computes with modules too, and both from weights of that precision."""
+
+    def modules(prior, precision, use_graphs):
+        return CapturedSampler(cast_prior(prior, precision), capture=False)
+
+    monkeypatch.setattr(sampling, "make_sampler", modules)
+    prior = small_prior((2, 2, 2), condition="class", condition_vocab_size=5)
+    bench = bench_of(precisions=["bf16", "fp32"], published=True, seconds=0.0)
+    contenders = sampling._contenders(bench, prior)
+    short, whole = (contender.weight_bytes for contender in contenders[:2])
+    assert whole == 2 * short > 0
+    assert [sampling._check_greedy(contender, prior) for contender in contenders[1::2]] == [1, 1]
+    assert all(sampling._check_greedy(contender, prior) > 0.5 for contender in contenders[::2])
+    peaks = machine.Peaks(1e9, {"bf16": 1e9, "fp32": 1e9})
+    cases, missing = sampling._measure(bench, prior, 3, None, peaks)
+    assert not missing and [case["weight_bytes"] for case in cases] == [short, whole, None, None]  # on the CPU, that is
+
+
+def test_codes_that_do_not_follow_from_the_weights_are_never_timed(monkeypatch):
+    prior = small_prior((2, 2, 2), condition="class", condition_vocab_size=5)
+    exact, rounded = (sampling._published(prior, precision) for precision in ("fp32", "bf16"))
+    assert sampling._check_greedy(exact, prior) == 1 and sampling._check_greedy(rounded, prior) > 0.5
+    monkeypatch.setattr(PublishedSampling, "_context", lambda self, seen, condition: torch.ones(len(seen), 1, 16))
+    with pytest.raises(RuntimeError, match="greedy codes of 'published formulation' in fp32 are not those of its weig"):
+        sampling._check_greedy(exact, prior)
+
+
+def test_what_does_not_fit_into_the_memory_is_named(rqgen, tmp_path, monkeypatch):
+    def draw(self, condition_bl, **settings):
+        if len(condition_bl) > 1:
+            raise torch.OutOfMemoryError
+        return original(self, condition_bl, **settings)
+
+    original = PublishedSampling.draw
+    monkeypatch.setattr(PublishedSampling, "draw", draw)
+    monkeypatch.setattr(sampling, "peak_bytes", lambda call, device: call().nbytes)
+    monkeypatch.setattr(machine, "COPIED", 1 << 10)
+    options = ["--shape", "2x2x2", "--batch", 1, "--batch", 2, "--published", "--decoder-channels", 0, "--seconds", 0]
+    code, out, err = rqgen("bench", "sampling", *SMALL, *options, "--device", "cpu", "--out", tmp_path)
+    assert code == 0, err
+    assert "batch   2  published formulation fp32: out of memory" in out
+    result = json.loads((tmp_path / "sampling.json").read_text())
+    missing = {"shape": [2, 2, 2], "batch": 2, "contender": "published formulation", "precision": "fp32"}
+    assert result["out_of_memory"] == [missing]
+    assert [(case["batch"], case["contender"]) for case in result["cases"]] == [
+        (1, "rqgen"),
+        (1, "published formulation"),
+        (2, "rqgen"),
+    ]
+
+
+def test_slow_calls_have_fewer_rounds(monkeypatch):
+    clock, calls = [0.0], []
+
+    def call(name, takes):
+        calls.append(name)
+        clock[0] += takes
+
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+    takes = {"a": 1.0, "b": 4.0, "c": 30.0}
+    named = [lambda name=name, takes=takes: call(name, takes) for name, takes in takes.items()]
+    times = machine.interleaved_seconds(named, torch.device("cpu"), 24.0, warm_up=False)
+    assert [(time["median"], time["rounds"]) for time in times] == [(1.0, 8), (4.0, 2), (30.0, 1)]
+    assert "".join(calls) == "abcaaaabaaa"
+    assert machine.interleaved_seconds([], torch.device("cpu"), 1.0) == []
+    assert machine.interleaved_seconds(named[:1], torch.device("cpu"), 2.0)[0]["rounds"] == 2
+    assert "".join(calls)[11:] == "aaa"  # one to warm up
+
+
+@pytest.mark.parametrize(("batch", "floor_ms"), [(1, 84.0), (100, 1.02), (200, 0.60), (500, 0.42)])
+def test_the_floor_of_the_largest_preset_on_an_h100(batch, floor_ms):
+    """Of a card that copies 3.0 TB/s and multiplies 790 TFLOP/s."""
+    config = bench_of(precisions=[], preset="1.4B", codebook_size=16384).prior_config((8, 8, 4))
+    peaks = machine.Peaks(3.0e12, {"bf16": 790e12})
+    seconds = peaks.floor_seconds(sampling_cost(config, batch), "bf16")
+    assert 1e3 * seconds / batch == pytest.approx(floor_ms, rel=0.02)
+
+
+def test_three_systems_side_by_side(rqgen, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "COPIED", 1 << 10)
+    monkeypatch.setattr(systems, "CODES", {16: systems.Codes((1, 2, 4), (2, 2, 3), (4, 4, 1))})
+    for name in ("RQ_DECODER_CHANNELS", "SCALES_DECODER_CHANNELS"):
+        monkeypatch.setattr(systems, name, 1)
+    sizes = ["--image-side", 16, *SMALL, "--var-codebook-size", 16]
+    more = ["--batch", 1, "--batch", 2, "--precision", "fp32", "--precision", "int8", "--cfg", 2, "--decoder"]
+    quick = ["--seconds", 0, "--device", "cpu", "--threads", 1]
+    code, out, err = rqgen("bench", "systems", *sizes, *more, *quick, "--out", tmp_path)
+    assert code == 0, err
+    assert "flat  batch   2  fp32 guidance 2" in out
+    result = json.loads((tmp_path / "systems.json").read_text())
+    # The same number of layers; scales, positions and codes of each, or codes alone.
+    assert [(system["name"], system["layers"], system["steps"]) for system in result["systems"]] == [
+        ("VAR", [3], [3]),
+        ("RQ-Transformer", [2, 1], [4, 12]),
+        ("flat", [3], [16]),
+    ]
+    drawn = [(case["system"], case["precision"], case["guidance"], case["batch"]) for case in result["cases"]]
+    every = [("VAR", "fp32", 0), ("VAR", "fp32", 2)]
+    every += [(name, *way) for name in ("RQ-Transformer", "flat") for way in (("fp32", 0), ("fp32", 2), ("int8", 0))]
+    assert drawn == [(*way, batch) for batch in (1, 2) for way in every]
+    for case in result["cases"]:
+        assert case["images_per_s"] == pytest.approx(1e3 / (case["ar_ms_per_image"] + case["decoder_ms_per_image"]))
+        assert case["percent_of_floor"] == pytest.approx(100 * case["floor_ms_per_image"] / case["ar_ms_per_image"])
+    floors = [case["floor_ms_per_image"] for case in result["cases"]]
+    assert floors[0] < floors[1] < 2.1 * floors[0]  # weights are read once for both rows of a guided image
+    for system in result["systems"]:
+        one, two = system["counted_per_image"]
+        assert one["products"] == two["products"] and one["weights"] == 2 * two["weights"]
+    assert np.asarray(Image.open(tmp_path / "systems.png")).std() > 1
+    for arguments, words in (
+        (["--image-side", 100], "--image-side: expected one of 16, got 100"),
+        (["--image-side", 16, "--precision", "fp64"], "--precision: expected one of fp32, bf16, int8, got 'fp64'"),
+        (["--image-side", 16, "--cfg", 0], "--cfg: expected a number > 0, got 0.0"),
+    ):
+        code, _, err = rqgen("bench", "systems", *SMALL, *arguments, *quick, "--out", tmp_path)
+        assert code == 1 and words in err and err.count("\n") == 1
+
+
+def test_the_floor_is_that_of_parts_one_after_another():
+    peaks = machine.Peaks(100.0, {"fp32": 10.0, "int8": 40.0})
+    moving, computing = Cost(50, 25, 10, 10), Cost(1, 1, 300, 100)
+    assert peaks.floor_seconds([moving], "fp32") == 4 * 75 / 100
+    assert peaks.floor_seconds([moving, computing], "fp32") == 3 + 400 / 10
+    assert peaks.floor_seconds([moving, computing], "int8") == (50 + 4 * 25) / 100 + 400 / 40
 
 
 def test_mistakes(rqgen, tmp_path):
@@ -86,8 +233,7 @@ def test_the_published_formulation_draws_from_what_is_kept():
 
 @pytest.mark.parametrize(("preset", "layers"), [("90M", (24, 4)), ("1.4B", (42, 6))])
 def test_presets_keep_their_layers_at_every_shape(preset, layers):
-    settings = dict.fromkeys(SamplingBench.__dataclass_fields__)
-    bench = SamplingBench(**{**settings, "precisions": [], "preset": preset, "codebook_size": 64})
+    bench = bench_of(precisions=[], preset=preset, codebook_size=64)
     for shape, expected in (((8, 8, 4), layers), ((16, 16, 1), (sum(layers), 0))):
         config = bench.prior_config(shape)
         assert (config.spatial.layers, config.depth.layers) == expected and config.code_shape == shape

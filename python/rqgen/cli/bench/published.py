@@ -48,16 +48,18 @@ class PublishedSampling:
         """Codes (B, T, D) for condition ids (B, L); draws come from torch's global generator."""
         prior = self.prior
         codes_btd = torch.zeros(len(condition_bl), prior.positions, prior.depth, dtype=torch.int64, device=prior.device)
-        for block in self.spatial:
-            block.past = None
         context_b1w = codes_btd.new_empty(0)
-        for t in range(prior.positions):
-            for d in range(prior.depth):
-                seen_btd = codes_btd[:, : t + 1].clone()
-                if d == 0:
-                    context_b1w = self._context(seen_btd, condition_bl)
-                logits_bk = self._logits(seen_btd, context_b1w, d)
-                codes_btd[:, t, d] = _draw(logits_bk, temperature, top_k, top_p)
+        try:
+            for t in range(prior.positions):
+                for d in range(prior.depth):
+                    seen_btd = codes_btd[:, : t + 1].clone()
+                    if d == 0:
+                        context_b1w = self._context(seen_btd, condition_bl)
+                    logits_bk = self._logits(seen_btd, context_b1w, d)
+                    codes_btd[:, t, d] = _draw(logits_bk, temperature, top_k, top_p)
+        finally:
+            for block in (*self.spatial, *self.depth):
+                block.past = None  # the next call begins anew, and until then the memory is others'
         return codes_btd
 
     def _context(self, seen_btd: Tensor, condition_bl: Tensor) -> Tensor:

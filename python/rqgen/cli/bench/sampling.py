@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,8 @@ from rich.console import Console
 from torch import Tensor
 
 from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
-from rqgen.models.sampler import PRECISIONS, make_sampler
+from rqgen.models.captured import CapturedSampler
+from rqgen.models.sampler import PRECISIONS, cast_prior, make_sampler
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import QuantizerConfig
 from rqgen.report import draw_sampling_speed
@@ -28,15 +27,16 @@ from .machine import (
     measure_peaks,
     peak_bytes,
     seconds,
+    write_result,
 )
 from .published import PublishedSampling
 
 CODE_DIM = 256
 CLASSES = 1000
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-# Keys and values stay float32 where weights are int8, bfloat16 where they are.
-STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 4}
 IMAGE_SIDE = 256
+# How far below the likeliest code a greedy one may lie, in standard deviations of its logits: what rounding explains.
+# Codes that do not follow from the weights lie some four below.
+GREEDY_GAP = {"fp32": 1e-3, "bf16": 0.5, "int8": 0.5}
 
 
 @dataclass
@@ -50,12 +50,13 @@ class SamplingBench:
         codebook_size: K.
         batch_sizes: images drawn together.
         precisions: of our sampler.
-        published: also time the published formulation with the same weights (float32).
+        published: also time the published formulation with the same weights, in each of the precisions that PyTorch's
+            modules have (float32 where int8 is the only one).
         top_k, top_p: for both.
         flat: also time a transformer over all T * D codes one by one, as the cost law has it.
         decoder_channels: base channels of the RQ-VAE decoder (128 as published); 0: none is timed.
         use_graphs: see `generate`.
-        seconds: time for the rounds of one shape and batch size (two rounds at least).
+        seconds: time for the rounds of one shape and batch size, see `interleaved_seconds`.
     """
 
     shapes: list[tuple[int, int, int]]
@@ -113,16 +114,18 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device, console: Console) -> dict[str, Any]:
-    """Measures, and writes `out`/sampling.json (after every shape and batch size) and, at the end, `out`/sampling.png.
-    Returns what the JSON holds.
+    """Measures, and writes `out`/sampling.json and `out`/sampling.png anew after every shape and batch size. Returns
+    what the JSON holds.
 
     Of every contender: milliseconds per image of drawing codes (AR) in batches, interleaved with the other
     contenders of its shape and batch size; the floor, max(bytes / copy bandwidth, operations / matmul rate) of the two
     stacks one after the other (see `sampling_cost`; weights count in the precision's size); the decoder's milliseconds
-    per image. A floor can be undercut where weights or states stay in a cache between steps.
+    per image; on a GPU its weights and what its first call of that batch size needs beyond them, keys and values
+    among it. A floor can be undercut where weights or states stay in a cache between steps. What a GPU's memory does
+    not hold is named under "out_of_memory", and has no case.
 
     Raises:
-        RuntimeError: float32 contenders that do not draw the same greedy codes.
+        RuntimeError: a contender whose greedy codes are not those of its weights.
     """
     configs = {shape: bench.prior_config(shape) for shape in bench.shapes}  # settings that do not fit: known at once
     peaks = measure_peaks(device)
@@ -131,36 +134,82 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
         "settings": asdict(bench),
         "peaks": asdict(peaks),
         "cases": [],
+        "out_of_memory": [],
         "cost_law": [],
     }
     out.mkdir(parents=True, exist_ok=True)
-    decoder_ms: dict[tuple[int, int, int, int], float | None] = {}
-    for shape, config in configs.items():
-        prior = _random_prior(config, device)
-        law = _cost_law(bench, shape)
-        result["cost_law"].append(law)
-        for batch in bench.batch_sizes:
-            contenders = _contenders(bench, prior)
-            if batch == bench.batch_sizes[0]:
-                _check_greedy(contenders, prior)
-            decoded = 1 if device.type == "cpu" else batch
-            decoder = (*shape, decoded)
-            if decoder not in decoder_ms:
-                decoder_ms[decoder] = _decoder_ms(bench, shape, decoded, device)
-            condition_bl = _conditions(prior, batch)
-            calls = [partial(contender.draw, condition_bl, bench.top_k, bench.top_p) for contender in contenders]
-            times = interleaved_seconds(calls, device, bench.seconds)
-            for contender, call, time in zip(contenders, calls, times, strict=True):
-                case = _case(config, contender, batch, time, decoder_ms[decoder], peaks)
-                case["peak_bytes"] = peak_bytes(call, device)
-                result["cases"].append(case)
-                console.print(_line(case))
-            _write(result, out)
-        if bench.flat and shape[2] > 1:
-            law["measured"] = _measure_flat(bench, prior, device)
-            _write(result, out)
-    draw_sampling_speed(result["cases"], out / "sampling.png")
+    for config in configs.values():
+        # Shapes and batch sizes have calls of their own, so that nothing of one is left in memory for the next.
+        _run_shape(bench, config, peaks, result, out, device=device, console=console)
     return result
+
+
+def _run_shape(
+    bench: SamplingBench,
+    config: RQTransformerConfig,
+    peaks: Peaks,
+    result: dict[str, Any],
+    out: Path,
+    *,
+    device: torch.device,
+    console: Console,
+) -> None:
+    shape = config.code_shape
+    prior = random_prior(config, device)
+    result["cost_law"].append(law := _cost_law(bench, shape))
+    agreement = {
+        (contender.name, contender.precision): _check_greedy(contender, prior)
+        for contender in _contenders(bench, prior)
+    }
+    decoder_ms: dict[int, float | None] = {}
+    for batch in bench.batch_sizes:
+        decoded = 1 if device.type == "cpu" else batch
+        if decoded not in decoder_ms:
+            decoder_ms[decoded] = rqvae_decoder_ms(
+                shape,
+                IMAGE_SIDE,
+                decoded,
+                device,
+                channels=bench.decoder_channels,
+                codebook_size=bench.codebook_size,
+                budget=bench.seconds / 10,
+            )
+        cases, missing = _measure(bench, prior, batch, decoder_ms[decoded], peaks)
+        for case in cases:
+            case["greedy_agreement"] = agreement[case["contender"], case["precision"]]
+            result["cases"].append(case)
+            console.print(_line(case))
+        for name, precision in missing:
+            result["out_of_memory"].append(
+                {"shape": list(shape), "batch": batch, "contender": name, "precision": precision}
+            )
+            console.print(f"{_name(shape)}  batch {batch:>3}  {name} {precision}: out of memory")
+        _write(result, out)
+    if bench.flat and shape[2] > 1:
+        law["measured"] = _measure_flat(bench, prior, device)
+        _write(result, out)
+
+
+def _measure(
+    bench: SamplingBench, prior: RQTransformer, batch: int, decoder_ms: float | None, peaks: Peaks
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """What was measured of each contender; names and precisions of those that did not fit into the memory."""
+    condition_bl, device = _conditions(prior, batch), prior.device
+    waiting, fitting, missing = _contenders(bench, prior), [], []
+    while waiting:
+        contender = waiting.pop(0)
+        call = partial(contender.draw, condition_bl, bench.top_k, bench.top_p)
+        try:
+            fitting.append((contender, call, peak_bytes(call, device)))
+        except torch.OutOfMemoryError:
+            missing.append((contender.name, contender.precision))
+        del contender, call  # what does not fit must not stay
+    # On a GPU the first call told the memory.
+    times = interleaved_seconds([call for _, call, _ in fitting], device, bench.seconds, warm_up=device.type != "cuda")
+    return [
+        {**_case(prior.config, contender, batch, time, decoder_ms, peaks), "peak_bytes": peak}
+        for (contender, _, peak), time in zip(fitting, times, strict=True)
+    ], missing
 
 
 # --- contenders --------------------------------------------------------------------------------------------
@@ -168,56 +217,81 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
 
 @dataclass
 class Contender:
-    """One way to draw: `draw(condition_bl, top_k, top_p)` gives codes (B, T, D)."""
+    """One way to draw: `draw(condition_bl, top_k, top_p)` gives codes (B, T, D).
+
+    Attributes:
+        weight_bytes: on a GPU.
+    """
 
     name: str
     precision: str
     prepare_ms: float
+    weight_bytes: int | None
     draw: Callable[[Tensor, int | None, float | None], Tensor]
 
 
 def _contenders(bench: SamplingBench, prior: RQTransformer) -> list[Contender]:
+    published = [precision for precision in bench.precisions if precision != "int8"] or ["fp32"]
     return [
         *(_ours(bench, prior, precision) for precision in bench.precisions),
-        *([_published(prior)] if bench.published else []),
+        *(_published(prior, precision) for precision in published if bench.published),
     ]
 
 
 def _ours(bench: SamplingBench, prior: RQTransformer, precision: str) -> Contender:
     made = []
     prepare = seconds(lambda: made.append(make_sampler(prior, precision, bench.use_graphs)), prior.device)
+    (sampler,) = made
 
     def draw(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
         known_btd = condition_bl.new_empty(len(condition_bl), 0, prior.depth)
         settings = {"temperature": [1.0], "top_k": [top_k], "top_p": [top_p]}
-        return made[0].sample(condition_bl, known_btd, **{k: v * prior.depth for k, v in settings.items()}, seed=0)
+        return sampler.sample(condition_bl, known_btd, **{k: v * prior.depth for k, v in settings.items()}, seed=0)
 
-    return Contender("rqgen", precision, 1e3 * prepare, draw)
+    weights = _weight_bytes(sampler.prior) if isinstance(sampler, CapturedSampler) else None
+    return Contender("rqgen", precision, 1e3 * prepare, weights, draw)
 
 
-def _published(prior: RQTransformer) -> Contender:
-    sampling = PublishedSampling(prior)
+def _published(prior: RQTransformer, precision: str) -> Contender:
+    """All of it in bfloat16 at "bf16", where published code has autocast convert float32 weights again and again."""
+    cast = cast_prior(prior, precision)
+    sampling = PublishedSampling(cast)
 
     def draw(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
         return sampling.draw(condition_bl, top_k=top_k, top_p=top_p)
 
-    return Contender("published formulation", "fp32", 0.0, draw)
+    weights = _weight_bytes(cast) if prior.device.type == "cuda" else None
+    return Contender("published formulation", precision, 0.0, weights, draw)
 
 
-def _check_greedy(contenders: list[Contender], prior: RQTransformer) -> None:
-    """All that compute in float32 must draw the same likeliest codes."""
-    exact = [contender for contender in contenders if contender.precision == "fp32"]
-    codes = [contender.draw(_conditions(prior, 1), 1, None) for contender in exact]
-    for contender, other in zip(exact, codes, strict=True):
-        if not torch.equal(other, codes[0]):
-            raise RuntimeError(f"greedy codes of '{contender.name}' are not those of '{exact[0].name}'")
+def _weight_bytes(prior: RQTransformer) -> int:
+    return sum(tensor.nbytes for tensor in (*prior.parameters(), *prior.buffers()))
+
+
+@torch.no_grad()
+def _check_greedy(contender: Contender, prior: RQTransformer) -> float:
+    """The share of its greedy codes that are the likeliest, given the codes before, of one float32 pass over the map.
+
+    Raises:
+        RuntimeError: one lies further below the likeliest than rounding explains.
+    """
+    condition_bl = _conditions(prior, 1)
+    codes = contender.draw(condition_bl, 1, None).view(1, *prior.config.code_shape)
+    logits = prior(codes, condition_bl).logits
+    gaps = (logits.amax(-1) - logits.gather(-1, codes[..., None])[..., 0]) / logits.std(-1)
+    if not bool((gaps <= GREEDY_GAP[contender.precision]).all()):
+        raise RuntimeError(
+            f"greedy codes of '{contender.name}' in {contender.precision} are not those of its weights: "
+            f"{gaps.max():.2g} standard deviations below the likeliest"
+        )
+    return (gaps == 0).double().mean().item()
 
 
 def _conditions(prior: RQTransformer, batch: int) -> Tensor:
     return prior.condition_ids(torch.arange(batch, device=prior.device) % CLASSES, batch)
 
 
-def _random_prior(config: RQTransformerConfig, device: torch.device) -> RQTransformer:
+def random_prior(config: RQTransformerConfig, device: torch.device) -> RQTransformer:
     torch.manual_seed(0)
     with torch.device(device):
         return RQTransformer(config, torch.randn(config.codebook_size, CODE_DIM)).eval()
@@ -226,31 +300,44 @@ def _random_prior(config: RQTransformerConfig, device: torch.device) -> RQTransf
 # --- the decoder -------------------------------------------------------------------------------------------
 
 
-def _decoder_ms(bench: SamplingBench, shape: tuple[int, int, int], batch: int, device: torch.device) -> float | None:
-    """Milliseconds per image of the decoder of the published layout for images of 256 x 256."""
-    if not bench.decoder_channels:
+def rqvae_decoder_ms(
+    shape: tuple[int, int, int],
+    side: int,
+    batch: int,
+    device: torch.device,
+    *,
+    channels: int,
+    codebook_size: int,
+    budget: float,
+) -> float | None:
+    """Milliseconds per image of the decoder of the published layout for images of side x side; None without channels,
+    where no such layout fits, and where the memory does not suffice."""
+    if not channels:
         return None
     height, width, depth = shape
-    if height != width or IMAGE_SIDE % height or (IMAGE_SIDE // height).bit_count() != 1:
+    if height != width or side % height or (side // height).bit_count() != 1:
         return None
     # Published: a level per factor of two, (1, 1, 2, 2, 4, 4) down to 8 x 8, and one less down to 16 x 16.
-    multipliers = [1, 1, 2, 2, 4, 4, 4, 4, 4][: (IMAGE_SIDE // height).bit_length()]
+    multipliers = [1, 1, 2, 2, 4, 4, 4, 4, 4][: (side // height).bit_length()]
     torch.manual_seed(0)
     with torch.device(device):
         vae = RQVAE(
             RQVAEConfig(
-                resolution=IMAGE_SIDE,
-                base_channels=bench.decoder_channels,
-                norm_groups=min(32, bench.decoder_channels),
+                resolution=side,
+                base_channels=channels,
+                norm_groups=min(32, channels),
                 channel_multipliers=multipliers,
                 attention_resolutions=[height],
                 code_shape=list(shape),
-                quantizer=QuantizerConfig(codebook_size=bench.codebook_size, depth=depth),
+                quantizer=QuantizerConfig(codebook_size=codebook_size, depth=depth),
             )
         ).eval()
-        codes = torch.randint(bench.codebook_size, (batch, height, width, depth))
-    with torch.no_grad():
-        (time,) = interleaved_seconds([lambda: vae.decode(codes)], device, bench.seconds / 10)
+        codes = torch.randint(codebook_size, (batch, height, width, depth))
+    try:
+        with torch.no_grad():
+            (time,) = interleaved_seconds([lambda: vae.decode(codes)], device, budget)
+    except torch.OutOfMemoryError:
+        return None
     return 1e3 * time["median"] / batch
 
 
@@ -266,7 +353,7 @@ def _case(
     peaks: Peaks,
 ) -> dict[str, Any]:
     ar_ms = 1e3 * time["median"] / batch
-    floor_ms = _floor_ms(config, batch, contender.precision, peaks)
+    floor_ms = 1e3 * peaks.floor_seconds(sampling_cost(config, batch), contender.precision) / batch
     return {
         "shape": list(config.code_shape),
         "layers": [config.spatial.layers, config.depth.layers],
@@ -277,22 +364,13 @@ def _case(
         "ar_ms_per_image_min_max": [1e3 * time[key] / batch for key in ("min", "max")],
         "rounds": time["rounds"],
         "prepare_ms": contender.prepare_ms,
+        "weight_bytes": contender.weight_bytes,
         "floor_ms_per_image": floor_ms,
         "percent_of_floor": 100 * floor_ms / ar_ms,
         "decoder_ms_per_image": decoder_ms,
         "images_per_s": 1e3 / (ar_ms + (decoder_ms or 0.0)),
         "images_per_s_ar_only": 1e3 / ar_ms,
     }
-
-
-def _floor_ms(config: RQTransformerConfig, batch: int, precision: str, peaks: Peaks) -> float:
-    """Per image: the stacks take turns, so each has its own limit."""
-    total = 0.0
-    for stack in sampling_cost(config, batch):
-        moved = stack.weights * BYTES[precision] + stack.states * STATE_BYTES[precision]
-        operations = stack.products + stack.attention
-        total += max(moved / peaks.copy_bytes_per_s, operations / peaks.operations_per_s[precision])
-    return 1e3 * total / batch
 
 
 def _cost_law(bench: SamplingBench, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -312,7 +390,7 @@ def _cost_law(bench: SamplingBench, shape: tuple[int, int, int]) -> dict[str, An
 def _measure_flat(bench: SamplingBench, prior: RQTransformer, device: torch.device) -> dict[str, Any]:
     """AR time per image of the stacked prior and of the flat one, at the largest batch size."""
     height, width, depth = prior.config.code_shape
-    flat = _random_prior(bench.prior_config(_flat((height, width, depth))), device)
+    flat = random_prior(bench.prior_config(_flat((height, width, depth))), device)
     batch, precision = max(bench.batch_sizes), bench.precisions[0]
     calls = [
         partial(_ours(bench, model, precision).draw, _conditions(model, batch), bench.top_k, bench.top_p)
@@ -336,13 +414,17 @@ def _flat(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 def _line(case: dict[str, Any]) -> str:
     decoder = case["decoder_ms_per_image"]
     return (
-        f"{'x'.join(map(str, case['shape'])):>8}  batch {case['batch']:>3}  {case['contender']} {case['precision']}: "
+        f"{_name(case['shape'])}  batch {case['batch']:>3}  {case['contender']} {case['precision']}: "
         f"AR {case['ar_ms_per_image']:.4g} ms per image ({case['percent_of_floor']:.0f} % of the floor)"
         f"{'' if decoder is None else f', decoder {decoder:.4g} ms'}, {case['images_per_s']:.4g} images/s"
     )
 
 
+def _name(shape: Sequence[int]) -> str:
+    return f"{'x'.join(map(str, shape)):>8}"
+
+
 def _write(result: dict[str, Any], out: Path) -> None:
-    partial_file = out / "sampling.json.partial"
-    partial_file.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial_file, out / "sampling.json")
+    write_result(result, out / "sampling.json")
+    if result["cases"]:
+        draw_sampling_speed(result["cases"], out / "sampling.png")
