@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import rqkernels
 from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
@@ -175,3 +180,43 @@ def test_bad_arguments_are_named(features: torch.Tensor) -> None:
         quantizer.decode([codes[0], codes[1], torch.full((3, 4, 5), 16).index_fill(1, torch.tensor(0), 0)])
     with pytest.raises(ValueError, match=r"scales: expected 1..3, got 4"):
         quantizer.decode(codes, 4)
+
+
+def train_in_a_group(store: str, rank: int, out: str) -> None:
+    """One of two processes, each with images and random numbers of its own, whose gradients are averaged."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    quantizer = make(init="data").train()
+    wrapped = DistributedDataParallel(quantizer)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    torch.manual_seed(1 + rank)
+    states = []
+    for _ in range(3):
+        wrapped(torch.randn(3, 6, 4, 5)).codebook_loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append({name: parameter.detach().clone() for name, parameter in quantizer.named_parameters()})
+    torch.save((states, quantizer.usage.counts()), out)
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_one_codebook(tmp_path: Path) -> None:
+    outs = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(tmp_path / "store"), str(rank), str(out)])
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    (first, first_counts), (second, second_counts) = (torch.load(out, weights_only=True) for out in outs)
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all((first[0][name] != first[-1][name]).any() for name in first[0])
+    assert not torch.equal(first_counts, second_counts)  # they did see other images
+
+
+if __name__ == "__main__":
+    train_in_a_group(sys.argv[1], int(sys.argv[2]), sys.argv[3])
