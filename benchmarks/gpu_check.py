@@ -678,10 +678,10 @@ def main() -> int:
         except ValueError as error:
             print(f"gpu-check: {error}", file=sys.stderr)
             return 2
+        path = out / f"{name}-gpu-tests.json"
+        # What other calls found of other steps stays, where this one was asked for some.
+        others = json.loads(path.read_text())["steps"] if args.only and path.exists() else {}
         records = run_steps(steps, args.budget - built)
-    path = out / f"{name}-gpu-tests.json"
-    # What other calls found of other steps stays, where this one was asked for some.
-    others = json.loads(path.read_text())["steps"] if args.only and path.exists() else {}
     summary = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -689,7 +689,9 @@ def main() -> int:
         "build_seconds": round(built, 1),
         "steps": {**others, **records},
     }
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(partial, path)
     status = exit_status(records)
     print(f"gpu-check: {('passed', 'FAILED', 'INCOMPLETE')[status]}, results in {out}")
     return status

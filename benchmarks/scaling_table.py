@@ -59,6 +59,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The tables and the figure of docs/scaling.md.")
     parser.add_argument("run", type=Path, help="the --out of `rqgen scaling`")
     args = parser.parse_args()
+    _harness.write_between(DOCS, BEGIN, END, tables(json.loads((args.run / "scaling.json").read_text())))
     shutil.copyfile(args.run / "scaling.json", RESULTS)
     shutil.copyfile(args.run / "scaling.png", DOCS.with_suffix(".png"))
-    _harness.write_between(DOCS, BEGIN, END, tables(json.loads(RESULTS.read_text())))

@@ -224,7 +224,7 @@ def bench_systems(
     cfg: Annotated[float | None, typer.Option(help="Also with guidance of this strength.")] = None,
     decoder: Annotated[bool, typer.Option(help="Also the decoders of the published layouts.")] = False,
     graphs: Annotated[bool, typer.Option(help="On a GPU: replay CUDA graphs.")] = True,
-    seconds: Annotated[float, typer.Option(help="For the rounds of one batch size (two at least).")] = 60.0,
+    seconds: Annotated[float, typer.Option(help="For the rounds of one batch size.")] = 60.0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU where there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch. Default: its own.")] = None,
 ) -> None:

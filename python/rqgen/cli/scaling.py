@@ -70,6 +70,8 @@ class ScalingConfig:
             raise ValueError(f"depths: a fit needs at least three sizes, got {self.depths}")
         if min(self.depths) < 1:
             raise ValueError(f"depths: expected numbers of layers, got {self.depths}")
+        if self.prior.codes is not None:
+            raise ValueError("prior.codes: a family learns from prior.data, and is tested on what that holds out")
         for name in DECIDED:
             given = getattr(self.prior.prior, name)
             if given != getattr(VARPriorConfig(), name):

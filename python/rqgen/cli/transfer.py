@@ -96,7 +96,7 @@ def sample_images(
             unlabelled if labels is None else labels.cpu(),
             vae.codebook_size,
             code_fingerprint(*vae.quantizer.code_tensors()),
-            (),
+            () if labels is None else tuple(map(str, range(number_of_classes(prior)))),
             {"prior": str(prior_folder), "tokenizer": str(tokenizer), "seed": request.seed},
         )
         write_codes(codes_file, encoded)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from rqgen.data.codes import flatten_codes
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import VAR, MultiScaleVQVAE
+from rqgen.models.pair import check_tokenizer
 
 
 @dataclass
@@ -37,8 +39,7 @@ def evaluate_token_prediction(
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
-    if prior.scales != vae.scales or not torch.equal(prior.quantizer.codebook, vae.codebooks):
-        raise ValueError("vae: its scales and codebook are not the ones the prior was made with")
+    check_tokenizer(prior, vae)
     prior.eval()
     vae.eval()
     sums_2l = torch.zeros(2, prior.ends[-1], dtype=torch.float64, device=prior.device)
@@ -46,7 +47,7 @@ def evaluate_token_prediction(
         batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
         logits_blk = prior(codes, torch.tensor([label for _, label in batch], device=prior.device)).logits
-        tokens_bl = torch.cat([maps.flatten(1) for maps in codes], dim=1)
+        tokens_bl = flatten_codes(codes)
         loss_bl = F.cross_entropy(logits_blk.transpose(1, 2), tokens_bl, reduction="none")
         wrong_bl = logits_blk.argmax(-1) != tokens_bl
         sums_2l += torch.stack([loss_bl.double().sum(0), wrong_bl.double().sum(0)])

@@ -86,7 +86,12 @@ class CapturedSampler:
                 else:
                     drawing.draw_next(bound)
                 advance()
-            drawing.check()
+            try:
+                drawing.check()
+            except ValueError:
+                # Its keys and values have NaN, which even without weight would be in all that it draws hereafter.
+                self._drawing = None
+                raise
             return drawing.codes_btd.clone()
 
 

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 class Convolution(nn.Conv2d):
     """`nn.Conv2d` with zeros for padding; without gradients, in float32 and on a CPU the same to the last bit on any
-    number of threads."""
+    number of threads, for inputs (N, C, H, W)."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (_same_bits_wanted(input) and torch.backends.mkldnn.is_available()):
+        plain = input.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not (plain and _same_bits_wanted(input) and torch.backends.mkldnn.is_available()):
             return super()._conv_forward(input, weight, bias)
         if self.kernel_size == (1, 1):
             # Rows of channels: of the layouts the one in which oneDNN does not split these sums among threads. A copy

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
 from rqgen.models.condition import check_range
+from rqgen.models.pair import check_tokenizer
 
 from .draw import DrawSettings
 
@@ -26,31 +27,7 @@ def check_models(prior: Any, vae: Any) -> None:
         raise TypeError(f"prior: expected an RQTransformer or a VAR, got {type(prior).__name__}")
     if not isinstance(vae, systems[kind]):
         raise TypeError(f"vae: expected an {systems[kind].__name__}, got {type(vae).__name__}")
-    if kind is VAR:
-        same = [
-            ("scales", prior.scales, vae.scales),
-            ("codebook_size", prior.config.quantizer.codebook_size, vae.codebook_size),
-        ]
-    else:
-        same = [
-            ("code_shape", prior.config.code_shape, vae.code_shape),
-            ("codebook_size", prior.config.codebook_size, vae.codebook_size),
-        ]
-    for name, ours, theirs in [*same, ("device", prior.device, vae.device)]:
-        if ours != theirs:
-            raise ValueError(f"vae: its {name} is {theirs}, the prior's is {ours}: they must be the same")
-    prior.check_codebooks()
-    if kind is VAR:
-        theirs = vae.quantizer.state_dict()
-        pairs = [(tensor, theirs[name]) for name, tensor in prior.quantizer.state_dict().items()]
-    else:
-        pairs = [] if prior.codebooks is None else [(prior.codebooks, vae.codebooks)]
-    for ours, theirs in pairs:
-        # One of the two may have been rounded to a shorter type.
-        if ours.shape != theirs.shape or not (
-            torch.equal(ours.to(theirs.dtype), theirs) or torch.equal(ours, theirs.to(ours.dtype))
-        ):
-            raise ValueError("vae: its codebooks are not the ones the prior was made with")
+    check_tokenizer(prior, vae)
 
 
 def check_settings(

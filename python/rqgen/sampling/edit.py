@@ -169,8 +169,11 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     shape = (vae.config.image_channels, *vae.config.image_shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or len(images) == 0:
         raise ValueError(f"images: expected (N, {', '.join(map(str, shape))}), got shape {tuple(images.shape)}")
-    if not images.is_floating_point() or not bool((images.abs() <= 1).all()):
-        raise ValueError("images: expected floating-point values in [-1, 1]")
+    dtype = next(vae.parameters()).dtype
+    if images.dtype != dtype:
+        raise TypeError(f"images: expected {dtype}, as the tokenizer has, got {images.dtype}")
+    if not bool((images.abs() <= 1).all()):
+        raise ValueError("images: expected values in [-1, 1]")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {mask.dtype}")
     if tuple(mask.shape) not in (shape[1:], (len(images), *shape[1:])):

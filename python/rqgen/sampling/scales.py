@@ -96,6 +96,7 @@ def sample_scales(
     modulation, cache = prior.modulation(labels_b), prior.new_cache(len(labels_b))
     last = max(len(prior.scales) - 1, 1)
     rest, total, codes = None if given is None else given.latents.float(), None, []
+    lowest_b = torch.zeros(batch, dtype=torch.int64, device=prior.device)
     for k, (height, width) in enumerate(prior.scales):
         features = None
         if total is not None:
@@ -105,6 +106,7 @@ def sample_scales(
         logits_blk = settings.guided(logits_blk, settings.guidance * k / last)
         begin = prior.ends[k] - height * width
         drawn = settings.draw(logits_blk, k, first_image=first_image, first_stream=begin)
+        lowest_b = torch.minimum(lowest_b, drawn.amin(1))
         vectors = None
         if smooth:
             weights = _mixture(settings.kept(logits_blk, k), k / last, settings.seed, first_image, begin)
@@ -122,6 +124,9 @@ def sample_scales(
         if rest is not None:
             rest = rest - added
         advance(batch)
+    failed = (lowest_b < 0).nonzero().flatten().tolist()  # on a GPU nothing was said before
+    if failed:
+        raise ValueError(f"prior: the logits of image {first_image + failed[0]} have NaN, +inf, or nothing but -inf")
     return ScaleSample(codes, total)
 
 

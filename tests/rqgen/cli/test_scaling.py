@@ -143,6 +143,7 @@ def test_a_trained_tokenizer_is_taken_and_another_one_noticed(rqgen, family, tmp
         (["depths=[0,1,2]"], "depths: expected numbers of layers, got [0, 1, 2]"),
         (["prior.prior.layers=2"], "prior.prior.layers: depths decide it, but it is set to 2"),
         (["prior.prior.preset=d2"], "prior.prior.preset: depths decide it"),
+        (["prior.codes=some.safetensors"], "prior.codes: a family learns from prior.data"),
         (["prior.data.held_out_fraction=0"], "held_out_fraction: 0 leaves no images to test on"),
         (["prior.data.split_seed=4"], "one split for both"),
         (["prior.data.resolution=16"], "data.resolution: 16, but the tokenizer is for images of 32x32"),

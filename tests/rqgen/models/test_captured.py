@@ -164,6 +164,25 @@ def test_logits_without_a_distribution_are_an_error(monkeypatch: pytest.MonkeyPa
     assert draw(sampler, offset=100).min() >= 0  # the next call begins anew
 
 
+def test_keys_that_are_not_numbers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without weight NaN is NaN still."""
+    sample = rqkernels.sample_logits
+
+    def as_on_a_gpu(logits: Tensor, **settings: Any) -> Tensor:
+        bad = logits.isnan().any(dim=-1)
+        return torch.where(bad, -1, sample(logits.nan_to_num(), **settings))
+
+    monkeypatch.setattr(rqkernels, "sample_logits", as_on_a_gpu)
+    prior = make_prior()
+    sampler, weights = CapturedSampler(prior, capture=False), prior.condition_embedding.weight
+    good = weights.detach().clone()
+    weights.data[1] = torch.nan
+    with pytest.raises(ValueError, match="prior: the logits of image 1 have NaN"):
+        draw(sampler)
+    weights.data.copy_(good)
+    assert torch.equal(draw(sampler), draw(CapturedSampler(prior, capture=False)))
+
+
 # --- on a GPU
 
 

@@ -292,7 +292,12 @@ def test_edits_do_not_depend_on_the_batch(prior: VAR, vae: MultiScaleVQVAE, imag
         ({"mask": torch.ones(8, 8, dtype=torch.bool)}, ValueError, "mask: it covers an image whole"),
         ({"mask": torch.zeros(4, 8, dtype=torch.bool)}, ValueError, r"mask: expected \(8, 8\) or \(3, 8, 8\)"),
         ({"images": torch.zeros(3, 1, 8, 4)}, ValueError, r"images: expected \(N, 1, 8, 8\)"),
-        ({"images": torch.full((3, 1, 8, 8), 2.0)}, ValueError, r"images: expected floating-point values in \[-1, 1\]"),
+        ({"images": torch.full((3, 1, 8, 8), 2.0)}, ValueError, r"images: expected values in \[-1, 1\]"),
+        (
+            {"images": torch.zeros(3, 1, 8, 8).double()},
+            TypeError,
+            "images: expected torch.float32, as the tokenizer has",
+        ),
         ({"images": None}, TypeError, "images: expected a tensor, got NoneType"),
         ({"condition": [0]}, ValueError, r"condition: expected one per image \(3\), got 1"),
         ({"condition": [0, 1, 3]}, IndexError, "condition: expected values in"),
@@ -339,3 +344,15 @@ def test_an_rqtransformer_completes_from_the_rows_above() -> None:
     for mask in (~lower_half(), lower_half().t()):
         with pytest.raises(ValueError, match="mask: an RQTransformer draws in raster order and sees only what stands"):
             edit(rows_prior, rqvae, images, mask)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_logits_without_a_distribution_are_an_error(
+    prior: VAR, vae: MultiScaleVQVAE, monkeypatch: pytest.MonkeyPatch, smooth: bool
+) -> None:
+    """On a GPU the code is -1, and nothing is said at once."""
+    monkeypatch.setattr(
+        rqkernels, "sample_logits", lambda logits, offset, **_: torch.full(logits.shape[:-1], -int(offset == 6))
+    )
+    with pytest.raises(ValueError, match="prior: the logits of image 6 have NaN"):
+        generate(prior, vae, [0, 1], offset=5, smooth=smooth)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import statistics
@@ -54,7 +53,8 @@ class Peaks:
 def measure_peaks(device: torch.device) -> Peaks:
     cuda = device.type == "cuda"
     side = 8192 if cuda else 1024
-    source = torch.ones(16 * COPIED if cuda else COPIED, device=device)
+    copied = min(16 * COPIED, torch.cuda.mem_get_info(device)[0] // 16) if cuda else COPIED
+    source = torch.ones(copied, device=device)
     target = torch.empty_like(source)
     square = torch.randn(side, side, device=device)
     half = square.bfloat16()
@@ -137,13 +137,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") not in (None, ""),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def write_result(result: dict[str, Any], path: Path) -> None:
-    """JSON, whole or not at all."""
-    partial_file = path.with_name(f"{path.name}.partial")
-    partial_file.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial_file, path)
 
 
 def _device_name(device: torch.device) -> str:

@@ -20,6 +20,7 @@ from rqgen.quantizers import QuantizerConfig
 from rqgen.report import draw_sampling_speed
 from rqgen.sampling import sampling_cost
 
+from ..runs import write_json
 from .machine import (
     Peaks,
     describe_machine,
@@ -27,7 +28,6 @@ from .machine import (
     measure_peaks,
     peak_bytes,
     seconds,
-    write_result,
 )
 from .published import PublishedSampling
 
@@ -425,6 +425,6 @@ def _name(shape: Sequence[int]) -> str:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    write_result(result, out / "sampling.json")
+    write_json(result, out / "sampling.json")
     if result["cases"]:
         draw_sampling_speed(result["cases"], out / "sampling.png")

@@ -22,7 +22,8 @@ from rqgen.sampling import sampling_cost
 from rqgen.sampling.draw import DrawSettings
 from rqgen.sampling.scales import sample_scales
 
-from .machine import describe_machine, interleaved_seconds, measure_peaks, peak_bytes, write_result
+from ..runs import write_json
+from .machine import describe_machine, interleaved_seconds, measure_peaks, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
 
 SCALE_CODE_DIM = 32
@@ -59,7 +60,7 @@ class SystemsBench:
         guidance: also time every system with this strength, in the first precision; None: no.
         decoder: also time the decoders of the published layouts.
         use_graphs: see `generate`.
-        seconds: time for the rounds of one batch size (two rounds at least).
+        seconds: time for the rounds of one batch size, see `interleaved_seconds`.
     """
 
     image_side: int
@@ -147,8 +148,10 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
             for precision, guidance in _ways(bench, config)
         ]
         calls = [contender.prepared(priors[contender.system], batch, bench.use_graphs) for contender in contenders]
-        times = interleaved_seconds(calls, device, bench.seconds)
-        for contender, call, time in zip(contenders, calls, times, strict=True):
+        # The first call of each on a GPU: what a later one keeps from it would not be seen.
+        needed = [peak_bytes(call, device) for call in calls]
+        times = interleaved_seconds(calls, device, bench.seconds, warm_up=device.type != "cuda")
+        for contender, time, peak in zip(contenders, times, needed, strict=True):
             config = configs[contender.system]
             decoded = contender.system, 1 if device.type == "cpu" else batch
             if decoded not in decoder_ms:
@@ -167,11 +170,11 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
                 "decoder_ms_per_image": decoder,
                 "images_per_s": 1e3 / (ms + (decoder or 0.0)),
                 "images_per_s_ar_only": 1e3 / ms,
-                "peak_bytes": peak_bytes(call, device),
+                "peak_bytes": peak,
             }
             result["cases"].append(case)
             console.print(_line(case), soft_wrap=True)
-        write_result(result, out / "systems.json")
+        write_json(result, out / "systems.json")
     draw_systems(systems, result["cases"], out / "systems.png")
     return result
 
