@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import lzma
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +53,24 @@ def published_var(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("vae.pth", "var.pth"):
         (root / name).write_bytes(lzma.decompress((DATA / "var" / f"{name}.xz").read_bytes()))
     return root
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> Callable[[str], list[Any]]:
+    """Runs a test file as a script in both processes of a group, with the group's store, the rank and a file for its
+    result as arguments; gives what the two saved there."""
+
+    def run(script: str) -> list[Any]:
+        outs = [tmp_path / "0.pt", tmp_path / "1.pt"]
+        workers = [
+            subprocess.Popen([sys.executable, script, str(tmp_path / "store"), str(rank), str(out)])
+            for rank, out in enumerate(outs)
+        ]
+        try:
+            assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+        finally:
+            for worker in workers:
+                worker.kill()
+        return [torch.load(out, weights_only=True) for out in outs]
+
+    return run

@@ -66,6 +66,11 @@ class SamplingConfig:
         if self.count < 100 or self.count % 10:
             raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
 
+    def draws(self) -> dict[str, Any]:
+        """What `generate` and `edit` take of it alike."""
+        names = ("temperature", "top_k", "top_p", "cfg_scale", "seed")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass
 class DemoConfig:
@@ -252,11 +257,7 @@ def _edit(
         images,
         mask,
         labels.to(vae.device),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        cfg_scale=config.cfg_scale,
-        seed=config.seed,
+        **config.draws(),
     )
 
 
@@ -274,11 +275,7 @@ def draw_classes(
         prior,
         vae,
         labels.to(vae.device),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        cfg_scale=config.cfg_scale,
-        seed=config.seed,
+        **config.draws(),
         batch_size=config.batch_size,
         precision=precision,
     )

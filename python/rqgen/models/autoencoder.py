@@ -17,6 +17,29 @@ from torch.utils.checkpoint import checkpoint
 from rqgen.quantizers import Convolution, silu
 
 NORM_EPSILON = 1e-6
+RECONSTRUCTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+
+
+def check_settings(config: Any) -> None:
+    """Raises ValueError for settings, of those that RQVAEConfig and MultiScaleVQVAEConfig share, that make no
+    autoencoder."""
+    if not config.channel_multipliers or min(config.channel_multipliers) < 1:
+        raise ValueError(f"channel_multipliers: expected one number >= 1 per level, got {config.channel_multipliers}")
+    for multiplier in (1, *config.channel_multipliers):
+        if (config.base_channels * multiplier) % config.norm_groups:
+            raise ValueError(
+                f"norm_groups: expected a divisor of every level's channels, got {config.norm_groups} "
+                f"for {config.base_channels * multiplier}"
+            )
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {config.dropout}")
+    if not config.commitment_weight >= 0.0:
+        raise ValueError(f"commitment_weight: expected a number >= 0, got {config.commitment_weight}")
+    if config.reconstruction_loss not in RECONSTRUCTION_LOSSES:
+        raise ValueError(
+            f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
+            f"got {config.reconstruction_loss!r}"
+        )
 
 
 class ResidualBlock(nn.Module):

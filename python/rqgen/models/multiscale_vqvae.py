@@ -8,13 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rqgen.quantizers import Convolution, MultiScaleConfig, MultiScaleQuantizer
 
-from .autoencoder import AutoencoderLayout, Decoder, Encoder
+from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
 from .pretrained import PretrainedModel
-from .rqvae import RECONSTRUCTION_LOSSES
 
 
 @dataclass
@@ -56,25 +54,9 @@ class MultiScaleVQVAEConfig:
         for name in ("image_channels", "base_channels", "num_res_blocks", "z_channels", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers: expected one number >= 1 per level, got {self.channel_multipliers}")
+        check_settings(self)
         if self.latent_kernel < 1 or self.latent_kernel % 2 == 0:
             raise ValueError(f"latent_kernel: expected an odd number, got {self.latent_kernel}")
-        for multiplier in (1, *self.channel_multipliers):
-            if (self.base_channels * multiplier) % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups: expected a divisor of every level's channels, got {self.norm_groups} "
-                    f"for {self.base_channels * multiplier}"
-                )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        if not self.commitment_weight >= 0.0:
-            raise ValueError(f"commitment_weight: expected a number >= 0, got {self.commitment_weight}")
-        if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
-            raise ValueError(
-                f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
-                f"got {self.reconstruction_loss!r}"
-            )
 
     @property
     def stride(self) -> int:
@@ -168,7 +150,7 @@ class MultiScaleVQVAE(PretrainedModel):
     def loss(self, images: Tensor) -> MultiScaleVQVAELoss:
         """`reconstruction + codebook + commitment_weight * commitment`, means over elements and scales, in float32."""
         output = self(images)
-        measure = F.mse_loss if self.config.reconstruction_loss == "mse" else F.l1_loss
+        measure = RECONSTRUCTION_LOSSES[self.config.reconstruction_loss]
         reconstruction = measure(output.reconstruction.float(), images.float())
         total = reconstruction + output.codebook_loss + self.config.commitment_weight * output.commitment_loss
         return MultiScaleVQVAELoss(total, reconstruction, output.commitment_loss, output.codebook_loss, output)

@@ -7,15 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import rqkernels
 from rqgen.quantizers import Convolution, QuantizerConfig, ResidualQuantizer
 
-from .autoencoder import AutoencoderLayout, Decoder, Encoder
+from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
 from .pretrained import PretrainedModel
-
-RECONSTRUCTION_LOSSES = ("mse", "l1")
 
 
 @dataclass
@@ -74,8 +71,7 @@ class RQVAEConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers: expected one number >= 1 per level, got {self.channel_multipliers}")
+        check_settings(self)
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"image_size: expected [height, width], got {self.image_size}")
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
@@ -92,21 +88,6 @@ class RQVAEConfig:
         if self.quantizer.depth != self.code_shape[2]:
             raise ValueError(
                 f"quantizer.depth: expected the depth of code_shape, {self.code_shape[2]}, got {self.quantizer.depth}"
-            )
-        for multiplier in (1, *self.channel_multipliers):
-            if (self.base_channels * multiplier) % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups: expected a divisor of every level's channels, got {self.norm_groups} "
-                    f"for {self.base_channels * multiplier}"
-                )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        if not self.commitment_weight >= 0.0:
-            raise ValueError(f"commitment_weight: expected a number >= 0, got {self.commitment_weight}")
-        if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
-            raise ValueError(
-                f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
-                f"got {self.reconstruction_loss!r}"
             )
 
     @property
@@ -229,7 +210,7 @@ class RQVAE(PretrainedModel):
         `ResidualQuantizer.forward`.
         """
         output = self(images)
-        measure = F.mse_loss if self.config.reconstruction_loss == "mse" else F.l1_loss
+        measure = RECONSTRUCTION_LOSSES[self.config.reconstruction_loss]
         reconstruction = measure(output.reconstruction.float(), images.float())
         total = reconstruction + self.config.commitment_weight * output.commitment_loss
         return RQVAELoss(total, reconstruction, output.commitment_loss, output)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -831,18 +830,8 @@ def train_in_a_group(store: str, rank: int, out: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
-    outs = [tmp_path / "0.pt", tmp_path / "1.pt"]
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path / "store"), str(rank), str(out)])
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    first, second = (torch.load(out, weights_only=True) for out in outs)
+def test_two_processes_keep_one_codebook(two_processes: Callable[[str], list[dict[str, Tensor]]]) -> None:
+    first, second = two_processes(__file__)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -200,18 +199,8 @@ def train_in_a_group(store: str, rank: int, out: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_train_one_codebook(tmp_path: Path) -> None:
-    outs = [tmp_path / "0.pt", tmp_path / "1.pt"]
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path / "store"), str(rank), str(out)])
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    (first, first_counts), (second, second_counts) = (torch.load(out, weights_only=True) for out in outs)
+def test_two_processes_train_one_codebook(two_processes: Callable[[str], list[Any]]) -> None:
+    (first, first_counts), (second, second_counts) = two_processes(__file__)
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert all((first[0][name] != first[-1][name]).any() for name in first[0])
