@@ -16,6 +16,7 @@ import rqkernels
 
 from .convolution import Convolution
 from .seeding import draw_vectors
+from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
 INITIALISATIONS = ("data", "random")
@@ -104,7 +105,7 @@ class Refinement(Convolution):
     """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that mends what enlarging blurred."""
 
     def __init__(self, channels: int, ratio: float) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+        super().__init__(channels, channels, 3, padding=1, dtype=torch.float32)
         self.ratio = ratio
 
     def forward(self, h: Tensor) -> Tensor:
@@ -117,8 +118,8 @@ class MultiScaleDecoder(nn.Module):
         f_hat_k = f_hat_{k-1} + a_k,    a_k = phi_k(bicubic(e(t_k), (H, W)))       looked up, enlarged, refined
 
     for scales k = 1..K of size (h_k, w_k), f_hat_0 = 0. `steps` is the one residual loop; decoding, the inputs of a
-    prior, and encoding and training (in `MultiScaleQuantizer`) are readings of it. Arithmetic is float32, under
-    autocast too.
+    prior, and encoding and training (in `MultiScaleQuantizer`) are readings of it. Arithmetic, codebook and refinements
+    are float32, under autocast and after `.half()`/`.bfloat16()`/`.double()` too.
 
     Args:
         config: see `MultiScaleConfig`.
@@ -134,7 +135,7 @@ class MultiScaleDecoder(nn.Module):
             raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
         self.config = config
         self.code_dim = code_dim
-        self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim))
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim, dtype=torch.float32))
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
         )
@@ -146,7 +147,7 @@ class MultiScaleDecoder(nn.Module):
 
     def code_tensors(self) -> list[Tensor]:
         """All that decides what token maps of these scales stand for."""
-        ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [])
+        ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [], dtype=torch.float32)
         return [self.codebook, *self.refinements.parameters(), ratio]
 
     def decode(self, codes: Sequence[Tensor], scales: int | None = None) -> Tensor:
@@ -237,6 +238,9 @@ class MultiScaleDecoder(nn.Module):
         places = np.linspace(margin, 1 - margin, count)
         return self.refinements[int(np.abs(places - k / max(self.num_scales - 1, 1)).argmin())]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleDecoder:
+        return super()._apply(keeping_dtype(fn), recurse)
+
 
 class ScaleUsage(nn.ModuleList):
     """`CodeUsage` of every scale; each counts its window in tokens of its own."""
@@ -301,9 +305,14 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time draws the codebook.
 
         Raises:
-            ValueError: features that are not (B, C, H, W); no finite vector in the first training batch.
+            ValueError: features that are not (B, C, H, W); in train mode no features, or no finite vector in the
+                first batch.
         """
         self._check_features(features)
+        if self.training and features.numel() == 0:
+            raise ValueError(f"features: expected at least one map in train mode, got shape {tuple(features.shape)}")
+        # Checkpointed, a forward runs again in backward: its codes are the same, and have been counted.
+        counted = self.training and not is_recomputed()
         with torch.autocast(features.device.type, enabled=False):
             wanted = features.float()
             fixed = wanted.detach()
@@ -314,7 +323,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
                 codes.append(tokens)
                 commitment.append(F.mse_loss(wanted, total.detach()))
                 codebook.append(F.mse_loss(total, fixed))
-                if self.training:
+                if counted:
                     self.usage[k].update(tokens.unsqueeze(-1))
         # f - f is exactly zero, so the value is what `decode` gives for these codes.
         quantized = total.detach().to(features.dtype) + (features - features.detach())

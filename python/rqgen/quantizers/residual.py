@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import rqkernels
 
 from .seeding import draw_vectors, kmeans
+from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
 EMA_UPDATES = ("after_all_depths", "per_depth")
@@ -106,13 +107,13 @@ class ResidualQuantizer(nn.Module):
 
     but the search is `rqkernels.residual_search`: exact, and no N x K tensor of distances or one-hot codes
     is ever allocated, in training either. Search and codebooks are float32 under autocast and after
-    `.half()`/`.bfloat16()` too. A vector that is not finite gets code -1 at all depths, a NaN result, and
+    `.half()`/`.bfloat16()`/`.double()` too. A vector that is not finite gets code -1 at all depths, a NaN result, and
     does not touch the codebook.
 
-    Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. In eval mode
-    no state ever changes. All state (codebooks, averages, usage) lies in buffers; restarts and initialisation
-    draw from torch's global generator (see `rqgen.quantizers.seeding`), so that buffers and generator
-    together resume a run bit for bit.
+    Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. So it must not be run
+    again by `torch.utils.checkpoint`, which would find other codes. In eval mode no state ever changes. All state
+    (codebooks, averages, usage) lies in buffers; restarts and initialisation draw from torch's global generator (see
+    `rqgen.quantizers.seeding`), so that buffers and generator together resume a run bit for bit.
 
     Args:
         config: see `QuantizerConfig`.
@@ -157,9 +158,13 @@ class ResidualQuantizer(nn.Module):
         (equation (7) writes the sum over depths; the published code takes this mean).
 
         Raises:
-            ValueError: the last dimension of z is not C; or the first training batch has no finite vector.
+            ValueError: the last dimension of z is not C; in train mode no vector, or none that is finite in the first
+                batch.
+            RuntimeError: in train mode run again in a backward pass, by activation checkpointing.
         """
         self._check_vectors(z)
+        if self.training:
+            self._check_trainable(z)
         z32 = z.float()
         vectors = z32.detach()
         if self.training and not self.initialized:
@@ -393,17 +398,19 @@ class ResidualQuantizer(nn.Module):
         if not z.is_floating_point():
             raise TypeError(f"z: expected a floating-point tensor, got {z.dtype}")
 
+    def _check_trainable(self, z: Tensor) -> None:
+        if z.numel() == 0:
+            raise ValueError(f"z: expected at least one vector in train mode, got shape {tuple(z.shape)}")
+        if is_recomputed():
+            raise RuntimeError(
+                f"{type(self).__name__}: activation checkpointing runs this forward again in backward, where it finds "
+                "other codes: in train mode it has moved its codebook. Keep the quantizer out of the checkpointed "
+                "part; gradient_checkpointing=True in a model's config recomputes its blocks alone"
+            )
+
     def _check_codes(self, codes: Tensor) -> None:
         if codes.ndim == 0 or codes.shape[-1] != self.config.depth:
             raise ValueError(f"codes: expected (..., {self.config.depth}), got shape {tuple(codes.shape)}")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ResidualQuantizer:
-        # `.half()`, `.bfloat16()` and `.to(dtype)` move the buffers but leave them float32: averages with a
-        # decay of 0.99 stand still in bfloat16.
-        kept = {name: self._buffers[name] for name in ("codebook", "ema_count", "ema_sum")}
-        super()._apply(fn, *args, **kwargs)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if after.dtype != torch.float32:
-                self._buffers[name] = before.to(after.device)
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualQuantizer:
+        return super()._apply(keeping_dtype(fn), recurse)
