@@ -5,6 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# All but bool, which is rather a mask than a class.
+_INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+)
+
 
 def condition_ids(
     condition: Tensor | None,
@@ -19,8 +30,8 @@ def condition_ids(
     """A condition as int64 (B, L) ids; the null condition, where there is one, is id `vocab_size`.
 
     Args:
-        condition: None; class labels (B,) or (B, 1); token ids (B, L). None means no condition at all for
-            an unconditional prior, and the null condition for one that has it.
+        condition: None; class labels (B,) or (B, 1); token ids (B, L); of any integer dtype. None means no condition at
+            all for an unconditional prior, and the null condition for one that has it.
         batch: B.
         kind: "none", "class" or "tokens".
         length: L; 1 unless kind is "tokens".
@@ -42,8 +53,9 @@ def condition_ids(
         raise ValueError("condition: this prior is unconditional, expected None")
     if not isinstance(condition, Tensor):
         raise TypeError(f"condition: expected a tensor, got {type(condition).__name__}")
-    if condition.dtype != torch.int64:
+    if condition.dtype not in _INTEGERS:
         raise TypeError(f"condition: expected int64, got {condition.dtype}")
+    condition = condition.to(torch.int64)
     if condition.shape != shape and (kind != "class" or condition.shape != (batch,)):
         expected = f"({batch},) or ({batch}, 1)" if kind == "class" else f"{shape}"
         raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")

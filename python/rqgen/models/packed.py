@@ -167,7 +167,7 @@ def pack_transformer(
 def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None) -> tuple[Tensor, Tensor]:
     """What a code adds to a stack's input, (K, W) or (D * K, W), and what a position adds once, (W,)."""
     if kind == "table":
-        return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim)
+        return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim, dtype=torch.float32)
     vectors = prior.codebooks.double().flatten(0, -2) @ projection.weight.detach().double().t()
     return vectors.float(), projection.bias.detach().float()
 

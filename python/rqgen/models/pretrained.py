@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,11 +29,17 @@ class PretrainedModel(nn.Module):
     """A module that is wholly described by a config dataclass and its state dict.
 
     Subclasses set `model_type` (a name written into the folder) and `config_class`, and take the config as
-    the first argument of `__init__`; further arguments need defaults.
+    the first argument of `__init__`; further arguments need defaults. Models are made in float32, whatever torch's
+    default dtype is; cast them afterwards, by `.to(dtype)`.
     """
 
     model_type: ClassVar[str]
     config_class: ClassVar[type]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _in_float32(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -42,6 +51,11 @@ class PretrainedModel(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; quantizers are float32 whatever it is."""
+        return next(self.parameters()).dtype
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into `folder`, whole or not at all.
@@ -107,12 +121,14 @@ class PretrainedModel(nn.Module):
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise FileNotFoundError(f"folder: no file {path.name} in {source}")
-        model = cls(cls._read_config(config_path))
-        try:
-            tensors = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
-        load_tensors(model, tensors, where=str(weights_path))
+        # Whatever torch's default device is: on "meta" nothing would be loaded, without a word.
+        with torch.device("cpu"):
+            model = cls(cls._read_config(config_path))
+            try:
+                tensors = load_file(weights_path)
+            except SafetensorError as error:
+                raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
+            load_tensors(model, tensors, where=str(weights_path))
         return model.to(device).eval()
 
     @classmethod
@@ -136,6 +152,34 @@ class PretrainedModel(nn.Module):
                 "written by another version of rqgen"
             )
         return from_dict(cls.config_class, description["config"], where=str(path))
+
+
+def _in_float32(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def made(*args: Any, **kwargs: Any) -> None:
+        default = torch.get_default_dtype()
+        if default == torch.float32:
+            return init(*args, **kwargs)
+        torch.set_default_dtype(torch.float32)
+        try:
+            return init(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
+
+    return made
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards in the mode that each came in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str) -> None:

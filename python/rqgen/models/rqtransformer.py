@@ -356,10 +356,12 @@ class RQTransformer(PretrainedModel):
         if soft_labels is not None and soft_labels.residuals.shape[:-1] != codes.shape:
             expected, got = ", ".join(map(str, codes.shape)), tuple(soft_labels.residuals.shape)
             raise ValueError(f"soft_labels.residuals: expected shape ({expected}, C), got {got}")
+        if soft_labels is not None:
+            _check_some(codes)
         condition_bl = self.condition_ids(condition, batch)
         dropped = None
         if self.config.has_null_condition and condition is not None and self.training:
-            dropped = torch.rand(batch, device=codes.device) < self.config.condition_dropout
+            dropped = torch.rand(batch, device=codes.device, dtype=torch.float32) < self.config.condition_dropout
             condition_bl = torch.where(dropped[:, None], self.config.condition_vocab_size, condition_bl)
 
         codes_btd = codes.reshape(batch, self.positions, self.depth)
@@ -474,7 +476,7 @@ class RQTransformer(PretrainedModel):
     def new_caches(self, batch: int) -> tuple[KVCache, KVCache]:
         """Empty caches of the spatial and the depth transformer for sampling `batch` code maps."""
         device = self.device
-        dtype = self.depth_positions.dtype
+        dtype = self.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         capacity = self.config.condition_length + self.positions - 1
@@ -532,7 +534,7 @@ def prior_loss(
 
     Raises:
         ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ, inplace
-            without soft labels.
+            without soft labels, no images.
     """
     if not 0 <= condition_weight <= 1:
         raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
@@ -545,11 +547,16 @@ def prior_loss(
     batch, predicted, _ = output.condition_logits.shape
     if condition.shape != (batch, predicted + 1):
         raise ValueError(f"condition: expected shape {(batch, predicted + 1)}, got {tuple(condition.shape)}")
-    per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:], reduction="none")
+    per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:].long(), reduction="none")
     kept = per_token.new_ones(batch) if output.condition_dropped is None else ~output.condition_dropped
     condition_loss = (per_token.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
     total = (1 - condition_weight) * code_loss.mean + condition_weight * condition_loss
     return PriorLoss(total, *code_loss, condition_loss)
+
+
+def _check_some(codes: Tensor) -> None:
+    if len(codes) == 0:
+        raise ValueError(f"codes: expected those of at least one image to train on, got shape {tuple(codes.shape)}")
 
 
 def _code_loss(
@@ -568,6 +575,7 @@ def _code_loss(
     if inplace and hard:
         raise ValueError("inplace: the loss of hard labels leaves the logits as they are")
     logits = output.logits
+    _check_some(logits[..., 0])
     if not hard:
         losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
         # The mean, so that its gradient is written once; what the depths are logged by comes on the side.

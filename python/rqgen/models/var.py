@@ -216,7 +216,7 @@ class AdaptiveBlock(nn.Module):
     def _dropped(self, y: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return y
-        kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
+        kept = torch.rand(y.shape[0], 1, 1, device=y.device, dtype=torch.float32) >= self.drop_path
         return y * (kept / (1 - self.drop_path)).to(y.dtype)
 
 
@@ -329,7 +329,7 @@ class VAR(PretrainedModel):
         labels_b = self.condition_ids(condition, batch)[:, 0]
         dropped = None
         if self.config.has_null_condition and condition is not None and self.training:
-            dropped = torch.rand(batch, device=labels_b.device) < self.config.condition_dropout
+            dropped = torch.rand(batch, device=labels_b.device, dtype=torch.float32) < self.config.condition_dropout
             labels_b = torch.where(dropped, self.config.num_classes, labels_b)
         modulation = self.modulation(labels_b)
         inputs = [self.scale_input(0, None, modulation)]
@@ -383,7 +383,7 @@ class VAR(PretrainedModel):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for sampling `batch` images."""
-        dtype = self.positions.dtype
+        dtype = self.dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         heads = self.config.heads
@@ -396,7 +396,9 @@ class VAR(PretrainedModel):
         if cache is not None:
             cache.advance(x_blw.shape[1])
         scale, shift = modulation.head.unbind(2)
-        return self.classifier(self.norm_out(x_blw.float()) * (1 + scale) + shift).float()
+        # In half precision the last norm is float32.
+        x_blw = self.norm_out(x_blw.to(torch.promote_types(x_blw.dtype, torch.float32)))
+        return self.classifier((x_blw * (1 + scale) + shift).to(self.dtype)).float()
 
 
 def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
@@ -407,12 +409,14 @@ def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
         codes: token maps int64 (B, h_k, w_k).
 
     Raises:
-        ValueError: as many tokens as logits are expected.
+        ValueError: as many tokens as logits are expected; no images.
     """
     flat = [tokens.flatten(1) for tokens in codes]
     target = torch.cat(flat, dim=1)
     if target.shape != output.logits.shape[:2]:
         raise ValueError(f"codes: expected {tuple(output.logits.shape[:2])} tokens, got {tuple(target.shape)}")
+    if len(target) == 0:
+        raise ValueError("codes: expected those of at least one image to train on, got none")
     per_token = F.cross_entropy(output.logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
     parts = per_token.detach().split([tokens.shape[1] for tokens in flat], dim=1)
     return VARLoss(per_token.mean(), torch.stack([part.mean() for part in parts]))

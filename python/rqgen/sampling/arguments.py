@@ -59,7 +59,7 @@ def check_condition(condition: Any, prior: Prior) -> Tensor:
         raise TypeError(f"condition: expected a tensor or a list of integers ({error})") from error
     if condition.dim() == 0 or condition.shape[0] == 0:
         raise ValueError(f"condition: expected at least one row, got shape {tuple(condition.shape)}")
-    prior.condition_ids(condition, condition.shape[0])
+    condition = prior.condition_ids(condition, condition.shape[0])
     size = prior.config.num_classes if isinstance(prior, VAR) else prior.config.condition_vocab_size
     check_range(condition, size, "condition")
     return condition

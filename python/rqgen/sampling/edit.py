@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rqgen.models import MultiScaleVQVAE, RQTransformer
+from rqgen.models.images import check_images
+from rqgen.models.pretrained import eval_mode
 
 from .arguments import Prior, Tokenizer, check_condition, check_integer, check_models, check_settings
-from .generate import eval_mode, generate
+from .generate import generate
 from .scales import Given, sample_scales
 
 # How often what is encoded is corrected, at an encoding and a decoding each. After two the known half of a digit is
@@ -62,7 +64,8 @@ def edit(
 
     Args:
         prior, vae: as `generate` takes them.
-        images: (N, channels, H, W) in [-1, 1], of the tokenizer's size, on its device.
+        images: (N, channels, H, W) in [-1, 1], of the tokenizer's size and dtype, on its device; a little beyond is
+            taken as it is, see `rqgen.models.images`.
         mask: bool (H, W), or (N, H, W): True where an image is drawn anew. For an RQ-Transformer all rows from some
             row on, the same for all images; it draws from the row of codes on that holds the first of them.
         condition, temperature, top_k, top_p, cfg_scale, seed, offset: as in `generate`.
@@ -123,7 +126,8 @@ def _as_one_image(vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Te
     """
     target, maps, decoded, errors = torch.where(known, images, drawn), [], [], []
     for _ in range(1 + _CORRECTIONS):
-        maps.append(vae.encode(target))
+        # However far it has been moved, the image itself was checked.
+        maps.append(vae.quantizer.encode(vae.encode_latents(target, check=False)))
         decoded.append(vae.decode(maps[-1]))
         error = torch.where(known, images - decoded[-1].to(images.dtype), 0)
         errors.append(error.float().square().sum(dim=(1, 2, 3)))
@@ -161,9 +165,10 @@ def _complete_rows(
 
 def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     """bool (N, 1, H, W): the pixels that are kept."""
+    check_images(images)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     for name, value in (("images", images), ("mask", mask)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         if value.device != vae.device:
             raise ValueError(f"{name}: expected on {vae.device}, where the models are, got {value.device}")
     shape = (vae.config.image_channels, *vae.config.image_shape)
@@ -172,8 +177,8 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     dtype = next(vae.parameters()).dtype
     if images.dtype != dtype:
         raise TypeError(f"images: expected {dtype}, as the tokenizer has, got {images.dtype}")
-    if not bool((images.abs() <= 1).all()):
-        raise ValueError("images: expected values in [-1, 1]")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: expected values in [-1, 1], got NaN or infinity")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {mask.dtype}")
     if tuple(mask.shape) not in (shape[1:], (len(images), *shape[1:])):

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.models.pretrained import eval_mode
 from rqgen.models.sampler import make_sampler
 
 from .arguments import (
@@ -225,18 +226,6 @@ def _known_stacks(prior: RQTransformer, partial_codes: Tensor | None, start_row:
     if partial_codes is None:
         return torch.empty(num, 0, depth, dtype=torch.int64, device=prior.device)
     return partial_codes.reshape(num, -1, depth)[:, : start_row * width]
-
-
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    modules = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modules:
-            module.training = training
 
 
 @contextmanager

@@ -23,9 +23,10 @@ def build_rqvae(arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, wh
         ValueError: an option of `arch` that is unknown, missing, or not reproducible; a tensor that is
             missing, unknown or of another shape, by its published name.
     """
-    model = RQVAE(rqvae_config(arch, where=where))
-    tensors = _translate(model, state_dict, where=where)
-    model.load_state_dict({**model.state_dict(), **tensors})
+    with torch.device("cpu"):  # whatever torch's default device is
+        model = RQVAE(rqvae_config(arch, where=where))
+        tensors = _translate(model, state_dict, where=where)
+        model.load_state_dict({**model.state_dict(), **tensors})
     return model
 
 
