@@ -332,5 +332,7 @@ class RQVAE(PretrainedModel):
         return torch.stack(soft, dim=-2), found.codes
 
     def _check_codes(self, codes: Tensor) -> None:
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
         if codes.ndim != 4 or codes.shape[-1] != self.depth:
             raise ValueError(f"codes: expected (B, h, w, {self.depth}), got shape {tuple(codes.shape)}")

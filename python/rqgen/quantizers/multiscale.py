@@ -287,7 +287,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
     enlarged from it NaN.
 
     The codebook and the refinements are trained by gradient (van den Oord et al. 2017, equation 3, at every scale),
-    so that processes of one group agree as far as their gradients are averaged.
+    so that processes of one group agree as far as their gradients are averaged. A code that no vector chooses has no
+    gradient and stays where it is (but for an optimizer's weight decay); none is restarted.
 
     Args:
         config: see `MultiScaleConfig`.
@@ -305,8 +306,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time draws the codebook.
 
         Raises:
-            ValueError: features that are not (B, C, H, W); in train mode no features, or no finite vector in the
-                first batch.
+            TypeError, ValueError: features that are not floating-point numbers (B, C, H, W); in train mode no features,
+                or no finite vector in the first batch.
         """
         self._check_features(features)
         if self.training and features.numel() == 0:
@@ -371,6 +372,9 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         return self.nearest(self.shrink(rest, k))
 
     def _check_features(self, features: Tensor) -> None:
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"features: expected a floating-point tensor, got {got}")
         expected = (self.code_dim, *self.config.scales[-1])
         if features.ndim != 4 or tuple(features.shape[1:]) != expected:
             sizes = ", ".join(map(str, expected))

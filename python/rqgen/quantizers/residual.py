@@ -155,7 +155,7 @@ class ResidualQuantizer(nn.Module):
         """Quantizes z (..., C); in train mode also updates codebooks and usage.
 
         `commitment_loss = mean_d mean |z - sg[Z^(d)]|^2`, the mean over depths, vectors and features
-        (equation (7) writes the sum over depths; the published code takes this mean).
+        (equation (7) writes the sum over depths; the published code takes this mean). NaN where there is no vector.
 
         Raises:
             ValueError: the last dimension of z is not C; in train mode no vector, or none that is finite in the first
@@ -393,6 +393,8 @@ class ResidualQuantizer(nn.Module):
         return [_Book(*views) for views in zip(self.codebook, self.ema_count, self.ema_sum, strict=True)]
 
     def _check_vectors(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: expected a tensor, got {type(z).__name__}")
         if z.ndim == 0 or z.shape[-1] != self.code_dim:
             raise ValueError(f"z: expected (..., {self.code_dim}), got shape {tuple(z.shape)}")
         if not z.is_floating_point():
@@ -409,6 +411,8 @@ class ResidualQuantizer(nn.Module):
             )
 
     def _check_codes(self, codes: Tensor) -> None:
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
         if codes.ndim == 0 or codes.shape[-1] != self.config.depth:
             raise ValueError(f"codes: expected (..., {self.config.depth}), got shape {tuple(codes.shape)}")
 

@@ -823,3 +823,16 @@ def test_numpy_has_nothing_to_do_with_the_labels() -> None:
     prior, vae = make_pair("rqtransformer")
     for labels in (LABELS.numpy(), LABELS.numpy().astype(np.int32), [2, 0], (np.int64(2), 0)):
         assert same_codes(generate(prior, vae, labels).codes, generate(prior, vae, LABELS).codes)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_is_no_tensor_at_all(kind: str) -> None:
+    vae = make_vae(kind)
+    for codes in (None, 3, {}, np.zeros((2, 4, 4, 3), dtype=np.int64)):
+        for call in (vae.decode, lambda some: vae.decode_partial(some, 1), vae.quantizer.decode):
+            with pytest.raises(TypeError, match=r"^codes: expected a (tensor|list of token maps), got "):
+                call(codes)
+    for latents in (None, [1.0], np.zeros((1, 8, 4, 4), dtype=np.float32), torch.zeros(1, 8, 4, 4, dtype=torch.int64)):
+        for call in (vae.quantizer, vae.quantizer.encode):
+            with pytest.raises(TypeError, match=r"^(z|features): expected a (tensor|floating-point tensor), got "):
+                call(latents.transpose(1, 3) if isinstance(latents, Tensor) and kind != "multiscale" else latents)
