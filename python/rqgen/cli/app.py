@@ -180,7 +180,7 @@ def bench_sampling(
     import torch
     from rich.console import Console
 
-    from .bench.sampling import SamplingBench, parse_shape, run_sampling_bench
+    from rqgen.bench import SamplingBench, parse_shape, run_sampling_bench
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -233,7 +233,7 @@ def bench_systems(
     import torch
     from rich.console import Console
 
-    from .bench.systems import SystemsBench, run_systems_bench
+    from rqgen.bench import SystemsBench, run_systems_bench
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rqgen.config import load, read_yaml
 from rqgen.data import DigitImages, Split, open_dataset
 from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
+from rqgen.files import write_json
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
 from rqgen.report import (
     draw_coarse_to_fine,
@@ -38,7 +39,6 @@ from .runs import (
     fit_prior,
     fit_tokenizer,
     shipped_config,
-    write_json,
 )
 
 # Held-out digits in reconstructions.png.
