@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,17 @@ def condition_ids(
     return condition.reshape(shape)
 
 
+def checked_class_names(class_names: Sequence[str], classes: int | None = None) -> tuple[str, ...]:
+    """The names as a tuple. Raises ValueError unless they differ from each other and there is one for each class, or
+    none at all; of how many classes is open where `classes` is None."""
+    names = tuple(class_names)
+    if names and classes is not None and len(names) != classes:
+        raise ValueError(f"class_names must be one for each of {classes} classes, or none, got {len(names)}")
+    if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"class_names must be names that differ from each other, got {list(names)[:20]}")
+    return names
+
+
 def check_range(ids: Tensor, size: int, name: str) -> None:
     """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
     if ids.numel() == 0:
@@ -60,6 +73,13 @@ def check_range(ids: Tensor, size: int, name: str) -> None:
     lowest, highest = (int(value) for value in ids.aminmax())
     if lowest < 0 or highest >= size:
         raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
+
+
+def check_targets(codes: Tensor, size: int) -> None:
+    """Raises TypeError or IndexError for codes that are no target of a cross-entropy over `size` codes."""
+    if codes.dtype != torch.int64:
+        raise TypeError(f"codes: expected int64, got {codes.dtype}")
+    check_range_without_waiting(codes, size, "codes")
 
 
 def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:
