@@ -270,7 +270,7 @@ def edit(
         ),
     ],
     image: Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")],
-    mask: Annotated[Path, typer.Option(help="An image of the same size.")],
+    mask: Annotated[Path, typer.Option(help="An image of the same size, black and white.")],
     label: Annotated[
         str | None, typer.Option(help="Class to draw, by name or by number. Default: the null condition.")
     ] = None,

@@ -84,11 +84,11 @@ def read_image(path: str | Path, *, channels: int = 3, background: Colour = "whi
     - The orientation that EXIF or XMP give is applied.
     - Integers are scaled by the range of their type: 8, 16 and 32 bits. 16-bit samples that were written with fewer
       bits have the range of these: PGM and PPM by their maxval; TIFF by BitsPerSample, or by a MaxSampleValue of
-      2^n - 1; PNG by sBIT, where samples are not scaled up as PNG demands. Signed integers count from zero.
+      2^n - 1; PNG by sBIT, where samples are not scaled up as PNG demands. Of signed integers the range begins at 0.
     - Floating point is expected in [0, 1].
     - Alpha channels, palettes with alpha and transparent colours are composited over `background`.
-    - CMYK is converted as Pillow does it. An embedded ICC profile converts 8-bit pictures to sRGB; a profile that is
-      damaged or made for other channels is ignored, as viewers do, and gamma chunks of PNG are.
+    - CMYK is converted as Pillow does it. An embedded ICC profile converts 8-bit pictures to sRGB. Ignored are profiles
+      that are damaged or made for other channels, profiles of deeper pictures, and PNG's gamma.
     - Colour becomes grey by ITU-R 601 (0.299 R + 0.587 G + 0.114 B), grey becomes colour with equal channels.
     - Of an animation or a file of pages the first is read, and a log line says so.
 
@@ -135,6 +135,7 @@ def open_picture(path: Path, *, channels: int, background: tuple[int, int, int])
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
         with _opened(path) as image:
+            _check_strips(image)
             more_frames = _has_more_frames(image)
             rawmode = _rawmode(image)
             image.load()
@@ -158,6 +159,18 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     # is then scrambled (Pillow 13).
     with path.open("rb") as file, Image.open(file) as image:
         yield image
+
+
+def _check_strips(image: Image.Image) -> None:
+    """Raises ValueError for a TIFF whose strips do not reach everywhere: Pillow leaves the rest black."""
+    if image.format != "TIFF":
+        return
+    (width, height), covered = image.size, {}
+    for _, (left, top, right, bottom), _, args in image.tile:
+        band = args if isinstance(args, str) else args[0]
+        covered[band] = covered.get(band, 0) + (right - left) * (bottom - top)
+    if any(area < width * height for area in covered.values()):
+        raise ValueError(f"its strips hold less than {width}x{height} pixels")
 
 
 def _has_more_frames(image: Image.Image) -> bool:
@@ -310,7 +323,8 @@ def _declared_bits(image: Image.Image, path: Path) -> int | None:
         return None
     # The largest value in use may be a statistic, which must not change what is shown; a number of bits is none.
     largest = max(image.tag_v2.get(_MAX_SAMPLE_VALUE, (0,)))
-    return largest.bit_length() if largest > 1 and largest & (largest + 1) == 0 else None
+    whole = isinstance(largest, int) and largest > 1 and largest & (largest + 1) == 0
+    return largest.bit_length() if whole else None
 
 
 def _significant_bits(path: Path) -> int | None:
@@ -320,7 +334,8 @@ def _significant_bits(path: Path) -> int | None:
         while len(head := file.read(8)) == 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
             if kind == b"sBIT":
-                return max(file.read(length)[:3], default=0) or None
+                bits = max(file.read(length)[:3], default=0)
+                return bits if 0 < bits < 16 else None
             if kind in (b"IDAT", b"PLTE"):
                 return None
             file.seek(length + 4, 1)

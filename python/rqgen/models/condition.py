@@ -75,11 +75,11 @@ def check_range(ids: Tensor, size: int, name: str) -> None:
         raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
 
 
-def check_targets(codes: Tensor, size: int) -> None:
-    """Raises TypeError or IndexError for codes that are no target of a cross-entropy over `size` codes."""
-    if codes.dtype != torch.int64:
-        raise TypeError(f"codes: expected int64, got {codes.dtype}")
-    check_range_without_waiting(codes, size, "codes")
+def check_targets(ids: Tensor, size: int, name: str) -> None:
+    """Raises TypeError or IndexError for ids that cannot be the targets of a cross-entropy over `size` of them."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
+    check_range_without_waiting(ids, size, name)
 
 
 def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:

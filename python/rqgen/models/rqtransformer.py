@@ -537,7 +537,7 @@ def prior_loss(
     Raises:
         ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ, inplace
             without soft labels.
-        TypeError, IndexError: codes that are not int64, or out of range (unchecked on CUDA).
+        TypeError, IndexError: codes or token ids that are not int64, or out of range (unchecked on CUDA).
     """
     if not 0 <= condition_weight <= 1:
         raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
@@ -550,6 +550,7 @@ def prior_loss(
     batch, predicted, _ = output.condition_logits.shape
     if condition.shape != (batch, predicted + 1):
         raise ValueError(f"condition: expected shape {(batch, predicted + 1)}, got {tuple(condition.shape)}")
+    check_targets(condition, output.condition_logits.shape[-1], "condition")
     per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:], reduction="none")
     kept = per_token.new_ones(batch) if output.condition_dropped is None else ~output.condition_dropped
     condition_loss = (per_token.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
@@ -580,7 +581,7 @@ def _code_loss(
     else:
         if codes.shape != logits.shape[:-1]:
             raise ValueError(f"codes: expected shape {tuple(logits.shape[:-1])}, got {tuple(codes.shape)}")
-        check_targets(codes, logits.shape[-1])
+        check_targets(codes, logits.shape[-1], "codes")
         losses = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
         mean = losses.mean()
     return CodeLoss(mean, losses.detach().mean(dim=(0, 1, 2)))

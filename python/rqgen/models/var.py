@@ -417,7 +417,7 @@ def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
     target = torch.cat(flat, dim=1)
     if target.shape != output.logits.shape[:2]:
         raise ValueError(f"codes: expected {tuple(output.logits.shape[:2])} tokens, got {tuple(target.shape)}")
-    check_targets(target, output.logits.shape[-1])
+    check_targets(target, output.logits.shape[-1], "codes")
     per_token = F.cross_entropy(output.logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
     parts = per_token.detach().split([tokens.shape[1] for tokens in flat], dim=1)
     return VARLoss(per_token.mean(), torch.stack([part.mean() for part in parts]))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rqgen import generate
 from rqgen.cli.app import main
@@ -68,6 +69,14 @@ def test_models_keep_the_names(shapes):
     for folder in (tokenizer, prior):
         assert load_pretrained(folder).config.class_names == ("circle", "square")
         assert json.loads((folder / "config.json").read_text())["config"]["class_names"] == ["circle", "square"]
+
+
+def test_the_preview_of_a_training_has_a_row_per_class(shapes):
+    _, _, prior = shapes
+    events = EventAccumulator(str(prior.parent / "tensorboard")).Reload()
+    sheet = events.Images("samples")[-1]
+    assert (sheet.height, sheet.width) == grid_size(8, 4, (32, 32), row_labels=("circle", "square"))
+    assert (sheet.height, sheet.width) != grid_size(8, 4, (32, 32))
 
 
 def test_sample_by_name(rqgen, shapes, tmp_path):

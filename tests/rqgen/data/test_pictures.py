@@ -55,10 +55,9 @@ def png(width, height, depth, colour_type, rows, *chunks):
 def tiff(width, data, order="<", **tags):
     """A TIFF of one row by hand; a tag is its number with its values, as tN=[...]."""
     base = {256: [width], 257: [1], 259: [1], 262: [1], 277: [1], 278: [1], 279: [len(data)]}
-    given = {int(name[1:]): values for name, values in tags.items()}
-    entries = {**base, **given, 273: [0]}
-    start = 8 + 2 + 12 * len(entries) + 4
-    entries[273] = [start]
+    entries = {**base, **{int(name[1:]): values for name, values in tags.items()}}
+    start = 8 + 2 + 12 * (len(entries) + 1) + 4
+    entries[273] = [start + sum(entries[279][:strip]) for strip in range(len(entries[279]))]
     directory, extra = b"", b""
     for tag in sorted(entries):
         values = struct.pack(f"{order}{len(entries[tag])}H", *entries[tag])
@@ -156,6 +155,7 @@ CASES = {
     "10 of 16 bits, PNG": (png(3, 1, 16, 0, [shorts(0, 341, 1023)], (b"sBIT", b"\x0a")), [0, 1 / 3, 1]),
     "12 of 16 bits, PNG": (png(2, 1, 16, 0, [shorts(819, 4095)], (b"sBIT", b"\x0c")), [0.2, 1]),
     "12 of 16 bits, colour PNG": (png(1, 1, 16, 2, [shorts(0, 819, 4095)], (b"sBIT", b"\x0c" * 3)), [(0, 0.2, 1)]),
+    "an sBIT that means nothing, PNG": (png(1, 1, 16, 0, [shorts(13107)], (b"sBIT", b"\xc8")), [0.2]),
     # As PNG wants it, such samples are scaled up: a dark picture stays dark.
     "12 of 16 bits, PNG, shifted": (png(2, 1, 16, 0, [shorts(0, 3920)], (b"sBIT", b"\x0c")), [0, 3920 / 65535]),
     "12 of 16 bits, PNG, repeated": (
@@ -191,6 +191,18 @@ CASES = {
     "colour with alpha multiplied in": (
         tiff(2, bytes([51, 0, 0, 51, 51, 0, 0, 255]), t258=[8] * 4, t262=[2], t277=[4], t338=[1]),
         [(1, 0.8, 0.8), (0.2, 0, 0)],
+    ),
+    "palette with an alpha channel, TIFF": (
+        tiff(
+            3,
+            bytes([0, 255, 1, 255, 1, 0]),
+            **{"t258": [8, 8], "t262": [3], "t277": [2], "t338": [2], "t320": [0, 65535, *[0] * 766]},
+        ),
+        [0, (1, 0, 0), 1],
+    ),
+    "colour in planes, TIFF": (
+        tiff(1, bytes([0, 128, 255]), t258=[8] * 3, t262=[2], t277=[3], t284=[2], t279=[1] * 3),
+        [(0, 128 / 255, 1)],
     ),
     "a channel that is no alpha": (
         tiff(2, bytes([51, 0, 0, 51, 51, 0, 0, 255]), t258=[8] * 4, t262=[2], t277=[4], t338=[0]),
@@ -296,6 +308,18 @@ def test_orientation(write, kind, orientation):
     seen = read_image(path, channels=1)
     assert seen.shape == (1, *large.shape)
     assert torch.equal(((seen[0, 8::16, 8::16] + 1) * 127.5).round(), torch.from_numpy(ORIENTED).float())
+
+
+def test_orientation_behind_the_pixels_of_a_png(write):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    content = pillow(Image.fromarray(ORIENTED), "PNG", exif=exif)
+    start = content.index(b"eXIf") - 4
+    chunk = content[start : start + 12 + int.from_bytes(content[start : start + 4], "big")]
+    behind = content.replace(chunk, b"")
+    behind = behind[:-12] + chunk + behind[-12:]  # before IEND
+    seen = read_image(write(behind), channels=1)
+    assert torch.equal(((seen[0] + 1) * 127.5).round(), torch.from_numpy(np.rot90(ORIENTED, 2).copy()).float())
 
 
 def test_damaged_or_odd_exif_data_hides_no_picture(write):
@@ -471,6 +495,7 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(write, tmp_path, c
         (pillow(array([[-7, 9]], np.int32), "TIFF"), "signed integers: expected none below 0, got -7"),
         (tiff(1, struct.pack("<h", -3), t258=[16], t339=[2]), "signed integers: expected none below 0, got -3"),
         (tiff(1, struct.pack("<b", -3), t258=[8], t339=[2]), "signed integers: expected none below 0, got -3"),
+        (tiff(2, bytes(2), t258=[8], t257=[3]), "its strips hold less than 2x3 pixels"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_by_name(write, tmp_path, content, words):
