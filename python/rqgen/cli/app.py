@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -386,6 +387,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0, 2 for wrong usage, or 1 after one line that says what went
     wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Pillow's warnings name no file; what it cannot read is refused by name.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
         app(arguments)
     except Exception as error:

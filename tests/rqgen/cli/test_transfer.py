@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rqgen.data import DataConfig, open_dataset, read_codes
+from rqgen.data import DataConfig, open_dataset, read_codes, read_image
 from rqgen.data.grid import grid_size
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
@@ -54,6 +54,24 @@ def test_encode_mistakes(rqgen, trained, tmp_path):
         code, _, err = rqgen("encode", "--tokenizer", tokenizer, "--out", tmp_path / "x", *more)
         assert code == 1 and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_picture_is_one_line(rqgen, trained, tmp_path, recwarn):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("L", (32, 32)).save(pictures / "whole.tif", compression="tiff_deflate")
+    content = (pictures / "whole.tif").read_bytes()
+    (pictures / "cut.tif").write_bytes(content[:-7])  # Pillow warns about this, without a name
+    with pytest.warns(UserWarning, match="PIL|EXIF|Truncated"), pytest.raises(ValueError, match=r"cut\.tif"):
+        read_image(pictures / "cut.tif")
+    recwarn.clear()
+    arguments = ["--tokenizer", trained[0] / "model", "source=folder", f"folder={pictures}"]
+    code, _, err = rqgen("encode", *arguments, "--out", tmp_path / "codes.safetensors")
+    assert code == 1 and err.count("\n") == 1 and "cut.tif: broken image file (" in err
+    code, _, err = rqgen("encode", *arguments, "on_broken=skip", "--out", tmp_path / "codes.safetensors")
+    assert code == 0, err
+    assert len(read_codes(tmp_path / "codes.safetensors").labels) == 1
+    assert not list(recwarn)
 
 
 def test_sample_draws_a_row_per_class(rqgen, trained, tmp_path):

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
@@ -184,10 +185,6 @@ CASES = {
     "colour with alpha, TGA": (pillow(modal("RGBA", [(0, 0, 0, 0), (0, 0, 255, 255)]), "TGA"), [1, (0, 0, 1)]),
     "grey with alpha": (pillow(modal("LA", [(0, 255), (0, 0), (0, 51)]), "PNG"), [0, 1, 0.8]),
     "grey with alpha, TIFF": (pillow(modal("LA", [(0, 255), (0, 0)]), "TIFF"), [0, 1]),
-    "grey with alpha multiplied in": (
-        tiff(2, bytes([51, 51, 51, 255]), t258=[8, 8], t277=[2], t338=[1]),
-        [1, 0.2],
-    ),
     "colour with alpha multiplied in": (
         tiff(2, bytes([51, 0, 0, 51, 51, 0, 0, 255]), t258=[8] * 4, t262=[2], t277=[4], t338=[1]),
         [(1, 0.8, 0.8), (0.2, 0, 0)],
@@ -234,6 +231,11 @@ CASES = {
     ),
     "LAB, TIFF": (pillow(modal("LAB", [(0, 128, 128), (255, 128, 128)]), "TIFF"), [0, 1]),
 }
+if int(PIL.__version__.split(".")[0]) >= 13:  # before, Pillow does not know these files
+    CASES["grey with alpha multiplied in"] = (
+        tiff(2, bytes([51, 51, 51, 255]), t258=[8, 8], t277=[2], t338=[1]),
+        [1, 0.2],
+    )
 # Files of deeper samples of which Pillow gives 8 bits.
 EIGHT_BITS = {"16 bits, JPEG 2000", "16 bits, colour PPM"}
 
