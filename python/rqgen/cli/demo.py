@@ -161,7 +161,9 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
         draw_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
-        draw_samples(rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1])
+        draw_samples(
+            rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1], row_labels=held_out.class_names
+        )
         if isinstance(prior.model, VAR):
             draw_edits(_three_edits(prior.model, vae, held_out, config.sampling), out / "edits.png")
     seconds["total"] = time.perf_counter() - started

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rqgen.quantizers import Convolution, silu
 
+from .condition import checked_class_names
 from .normalization import GroupNorm
 
 NORM_EPSILON = 1e-6
@@ -42,6 +43,7 @@ def check_settings(config: Any) -> None:
             f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
             f"got {config.reconstruction_loss!r}"
         )
+    config.class_names = checked_class_names(config.class_names)
 
 
 class ResidualBlock(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,7 @@ def condition_ids(
         raise ValueError("condition: this prior is unconditional, expected None")
     if not isinstance(condition, Tensor):
         raise TypeError(f"condition: expected a tensor, got {type(condition).__name__}")
-    if condition.dtype not in _INTEGERS:
-        raise TypeError(f"condition: expected int64, got {condition.dtype}")
-    condition = condition.to(torch.int64)
+    condition = integers(condition, "condition")
     if condition.shape != shape and (kind != "class" or condition.shape != (batch,)):
         expected = f"({batch},) or ({batch}, 1)" if kind == "class" else f"{shape}"
         raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")
@@ -65,6 +65,17 @@ def condition_ids(
     return condition.reshape(shape)
 
 
+def checked_class_names(class_names: Sequence[str], classes: int | None = None) -> tuple[str, ...]:
+    """The names as a tuple. Raises ValueError unless they differ from each other and there is one for each class, or
+    none at all; of how many classes is open where `classes` is None."""
+    names = tuple(class_names)
+    if names and classes is not None and len(names) != classes:
+        raise ValueError(f"class_names must be one for each of {classes} classes, or none, got {len(names)}")
+    if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"class_names must be names that differ from each other, got {list(names)[:20]}")
+    return names
+
+
 def check_range(ids: Tensor, size: int, name: str) -> None:
     """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
     if ids.numel() == 0:
@@ -72,6 +83,20 @@ def check_range(ids: Tensor, size: int, name: str) -> None:
     lowest, highest = (int(value) for value in ids.aminmax())
     if lowest < 0 or highest >= size:
         raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
+
+
+def integers(ids: Tensor, name: str) -> Tensor:
+    """Ids of any integer dtype as int64. Raises TypeError for others."""
+    if ids.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
+    return ids.to(torch.int64)
+
+
+def check_targets(ids: Tensor, size: int, name: str) -> None:
+    """Raises TypeError or IndexError for ids that cannot be the targets of a cross-entropy over `size` of them."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
+    check_range_without_waiting(ids, size, name)
 
 
 def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:

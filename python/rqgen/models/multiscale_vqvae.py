@@ -35,6 +35,7 @@ class MultiScaleVQVAEConfig:
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta, of the commitment term.
         gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
+        class_names: of the images it was trained on; for the record.
     """
 
     image_channels: int = 3
@@ -50,6 +51,7 @@ class MultiScaleVQVAEConfig:
     reconstruction_loss: str = "mse"
     commitment_weight: float = 0.25
     gradient_checkpointing: bool = False
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "base_channels", "num_res_blocks", "z_channels", "norm_groups"):

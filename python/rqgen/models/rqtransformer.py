@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 import rqkernels
 
-from .condition import check_range_without_waiting, condition_ids
+from .condition import check_range_without_waiting, check_targets, checked_class_names, condition_ids, integers
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
 from .transformer import Transformer, TransformerConfig
@@ -64,6 +64,7 @@ class RQTransformerConfig:
         condition_dropout: probability of replacing an image's condition by the null condition in training.
             Above 0 the prior has a null condition, which classifier-free guidance needs.
         embedding_dropout: on the inputs of the spatial stack.
+        class_names: of the classes of a class condition, in the order of their labels; empty where unknown.
     """
 
     code_shape: tuple[int, int, int]
@@ -83,6 +84,7 @@ class RQTransformerConfig:
     condition_length: int = 1
     condition_dropout: float = 0.0
     embedding_dropout: float = 0.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
@@ -109,6 +111,8 @@ class RQTransformerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         self._check_condition()
+        classes = self.condition_vocab_size if self.condition == "class" else 0
+        self.class_names = checked_class_names(self.class_names, classes)
 
     def _check_condition(self) -> None:
         vocab_size, length = self.condition_vocab_size, self.condition_length
@@ -535,6 +539,8 @@ def prior_loss(
     Raises:
         ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ, inplace
             without soft labels, no images.
+        TypeError, IndexError: codes that are not int64, token ids that are no integers; either out of range (unchecked
+            on CUDA).
     """
     if not 0 <= condition_weight <= 1:
         raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
@@ -547,7 +553,9 @@ def prior_loss(
     batch, predicted, _ = output.condition_logits.shape
     if condition.shape != (batch, predicted + 1):
         raise ValueError(f"condition: expected shape {(batch, predicted + 1)}, got {tuple(condition.shape)}")
-    per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:].long(), reduction="none")
+    condition = integers(condition, "condition")
+    check_targets(condition, output.condition_logits.shape[-1], "condition")
+    per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:], reduction="none")
     kept = per_token.new_ones(batch) if output.condition_dropped is None else ~output.condition_dropped
     condition_loss = (per_token.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
     total = (1 - condition_weight) * code_loss.mean + condition_weight * condition_loss
@@ -583,6 +591,7 @@ def _code_loss(
     else:
         if codes.shape != logits.shape[:-1]:
             raise ValueError(f"codes: expected shape {tuple(logits.shape[:-1])}, got {tuple(codes.shape)}")
+        check_targets(codes, logits.shape[-1], "codes")
         losses = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
         mean = losses.mean()
     return CodeLoss(mean, losses.detach().mean(dim=(0, 1, 2)))

@@ -40,6 +40,7 @@ class RQVAEConfig:
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta of equation (6).
         gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
+        class_names: of the images it was trained on; for the record.
     """
 
     image_channels: int = 3
@@ -59,6 +60,7 @@ class RQVAEConfig:
     reconstruction_loss: str = "mse"
     commitment_weight: float = 0.25
     gradient_checkpointing: bool = False
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (

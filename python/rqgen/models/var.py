@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from rqgen.quantizers import MultiScaleConfig, MultiScaleDecoder
 
-from .condition import condition_ids
+from .condition import check_targets, checked_class_names, condition_ids
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
 
@@ -46,6 +46,7 @@ class VARConfig:
         num_classes: of the condition.
         condition_dropout: probability of replacing an image's class by the null condition in training. Above 0 the
             prior has a null condition, which classifier-free guidance needs.
+        class_names: of the classes, in the order of their labels; empty where unknown.
     """
 
     quantizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
@@ -62,6 +63,7 @@ class VARConfig:
     normalize_attention: bool = True
     num_classes: int = 1000
     condition_dropout: float = 0.1
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
@@ -75,6 +77,7 @@ class VARConfig:
         for name in ("mlp_ratio", "norm_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        self.class_names = checked_class_names(self.class_names, self.num_classes)
 
     @classmethod
     def preset(
@@ -410,6 +413,7 @@ def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
 
     Raises:
         ValueError: as many tokens as logits are expected; no images.
+        TypeError, IndexError: codes that are not int64, or out of range (unchecked on CUDA).
     """
     flat = [tokens.flatten(1) for tokens in codes]
     target = torch.cat(flat, dim=1)
@@ -417,6 +421,7 @@ def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
         raise ValueError(f"codes: expected {tuple(output.logits.shape[:2])} tokens, got {tuple(target.shape)}")
     if len(target) == 0:
         raise ValueError("codes: expected those of at least one image to train on, got none")
+    check_targets(target, output.logits.shape[-1], "codes")
     per_token = F.cross_entropy(output.logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
     parts = per_token.detach().split([tokens.shape[1] for tokens in flat], dim=1)
     return VARLoss(per_token.mean(), torch.stack([part.mean() for part in parts]))

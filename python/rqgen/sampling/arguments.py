@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.models.classes import class_label
 from rqgen.models.condition import check_range
 from rqgen.models.pair import check_tokenizer
 
@@ -52,17 +54,35 @@ def check_settings(
 
 
 def check_condition(condition: Any, prior: Prior) -> Tensor:
-    """The condition as a tensor on the prior's device, every id in range."""
+    """The condition as a tensor on the prior's device, every id in range; class names become labels."""
+    condition = _labels_of_names(condition, prior)
     try:
         condition = torch.as_tensor(condition, device=prior.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"condition: expected a tensor or a list of integers ({error})") from error
+        raise TypeError(f"condition: expected a tensor or a list of integers or class names ({error})") from error
     if condition.dim() == 0 or condition.shape[0] == 0:
         raise ValueError(f"condition: expected at least one row, got shape {tuple(condition.shape)}")
     condition = prior.condition_ids(condition, condition.shape[0])
     size = prior.config.num_classes if isinstance(prior, VAR) else prior.config.condition_vocab_size
     check_range(condition, size, "condition")
     return condition
+
+
+def _labels_of_names(condition: Any, prior: Prior) -> Any:
+    if isinstance(condition, str):
+        raise TypeError(f"condition: expected a tensor or a list of integers or class names, got {condition!r}")
+    if isinstance(condition, np.ndarray) and condition.dtype.kind in "UO":
+        condition = condition.tolist()
+    if not isinstance(condition, (list, tuple)):
+        return condition
+    return [
+        class_label(entry, prior, "condition")
+        if isinstance(entry, str)
+        else _labels_of_names(entry, prior)
+        if isinstance(entry, (list, tuple))
+        else entry
+        for entry in condition
+    ]
 
 
 def check_partial_codes(partial_codes: Any, start_row: Any, prior: RQTransformer) -> Tensor | None:

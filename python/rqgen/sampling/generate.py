@@ -83,7 +83,9 @@ def generate(
     Args:
         prior, vae: on the same device; the prior's codebooks must be the tokenizer's.
         condition: labels (num,) or (num, 1), or token ids (num, L), as the prior's config says; a tensor on any
-            device, or a list. None: no condition, or the null condition of a prior that learned one.
+            device, or a list. In a list a class may also be given by its name (of `prior.config.class_names`) or by its
+            number as text; where names are numbers themselves, text is always a name. None: no condition, or the null
+            condition of a prior that learned one.
         num: how many images, only without a condition (and not needed with `partial_codes`).
         temperature, top_k, top_p: one value, or one per depth (VAR: per scale); see
             `rqkernels.reference.sample_logits`.

@@ -538,6 +538,24 @@ def test_wrong_arguments_of_the_loss(arguments: dict[str, Any], message: str) ->
         prior_loss(output, **arguments)
 
 
+def test_targets_of_the_loss_are_codes_in_range() -> None:
+    output = RQTransformerOutput(torch.randn(3, 2, 3, 3, K), torch.randn(3, 2, 6))
+    codes, tokens = torch.zeros(3, 2, 3, 3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
+    prior_loss(output, codes=codes, condition=tokens)
+    for wrong in (-1, K):
+        with pytest.raises(IndexError, match=rf"codes: expected values in \[0, {K}\), got {wrong}"):
+            prior_loss(output, codes=codes.index_fill(0, torch.tensor(1), wrong), condition=tokens)
+    for wrong in (-1, 6):
+        with pytest.raises(IndexError, match=rf"condition: expected values in \[0, 6\), got {wrong}"):
+            prior_loss(output, codes=codes, condition=tokens.index_fill(0, torch.tensor(1), wrong))
+    for dtype in (torch.float32, torch.int32, torch.bool):
+        with pytest.raises(TypeError, match=f"codes: expected int64, got {dtype}"):
+            prior_loss(output, codes=codes.to(dtype), condition=tokens)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(TypeError, match=f"condition: expected int64, got {dtype}"):
+            prior_loss(output, codes=codes, condition=tokens.to(dtype))
+
+
 @pytest.mark.parametrize("arguments", [{"codes": torch.zeros(3, 2, 3, 3).long()}, {"tau": 0.7}, {"inplace": True}])
 def test_labels_are_given_once(arguments: dict[str, Any]) -> None:
     prior = make_prior()
