@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import rqkernels
@@ -172,8 +173,8 @@ class ResidualQuantizer(nn.Module):
         if self.training and self.config.ema_update == "per_depth":
             quantized, codes, norms, mean_residual = self._quantize_and_update_per_depth(vectors)
         else:
-            # The residuals are needed for restarts and the loss's gradient only.
-            wanted = self.training or z.requires_grad
+            # The residuals are needed for restarts and the loss's derivative only.
+            wanted = self.training or z.requires_grad or forward_ad.unpack_dual(z).tangent is not None
             found = rqkernels.residual_search(
                 vectors,
                 self.codebook,
@@ -191,11 +192,11 @@ class ResidualQuantizer(nn.Module):
         if self.training:
             self.usage.update(codes)
         loss = norms.mean() / self.code_dim
-        if mean_residual is not None and torch.is_grad_enabled():
-            # d loss / d z = 2/(N C D) sum_d (z - Z^(d)), and z - Z^(d) = r_d: a term of value zero
-            # carries this gradient, so that no partial sum has to be kept for backward.
-            carrier = 2.0 * (z32 * mean_residual).mean()
-            loss = loss + (carrier - carrier.detach())
+        if mean_residual is not None:
+            # |z + delta - Z^(d)|^2 = |r_d|^2 + delta (delta + 2 r_d), since z - Z^(d) = r_d: a term of value zero
+            # carries all derivatives, so that no partial sum has to be kept for backward.
+            delta = z32 - vectors
+            loss = loss + (delta * (delta + 2.0 * mean_residual)).mean()
         # z - z is exactly zero, so the value is exactly what `decode` gives for these codes.
         straight_through = quantized.to(z.dtype) + (z - z.detach())
         return QuantizerOutput(straight_through, codes, loss)

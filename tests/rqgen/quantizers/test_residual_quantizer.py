@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rqkernels
@@ -104,6 +106,42 @@ def test_commitment_gradient_in_training_too(mode: str) -> None:
     loss = quantizer(z).commitment_loss
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, z)[0], expected_gradient)
+
+
+@pytest.mark.parametrize("kind", ["commitment", "straight-through"])
+def test_derivatives_of_every_kind_and_order(kind: str) -> None:
+    """Of fixed codes: |z - Z^(d)|^2 is curved in z, and forward mode asks for no gradient beforehand."""
+    quantizer, z, along = make().eval(), torch.randn(6, 4), torch.randn(6, 4)
+    sums = naive_partial_sums(z, quantizer)
+
+    def ours(z: Tensor) -> Tensor:
+        output = quantizer(z)
+        return output.commitment_loss.sin() if kind == "commitment" else output.quantized.pow(3).sum()
+
+    def expected(z: Tensor) -> Tensor:
+        if kind == "commitment":
+            return torch.stack([(z - s).square().mean() for s in sums]).mean().sin()
+        return (sums[-1] + z - z.detach()).pow(3).sum()
+
+    def second_by_graph(function: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        return torch.autograd.grad((gradient * along).sum(), leaf)[0]
+
+    def tangent(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(z, along))).tangent
+
+    for derivative in (
+        second_by_graph,
+        tangent,
+        lambda function: torch.func.grad(function)(z),
+        lambda function: torch.func.jvp(function, (z,), (along,))[1],
+        lambda function: torch.func.hessian(function)(z),
+    ):
+        true = derivative(expected)
+        assert true.abs().max() > 1e-3
+        torch.testing.assert_close(derivative(ours), true)
 
 
 def test_straight_through_gradient_is_the_identity() -> None:
