@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import rqkernels
 
@@ -138,6 +140,11 @@ class MultiScaleDecoder(nn.Module):
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
         )
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a prior copies, named as in the state dict of a `MultiScaleDecoder`, parametrized or not."""
+        convolutions = [f"refinements.{r}.{part}" for r in range(len(self.refinements)) for part in ("weight", "bias")]
+        return {name: operator.attrgetter(name)(self) for name in ("codebook", *convolutions)}
 
     @property
     def num_scales(self) -> int:
@@ -340,6 +347,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         In a process group all processes take what the first one drew.
         """
         self._check_features(features)
+        if parametrize.is_parametrized(self, "codebook"):
+            raise ValueError("quantizer: its codebook is parametrized and cannot be drawn from data: do so before")
         rest = features.detach().float()
         size, scales = self.config.codebook_size, self.num_scales
         codebook = self.codebook.detach()

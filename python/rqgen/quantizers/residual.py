@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import rqkernels
 
@@ -356,6 +357,11 @@ class ResidualQuantizer(nn.Module):
         book.sum[dead] = draw_vectors(finite, num_dead)
 
     def _books(self) -> list[_Book]:
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                f"quantizer: its {', '.join(self.parametrizations)} is parametrized, and moving averages cannot be "
+                "written to it: remove the parametrization to train, or keep the quantizer in eval mode"
+            )
         if self.config.shared_codebook:
             return [_Book(self.codebook, self.ema_count, self.ema_sum)]
         return [_Book(*views) for views in zip(self.codebook, self.ema_count, self.ema_sum, strict=True)]
@@ -373,7 +379,7 @@ class ResidualQuantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ResidualQuantizer:
         # `.half()`, `.bfloat16()` and `.to(dtype)` move the buffers but leave them float32: averages with a
         # decay of 0.99 stand still in bfloat16.
-        kept = {name: self._buffers[name] for name in ("codebook", "ema_count", "ema_sum")}
+        kept = {name: self._buffers[name] for name in ("codebook", "ema_count", "ema_sum") if name in self._buffers}
         super()._apply(fn, *args, **kwargs)
         for name, before in kept.items():
             after = self._buffers[name]
