@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +169,11 @@ class MultiScaleDecoder(nn.Module):
         with torch.autocast(self.codebook.device.type, enabled=False):
             *_, last = self.steps(lambda k, _: codes[k], scales=scales)
         return last.total
+
+    def combine(self, vectors: Sequence[Tensor]) -> Tensor:
+        """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return functools.reduce(torch.add, (self.added(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""

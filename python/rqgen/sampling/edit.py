@@ -107,7 +107,7 @@ def edit(
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
             given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
             sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
-            drawn = finished_images(vae.decode_latents(sample.latents), offset + start).to(images.dtype)
+            drawn = finished_images(vae.decode(sample.codes), offset + start).to(images.dtype)
             found = _as_one_image(vae, images[some], known[some], drawn)
             codes.append(found[0])
             decoded.append(finished_images(found[1], offset + start))

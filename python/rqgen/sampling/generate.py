@@ -219,7 +219,7 @@ class _ScaleDrawer:
         self.steps = len(prior.scales)
 
     def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[list[Tensor], _Decode]:
-        codes, latents = sample_scales(
+        codes, mixtures = sample_scales(
             self._prior,
             self._labels_n[some],
             self._settings,
@@ -229,10 +229,9 @@ class _ScaleDrawer:
         )
 
         def decode(rows: slice) -> Tensor:
-            # The tokenizer says what codes stand for; mixtures of codes are known to the prior's copy of it alone.
-            if self._smooth:
-                return self._vae.decode_latents(latents[rows])
-            return self._vae.decode([maps[rows] for maps in codes])
+            if mixtures is None:
+                return self._vae.decode([maps[rows] for maps in codes])
+            return self._vae.decode_latents(self._vae.quantizer.combine([vectors[rows] for vectors in mixtures]))
 
         return codes, decode
 

@@ -23,8 +23,9 @@ class ScaleSample(NamedTuple):
 
     codes: list[Tensor]
     """int64 (B, h_k, w_k), one per scale; in the smooth mode the code that weighs most."""
-    latents: Tensor
-    """float32 (B, C, H, W): what the codes (in the smooth mode, the mixtures) stand for."""
+    mixtures: list[Tensor] | None
+    """In the smooth mode: float32 (B, h_k, w_k, C), the vectors in the place of codes; `MultiScaleDecoder.combine` says
+    what they stand for."""
 
 
 class Given(NamedTuple):
@@ -98,7 +99,10 @@ def sample_scales(
                 )
             )
         codes = [torch.cat(maps) for maps in zip(*(part.codes for part in parts), strict=True)]
-        return ScaleSample(codes, torch.cat([part.latents for part in parts]))
+        mixtures = None
+        if smooth:
+            mixtures = [torch.cat(some) for some in zip(*(part.mixtures for part in parts), strict=True)]
+        return ScaleSample(codes, mixtures)
 
     if whole:
         warn_once(
@@ -109,9 +113,11 @@ def sample_scales(
     batch, quantizer = len(labels_b), prior.quantizer
     if settings.guidance:
         labels_b = torch.cat([labels_b, torch.full_like(labels_b, prior.config.num_classes)])
-    modulation, cache = prior.modulation(labels_b), prior.new_cache(len(labels_b))
+    if not whole:
+        modulation, cache = prior.modulation(labels_b), prior.new_cache(len(labels_b))
     last = max(len(prior.scales) - 1, 1)
     rest, total, codes = None if given is None else given.latents.float(), None, []
+    mixtures: list[Tensor] = []
     lowest_b = torch.zeros(batch, dtype=torch.int64, device=prior.device)
     for k, (height, width) in enumerate(prior.scales):
         if whole:
@@ -138,7 +144,11 @@ def sample_scales(
             if vectors is not None:
                 vectors = torch.where(kept.unsqueeze(-1), quantizer.embed(nearest), vectors)
         codes.append(drawn)
-        added = quantizer.added(k, quantizer.embed(drawn) if vectors is None else vectors)
+        if vectors is None:
+            vectors = quantizer.embed(drawn)
+        else:
+            mixtures.append(vectors)
+        added = quantizer.added(k, vectors)
         total = added if total is None else total + added
         if rest is not None:
             rest = rest - added
@@ -146,7 +156,7 @@ def sample_scales(
     failed = (lowest_b < 0).nonzero().flatten().tolist()  # on a GPU nothing was said before
     if failed:
         raise ValueError(f"prior: the logits of image {first_image + failed[0]} have NaN, +inf, or nothing but -inf")
-    return ScaleSample(codes, total)
+    return ScaleSample(codes, mixtures if smooth else None)
 
 
 def _whole_logits(prior: VAR, labels_b: Tensor, codes: list[Tensor], copies: int) -> Tensor:
