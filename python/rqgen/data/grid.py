@@ -27,7 +27,13 @@ _LABEL_HEIGHT, _LABEL_LETTERS = 12, 24
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] (values outside are cut off) -> bytes 0..255, same shape."""
+    """Images in [-1, 1] (values outside are cut off) -> bytes 0..255, same shape.
+
+    Raises:
+        ValueError: NaN, which would become a colour like any other.
+    """
+    if bool(images.isnan().any()):
+        raise ValueError("images: expected numbers in [-1, 1], got NaN")
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -16,6 +16,7 @@ _INTEGERS = (
     torch.uint8,
     torch.uint16,
     torch.uint32,
+    torch.uint64,  # values that int64 has not become negative, and are out of range
 )
 
 

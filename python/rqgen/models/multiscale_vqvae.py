@@ -76,7 +76,7 @@ class MultiScaleVQVAEConfig:
 class MultiScaleVQVAEOutput(NamedTuple):
     """Result of calling a `MultiScaleVQVAE`."""
 
-    reconstruction: Tensor  # (B, channels, H, W)
+    reconstruction: Tensor  # (B, channels, H, W), not clamped to [-1, 1]
     commitment_loss: Tensor  # float32 scalar
     codes: list[Tensor]  # int64 (B, h_k, w_k), one per scale
     codebook_loss: Tensor  # float32 scalar
@@ -201,10 +201,15 @@ class MultiScaleVQVAE(PretrainedModel):
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Images (B, channels, H, W), clamped to [-1, 1], of token maps. Errors: `MultiScaleQuantizer.check_codes`."""
         with eval_mode(self):
-            return self.decode_latents(self.quantizer.decode(codes)).clamp(-1, 1)
+            return _clamped(self.decode_latents(self.quantizer.decode(codes)))
 
     @torch.no_grad()
     def decode_partial(self, codes: Sequence[Tensor], scales: int) -> Tensor:
         """Images of the first `scales` token maps alone: coarse to fine. ValueError unless 1 <= scales <= K."""
         with eval_mode(self):
-            return self.decode_latents(self.quantizer.decode(codes, scales)).clamp(-1, 1)
+            return _clamped(self.decode_latents(self.quantizer.decode(codes, scales)))
+
+
+def _clamped(images: Tensor) -> Tensor:
+    """Images within [-1, 1]; infinite values become NaN, because a clamped one would look like a colour."""
+    return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 import rqkernels
 
+from .changes import as_written, computes_as
 from .condition import check_range_without_waiting, check_targets, checked_class_names, condition_ids, integers
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
@@ -213,6 +214,7 @@ class PriorLoss(NamedTuple):
     """Mean over the predicted condition tokens; None without a token condition."""
 
 
+@as_written()
 class CodeClassifier(nn.Module):
     """LayerNorm, then a linear layer to K logits: one for all depths (K, W), or one per depth (D, K, W)."""
 
@@ -234,7 +236,8 @@ class CodeClassifier(nn.Module):
         return (torch.einsum("ndw,dkw->ndk", x, self.weight) + self.bias).float()
 
     def soft_label_loss(self, x: Tensor, labels: SoftLabels) -> CodeLoss:
-        """The loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a time."""
+        """The loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a time.
+        It stands for `forward` and the loss of its result, and does not call it."""
         x = self.norm(x)
         rows, depth, _ = x.shape
         residuals, codebooks, tau = labels
@@ -254,6 +257,7 @@ class CodeClassifier(nn.Module):
         return CodeLoss(per_depth.mean(), per_depth.detach())
 
 
+@as_written("depth", "positions")
 class RQTransformer(PretrainedModel):
     """Spatial transformer over positions, depth transformer over the D codes of one position.
 
@@ -347,7 +351,8 @@ class RQTransformer(PretrainedModel):
             condition: as `condition_ids`. In training mode each row's condition is replaced by the null
                 condition with probability `config.condition_dropout` (torch's global generator).
             soft_labels: to train without logits: classifier and loss take some rows at a time, forward and backward,
-                and nothing of B * T * D x K ever exists. The loss is part of the call so that what wraps a model
+                and nothing of B * T * D x K ever exists. (A classifier with hooks, or another module in its place, is
+                called for its logits, which then exist.) The loss is part of the call so that what wraps a model
                 (DistributedDataParallel, torch.compile) sees all of its parameters used inside.
 
         Raises:
@@ -373,10 +378,12 @@ class RQTransformer(PretrainedModel):
         last = self.config.condition_length - 1
         states_ndw = self.depth_transformer(self._depth_inputs(outputs_bnw[:, last:], codes_btd))
         logits = condition_logits = code_loss = None
-        if soft_labels is None:
-            logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
-        else:
+        if soft_labels is not None and computes_as(self.classifier, CodeClassifier):
             code_loss = self.classifier.soft_label_loss(states_ndw, soft_labels)
+        else:
+            logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
+        if soft_labels is not None and logits is not None:
+            code_loss, logits = _code_loss(RQTransformerOutput(logits), None, soft_labels, inplace=False), None
         if self.config.condition == "tokens" and condition is not None:
             condition_logits = self.condition_classifier(outputs_bnw[:, :last]).float()
         return RQTransformerOutput(logits, condition_logits, dropped, code_loss)
@@ -501,11 +508,11 @@ class RQTransformer(PretrainedModel):
 
     def _embed(self, kind: str, codes: Tensor, first_depth: int = 0) -> Tensor:
         """e(S) of codes (..., d) from depth first_depth on: (..., d, C), or (..., d, W) from the table."""
-        vectors = self.codebooks.flatten(0, -2) if kind == "codebook" else self.table.weight
-        if vectors.shape[0] > self.config.codebook_size:
+        config = self.config
+        if not (config.shared_codebook if kind == "codebook" else config.shared_table):
             depths = torch.arange(first_depth, first_depth + codes.shape[-1], device=codes.device)
-            codes = codes + depths * self.config.codebook_size
-        return F.embedding(codes, vectors)
+            codes = codes + depths * config.codebook_size
+        return F.embedding(codes, self.codebooks.flatten(0, -2)) if kind == "codebook" else self.table(codes)
 
 
 def prior_loss(

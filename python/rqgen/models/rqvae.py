@@ -132,7 +132,7 @@ class RQVAEConfig:
 class RQVAEOutput(NamedTuple):
     """Result of calling an `RQVAE`."""
 
-    reconstruction: Tensor  # (B, channels, H, W)
+    reconstruction: Tensor  # (B, channels, H, W), not clamped to [-1, 1]
     commitment_loss: Tensor  # float32 scalar
     codes: Tensor  # int64 (B, h, w, D)
 
@@ -285,7 +285,11 @@ class RQVAE(PretrainedModel):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, channels, H, W) from codes int64 (B, h, w, D). IndexError for a code outside [0, K)."""
+        """Images (B, channels, H, W) from codes int64 (B, h, w, D). IndexError for a code outside [0, K).
+
+        As the decoder gives them, like the published `decode_code`: values may leave [-1, 1], and a loss needs to see
+        that. `rqgen.generate` and `rqgen.edit` clamp.
+        """
         self._check_codes(codes)
         with eval_mode(self):
             return self.decode_latents(self.quantizer.decode(codes))
@@ -294,7 +298,7 @@ class RQVAE(PretrainedModel):
     def decode_partial(self, codes: Tensor, depth: int) -> Tensor:
         """Images from the codes of depths 1..depth only: coarse to fine (figure 5).
 
-        codes (B, h, w, D) as for `decode`; ValueError if depth is not within 1..D.
+        codes and result as for `decode`; ValueError if depth is not within 1..D.
         """
         self._check_codes(codes)
         with eval_mode(self):

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from rqgen.quantizers import MultiScaleConfig, MultiScaleDecoder
 
+from .changes import as_written
 from .condition import check_targets, checked_class_names, condition_ids
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
@@ -163,8 +164,10 @@ class ScaleAttention(nn.Module):
 
     def forward(self, x_blw: Tensor, ends: Sequence[int], cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x_blw.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x_blw, self.qkv.weight, bias).view(batch, length, 3, self.heads, width // self.heads)
+        # The layer is called, and not its weight used: adapters and hooks on it count.
+        qkv = self.qkv(x_blw)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        qkv = (qkv + bias).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
@@ -223,6 +226,7 @@ class AdaptiveBlock(nn.Module):
         return y * (kept / (1 - self.drop_path)).to(y.dtype)
 
 
+@as_written()
 class VAR(PretrainedModel):
     """Transformer over the token maps of a `MultiScaleVQVAE`, a whole map at a time.
 
@@ -302,8 +306,7 @@ class VAR(PretrainedModel):
                 raise ValueError(f"quantizer: expected {name} {getattr(ours, name)}, got {getattr(theirs, name)}")
         if quantizer.code_dim != self.config.code_dim:
             raise ValueError(f"quantizer: expected code_dim {self.config.code_dim}, got {quantizer.code_dim}")
-        given = quantizer.state_dict()
-        wanted = {name: given[name] for name in self.quantizer.state_dict()}
+        wanted = quantizer.fixed_tensors()
         if not all(bool(tensor.isfinite().all()) for tensor in wanted.values()):
             raise ValueError("quantizer: its codebook and refinements must be finite")
         self.quantizer.load_state_dict(wanted)
@@ -374,10 +377,11 @@ class VAR(PretrainedModel):
     def scale_input(self, k: int, features: Tensor | None, modulation: Modulation) -> Tensor:
         """Input (B, h_k * w_k, W) of the transformer at scale k, from `quantizer.shrink(f_hat, k)`, None at k = 0."""
         begin = self.ends[k - 1] if k else 0
-        places = self.level_embedding.weight[k] + self.positions[begin : self.ends[k]]
+        level = torch.full((), k, dtype=torch.int64, device=self.positions.device)
+        places = self.level_embedding(level) + self.positions[begin : self.ends[k]]
         if k == 0:
             return modulation.start + self.start_positions + places
-        return self.word_embedding(features.flatten(1, 2).to(self.word_embedding.weight.dtype)) + places
+        return self.word_embedding(features.flatten(1, 2).to(self.positions.dtype)) + places
 
     def scale_logits(self, k: int, features: Tensor | None, modulation: Modulation, cache: KVCache) -> Tensor:
         """Logits float32 (B, h_k * w_k, K) of scale k alone; `cache` holds the scales before, and then this one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import rqkernels
 
@@ -140,6 +143,11 @@ class MultiScaleDecoder(nn.Module):
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
         )
 
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a prior copies, named as in the state dict of a `MultiScaleDecoder`, parametrized or not."""
+        convolutions = [f"refinements.{r}.{part}" for r in range(len(self.refinements)) for part in ("weight", "bias")]
+        return {name: operator.attrgetter(name)(self) for name in ("codebook", *convolutions)}
+
     @property
     def num_scales(self) -> int:
         """K."""
@@ -162,6 +170,11 @@ class MultiScaleDecoder(nn.Module):
         with torch.autocast(self.codebook.device.type, enabled=False):
             *_, last = self.steps(lambda k, _: codes[k], scales=scales)
         return last.total
+
+    def combine(self, vectors: Sequence[Tensor]) -> Tensor:
+        """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return functools.reduce(torch.add, (self.added(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
@@ -350,6 +363,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         In a process group all processes take what the first one drew.
         """
         self._check_features(features)
+        if parametrize.is_parametrized(self, "codebook"):
+            raise ValueError("quantizer: its codebook is parametrized and cannot be drawn from data: do so before")
         rest = features.detach().float()
         size, scales = self.config.codebook_size, self.num_scales
         codebook = self.codebook.detach()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import rqkernels
 
@@ -389,6 +390,11 @@ class ResidualQuantizer(nn.Module):
         return max(1.0, self.config.dead_code_threshold) if self.config.restart_dead_codes else 1.0
 
     def _books(self) -> list[_Book]:
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                f"quantizer: its {', '.join(self.parametrizations)} is parametrized, and moving averages cannot be "
+                "written to it: remove the parametrization to train, or keep the quantizer in eval mode"
+            )
         if self.config.shared_codebook:
             return [_Book(self.codebook, self.ema_count, self.ema_sum)]
         return [_Book(*views) for views in zip(self.codebook, self.ema_count, self.ema_sum, strict=True)]

@@ -14,6 +14,7 @@ from rqgen.models.images import check_images
 from rqgen.models.pretrained import eval_mode
 
 from .arguments import Prior, Tokenizer, check_condition, check_integer, check_models, check_settings
+from .draw import finished_images
 from .generate import generate
 from .scales import Given, sample_scales
 
@@ -30,7 +31,7 @@ class EditOutput(NamedTuple):
     codes: Tensor | list[Tensor]
     """As `GenerateOutput.codes`."""
     decoded: Tensor
-    """(N, channels, H, W): what the tokenizer makes of `codes`, known part and drawn part."""
+    """(N, channels, H, W) in [-1, 1]: what the tokenizer makes of `codes`, known part and drawn part."""
 
 
 def edit(
@@ -97,7 +98,7 @@ def edit(
     settings = check_settings(
         prior, condition, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed
     )
-    check_integer(offset, "offset", 0, 2**62)
+    offset = check_integer(offset, "offset", 0, 2**62)
     labels_n = prior.condition_ids(condition, len(images))[:, 0]
     with torch.no_grad(), eval_mode(prior, vae):
         codes, decoded = [], []
@@ -108,10 +109,10 @@ def edit(
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
             given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
             sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
-            drawn = vae.decode_latents(sample.latents).clamp(-1, 1).to(images.dtype)
+            drawn = finished_images(vae.decode(sample.codes), offset + start).to(images.dtype)
             found = _as_one_image(vae, images[some], known[some], drawn)
             codes.append(found[0])
-            decoded.append(found[1])
+            decoded.append(finished_images(found[1], offset + start))
     whole = torch.cat(decoded)
     codes = [torch.cat(maps) for maps in zip(*codes, strict=True)]
     return EditOutput(torch.where(known, images, whole.to(images.dtype)), codes, whole)
@@ -177,8 +178,9 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     dtype = next(vae.parameters()).dtype
     if images.dtype != dtype:
         raise TypeError(f"images: expected {dtype}, as the tokenizer has, got {images.dtype}")
-    if not bool(images.isfinite().all()):
-        raise ValueError("images: expected values in [-1, 1], got NaN or infinity")
+    if not bool((images.abs() <= 1).all()):
+        lowest, highest = (value.item() for value in images.aminmax())
+        raise ValueError(f"images: expected values in [-1, 1], got {lowest:.4g} .. {highest:.4g}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {mask.dtype}")
     if tuple(mask.shape) not in (shape[1:], (len(images), *shape[1:])):

@@ -13,6 +13,14 @@ def test_bytes_of_the_range():
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
 
 
+def test_what_is_no_number_is_no_colour():
+    for images in (torch.tensor([0.0, torch.nan]), torch.tensor([torch.nan]).half()):
+        with pytest.raises(ValueError, match=r"images: expected numbers in \[-1, 1\], got NaN"):
+            to_uint8(images)
+    with pytest.raises(ValueError, match="got NaN"):
+        image_grid(torch.full((2, 1, 3, 3), torch.nan), columns=2)
+
+
 def test_grid_places_images_row_by_row():
     images = torch.stack([torch.full((1, 2, 3), value) for value in (-1.0, 0.0, 1.0)])
     sheet = image_grid(images, columns=2, gap=1)

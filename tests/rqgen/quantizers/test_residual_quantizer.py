@@ -724,3 +724,24 @@ def test_frozen_where_that_is_repaid_and_the_same_codes() -> None:
         assert frozen is None
     for other in (make(32, codebook_size=256, depth=1), make(32, codebook_size=256, shared_codebook=False), make(31)):
         assert other.freeze(10**9) is None
+
+
+def test_a_parametrized_codebook_is_searched_and_not_trained() -> None:
+    """Averages would be written to a value that is computed anew at every look."""
+
+    class Half(torch.nn.Module):
+        def forward(self, codebook: Tensor) -> Tensor:
+            return 0.5 * codebook
+
+    quantizer = ResidualQuantizer(QuantizerConfig(codebook_size=16, depth=2, init="random"), 4).eval()
+    expected, z = copy.deepcopy(quantizer), torch.randn(20, 4)
+    expected.codebook.mul_(0.5)
+    torch.nn.utils.parametrize.register_parametrization(quantizer, "codebook", Half())
+    codes = quantizer.encode(z)
+    assert torch.equal(codes, expected.encode(z))
+    assert torch.equal(quantizer.decode(codes), expected.decode(codes))
+    assert torch.equal(quantizer.to(torch.float32)(z).quantized, expected(z).quantized)
+    with pytest.raises(
+        ValueError, match="quantizer: its codebook is parametrized, and moving averages cannot be written"
+    ):
+        quantizer.train()(z)
