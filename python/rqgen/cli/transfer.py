@@ -9,31 +9,27 @@ from typing import get_args
 
 import torch
 
-from rqgen.config import load, to_dict
+from rqgen.config import to_dict
 from rqgen.convert import load_kakaobrain, load_var
-from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
+from rqgen.data import EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
 from rqgen.data.codes import code_fingerprint
 from rqgen.models import RQVAE, VAR, RQTransformer
 from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
 from .runs import check_images_fit, load_model, number_of_classes
+from .settings import load_encoding
 
 
 def encode_images(
-    tokenizer: Path, out: Path, overrides: Sequence[str], *, split: str, batch_size: int
+    tokenizer: Path, out: Path, config: Path | None, overrides: Sequence[str], *, split: str, batch_size: int
 ) -> EncodedImages:
-    """Encodes every image of a split and writes the codes. ``overrides`` are `DataConfig` settings;
-    resolution and channels are the tokenizer's unless given."""
+    """Encodes every image of a split and writes the codes. ``config`` and ``overrides`` are `DataConfig` settings, see
+    `load_encoding`."""
     if split not in get_args(Split):
         raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got '{split}'")
     vae = load_model("tokenizer", tokenizer)
-    data = load(
-        DataConfig,
-        None,
-        overrides,
-        defaults={"resolution": vae.config.image_shape[0], "channels": vae.config.image_channels},
-    )
+    data = load_encoding(vae, tokenizer, config, overrides)
     check_images_fit(data, vae.config)
     images = open_dataset(data, split)  # type: ignore[arg-type]
     codes, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True)
