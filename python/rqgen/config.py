@@ -101,8 +101,13 @@ class _Node:
 
     def shown(self) -> str:
         """The value as an error message shows it."""
-        text = "null" if self.is_null else repr(_untyped(self, typed=False))
-        return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+        if self.is_null:
+            return self.value or "null" if self.value != "" else "nothing"
+        return _shortened(repr(_untyped(self, typed=False)))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _wrap(data: Any, where: str, depth: int = 0) -> _Node:
@@ -268,7 +273,7 @@ def _read_file(path: Path) -> _Node:
         return _Node({}, str(path))
     if not isinstance(root.value, dict):
         got = "null" if root.is_null else type(root.value).__name__
-        raise ValueError(f"{path}: expected a mapping of settings at the top, got {got}")
+        raise ValueError(f"{path}: expected a mapping, got {got}")
     return root
 
 
@@ -315,10 +320,22 @@ class Given(Generic[ConfigT]):
         node, hint, default = self._find(path)
         return default if node is None else _convert(node, hint, f"{self._prefix}{path}")
 
+    def unset(self, path: str) -> Any:
+        """The default in the dataclass of the setting at a dotted path; MISSING where it has none."""
+        *sections, last = path.split(".")
+        cls: type = self._cls
+        for name in sections:
+            cls = nested_dataclasses(cls)[name]
+        return _default(cls, last)
+
     def error(self, path: str, message: str) -> ValueError:
         """What to raise about the setting at a dotted path."""
         node = self._find(path)[0] or _Node(None, self._where)
         return node.error(f"{self._prefix}{path}: {message}")
+
+    def followed(self) -> set[str]:
+        """Dotted paths that were not given but follow from what was (see `from_dict`)."""
+        return _followed(self._cls, self._tree, self._where, self._prefix)
 
     def build(self, below: Mapping[str, Any] | None = None, *, where: str | None = None) -> ConfigT:
         """The typed settings. ``below``: plain data, from ``where``, for keys that were not given."""
@@ -347,11 +364,33 @@ def _default(cls: type, name: str) -> Any:
     return one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
 
 
+def _followed(cls: type, tree: dict[str, _Node], where: str, prefix: str) -> set[str]:
+    paths: set[str] = set()
+    if hasattr(cls, "implied"):
+        full = _merge(cls, _wrap(cls.implied(Given(cls, tree, where, prefix)), where).value, tree)
+        paths = _leaves(full, prefix) - _leaves(tree, prefix)
+        tree = full
+    for name, inner in nested_dataclasses(cls).items():
+        if name in tree and isinstance(tree[name].value, dict):
+            paths |= _followed(inner, tree[name].value, where, f"{prefix}{name}.")
+    return paths
+
+
+def _leaves(tree: Mapping[str, _Node], prefix: str) -> set[str]:
+    paths: set[str] = set()
+    for name, node in tree.items():
+        path = f"{prefix}{name}"
+        paths |= _leaves(node.value, f"{path}.") if isinstance(node.value, dict) else {path}
+    return paths
+
+
 def _build(cls: type[ConfigT], node: _Node, prefix: str) -> ConfigT:
     if not isinstance(node.value, dict):
         if isinstance(node.value, cls):
             return node.value
-        raise node.error(f"'{prefix.rstrip('.')}': expected settings ({cls.__name__}), got {node.shown()}")
+        raise node.error(
+            f"wrong value at '{prefix.rstrip('.')}': expected settings ({cls.__name__}), got {node.shown()}"
+        )
     tree = node.value
     if hasattr(cls, "implied"):
         implied = cls.implied(Given(cls, tree, node.where, prefix))
@@ -368,7 +407,7 @@ def _build(cls: type[ConfigT], node: _Node, prefix: str) -> ConfigT:
         return cls(**values)
     except (ValueError, TypeError) as error:
         # "steps: expected ...": that field's place is known better than the section's.
-        name = str(error).partition(":")[0].split(" ")[0]
+        name = re.match(r"\w*", str(error))[0]  # type: ignore[index]
         path = prefix if name in _hints(cls) or not prefix else f"{prefix[:-1]}: "
         raise tree.get(name, node).error(f"{path}{error}") from error
 
@@ -397,7 +436,9 @@ def _convert(node: _Node, hint: Any, path: str) -> Any:
     else:
         found = _scalar(node, hint)
     if found is _NOTHING:
-        raise node.error(f"'{path}': expected {_in_words(hint)}, got {node.shown()}")
+        too_long = hint is int and isinstance(node.value, str) and _INTEGER.fullmatch(node.value)
+        size = " of at most 64 bits" if too_long else ""
+        raise node.error(f"wrong value at '{path}': expected {_in_words(hint)}{size}, got {node.shown()}")
     return found
 
 
@@ -468,7 +509,7 @@ def _convert_union(node: _Node, members: tuple[Any, ...], hint: Any, path: str) 
             return _convert(node, member, path)
         except ValueError:
             continue
-    raise node.error(f"'{path}': expected {_in_words(hint)}, got {node.shown()}")
+    raise node.error(f"wrong value at '{path}': expected {_in_words(hint)}, got {node.shown()}")
 
 
 def _shape(hint: Any) -> str:
@@ -505,7 +546,7 @@ def _in_words(hint: Any) -> str:
         return f"settings ({hint.__name__})"
     if isinstance(hint, type) and issubclass(hint, Path):
         return "a path"
-    words_of = {bool: "true or false", int: "an integer of at most 64 bits", float: "a finite number", str: "text"}
+    words_of = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
     return words_of.get(hint, "a mapping")
 
 
@@ -628,8 +669,8 @@ def _read_override(cls: type, override: str) -> dict[str, _Node]:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        raise ValueError(f"override {override!r}: expected the form section.key=value")
-    where = f"override {override!r}"
+        raise ValueError(f"override {_shortened(repr(override))}: expected the form section.key=value")
+    where = f"override {_shortened(repr(override))}"
     node = _override_value(_hint_at(cls, names), text.strip(), where)
     tree = {names[-1]: node}
     for name in reversed(names[:-1]):

@@ -68,12 +68,9 @@ def train_tokenizer(
     """Stage 1: a tokenizer learns to turn images into codes and back."""
     from rich.console import Console
 
-    from rqgen.config import load
+    from . import runs
 
-    from . import runs, settings
-
-    cls = runs.find_system(system).tokenizer_run
-    run = load(cls, settings.find_config(config), overrides or (), recipes=runs.RECIPES)
+    run = runs.load_run(runs.find_system(system).tokenizer_run, config, overrides or ())
     runs.train_tokenizer(run, out, resume=resume, console=Console())
     typer.echo(f"tokenizer: {out / 'model'}")
 
@@ -89,11 +86,10 @@ def train_prior(
     """Stage 2: a prior learns the codes of a trained tokenizer (tokenizer=FOLDER), by default on its images."""
     from rich.console import Console
 
-    from . import runs, settings
+    from . import runs
 
-    cls = runs.find_system(system).prior_run
-    run, vae = settings.load_prior_run(cls, settings.find_config(config), overrides or ())
-    runs.train_prior(run, vae, out, resume=resume, console=Console())
+    run = runs.load_run(runs.find_system(system).prior_run, config, overrides or ())
+    runs.train_prior(run, out, resume=resume, console=Console())
     typer.echo(f"prior: {out / 'model'}")
 
 
@@ -365,6 +361,24 @@ def scaling(
         beta = power_of_ten(law["log_beta"])
         typer.echo(f"{law['title']}: ({beta} N)^{law['alpha']:.4f}, correlation {law['correlation']:.4f}")
     typer.echo(f"table and figure of {len(result['members'])} sizes: {out / 'scaling.csv'}, {out / 'scaling.png'}")
+
+
+@app.command()
+def config(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[COMMAND] [KEY=VALUE]...",
+            help="train tokenizer (the default), train prior, encode, demo or scaling; then settings to change.",
+        ),
+    ] = None,
+    system: System = "rq",
+    config: Config = None,
+) -> None:
+    """Every setting of a command: its help, its default and its value, as a YAML file for --config."""
+    from .explain import explain
+
+    typer.echo(explain(words or [], system=system, config=config), nl=False)
 
 
 @app.command()

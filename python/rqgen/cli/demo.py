@@ -28,7 +28,6 @@ from rqgen.sampling import EditOutput, edit, generate
 
 from .check import installed_versions
 from .runs import (
-    RECIPES,
     PriorRun,
     TokenizerRun,
     VARPriorRun,
@@ -40,6 +39,7 @@ from .runs import (
     fit_tokenizer,
     write_json,
 )
+from .settings import RECIPES
 
 # Held-out digits in reconstructions.png.
 SHOWN = 30

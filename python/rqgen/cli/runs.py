@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.config import Given, find_file, to_dict, to_yaml
+from rqgen.config import Given, given, to_dict, to_yaml
 from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid, open_dataset, read_codes
 from rqgen.models import (
     RQVAE,
@@ -45,9 +44,10 @@ from rqgen.training import (
     var_prior_items,
 )
 
+from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_other_split
+
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(str(resources.files("rqgen.cli"))) / "configs"
 PREVIEW_COLUMNS = 8
 
 
@@ -205,12 +205,6 @@ def load_model(option: str, folder: Path) -> Any:
     return model
 
 
-def shipped_config(name: str) -> Path:
-    """A recipe that comes with the package, by its name without ".yaml". FileNotFoundError."""
-    path = RECIPES / f"{name}.yaml"
-    return path if path.is_file() else find_file(name, RECIPES)
-
-
 def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfig) -> None:
     """Raises ValueError where images of ``data`` are not what ``model`` takes."""
     if model.image_shape != (data.resolution, data.resolution):
@@ -242,27 +236,41 @@ def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Cons
     result.model.save_pretrained(out / "model")
 
 
-def read_tokenizer(run: type[PriorRun], folder: Path) -> Any:
+def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
+    """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
+    vae = _read_tokenizer(type(run), run.tokenizer)
+    if run.codes is None:
+        check_images_fit(run.data, vae.config)
+    checkpoint = _prepare_folder(out, to_dict(run), resume)
+    result = fit_prior(run, vae, out, resume=checkpoint, console=console)
+    result.model.save_pretrained(out / "model")
+
+
+def load_run(
+    cls: type[TokenizerRun] | type[PriorRun], config: str | None, overrides: Sequence[str]
+) -> TokenizerRun | PriorRun:
+    """The settings of a training: a file or shipped recipe (None: that of digits), then ``overrides``. What is not said
+    of a prior's images is as its tokenizer had it, see `data_of_tokenizer`."""
+    settings = given(cls, find_config(config), overrides, recipes=RECIPES)
+    if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
+        return settings.build()
+    folder = settings.read("tokenizer")
+    vae = _read_tokenizer(cls, folder)
+    run = settings.build({"data": data_of_tokenizer(vae, settings, "data.", folder)}, where=str(folder))
+    warn_of_other_split(run.data, vae, folder)
+    return run
+
+
+def _read_tokenizer(cls: type[PriorRun], folder: Path) -> RQVAE | MultiScaleVQVAE:
     """The trained tokenizer at ``folder``. ValueError for one that the run's system has no use for."""
-    system = next(system for system in SYSTEMS.values() if system.prior_run is run)
+    system = next(system for system in SYSTEMS.values() if system.prior_run is cls)
     vae = load_pretrained(folder)
     if not isinstance(vae, system.tokenizer):
         raise ValueError(
             f"tokenizer: --system {system.name} expects a {system.tokenizer.model_type}, "
             f"got a {vae.model_type} in {folder}"
         )
-    return vae
-
-
-def train_prior(
-    run: PriorRun, vae: RQVAE | MultiScaleVQVAE, out: Path, *, resume: bool, console: Console | None
-) -> None:
-    """Trains a prior for the codes of ``vae`` and saves it as ``out/model``."""
-    if run.codes is None:
-        check_images_fit(run.data, vae.config)
-    checkpoint = _prepare_folder(out, to_dict(run), resume)
-    result = fit_prior(run, vae, out, resume=checkpoint, console=console)
-    result.model.save_pretrained(out / "model")
+    return vae  # type: ignore[return-value]
 
 
 def fit_tokenizer(

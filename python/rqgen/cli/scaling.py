@@ -25,7 +25,6 @@ from rqgen.training import VARPriorConfig, latest_checkpoint, refuse_other_run
 
 from .bench.machine import describe_machine
 from .runs import (
-    RECIPES,
     VARPriorRun,
     VARTokenizerRun,
     check_images_fit,
@@ -35,7 +34,7 @@ from .runs import (
     write_json,
     write_text,
 )
-from .settings import data_of_tokenizer
+from .settings import RECIPES, data_of_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from rqgen.config import Given, find_file, from_dict, given, to_dict
 from rqgen.data import DataConfig
 from rqgen.models import RQVAE, MultiScaleVQVAE
 
-from .runs import RECIPES, PriorRun, read_tokenizer
-
 logger = logging.getLogger(__name__)
 
+RECIPES = Path(str(resources.files("rqgen.cli"))) / "configs"
 # How training images are varied is each stage's own; what they are, and which train, is the tokenizer's.
 _VARIATIONS = ("horizontal_flip", "shift")
 # And where these differ, one stage may train on what the other holds out.
@@ -24,30 +24,6 @@ _SPLIT = ("classes", "held_out_fraction", "split_seed")
 def find_config(name: str | None) -> Path | None:
     """The file that ``--config`` names: a path, or the name of a shipped recipe. FileNotFoundError."""
     return None if name is None else find_file(name, RECIPES)
-
-
-def load_prior_run(
-    cls: type[PriorRun], config: Path | None, overrides: Sequence[str] = ()
-) -> tuple[PriorRun, RQVAE | MultiScaleVQVAE]:
-    """The settings of a prior's training, and its tokenizer; what is not said of the images is as the tokenizer had
-    it."""
-    settings = given(cls, config, overrides, recipes=RECIPES)
-    folder = settings.read("tokenizer")
-    vae = read_tokenizer(cls, folder)
-    if settings.read("codes") is not None:
-        return settings.build(), vae
-    below = data_of_tokenizer(vae, settings, "data.", folder)
-    run = settings.build({"data": below}, where=str(folder))
-    known = _remembered(vae, folder)
-    if known is not None and _place(run.data.source, run.data.folder) == _place(known.source, known.folder):
-        for name in _SPLIT:
-            ours, theirs = getattr(run.data, name), getattr(known, name)
-            if ours != theirs:
-                logger.warning(
-                    "data.%s: %s, but the tokenizer's was %s: what one stage holds out, the other may train on",
-                    *(name, ours, theirs),
-                )
-    return run, vae
 
 
 def load_encoding(
@@ -82,6 +58,20 @@ def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix
         return size
     kept = {name: value for name, value in to_dict(known).items() if name not in _VARIATIONS}
     return {**kept, **size}
+
+
+def warn_of_other_split(data: DataConfig, vae: RQVAE | MultiScaleVQVAE, folder: Path) -> None:
+    """Logs where a stage reads the images that its tokenizer learnt from, but holds out others."""
+    known = _remembered(vae, folder)
+    if known is None or _place(data.source, data.folder) != _place(known.source, known.folder):
+        return
+    for name in _SPLIT:
+        ours, theirs = getattr(data, name), getattr(known, name)
+        if ours != theirs:
+            logger.warning(
+                "data.%s: %s, but the tokenizer's was %s: what one stage holds out, the other may train on",
+                *(name, ours, theirs),
+            )
 
 
 def _asked(settings: Given[Any], prefix: str) -> set[str]:

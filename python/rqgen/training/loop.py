@@ -61,6 +61,7 @@ class LoopConfig:
     tensorboard: bool = True
     """Write TensorBoard files."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning rate."""
 
     def __post_init__(self) -> None:
         check_seeds(self, "seed")

@@ -8,7 +8,8 @@ import yaml
 from PIL import Image
 
 from rqgen.cli.app import main
-from rqgen.cli.runs import PriorRun, TokenizerRun, shipped_config
+from rqgen.cli.runs import PriorRun, TokenizerRun
+from rqgen.cli.settings import RECIPES
 from rqgen.config import load
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
@@ -110,5 +111,5 @@ def test_every_shipped_configuration_is_valid():
         ("photos_tokenizer", TokenizerRun),
         ("digits_prior", PriorRun),
     ):
-        load(kind, shipped_config(name))
-    assert yaml.safe_load(shipped_config("demo").read_text())
+        load(kind, RECIPES / f"{name}.yaml")
+    assert yaml.safe_load((RECIPES / "demo.yaml").read_text())
