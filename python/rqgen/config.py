@@ -114,8 +114,6 @@ def _wrap(data: Any, where: str, depth: int = 0) -> _Node:
     """Plain Python data as nodes."""
     if depth > _MAX_NESTING:
         raise ValueError(f"{where}: nested more than {_MAX_NESTING} levels deep")
-    if isinstance(data, _Node):
-        return data
     if isinstance(data, Mapping):
         return _Node({str(key): _wrap(value, where, depth + 1) for key, value in data.items()}, where)
     if isinstance(data, (list, tuple)):
@@ -412,8 +410,8 @@ def _build(cls: type[ConfigT], node: _Node, prefix: str) -> ConfigT:
         raise tree.get(name, node).error(f"{path}{error}") from error
 
 
-def _convert(node: _Node, hint: Any, path: str) -> Any:
-    """A node as a value of the type ``hint``."""
+def _convert(node: _Node, hint: Any, path: str, declared: Any = None) -> Any:
+    """A node as a value of the type ``hint``, which may be one of several that a setting is ``declared`` with."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return _untyped(node)
@@ -438,7 +436,7 @@ def _convert(node: _Node, hint: Any, path: str) -> Any:
     if found is _NOTHING:
         too_long = hint is int and isinstance(node.value, str) and _INTEGER.fullmatch(node.value)
         size = " of at most 64 bits" if too_long else ""
-        raise node.error(f"wrong value at '{path}': expected {_in_words(hint)}{size}, got {node.shown()}")
+        raise node.error(f"wrong value at '{path}': expected {_in_words(declared or hint)}{size}, got {node.shown()}")
     return found
 
 
@@ -503,7 +501,7 @@ def _convert_union(node: _Node, members: tuple[Any, ...], hint: Any, path: str) 
         return None
     fitting = [member for member in members if _shape(member) in (_shape_of(node), "any")]
     if len(fitting) == 1:
-        return _convert(node, fitting[0], path)
+        return _convert(node, fitting[0], path, hint)
     for member in fitting:
         try:
             return _convert(node, member, path)
@@ -774,10 +772,27 @@ def scalar_text(value: Any) -> str:
     return _dump(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings with control characters and Unicode's line breaks, which PyYAML would else read back as blanks."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
+
+
 def _dump(content: Any, *, default_flow_style: bool) -> str:
     # Without a width PyYAML folds long strings into lines.
-    return yaml.safe_dump(
-        content, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=default_flow_style
+    return yaml.dump(
+        content,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=math.inf,
+        default_flow_style=default_flow_style,
     )
 
 

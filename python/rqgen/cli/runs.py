@@ -254,6 +254,8 @@ def load_run(
     settings = given(cls, find_config(config), overrides, recipes=RECIPES)
     if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
         return settings.build()
+    for part in ("prior", "loop"):
+        settings.read(part)  # refuses what is wrong here before a large file is read
     folder = settings.read("tokenizer")
     vae = _read_tokenizer(cls, folder)
     run = settings.build({"data": data_of_tokenizer(vae, settings, "data.", folder)}, where=str(folder))

@@ -53,7 +53,7 @@ class MultiScaleVQVAEConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if not 1 <= self.latent_kernel < 256 or self.latent_kernel % 2 == 0:
-            raise ValueError(f"latent_kernel: expected an odd number, got {self.latent_kernel}")
+            raise ValueError(f"latent_kernel: expected an odd number below 256, got {self.latent_kernel}")
 
     @property
     def stride(self) -> int:
