@@ -158,6 +158,9 @@ def _compose(text: str, where: str, *, lines: bool) -> tuple[_Node | None, int]:
         reason = error.problem or error.context or "not YAML"
         hint = " (YAML indents with spaces)" if r"'\t'" in reason else ""
         raise ValueError(f"{where}: not a readable YAML {_kind(lines)}: {at}{reason}{hint}") from error
+    except yaml.reader.ReaderError as error:
+        character = f"character #x{error.character:02x} at position {error.position}"
+        raise ValueError(f"{where}: not a readable YAML {_kind(lines)}: {character} is not allowed") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() of a bad escape
         if isinstance(error, _Refused):
             raise

@@ -353,7 +353,7 @@ FILES = [
     ("count: 1: 2\n", "not a readable YAML file: line 1: "),
     ('name: "\\q"\n', "not a readable YAML file: line 1: "),
     ('name: "\\UFFFFFFFF"\n', "not a readable YAML file: "),
-    ("name: \x07\n", "not a readable YAML file: "),
+    ("name: \x07\n", "not a readable YAML file: character #x07 at position 6 is not allowed"),
     ("null\n", "expected a mapping, got null"),
     ("count\n", "expected a mapping, got str"),
     (b"\xff\xfec\x00", "expected UTF-8 text, got byte 0xff at position 0"),

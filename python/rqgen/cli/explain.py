@@ -22,7 +22,7 @@ from .scaling import ScalingConfig
 from .settings import RECIPES, find_config
 
 _WIDTH = 100
-# Their words on the command line, as `rqgen config` takes them too.
+# How `rqgen config` calls a command, with and without "train".
 COMMANDS = {
     "tokenizer": "train tokenizer",
     "prior": "train prior",
