@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rqgen.data import image_grid, read_image, save_png
+from rqgen.files import claim_file
 from rqgen.sampling import edit
 
 from .runs import load_model, number_of_classes
@@ -38,6 +39,11 @@ def edit_image(request: EditRequest) -> None:
         raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
     if request.kind == "class" and request.label is None:
         raise ValueError("--label: edit class needs the class to draw")
+    with claim_file(request.out):
+        _edit_image(request)
+
+
+def _edit_image(request: EditRequest) -> None:
     prior, vae = load_model("prior", request.prior), load_model("tokenizer", request.tokenizer)
     height, width = vae.config.image_shape
     image = read_image(request.image, channels=vae.config.image_channels, size=(height, width)).to(vae.device)

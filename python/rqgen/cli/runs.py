@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
 import logging
-import os
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import set_seed
@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.config import to_dict
+from rqgen.config import from_dict, load, to_dict
 from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid, open_dataset, read_codes
+from rqgen.files import claim, claim_folder, existing_folder, write_text
 from rqgen.models import (
     RQVAE,
     VAR,
@@ -30,6 +31,7 @@ from rqgen.models import (
     RQVAEConfig,
     load_pretrained,
 )
+from rqgen.models.pretrained import check_replaceable
 from rqgen.sampling import generate
 from rqgen.training import (
     LoopConfig,
@@ -39,7 +41,9 @@ from rqgen.training import (
     TrainingResult,
     VARPriorConfig,
     VARStage,
+    check_resumable,
     latest_checkpoint,
+    newest_whole_checkpoint,
     prior_data,
     train,
     var_prior_items,
@@ -87,9 +91,9 @@ class VARPriorRun(PriorRun):
 
 
 def _rq_prior(
-    run: PriorRun, vae: RQVAE, source: ImageDataset | EncodedImages
+    run: PriorRun, vae: RQVAE, source: ImageDataset | EncodedImages, console: Console | None
 ) -> tuple[PriorStage, ImageDataset | TensorItems]:
-    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size)
+    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size, console=console)
     if prepared.tau is not None:
         logger.info("temperature of soft labels: %.4g", prepared.tau)
     stage = PriorStage(
@@ -105,9 +109,9 @@ def _rq_prior(
 
 
 def _var_prior(
-    run: VARPriorRun, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages
+    run: VARPriorRun, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages, console: Console | None
 ) -> tuple[VARStage, ImageDataset | TensorItems]:
-    items = var_prior_items(run.prior, vae, source, batch_size=run.loop.batch_size)
+    items = var_prior_items(run.prior, vae, source, batch_size=run.loop.batch_size, console=console)
     return VARStage(run.prior.build(vae, len(source.class_names)), vae, preview=_samples), items
 
 
@@ -120,8 +124,11 @@ class System:
     prior: type[PretrainedModel]
     tokenizer_run: type[TokenizerRun]
     prior_run: type[PriorRun]
-    prior_stage: Callable[[Any, Any, Any], tuple[Any, ImageDataset | TensorItems]]
-    """(run, tokenizer, images or codes) -> the stage with a new prior, and what it learns from."""
+    prior_stage: Callable[[Any, Any, Any, Console | None], tuple[Any, ImageDataset | TensorItems]]
+    """(run, tokenizer, images or codes, console) -> the stage with a new prior, and what it learns from."""
+
+    def run(self, stage: str) -> type[TokenizerRun] | type[PriorRun]:
+        return self.tokenizer_run if stage == "tokenizer" else self.prior_run
 
     def config(self, stage: str) -> str:
         """The name of the shipped recipe for digits; stage is "tokenizer" or "prior"."""
@@ -193,16 +200,53 @@ def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
         raise ValueError("prior.data: expected the same settings as tokenizer.data: one split for both")
 
 
-def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
-    """Trains a tokenizer and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration."""
-    check_images_fit(run.data, run.model)
-    checkpoint = _prepare_folder(out, to_dict(run), resume)
-    result = fit_tokenizer(run, out, resume=checkpoint, console=console)
-    result.model.save_pretrained(out / "model")
+def train_stage(
+    stage: Literal["tokenizer", "prior"],
+    out: Path,
+    *,
+    system: str | None,
+    config: str | None,
+    overrides: Sequence[str],
+    resume: bool,
+    console: Console | None,
+) -> None:
+    """Trains a stage and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration.
+
+    A resumed run has the settings of its checkpoint; ``config`` and ``overrides`` need not be repeated, and may change
+    what `check_resumable` lets them.
+
+    Raises:
+        FileExistsError: ``out`` holds a run, a model, or files of something else, and is not resumed.
+        FileNotFoundError: there is nothing to resume.
+        OSError: ``out`` cannot be written, or another process trains there.
+        KeyboardInterrupt: says how to go on.
+    """
+    command = f"rqgen train {stage} --out {shlex.quote(str(out))} --resume"
+    with interruptible(lambda: _how_to_go_on(out, command)), claim_folder(out), claim(out / "model"):
+        check_replaceable(out / "model")
+        checkpoint = None
+        if resume:
+            checkpoint, info = _checkpoint_of(stage, out)
+            chosen = _system_that_wrote(info["description"], stage, system, checkpoint)
+            saved = info["description"]
+            run = load(chosen.run(stage), find_config(config) if config else None, overrides, defaults=saved)
+            check_resumable(info, to_dict(run), checkpoint)
+        else:
+            chosen = find_system(system or "rq")
+            run = load(chosen.run(stage), find_config(config or chosen.config(stage)), overrides)
+            _refuse_occupied(out, type(run))
+        if isinstance(run, PriorRun):
+            vae = _tokenizer_of(run)
+            _write_config(run, out)
+            result = fit_prior(run, vae, out, resume=checkpoint, console=console)
+        else:
+            check_images_fit(run.data, run.model)
+            _write_config(run, out)
+            result = fit_tokenizer(run, out, resume=checkpoint, console=console)
+        result.model.save_pretrained(out / "model")
 
 
-def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
-    """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
+def _tokenizer_of(run: PriorRun) -> RQVAE | MultiScaleVQVAE:
     system, vae = _system_of(run), load_pretrained(run.tokenizer)
     if not isinstance(vae, system.tokenizer):
         raise ValueError(
@@ -211,9 +255,7 @@ def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | No
         )
     if run.codes is None:
         check_images_fit(run.data, vae.config)
-    checkpoint = _prepare_folder(out, to_dict(run), resume)
-    result = fit_prior(run, vae, out, resume=checkpoint, console=console)
-    result.model.save_pretrained(out / "model")
+    return vae  # type: ignore[return-value]
 
 
 def fit_tokenizer(
@@ -240,20 +282,68 @@ def fit_prior(
     vae.to(default_device())
     # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
     set_seed(run.loop.seed)
-    stage, items = _system_of(run).prior_stage(run, vae, source)
+    stage, items = _system_of(run).prior_stage(run, vae, source, console)
     return train(stage, items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
-def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Path | None:
-    """Writes ``out/config.yaml``. Returns the checkpoint to go on from, None for a new run."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is not None and not resume:
-        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
-    if checkpoint is None and resume:
+def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint of a run and its info."""
+    found = newest_whole_checkpoint(out / "checkpoints")
+    if found is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {out / 'checkpoints'}")
-    out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(description), out / "config.yaml")
-    return checkpoint
+    if found[1]["stage"] != stage:
+        raise ValueError(f"--resume: {out} holds the run of a {found[1]['stage']}, not of a {stage}")
+    return found
+
+
+def _system_that_wrote(description: dict[str, Any], stage: str, asked: str | None, checkpoint: Path) -> System:
+    """The system whose settings a run has."""
+    systems = SYSTEMS.values() if asked is None else [find_system(asked)]
+    for system in systems:
+        try:
+            from_dict(system.run(stage), description, where=str(checkpoint))
+        except ValueError as error:
+            fault = error
+        else:
+            return system
+    raise fault
+
+
+def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> None:
+    """Raises FileExistsError where a new run would replace something in ``out``."""
+    if latest_checkpoint(out / "checkpoints") is not None:
+        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
+    model = existing_folder(out / "model")
+    if model.exists() and any(model.iterdir()):
+        raise FileExistsError(f"{out} already holds a trained model and no checkpoint: choose another --out")
+    config = out / "config.yaml"
+    if config.exists():
+        try:
+            load(run, config)
+        except (OSError, ValueError) as error:
+            raise FileExistsError(f"{config} is of no such run, not replaced: choose another --out") from error
+        logger.info("%s: starting again, as the run there has saved no checkpoint", out)
+
+
+def _write_config(run: TokenizerRun | PriorRun, out: Path) -> None:
+    write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(run))))
+
+
+def _how_to_go_on(out: Path, command: str) -> str:
+    newest = latest_checkpoint(out / "checkpoints")
+    if newest is None:
+        return f"no checkpoint in {out} yet: the same command starts again"
+    return f"go on from {newest.name} with: {command}"
+
+
+@contextlib.contextmanager
+def interruptible(hint: Callable[[], str]) -> Iterator[None]:
+    """Gives a KeyboardInterrupt a hint how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = (hint(),)
+        raise
 
 
 def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:
@@ -276,18 +366,3 @@ def _samples(prior: RQTransformer | VAR, vae: RQVAE | MultiScaleVQVAE) -> dict[s
     condition = torch.arange(4 * PREVIEW_COLUMNS, device=prior.device) % classes if classes else None
     drawn = generate(prior, vae, condition, None if classes else 4 * PREVIEW_COLUMNS, seed=0)
     return {"samples": image_grid(drawn.images, columns=PREVIEW_COLUMNS)}
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    write_text(json.dumps(content, indent=2) + "\n", path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rqgen.files import CHECKSUM, UNSIGNED, check_tensors, new_file, sign_tensors
 
 FORMAT_VERSION = 2
 
@@ -104,8 +105,8 @@ def code_fingerprint(*tensors: Tensor) -> str:
 
 
 def write_codes(path: Path, encoded: EncodedImages) -> None:
-    """Writes tensors "codes" (int32 (N, L), see `flatten_codes`) and "labels" (int64) with metadata; whole or not at
-    all."""
+    """Writes tensors "codes" (int32 (N, L), see `flatten_codes`) and "labels" (int64) with metadata and a checksum;
+    whole or not at all, and the same bytes for the same codes."""
     metadata = {
         "format": "rqgen-codes",
         "format_version": str(FORMAT_VERSION),
@@ -119,13 +120,9 @@ def write_codes(path: Path, encoded: EncodedImages) -> None:
         "codes": flatten_codes(encoded.codes).to("cpu", torch.int32).contiguous(),
         "labels": encoded.labels.to("cpu", torch.int64).contiguous(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as written:
+        save_file(tensors, written, {**metadata, CHECKSUM: UNSIGNED})
+        sign_tensors(written)
 
 
 def read_codes(path: Path) -> EncodedImages:
@@ -144,7 +141,7 @@ def read_codes(path: Path) -> EncodedImages:
             codes, labels = file.get_tensor("codes").long(), file.get_tensor("labels")
         if version != "1":
             codes = _unflattened(codes, metadata["code_shape"])
-        return EncodedImages(
+        encoded = EncodedImages(
             codes,
             labels,
             codebook_size=int(metadata["codebook_size"]),
@@ -158,6 +155,8 @@ def read_codes(path: Path) -> EncodedImages:
         raise ValueError(f"{path}: its metadata lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    check_tensors(path)
+    return encoded
 
 
 def code_shape_in_words(code_shape: CodeShape) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import rqkernels
@@ -101,7 +102,14 @@ class PriorData(NamedTuple):
     tau: float | None
 
 
-def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int) -> PriorData:
+def prior_data(
+    config: PriorConfig,
+    vae: RQVAE,
+    source: ImageDataset | EncodedImages,
+    *,
+    batch_size: int,
+    console: Console | None = None,
+) -> PriorData:
     """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
 
     Raises ValueError for codes of another tokenizer, for soft labels or stochastic codes from codes alone
@@ -121,13 +129,13 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
             raise ValueError(
                 "prior.cache_latents: the images differ from epoch to epoch (crops, flips): set it to false"
             )
-        latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False)
+        latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False, console=console)
         tau = (config.tau or measure_tau(vae, latents)) if needs_tau else None
         return PriorData(TensorItems(latents, labels), "latents", tau)
     tau = config.tau
     if needs_tau and tau is None:
         count = min(len(source), TAU_IMAGES)
-        latents, _ = encode_dataset(vae, source, batch_size=batch_size, codes=False, count=count)
+        latents, _ = encode_dataset(vae, source, batch_size=batch_size, codes=False, count=count, console=console)
         tau = measure_tau(vae, latents)
     return PriorData(source, "images", tau if needs_tau else None)
 

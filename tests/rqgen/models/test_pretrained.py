@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import rqgen.files as files
 import rqgen.models.pretrained as pretrained
 from rqgen.models import PretrainedModel
 
@@ -79,7 +81,7 @@ def test_an_existing_model_is_replaced(saved: Path) -> None:
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("failing", ["write", "rename"])
+@pytest.mark.parametrize("failing", ["write", "exchange", "rename"])
 def test_a_failed_save_leaves_the_old_model(saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Toy.from_pretrained(saved).state_dict()
 
@@ -88,9 +90,12 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, failing: str, monkeypat
 
     if failing == "write":
         monkeypatch.setattr(pretrained, "save_file", fail)
+    elif failing == "exchange":
+        monkeypatch.setattr(files, "_exchange", fail)
     else:
-        rename = Path.rename
-        monkeypatch.setattr(Path, "rename", lambda p, to: fail() if ".tmp-" in p.name else rename(p, to))
+        rename = os.rename
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(os, "rename", lambda p, to: fail() if ".rqgen-" in str(p) else rename(p, to))
     with pytest.raises(OSError, match="disk full"):
         Toy(ToyConfig(width=2)).save_pretrained(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["model"]

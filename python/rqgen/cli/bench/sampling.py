@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.files import write_json
 from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from rqgen.models.captured import CapturedSampler
 from rqgen.models.sampler import PRECISIONS, cast_prior, make_sampler
@@ -20,7 +21,6 @@ from rqgen.quantizers import QuantizerConfig
 from rqgen.report import draw_sampling_speed
 from rqgen.sampling import sampling_cost
 
-from ..runs import write_json
 from .machine import (
     Peaks,
     describe_machine,
@@ -425,6 +425,6 @@ def _name(shape: Sequence[int]) -> str:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    write_json(result, out / "sampling.json")
+    write_json(out / "sampling.json", result)
     if result["cases"]:
         draw_sampling_speed(result["cases"], out / "sampling.png")

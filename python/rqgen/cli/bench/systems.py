@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.files import write_json
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, RQTransformer, RQTransformerConfig, VARConfig
 from rqgen.models.sampler import PRECISIONS, make_sampler
 from rqgen.models.transformer import TransformerConfig
@@ -22,7 +23,6 @@ from rqgen.sampling import sampling_cost
 from rqgen.sampling.draw import DrawSettings
 from rqgen.sampling.scales import sample_scales
 
-from ..runs import write_json
 from .machine import describe_machine, interleaved_seconds, measure_peaks, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
 
@@ -174,7 +174,7 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
             }
             result["cases"].append(case)
             console.print(_line(case), soft_wrap=True)
-        write_json(result, out / "systems.json")
+        write_json(out / "systems.json", result)
     draw_systems(systems, result["cases"], out / "systems.png")
     return result
 
