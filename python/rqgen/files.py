@@ -53,7 +53,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     target = _resolved(path)
     with errors_name(path), _scratch(target.parent) as (scratch, mode):
-        _refuse_no_file(target)
+        _refuse_no_file(path)
         written = scratch / target.name
         yield written
         _finish(written, mode)
@@ -120,15 +120,16 @@ def _resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _refuse_no_file(target: Path) -> None:
+def _refuse_no_file(path: Path) -> None:
+    target = _resolved(path)
     with contextlib.suppress(FileNotFoundError):
         mode = target.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise _error(errno.EISDIR, "expected a file, but this is a folder", target)
+            raise _error(errno.EISDIR, "expected a file, but this is a folder", path)
         if not stat.S_ISREG(mode):
-            raise _error(errno.EINVAL, "expected a regular file, but this is a device or pipe", target)
+            raise _error(errno.EINVAL, "expected a regular file, but this is a device or pipe", path)
         if not os.access(target, os.W_OK):
-            raise _error(errno.EACCES, "write-protected, not replaced", target)
+            raise _error(errno.EACCES, "write-protected, not replaced", path)
 
 
 def _finish(path: Path, mode: int) -> None:
@@ -291,7 +292,7 @@ def claim(path: Path) -> Iterator[None]:
     with errors_name(path):
         target = _resolved(path)
         if not target.is_dir():
-            _refuse_no_file(target)
+            _refuse_no_file(path)
             with contextlib.suppress(FileNotFoundError):
                 os.lstat(target)  # a name that is too long
     name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
@@ -303,7 +304,7 @@ def claim(path: Path) -> Iterator[None]:
 def claim_file(path: Path) -> Iterator[None]:
     """As `claim`, for a file: refuses a folder."""
     with errors_name(path):
-        _refuse_no_file(_resolved(path))
+        _refuse_no_file(path)
     with claim(path):
         yield
 
@@ -415,8 +416,7 @@ def sign_tensors(path: Path, *beside: Path) -> None:
     """Fills in the checksum of a safetensors file whose metadata holds `CHECKSUM`: `UNSIGNED`, over the file itself and
     the files ``beside`` it. Also sorts its metadata, which the library writes in random order."""
     with open(path, "r+b") as file:
-        head = _tensor_head(file, path)
-        header = json.loads(head[8:])
+        head, header = _tensor_header(file, path)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         head = head[:8] + ordered.ljust(len(head) - 8)
@@ -429,19 +429,26 @@ def check_tensors(path: Path, *beside: Path) -> None:
     """Raises ValueError unless a safetensors file and the files ``beside`` it are as `sign_tensors` left them. Files
     without a checksum, of older versions, pass."""
     with open(path, "rb") as file:
-        head = _tensor_head(file, path)
-        found = _checksum(json.loads(head[8:]).get("__metadata__", {}), path)
+        head, header = _tensor_header(file, path)
+        found = _checksum(header.get("__metadata__", {}), path)
         if found is not None and _digest(_unsigned(head, found), beside, file) != found:
             raise _damaged(path, beside)
 
 
-def _tensor_head(file: BinaryIO, path: Path) -> bytes:
-    """The length of the header and the header."""
+def _tensor_header(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The first bytes of a safetensors file, which are the length of its header and the header, and what it says."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
-    if len(length) < 8 or size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"{path}: not a readable safetensors file")
-    return length + file.read(size)
+    try:
+        if len(length) < 8 or size > os.fstat(file.fileno()).st_size:
+            raise ValueError("its header is not whole")
+        head = length + file.read(size)
+        header = json.loads(head[8:])
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+            raise ValueError("its header is no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    return head, header
 
 
 def _digest(head: bytes, beside: Iterable[Path], rest: BinaryIO | None = None) -> str:
