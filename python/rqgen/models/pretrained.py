@@ -130,11 +130,14 @@ class PretrainedModel(nn.Module):
             raise ValueError(
                 f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, got {description['model_type']!r}"
             )
-        if description["format_version"] != FORMAT_VERSION:
+        version = description["format_version"]
+        if isinstance(version, bool) or version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: expected format_version {FORMAT_VERSION}, got {description['format_version']!r}; "
+                f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
                 "written by another version of rqgen"
             )
+        if not isinstance(description["config"], dict):
+            raise ValueError(f"{path}: config: expected a JSON object, got {type(description['config']).__name__}")
         return from_dict(cls.config_class, description["config"], where=str(path))
 
 
