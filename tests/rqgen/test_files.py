@@ -21,47 +21,6 @@ from rqgen.data.codes import EncodedImages, read_codes, write_codes
 from rqgen.training.checkpoint import save_checkpoint
 
 
-def in_child(work):
-    """Runs ``work`` in a forked process: the signal that ended it (0: none)."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
-FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "os.scandir")
-
-
-def killed_at_every_step(work, check):
-    """Kills a process that does ``work`` before its first file operation, its second, and so on; calls ``check`` after
-    each. Returns how many there are."""
-    for number in range(1000):
-        count = 0
-
-        def watch(event, arguments, number=number):
-            nonlocal count
-            if event in FILE_EVENTS:
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-
-        def watched(watch=watch):
-            sys.addaudithook(watch)
-            work()
-
-        if in_child(watched) == 0:
-            return number
-        check()
-    raise AssertionError("it never ends")
-
-
 def folder_text(path):
     return {file.name: file.read_text() for file in files.existing_folder(path).iterdir()}
 
@@ -72,7 +31,7 @@ def write_folder(path, text):
         (written / "b").write_text(text)
 
 
-def test_a_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path):
+def test_a_file_is_the_old_or_the_new_one_when_killed(tmp_path, killed_at_every_step):
     path = tmp_path / "file"
     files.write_text(path, "old")
     seen = set()
@@ -83,7 +42,7 @@ def test_a_file_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
-def test_a_folder_is_the_old_or_the_new_one_wherever_its_writer_is_killed(tmp_path, monkeypatch, exchange):
+def test_a_folder_is_the_old_or_the_new_one_when_killed(tmp_path, monkeypatch, killed_at_every_step, exchange):
     if not exchange:
         monkeypatch.setattr(files, "_renameat2", lambda: None)
     path = tmp_path / "folder"
@@ -183,7 +142,7 @@ def test_what_living_processes_write_is_not_swept(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "sheet.png", "codes", "step-00000001"])
-def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, kind):
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, in_child, kind):
     """No file may grow beyond some bytes, which fails as a full disk does."""
     sheet = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     codes = torch.zeros(2000, 2, 2, 1, dtype=torch.int64)
@@ -262,7 +221,7 @@ def test_claims_exclude_one_another_and_leave_nothing(tmp_path, claim):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["x" if claim is files.claim_folder else "out"]
 
 
-def test_a_claim_outlives_no_process_by_its_workers(tmp_path):
+def test_a_claim_outlives_no_process_by_its_workers(tmp_path, in_child):
     """A forked worker has the descriptors of its parent, and with them its locks."""
 
     def work():
@@ -300,7 +259,7 @@ def test_places_that_cannot_be_written_are_refused_by_name(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and list((tmp_path / "folder").iterdir()) == []
 
 
-def test_places_without_permission_are_refused_by_name(tmp_path):
+def test_places_without_permission_are_refused_by_name(tmp_path, in_child):
     """As a user whom permissions bind."""
     (tmp_path / "closed").mkdir(mode=0o555)
     (tmp_path / "protected").write_text("mine")

@@ -59,6 +59,7 @@ class LoopConfig:
     accumulation: int = 1
     """Forward passes per update: an update sees batch_size * accumulation images."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """fp16 needs a GPU: on the CPU it is float32, with a warning."""
     seed: int = 0
     """Of weights, data order, dropout and stochastic codes."""
     workers: int = 0
@@ -186,6 +187,9 @@ def _train(
         )
     if resume is None and (old := latest_checkpoint(folder / "checkpoints")):
         raise FileExistsError(f"{folder} already holds a run, such as {old.name}: resume it, or choose another folder")
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate does so without a word.
+        logger.warning("loop.mixed_precision: fp16 needs a GPU; on the CPU everything is computed in float32")
     described = description if description is not None else {"loop": to_dict(config)}
     set_seed(config.seed)
     model = stage.model
