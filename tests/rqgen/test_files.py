@@ -3,12 +3,16 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +22,22 @@ from safetensors.torch import load_file, save_file
 from rqgen import files
 from rqgen.data import save_png
 from rqgen.data.codes import EncodedImages, read_codes, write_codes
+from rqgen.models import PretrainedModel
 from rqgen.training.checkpoint import save_checkpoint
+
+
+@dataclass
+class SizedConfig:
+    width: int = 3
+
+
+class Sized(PretrainedModel):
+    model_type = "sized"
+    config_class = SizedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.zeros(config.width))
 
 
 def folder_text(path):
@@ -259,14 +278,20 @@ def test_places_that_cannot_be_written_are_refused_by_name(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and list((tmp_path / "folder").iterdir()) == []
 
 
-def test_places_without_permission_are_refused_by_name(tmp_path, in_child):
+@pytest.fixture
+def reachable():
+    """A folder that every user may enter and write."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_places_without_permission_are_refused_by_name(reachable, in_child):
     """As a user whom permissions bind."""
-    (tmp_path / "closed").mkdir(mode=0o555)
-    (tmp_path / "protected").write_text("mine")
-    (tmp_path / "protected").chmod(0o444)
-    for path in (tmp_path, *tmp_path.parents[:-2]):
-        path.chmod(path.stat().st_mode | 0o055)
-    tmp_path.chmod(0o777)
+    (reachable / "closed").mkdir(mode=0o555)
+    (reachable / "protected").write_text("mine")
+    (reachable / "protected").chmod(0o444)
 
     def work():
         if os.getuid() == 0:
@@ -277,14 +302,35 @@ def test_places_without_permission_are_refused_by_name(tmp_path, in_child):
             (files.claim_file, "closed/out"),
             (files.claim_file, "protected"),
         ):
-            with pytest.raises(PermissionError) as caught, claim(tmp_path / name):
+            with pytest.raises(PermissionError) as caught, claim(reachable / name):
                 pass
-            assert str(tmp_path / name) in caught.value.filename or caught.value.filename in str(tmp_path / name)
+            assert str(reachable / name) in caught.value.filename or caught.value.filename in str(reachable / name)
         with pytest.raises(PermissionError, match="protected"):
-            files.write_text(tmp_path / "protected", "new")
+            files.write_text(reachable / "protected", "new")
 
     assert in_child(work) == 0
-    assert (tmp_path / "protected").read_text() == "mine"
+    assert (reachable / "protected").read_text() == "mine"
+
+
+def test_files_that_may_not_be_read_are_not_called_missing(reachable, in_child):
+    """As a user whom permissions bind."""
+    Sized(SizedConfig()).save_pretrained(reachable / "model")
+    codes = EncodedImages(torch.zeros(1, 2, 2, 1, dtype=torch.int64), torch.zeros(1).long(), 4, "id", ("a",), {})
+    write_codes(reachable / "codes", codes)
+    unreadable = [reachable / "model" / "model.safetensors", reachable / "codes"]
+    for path in unreadable:
+        path.chmod(0)
+
+    def work():
+        if os.getuid() == 0:
+            os.setuid(65534)
+        reads = (lambda: Sized.from_pretrained(reachable / "model"), lambda: read_codes(reachable / "codes"))
+        for path, read in zip(unreadable, reads, strict=True):
+            with pytest.raises(PermissionError) as caught:
+                read()
+            assert caught.value.filename == str(path)
+
+    assert in_child(work) == 0
 
 
 def test_a_long_name_that_the_system_takes_is_written(tmp_path):

@@ -130,6 +130,7 @@ def read_codes(path: Path) -> EncodedImages:
     FileNotFoundError, or ValueError for any other file."""
     if not path.is_file():
         raise FileNotFoundError(f"codes file not found: {path}")
+    path.open("rb").close()  # the library says of a file without permission that it is missing
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -110,6 +110,7 @@ class PretrainedModel(nn.Module):
             model = cls(config)
         except (RuntimeError, MemoryError) as error:  # more memory than there is
             raise ValueError(f"{config_path}: a model of this config cannot be made: {error}") from error
+        weights_path.open("rb").close()  # the library says of a file without permission that it is missing
         try:
             tensors = load_file(weights_path)
         except SafetensorError as error:

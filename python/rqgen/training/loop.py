@@ -292,7 +292,12 @@ class _Run:
                 raise ValueError(
                     f"{where}: {name}: {'not expected' if ours is None else 'missing'} with these settings"
                 )
+        # A prior's codebooks come with its tokenizer.
+        given = {name: self._model.state_dict()[name].clone() for name in getattr(self._model, "given_later", ())}
         load_tensors(self._model, state["model"], where=f"{where}: model", same_dtype=True)
+        for name, tensor in given.items():
+            if not torch.equal(tensor, self._model.state_dict()[name]):
+                raise ValueError(f"{where}: model: {name} is of another tokenizer than the given one")
         load_optimizer(self._optimizer, state["optimizer"], where=f"{where}: optimizer")
         if self._averaged is not None:
             load_tensors(self._averaged.model, state["averaged"]["model"], where=f"{where}: averaged", same_dtype=True)

@@ -29,7 +29,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in reversed(found):
         try:
             _, info = read_state(path)
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError) as error:
             damage.append(str(error))
             continue
         for one in damage:

@@ -214,10 +214,10 @@ FULL_DISK = """
 import contextlib, resource, signal, sys
 from rqgen.cli.app import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for limit, more in ((20, "loop.tensorboard=false"), (2000, "loop.tensorboard=true"), (20_000, "loop.tensorboard=false")):
+for limit, tensorboard in ((20, "false"), (2000, "true"), (20_000, "false")):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     with contextlib.suppress(SystemExit):
-        main([*sys.argv[1:], more])
+        main([*sys.argv[1:], f"loop.tensorboard={tensorboard}"])
 """
 
 
@@ -236,21 +236,23 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, small_tokenizer):
 
 SCRIPT = """
 import os, signal, sys
+import rqgen
+interrupted, hidden = sys.argv[1], sys.argv[2] == "hidden"
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "accelerate":
+        if name == interrupted:
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except KeyboardInterrupt:
-                if sys.argv[0] == "hidden":
+                if hidden:
                     raise ImportError("half an import")
                 raise
 
 sys.meta_path.insert(0, Finder())
-from rqgen.cli import app
-sys.argv = sys.argv[1:]
-app.main()
+sys.argv = sys.argv[3:]
+from rqgen.__main__ import main
+main()
 """
 
 
@@ -259,11 +261,13 @@ def run_alone(command):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("way", ["plain", "hidden"])
-def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path, way):
+@pytest.mark.parametrize(
+    ("module", "way"), [("rqgen.cli.app", "plain"), ("rqgen.cli.runs", "plain"), ("rqgen.cli.runs", "hidden")]
+)
+def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path, module, way):
     """Also where an import makes another error of it."""
-    script = SCRIPT.replace("sys.argv[0]", repr(way))
-    stopped = run_alone([sys.executable, "-c", script, "rqgen", "train", "tokenizer", "--out", str(tmp_path / "run")])
+    arguments = ["rqgen", "train", "tokenizer", "--out", str(tmp_path / "run")]
+    stopped = run_alone([sys.executable, "-c", SCRIPT, module, way, *arguments])
     assert stopped.stderr == "interrupted: nothing was written; the same command starts again\n"
     assert stopped.returncode == 130 and list(tmp_path.iterdir()) == []
 

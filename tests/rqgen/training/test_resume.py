@@ -13,7 +13,17 @@ from torch import nn
 
 from rqgen.data import TensorItems
 from rqgen.files import write_signed_json
-from rqgen.training import LoopConfig, OptimizerConfig, StepResult, TokenizerStage, newest_whole_checkpoint, train
+from rqgen.models.transformer import TransformerConfig
+from rqgen.training import (
+    LoopConfig,
+    OptimizerConfig,
+    PriorConfig,
+    PriorStage,
+    StepResult,
+    TokenizerStage,
+    newest_whole_checkpoint,
+    train,
+)
 from rqgen.training.checkpoint import load_checkpoint
 from rqgen.training.optim import learning_rate
 
@@ -263,3 +273,20 @@ def test_a_failed_run_leaves_accelerate_as_it_was(tmp_path, mine):
     with pytest.raises(FloatingPointError):
         run(tmp_path, stage=PairStage(bad_at=2), mixed_precision="no")
     assert mine.mixed_precision == Accelerator().mixed_precision == "bf16"
+
+
+def test_a_prior_goes_on_with_its_own_tokenizer_alone(make_vae, images, tmp_path):
+    config = PriorConfig(
+        embed_dim=16, spatial=TransformerConfig(layers=1, heads=2), depth=TransformerConfig(layers=1, heads=2)
+    )
+
+    def fit(vae, **more):
+        vae.quantizer.initialized.fill_(True)
+        stage = PriorStage(config.build(vae, 3), vae, config, kind="images", tau=0.1, seed=5)
+        return train(stage, images, loop_config(), tmp_path, **more)
+
+    fit(make_vae(0))
+    path, _ = newest_whole_checkpoint(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"state\.pt: model: codebooks is of another tokenizer"):
+        fit(make_vae(1), resume=path)
+    fit(make_vae(0), resume=path)
