@@ -7,7 +7,7 @@ def main() -> None:
     try:
         from rqgen.cli.app import main as run
     except KeyboardInterrupt:
-        print("interrupted: nothing was written; the same command starts again", file=sys.stderr)
+        print("interrupted: the same command starts over", file=sys.stderr)
         sys.exit(130)
     run()
 

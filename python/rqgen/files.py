@@ -81,11 +81,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def existing_folder(path: Path) -> Path:
-    """Where the folder that `new_folder` wrote is to be read: ``path``, or what a process that was killed while it
-    replaced it has left."""
+    """Returns the folder to read for ``path``: itself, or the previous one, which a process left that was killed between
+    two renames (see `new_folder`)."""
     previous = _previous(_resolved(path))
     if not path.exists() and previous.is_dir():
-        logger.warning("%s: a process was stopped while replacing it; reading the previous one, %s", path, previous)
+        logger.warning("%s: a process was killed while replacing it; reading the previous one, %s", path, previous)
         return previous
     return path
 
@@ -112,7 +112,7 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is one of this module's own: a lock, or what a killed process left."""
+    """Recognises this module's own files and folders: locks, and leftovers of killed processes."""
     return path.name.startswith(".rqgen")
 
 
@@ -155,7 +155,7 @@ def _previous(target: Path) -> Path:
 
 
 def _put(written: Path, target: Path) -> None:
-    """Renames a folder to ``target``. What stood there is then in the place of ``written``, or gone."""
+    """Renames a folder to ``target``. The old ``target`` is then at ``written``, or removed."""
     previous = _previous(target)
     if not target.exists() or not any(target.iterdir()):
         os.rename(written, target)
@@ -262,7 +262,7 @@ def _unlock(descriptor: int) -> None:
 
 
 def _forget() -> None:
-    # Workers outlive a killed parent by seconds, and would hold its locks.
+    # Worker processes outlive a killed parent by seconds and would keep its locks.
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -273,10 +273,10 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def claim_folder(path: Path) -> Iterator[None]:
-    """Makes ``path`` this process's own to write to, before any work is done.
+    """Locks ``path`` for this process, and tries that it can be written, before any work is done.
 
-    Missing folders are made, and removed if nothing is written. Raises OSError that names ``path`` where it cannot be
-    written, and BlockingIOError, which names the process, where another one has it.
+    Missing folders are created, and removed again if nothing is written. Raises OSError that names ``path`` if it
+    cannot be written, and BlockingIOError that names the other process if it is locked.
     """
     with errors_name(path):
         target = _resolved(path)
@@ -288,7 +288,7 @@ def claim_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[None]:
-    """As `claim_folder`, for a file, or for a folder that is replaced as a whole."""
+    """Same as `claim_folder`, for a file or for a folder that is replaced as a whole."""
     with errors_name(path):
         target = _resolved(path)
         if not target.is_dir():
@@ -302,7 +302,7 @@ def claim(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim_file(path: Path) -> Iterator[None]:
-    """As `claim`, for a file: refuses a folder."""
+    """Same as `claim`, but refuses a folder."""
     with errors_name(path):
         _refuse_no_file(path)
     with claim(path):
@@ -335,7 +335,7 @@ def _claimed(path: Path, folder: Path, name: str) -> Iterator[None]:
 
 
 def _owner(lock: Path) -> str:
-    """Who holds a lock; "" where it was given back in the meantime."""
+    """The holder of a lock; "" if it was released in the meantime."""
     try:
         return lock.read_text(encoding="utf-8", errors="replace") or "another process"
     except FileNotFoundError:
@@ -351,7 +351,7 @@ def _error(number: int, reason: str, path: Path) -> OSError:
 
 @contextlib.contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Errors name what was asked for: not a temporary file, and not nothing, as those of a write do."""
+    """Makes errors name ``path`` where they would name a temporary file, or, as those of a write do, none."""
     try:
         yield
     except OSError as error:

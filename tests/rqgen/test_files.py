@@ -85,7 +85,7 @@ def test_reading_what_an_interrupted_replacement_left_is_said(tmp_path, caplog):
     write_folder(tmp_path / "folder", "old")
     (tmp_path / "folder").rename(tmp_path / ".folder.previous")
     assert folder_text(tmp_path / "folder") == {"a": "old", "b": "old"}
-    assert "a process was stopped while replacing it" in caplog.text
+    assert "a process was killed while replacing it" in caplog.text
 
 
 def test_links_stay_and_what_they_point_to_is_replaced(tmp_path):

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 
 class _Interrupted(BaseException):
-    """A KeyboardInterrupt under a name that the library of the command line does not know: it exits without a word."""
+    """A KeyboardInterrupt in disguise: Typer would exit without a message."""
 
 
 class _Group(TyperGroup):
@@ -58,7 +58,7 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the tr
 Resume = Annotated[
     bool,
     typer.Option(
-        help="Go on from the newest whole checkpoint in the folder, with its settings; loop.steps may be raised."
+        help="Resume from the newest whole checkpoint in the folder, with its settings; loop.steps may be raised."
     ),
 ]
 System = Annotated[
@@ -404,7 +404,7 @@ def check() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0, 2 for wrong usage, 1 after one line that says what went wrong, 130 (Ctrl-C)
-    or 143 (SIGTERM) after one that says how to go on."""
+    or 143 (SIGTERM) after one that says how to resume."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with _signals() as interrupts:
         try:
@@ -446,7 +446,7 @@ def _signals() -> Iterator[list[int]]:
 
 def _stop(number: int, hint: str) -> NoReturn:
     what = "terminated" if number == signal.SIGTERM else "interrupted"
-    print(f"{what}: {hint or 'nothing was written; the same command starts again'}", file=sys.stderr)
+    print(f"{what}: {hint or 'the same command starts over'}", file=sys.stderr)
     sys.exit(128 + number)
 
 

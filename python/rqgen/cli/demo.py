@@ -40,7 +40,6 @@ from .runs import (
     find_system,
     fit_prior,
     fit_tokenizer,
-    interruptible,
     shipped_config,
 )
 
@@ -135,7 +134,7 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     Held-out digits train nothing, the classifier included.
     """
     check_images_fit(config.tokenizer.data, config.tokenizer.model)
-    with interruptible(lambda: "the same command starts again"), claim_folder(out):
+    with claim_folder(out):
         for stage in ("tokenizer", "prior"):
             check_replaceable(out / stage)
         if (out / "metrics.json").exists():

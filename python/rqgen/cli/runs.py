@@ -219,7 +219,7 @@ def train_stage(
         FileExistsError: ``out`` holds a run, a model, or files of something else, and is not resumed.
         FileNotFoundError: there is nothing to resume.
         OSError: ``out`` cannot be written, or another process trains there.
-        KeyboardInterrupt: says how to go on.
+        KeyboardInterrupt: its text says how to resume.
     """
     command = f"rqgen train {stage} --out {shlex.quote(str(out))} --resume"
     with interruptible(lambda: _how_to_go_on(out, command)), claim_folder(out), claim(out / "model"):
@@ -297,7 +297,7 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _system_that_wrote(description: dict[str, Any], stage: str, asked: str | None, checkpoint: Path) -> System:
-    """The system whose settings a run has."""
+    """Finds the system by the settings of a run."""
     systems = SYSTEMS.values() if asked is None else [find_system(asked)]
     for system in systems:
         try:
@@ -321,8 +321,10 @@ def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> Non
         try:
             load(run, config)
         except (OSError, ValueError) as error:
-            raise FileExistsError(f"{config} is of no such run, not replaced: choose another --out") from error
-        logger.info("%s: starting again, as the run there has saved no checkpoint", out)
+            raise FileExistsError(
+                f"{config} is not the config of such a run, not replaced: choose another --out"
+            ) from error
+        logger.info("%s: starting over, since the run there saved no checkpoint", out)
 
 
 def _write_config(run: TokenizerRun | PriorRun, out: Path) -> None:
@@ -332,13 +334,13 @@ def _write_config(run: TokenizerRun | PriorRun, out: Path) -> None:
 def _how_to_go_on(out: Path, command: str) -> str:
     newest = latest_checkpoint(out / "checkpoints")
     if newest is None:
-        return f"no checkpoint in {out} yet: the same command starts again"
-    return f"go on from {newest.name} with: {command}"
+        return f"no checkpoint in {out} yet: the same command starts over"
+    return f"resume from {newest.name} with: {command}"
 
 
 @contextlib.contextmanager
 def interruptible(hint: Callable[[], str]) -> Iterator[None]:
-    """Gives a KeyboardInterrupt a hint how to go on."""
+    """Adds to a KeyboardInterrupt how to resume."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -120,7 +120,7 @@ def run_scaling(
             there; images that do not fit it, without classes, or none held out; figures that no law fits.
     """
     command = f"rqgen scaling --out {shlex.quote(str(out))} --resume, with the same settings"
-    with interruptible(lambda: f"go on with: {command}"), claim_folder(out):
+    with interruptible(lambda: f"resume with: {command}"), claim_folder(out):
         return _run_scaling(config, out, tokenizer, resume, console)
 
 
@@ -225,13 +225,13 @@ def _member(
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """Where to go on."""
+    """The newest whole checkpoint, if any."""
     found = newest_whole_checkpoint(folder / "checkpoints")
     return None if found is None else found[0]
 
 
 def _metrics(path: Path, names: Set[str]) -> dict[str, Any]:
-    """What was measured when a model was finished."""
+    """Reads the metrics.json of a finished model; ``names`` are its keys."""
     found = read_json(path)
     if found.keys() != names:
         odd = min(found.keys() ^ names)

@@ -196,7 +196,7 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor], waiting: frozenset[str
 
 
 def _dtypes(expected: torch.Tensor, got: torch.Tensor, same: bool) -> tuple[torch.dtype | str, torch.dtype]:
-    """What the dtype may be, or the one that came where it is right."""
+    """(expected, got): equal if the dtype is accepted."""
     if same or not expected.is_floating_point():
         return expected.dtype, got.dtype
     return got.dtype if got.dtype in _FLOATS else "float32, float16 or bfloat16", got.dtype

@@ -251,7 +251,7 @@ def _train(
 
 
 class _Run:
-    """All that changes while a run goes on, and its checkpoints."""
+    """The state of a run, and its checkpoints."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class _Run:
         }
 
     def restore(self, path: Path, device: torch.device) -> None:
-        """Goes on from a checkpoint of the same run. Raises ValueError for another run's, or a damaged one."""
+        """Restores a checkpoint of the same run. Raises ValueError for another run's, or a damaged one."""
         state, info = read_state(path, map_location=device)
         changed = check_resumable(info, self._description, path)
         where = str(path / STATE_FILE)
@@ -297,7 +297,7 @@ class _Run:
         load_tensors(self._model, state["model"], where=f"{where}: model", same_dtype=True)
         for name, tensor in given.items():
             if not torch.equal(tensor, self._model.state_dict()[name]):
-                raise ValueError(f"{where}: model: {name} is of another tokenizer than the given one")
+                raise ValueError(f"{where}: model: {name} differs from that of the given tokenizer")
         load_optimizer(self._optimizer, state["optimizer"], where=f"{where}: optimizer")
         if self._averaged is not None:
             load_tensors(self._averaged.model, state["averaged"]["model"], where=f"{where}: averaged", same_dtype=True)
@@ -307,7 +307,7 @@ class _Run:
         self.step, self.history = state["step"], state["history"]
         self.window.extend(state["window"])
         for key, before, now in changed:
-            logger.info("%s: '%s' was %s, is %s from here on", path.name, key, before, now)
+            logger.info("%s: '%s' was %s and is %s from now on", path.name, key, before, now)
         # Last: nothing above may draw.
         restore_random_states(state["random"])
 

@@ -58,7 +58,7 @@ class RunProgress:
             self._print()
 
     def update(self, done: int) -> None:
-        """``done`` of the total are done."""
+        """Sets how many of the total are done."""
         self._done = done
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done)
@@ -66,7 +66,7 @@ class RunProgress:
             self._print()
 
     def report(self, *, loss: float | None = None, speed: float | None = None, usage: str = "") -> None:
-        """What is shown from now on. ``speed`` in images per second, ``usage`` in words."""
+        """Sets the values to show. ``speed`` in images per second, ``usage`` in words."""
         self._facts = [
             *([] if loss is None else [f"loss {loss:.4f}"]),
             *([] if speed is None else [f"{speed:,.0f} images/s"]),
@@ -74,8 +74,8 @@ class RunProgress:
         self._usage = usage
 
     def line(self, width: int | None = None) -> Text:
-        """The state in one line of at most ``width`` columns (None: any), with a bar where there is room: the time left
-        stays longest."""
+        """Formats one line of at most ``width`` columns (None: no limit). Where room is short, the bar goes first, then
+        codes, speed and loss."""
         done = f"{self._done}/{self._total}"
         parts = [self._name, done, *self._facts, self._left(), self._usage]
         parts = [part for part in parts if part]

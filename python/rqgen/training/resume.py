@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint is whole, whether it is this run's, and what its state must be."""
+"""Resuming a run: finding a whole checkpoint, comparing settings, checking the state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             damage.append(str(error))
             continue
         for one in damage:
-            logger.warning("%s; going on from %s", one, path.name)
+            logger.warning("%s; resuming from %s", one, path.name)
         return path, info
     if damage:
         raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(damage)}")
@@ -115,7 +115,7 @@ def _differences(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
 
 
 def _settings(groups: list[Any]) -> list[Any]:
-    """Of groups of parameters, without the rate, which is set before every step."""
+    """Parameter groups without the learning rate, which is set before every step."""
     return [{k: v for k, v in group.items() if k != "lr"} if isinstance(group, dict) else group for group in groups]
 
 

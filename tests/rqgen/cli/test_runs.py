@@ -89,7 +89,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(rqgen, trained, tmp_path, ca
     state.write_bytes(state.read_bytes()[:-1] + b"?")
     code, _, err = rqgen("train", "tokenizer", "--out", out, "--resume")
     assert code == 0, err
-    assert "step-00000003" in caplog.text and "going on from step-00000002" in caplog.text
+    assert "step-00000003" in caplog.text and "resuming from step-00000002" in caplog.text
     assert (out / "model" / "model.safetensors").read_bytes() == (
         trained[0] / "model" / "model.safetensors"
     ).read_bytes()
@@ -115,7 +115,7 @@ def test_a_run_that_saved_nothing_starts_again(rqgen, cut, small_tokenizer, capl
     shutil.rmtree(cut / "checkpoints")
     code, _, err = rqgen("train", "tokenizer", "--out", cut, *small_tokenizer, "loop.steps=1")
     assert code == 0, err
-    assert "starting again, as the run there has saved no checkpoint" in caplog.text
+    assert "starting over, since the run there saved no checkpoint" in caplog.text
 
 
 def test_files_of_something_else_are_not_replaced(rqgen, tmp_path, small_tokenizer):
@@ -127,7 +127,7 @@ def test_files_of_something_else_are_not_replaced(rqgen, tmp_path, small_tokeniz
     (tmp_path / "demo" / "prior" / "notes.txt").write_text("mine")
     before = content(tmp_path)
     code, _, err = rqgen("train", "tokenizer", "--out", tmp_path / "run", *small_tokenizer)
-    assert code == 1 and "config.yaml is of no such run, not replaced" in err and err.count("\n") == 1
+    assert code == 1 and "config.yaml is not the config of such a run: choose" in err and err.count("\n") == 1
     code, _, err = rqgen("train", "tokenizer", "--out", tmp_path / "other", *small_tokenizer)
     assert code == 1 and "notes.txt" in err
     code, _, err = rqgen("demo", "--out", tmp_path / "demo")
@@ -135,6 +135,14 @@ def test_files_of_something_else_are_not_replaced(rqgen, tmp_path, small_tokeniz
     code, _, err = rqgen("convert", "kakaobrain", tmp_path / "model.pt", tmp_path / "demo" / "prior")
     assert code == 1 and "notes.txt" in err
     assert before == content(tmp_path)
+
+
+def test_a_linked_model_folder_is_filled_and_stays_a_link(rqgen, cut, tmp_path):
+    (tmp_path / "store").mkdir()
+    (cut / "model").symlink_to(tmp_path / "store")
+    code, _, err = rqgen("train", "tokenizer", "--out", cut, "--resume")
+    assert code == 0, err
+    assert (cut / "model").is_symlink() and RQVAE.from_pretrained(tmp_path / "store").codebook_size == 16
 
 
 def test_a_demo_that_is_replaced_says_so(rqgen, tmp_path, monkeypatch, caplog):
@@ -229,7 +237,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, small_tokenizer):
     lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     names = ("config.yaml", "tensorboard", "checkpoints/step-00000002")
     assert lines == [f"error: {out / name}: File too large" for name in names]
-    assert len(failed.stderr.splitlines()) == len(lines) + failed.stderr.count("starting again")
+    assert len(failed.stderr.splitlines()) == len(lines) + failed.stderr.count("starting over")
 
 
 # --- interruptions ---------------------------------------------------------------------------------------
@@ -268,16 +276,16 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path, module, w
     """Also where an import makes another error of it."""
     arguments = ["rqgen", "train", "tokenizer", "--out", str(tmp_path / "run")]
     stopped = run_alone([sys.executable, "-c", SCRIPT, module, way, *arguments])
-    assert stopped.stderr == "interrupted: nothing was written; the same command starts again\n"
+    assert stopped.stderr == "interrupted: the same command starts over\n"
     assert stopped.returncode == 130 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("number", "step", "said"),
     [
-        (signal.SIGINT, 1, "no checkpoint in {out} yet: the same command starts again"),
-        (signal.SIGINT, 4, "go on from step-00000002 with: rqgen train tokenizer --out {out} --resume"),
-        (signal.SIGTERM, 4, "go on from step-00000002 with: rqgen train tokenizer --out {out} --resume"),
+        (signal.SIGINT, 1, "no checkpoint in {out} yet: the same command starts over"),
+        (signal.SIGINT, 4, "resume from step-00000002 with: rqgen train tokenizer --out {out} --resume"),
+        (signal.SIGTERM, 4, "resume from step-00000002 with: rqgen train tokenizer --out {out} --resume"),
     ],
 )
 def test_an_interrupted_run_says_how_to_go_on(rqgen, tmp_path, small_tokenizer, monkeypatch, number, step, said):

@@ -191,7 +191,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(checkpoint, damage, caplog):
             state.mkdir()
     path, info = newest_whole_checkpoint(folder)
     assert path.name == "step-00000004" and info["step"] == 4
-    assert "step-00000006" in caplog.text and "going on from step-00000004" in caplog.text
+    assert "step-00000006" in caplog.text and "resuming from step-00000004" in caplog.text
     for other in folder.iterdir():
         (other / "info.json").write_text("{")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*00000006.*00000004.*00000002"):
@@ -230,7 +230,7 @@ def test_a_run_goes_on_to_more_steps(tmp_path, caplog):
     run(tmp_path)
     result = run(tmp_path, resume=tmp_path / "checkpoints" / "step-00000006", steps=10)
     assert [record["step"] for record in result.history] == [2, 4, 6, 8, 10]
-    assert "'loop.steps' was 6, is 10 from here on" in caplog.text
+    assert "'loop.steps' was 6 and is 10 from now on" in caplog.text
     config = loop_config(steps=10)
     assert result.history[-1]["learning_rate"] == learning_rate(config.optimizer, 9, 10) > 0
     with pytest.raises(ValueError, match=r"loop\.steps: expected at least 10, where .*step-00000010 is, got 7"):
@@ -287,6 +287,6 @@ def test_a_prior_goes_on_with_its_own_tokenizer_alone(make_vae, images, tmp_path
 
     fit(make_vae(0))
     path, _ = newest_whole_checkpoint(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=r"state\.pt: model: codebooks is of another tokenizer"):
+    with pytest.raises(ValueError, match=r"state\.pt: model: codebooks differs from that of the given tokenizer"):
         fit(make_vae(1), resume=path)
     fit(make_vae(0), resume=path)
