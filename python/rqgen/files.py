@@ -81,8 +81,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def existing_folder(path: Path) -> Path:
-    """Returns the folder to read for ``path``: itself, or the previous one, which a process left that was killed between
-    two renames (see `new_folder`)."""
+    """Returns the folder to read for ``path``: itself, or the previous one if a process was killed between the two
+    renames of `new_folder`."""
     previous = _previous(_resolved(path))
     if not path.exists() and previous.is_dir():
         logger.warning("%s: a process was killed while replacing it; reading the previous one, %s", path, previous)

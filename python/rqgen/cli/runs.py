@@ -321,9 +321,7 @@ def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> Non
         try:
             load(run, config)
         except (OSError, ValueError) as error:
-            raise FileExistsError(
-                f"{config} is not the config of such a run, not replaced: choose another --out"
-            ) from error
+            raise FileExistsError(f"{config} is not the config of such a run: choose another --out") from error
         logger.info("%s: starting over, since the run there saved no checkpoint", out)
 
 
