@@ -108,7 +108,7 @@ def run(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[
             path = folder / name / "metrics.json"
             if not path.is_file():
                 prior = prior_of(config, vae, folder / name, soft=soft, stochastic=stochastic)
-                write_json(judged(config, vae, prior, judge), path)
+                write_json(path, judged(config, vae, prior, judge))
             record = json.loads(path.read_text())
             records.append({"seed": seed, "soft_labels": soft, "stochastic_codes": stochastic, **record})
             print(f"seed {seed}, {name}: {record}", flush=True)
@@ -120,7 +120,7 @@ def refuse_other_settings(config: DemoConfig, folder: Path) -> None:
     path, described = folder / "config.json", to_dict(config)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(described, path)
+        write_json(path, described)
     elif json.loads(path.read_text()) != described:
         raise ValueError(f"--out: {folder} holds runs of other settings (see {path}); choose another folder")
 
@@ -166,6 +166,6 @@ if __name__ == "__main__":
         sys.exit(str(error))
     records = run(args.out, args.seeds, args.overrides)
     content = {"environment": _measure.environment(device, state), "records": records}
-    write_json(content, args.json)
+    write_json(args.json, content)
     _harness.write_between(args.docs, BEGIN, END, table(content))
     print(table(content))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,5 +89,60 @@ def rqgen(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, s
             main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return left.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree", "os.scandir")
+
+
+@pytest.fixture
+def in_child() -> Callable[[Callable[[], None]], int]:
+    """Runs a function in a forked process, where it must not fail; gives the signal that ended it (0: none)."""
+
+    def run(work: Callable[[], None]) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+    return run
+
+
+@pytest.fixture
+def killed_at_every_step(
+    in_child: Callable[[Callable[[], None]], int],
+) -> Callable[[Callable[[], None], Callable[[], None]], int]:
+    """Kills a process that runs a function before its first file operation, in another one before its second, and so
+    on; calls a check after each. Gives how many operations there are."""
+
+    def run(work: Callable[[], None], check: Callable[[], None]) -> int:
+        for number in range(1000):
+            count = 0
+
+            def watch(event: str, arguments: Any, number: int = number) -> None:
+                nonlocal count
+                if event in FILE_EVENTS:
+                    if count == number:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    count += 1
+
+            def watched(watch: Any = watch) -> None:
+                sys.addaudithook(watch)
+                work()
+
+            if in_child(watched) == 0:
+                return number
+            check()
+        raise AssertionError("it never ends")
 
     return run

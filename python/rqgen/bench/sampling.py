@@ -418,6 +418,6 @@ def _name(shape: Sequence[int]) -> str:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    write_json(result, out / "sampling.json")
+    write_json(out / "sampling.json", result)
     if result["cases"]:
         draw_sampling_speed(result["cases"], out / "sampling.png")

@@ -174,7 +174,7 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
             }
             result["cases"].append(case)
             console.print(_line(case), soft_wrap=True)
-        write_json(result, out / "systems.json")
+        write_json(out / "systems.json", result)
     draw_systems(systems, result["cases"], out / "systems.png")
     return result
 

@@ -5,16 +5,35 @@ A command's work is imported when it runs: help and errors of usage do not wait 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
+
+
+class _Interrupted(BaseException):
+    """A KeyboardInterrupt in disguise: Typer would exit without a message."""
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(*error.args) from error
+
 
 app = typer.Typer(
+    cls=_Group,
     name="rqgen",
     help="Images as residual codes: train, encode, sample and edit with RQ-VAE and RQ-Transformer, or VAR.",
     no_args_is_help=True,
@@ -37,8 +56,16 @@ Config = Annotated[
     typer.Option(help="A YAML file, or the name of a recipe shipped with the package. Default: the one for digits."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the trained model (model/).")]
-Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder.")]
-System = Annotated[str, typer.Option(help="rq: RQ-VAE and RQ-Transformer; var: multi-scale VQ-VAE and VAR.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        help="Resume from the newest whole checkpoint in the folder, with its settings; loop.steps may be raised."
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(help="rq: RQ-VAE and RQ-Transformer (default); var: multi-scale VQ-VAE and VAR."),
+]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a trained tokenizer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 
@@ -61,37 +88,41 @@ def _options(
 @train_app.command("tokenizer")
 def train_tokenizer(
     overrides: Overrides = None,
-    system: System = "rq",
+    system: System = None,
     config: Config = None,
     out: Out = Path("runs/tokenizer"),
     resume: Resume = False,
 ) -> None:
     """Stage 1: a tokenizer learns to turn images into codes and back."""
-    from rich.console import Console
-
-    from . import runs
-
-    run = runs.load_run(runs.find_system(system).tokenizer_run, config, overrides or ())
-    runs.train_tokenizer(run, out, resume=resume, console=Console())
-    typer.echo(f"tokenizer: {out / 'model'}")
+    _train("tokenizer", out, system, config, overrides, resume)
 
 
 @train_app.command("prior")
 def train_prior(
     overrides: Overrides = None,
-    system: System = "rq",
+    system: System = None,
     config: Config = None,
     out: Out = Path("runs/prior"),
     resume: Resume = False,
 ) -> None:
     """Stage 2: a prior learns the codes of a trained tokenizer (tokenizer=FOLDER), by default on its images."""
+    _train("prior", out, system, config, overrides, resume)
+
+
+def _train(
+    stage: Literal["tokenizer", "prior"],
+    out: Path,
+    system: str | None,
+    config: str | None,
+    overrides: list[str] | None,
+    resume: bool,
+) -> None:
     from rich.console import Console
 
-    from . import runs
+    from .runs import train_stage
 
-    run = runs.load_run(runs.find_system(system).prior_run, config, overrides or ())
-    runs.train_prior(run, out, resume=resume, console=Console())
-    typer.echo(f"prior: {out / 'model'}")
+    train_stage(stage, out, system=system, config=config, overrides=overrides or (), resume=resume, console=Console())
+    typer.echo(f"{stage}: {out / 'model'}")
 
 
 @app.command()
@@ -181,6 +212,7 @@ def bench_sampling(
     from rich.console import Console
 
     from rqgen.bench import SamplingBench, parse_shape, run_sampling_bench
+    from rqgen.files import claim_folder
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -203,7 +235,8 @@ def bench_sampling(
         seconds=seconds,
     )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run_sampling_bench(bench, out, device=chosen, console=Console())
+    with claim_folder(out):
+        run_sampling_bench(bench, out, device=chosen, console=Console())
     typer.echo(f"{out / 'sampling.json'}, {out / 'sampling.png'}")
 
 
@@ -234,6 +267,7 @@ def bench_systems(
     from rich.console import Console
 
     from rqgen.bench import SystemsBench, run_systems_bench
+    from rqgen.files import claim_folder
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -253,7 +287,8 @@ def bench_systems(
         seconds=seconds,
     )
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run_systems_bench(bench, out, device=chosen, console=Console())
+    with claim_folder(out):
+        run_systems_bench(bench, out, device=chosen, console=Console())
     typer.echo(f"{out / 'systems.json'}, {out / 'systems.png'}")
 
 
@@ -326,7 +361,7 @@ def convert_kakaobrain(
 @app.command()
 def demo(
     overrides: Overrides = None,
-    system: System = "rq",
+    system: System = None,
     config: Config = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of both trainings and the samples. Default: that of the settings, 0.")
@@ -339,7 +374,7 @@ def demo(
     from .demo import load_demo, run_demo
     from .settings import find_config
 
-    loaded = load_demo(seed, overrides or (), system=system, config=find_config(config))
+    loaded = load_demo(seed, overrides or (), system=system or "rq", config=find_config(config))
     metrics = run_demo(loaded, out, console=Console())
     typer.echo(
         f"held-out reconstruction error {metrics['reconstruction_mse']:.4f}; "
@@ -362,11 +397,14 @@ def scaling(
     """Train VARs of several sizes for equal tokens and fit power laws to their test loss and token error."""
     from rich.console import Console
 
+    from rqgen.files import claim_folder
     from rqgen.report import power_of_ten
 
     from .scaling import load_scaling, run_scaling
     from .settings import find_config
 
+    with claim_folder(out):
+        pass  # tried before the tokenizer is read
     loaded = load_scaling(find_config(config), overrides or (), tokenizer)
     result = run_scaling(loaded, out, tokenizer=tokenizer, resume=resume, console=Console())
     for law in result["laws"]:
@@ -403,16 +441,64 @@ def check() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0, 2 for wrong usage, or 1 after one line that says what went
-    wrong."""
+    """Runs the command line and exits: 0, 2 for wrong usage, 1 after one line that says what went wrong, 130 (Ctrl-C)
+    or 143 (SIGTERM) after one that says how to resume."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Pillow's warnings name no file; what it cannot read is refused by name.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    with _signals() as interrupts:
+        try:
+            app(arguments)
+        except Exception as error:
+            if interrupts:  # by now another error, such as of an import that was cut short
+                _stop(interrupts[0], "")
+            if os.environ.get("RQGEN_DEBUG"):
+                raise
+            print(f"error: {_message(error)}", file=sys.stderr)
+            sys.exit(1)
+        except _Interrupted as error:
+            _stop(interrupts[0] if interrupts else signal.SIGINT, str(error))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; yields which came. Where the caller ignores a signal (nohup), or has
+    its own handler, or this is not the main thread, nothing changes. Errors of other threads are not printed."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    replaced = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) == usual:
+                replaced[number] = signal.signal(number, interrupt)
+    threads, threading.excepthook = threading.excepthook, _thread_failed
     try:
-        app(arguments)
-    except Exception as error:
-        if os.environ.get("RQGEN_DEBUG"):
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        yield came
+    finally:
+        threading.excepthook = threads
+        for number, before in replaced.items():
+            signal.signal(number, before)
+
+
+def _stop(number: int, hint: str) -> NoReturn:
+    what = "terminated" if number == signal.SIGTERM else "interrupted"
+    print(f"{what}: {hint or 'the same command starts over'}", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'standard output'}: {error.strerror}"
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread hands its error on, and this thread reports it.
+    if os.environ.get("RQGEN_DEBUG"):
+        threading.__excepthook__(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from rich.console import Console
 from rqgen.config import Given, check_bounds, check_seeds, load, to_dict
 from rqgen.data import DigitImages, Split, open_dataset
 from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
-from rqgen.files import write_json
+from rqgen.files import claim_folder, write_json
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.models.pretrained import check_replaceable
 from rqgen.report import (
     draw_coarse_to_fine,
     draw_code_usage,
@@ -40,6 +42,8 @@ from .runs import (
     fit_tokenizer,
 )
 from .settings import RECIPES
+
+logger = logging.getLogger(__name__)
 
 # Held-out digits in reconstructions.png.
 SHOWN = 30
@@ -132,7 +136,8 @@ def load_demo(
 def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Trains, draws, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
     losses.png, samples.png, metrics.json, tokenizer/ and prior/; of a VAR also edits.png. Returns what metrics.json
-    holds.
+    holds. A demo that is there already is replaced, and said so. Checkpoints and logs, where the settings ask for any,
+    go into training/.
 
     Of a VAR "inpainting" tells about held-out digits whose lower half was drawn anew, given their label: how many the
     classifier reads as that, and the mean squared error of the upper half after the tokenizer (`EditOutput.decoded`)
@@ -144,14 +149,23 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     Held-out digits train nothing, the classifier included.
     """
     check_images_fit(config.tokenizer.data, config.tokenizer.model)
+    with claim_folder(out):
+        for stage in ("tokenizer", "prior"):
+            check_replaceable(out / stage)
+        if (out / "metrics.json").exists():
+            logger.info("%s: replacing the demo there", out)
+        return _run_demo(config, out, console)
+
+
+def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     with _timed(seconds, "tokenizer"):
-        tokenizer = fit_tokenizer(config.tokenizer, out, console=console)
+        tokenizer = fit_tokenizer(config.tokenizer, out / "training" / "tokenizer", console=console)
         vae = tokenizer.model
         vae.save_pretrained(out / "tokenizer")
     with _timed(seconds, "prior"):
-        prior = fit_prior(config.prior, vae, out, console=console)
+        prior = fit_prior(config.prior, vae, out / "training" / "prior", console=console)
         prior.model.save_pretrained(out / "prior")
     train_images, held_out = (digits(config, split) for split in ("train", "held_out"))
     classes = len(held_out.class_names)
@@ -197,7 +211,7 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
         "threads": torch.get_num_threads(),
         "versions": installed_versions(),
     }
-    write_json(metrics, out / "metrics.json")
+    write_json(out / "metrics.json", metrics)
     return metrics
 
 

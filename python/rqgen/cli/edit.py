@@ -9,6 +9,7 @@ import torch
 
 from rqgen.data import image_grid, read_image, save_image
 from rqgen.data.grid import check_image_name
+from rqgen.files import claim_file
 from rqgen.models.classes import class_label
 from rqgen.sampling import edit
 
@@ -43,6 +44,11 @@ def edit_image(request: EditRequest) -> None:
     if request.kind == "class" and request.label is None:
         raise ValueError("--label: edit class needs the class to draw")
     check_image_name(request.out, name="--out")
+    with claim_file(request.out):
+        _edit_image(request)
+
+
+def _edit_image(request: EditRequest) -> None:
     prior, vae = load_model("prior", request.prior), load_model("tokenizer", request.tokenizer)
     image = _read(request.image, vae.config.image_channels, vae.config.image_shape, request.background).to(vae.device)
     mask = _read(request.mask, 1, vae.config.image_shape, request.background)[0].to(vae.device) > 0

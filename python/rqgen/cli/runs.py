@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.config import Given, given, to_dict, to_yaml
+from rqgen.config import Given, from_dict, given, load, to_dict, to_yaml
 from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid, open_dataset, read_codes
-from rqgen.files import write_text
+from rqgen.files import claim, claim_folder, existing_folder, write_text
 from rqgen.models import (
     RQVAE,
     VAR,
@@ -27,6 +29,7 @@ from rqgen.models import (
     load_pretrained,
 )
 from rqgen.models.classes import names_of_classes, number_of_classes
+from rqgen.models.pretrained import check_replaceable
 from rqgen.quantizers.multiscale import scales_up_to
 from rqgen.sampling import generate
 from rqgen.training import (
@@ -38,7 +41,9 @@ from rqgen.training import (
     VARPriorConfig,
     VARStage,
     check_memory,
+    check_resumable,
     latest_checkpoint,
+    newest_whole_checkpoint,
     prior_data,
     train,
     var_prior_items,
@@ -49,6 +54,8 @@ from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_other_spl
 logger = logging.getLogger(__name__)
 
 PREVIEW_COLUMNS, PREVIEW_CLASSES = 8, 10
+# What a checkpoint of a prior says beside its settings.
+CLASS_NAMES = "class_names"
 
 
 @dataclass
@@ -139,9 +146,9 @@ def _feature_side(given: Given[Any], data: DataConfig) -> int:
 
 
 def _rq_prior(
-    run: PriorRun, vae: RQVAE, source: ImageDataset | EncodedImages
+    run: PriorRun, vae: RQVAE, source: ImageDataset | EncodedImages, console: Console | None
 ) -> tuple[PriorStage, ImageDataset | TensorItems]:
-    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size)
+    prepared = prior_data(run.prior, vae, source, batch_size=run.loop.batch_size, console=console)
     if prepared.tau is not None:
         logger.info("temperature of soft labels: %.4g", prepared.tau)
     stage = PriorStage(
@@ -157,9 +164,9 @@ def _rq_prior(
 
 
 def _var_prior(
-    run: VARPriorRun, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages
+    run: VARPriorRun, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages, console: Console | None
 ) -> tuple[VARStage, ImageDataset | TensorItems]:
-    items = var_prior_items(run.prior, vae, source, batch_size=run.loop.batch_size)
+    items = var_prior_items(run.prior, vae, source, batch_size=run.loop.batch_size, console=console)
     prior = run.prior.build(vae, len(source.class_names), source.class_names)
     return VARStage(prior, vae, preview=_samples), items
 
@@ -173,8 +180,11 @@ class System:
     prior: type[PretrainedModel]
     tokenizer_run: type[TokenizerRun]
     prior_run: type[PriorRun]
-    prior_stage: Callable[[Any, Any, Any], tuple[Any, ImageDataset | TensorItems]]
-    """(run, tokenizer, images or codes) -> the stage with a new prior, and what it learns from."""
+    prior_stage: Callable[[Any, Any, Any, Console | None], tuple[Any, ImageDataset | TensorItems]]
+    """(run, tokenizer, images or codes, console) -> the stage with a new prior, and what it learns from."""
+
+    def run(self, stage: str) -> type[TokenizerRun] | type[PriorRun]:
+        return self.tokenizer_run if stage == "tokenizer" else self.prior_run
 
 
 SYSTEMS = {
@@ -229,22 +239,59 @@ def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
             )
 
 
-def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
-    """Trains a tokenizer and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration."""
-    check_images_fit(run.data, run.model)
-    checkpoint = _prepare_folder(out, to_dict(run), resume)
-    result = fit_tokenizer(run, out, resume=checkpoint, console=console)
-    result.model.save_pretrained(out / "model")
+def train_stage(
+    stage: Literal["tokenizer", "prior"],
+    out: Path,
+    *,
+    system: str | None,
+    config: str | None,
+    overrides: Sequence[str],
+    resume: bool,
+    console: Console | None,
+) -> None:
+    """Trains a stage and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration.
+
+    A resumed run has the settings of its checkpoint; ``config`` and ``overrides`` need not be repeated, and may change
+    what `check_resumable` lets them.
+
+    Raises:
+        FileExistsError: ``out`` holds a run, a model, or files of something else, and is not resumed.
+        FileNotFoundError: there is nothing to resume.
+        OSError: ``out`` cannot be written, or another process trains there.
+        KeyboardInterrupt: its text says how to resume.
+    """
+    command = f"rqgen train {stage} --out {shlex.quote(str(out))} --resume"
+    with interruptible(lambda: _how_to_go_on(out, command)), claim_folder(out), claim(out / "model"):
+        check_replaceable(out / "model")
+        checkpoint = None
+        if resume:
+            checkpoint, info = _checkpoint_of(stage, out)
+            chosen = _system_that_wrote(info["description"], stage, system, checkpoint)
+            saved = info["description"]
+            recipes = None if config is None else RECIPES
+            run = load(chosen.run(stage), find_config(config), overrides, defaults=saved, recipes=recipes)
+            check_resumable(info, to_dict(run), checkpoint)
+        else:
+            chosen = find_system(system or "rq")
+            run = load_run(chosen.run(stage), config, overrides)
+            _refuse_occupied(out, type(run))
+        if isinstance(run, PriorRun):
+            vae = _tokenizer_of(run)
+            _write_config(run, out)
+            result = fit_prior(run, vae, out, resume=checkpoint, console=console)
+        else:
+            check_images_fit(run.data, run.model)
+            _write_config(run, out)
+            result = fit_tokenizer(run, out, resume=checkpoint, console=console)
+        result.model.save_pretrained(out / "model")
 
 
-def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
-    """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
+def _tokenizer_of(run: PriorRun) -> RQVAE | MultiScaleVQVAE:
+    """The trained tokenizer that a run names. ValueError where its images are not the run's."""
     vae = _read_tokenizer(type(run), run.tokenizer)
     if run.codes is None:
         check_images_fit(run.data, vae.config)
-    checkpoint = _prepare_folder(out, to_dict(run), resume)
-    result = fit_prior(run, vae, out, resume=checkpoint, console=console)
-    result.model.save_pretrained(out / "model")
+    return vae  # type: ignore[return-value]
 
 
 def load_run(
@@ -310,23 +357,73 @@ def fit_prior(
     vae.to(default_device())
     # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
     set_seed(run.loop.seed)
-    stage, items = system.prior_stage(run, vae, source)
+    stage, items = system.prior_stage(run, vae, source, console)
     stage.model.data = None if run.codes is not None else to_dict(run.data)
     # A class folder more or less would give labels another meaning in the middle of a run.
-    description = {**to_dict(run), "class_names": list(source.class_names)}
+    description = {**to_dict(run), CLASS_NAMES: list(source.class_names)}
     return train(stage, items, run.loop, folder, description=description, resume=resume, console=console)
 
 
-def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Path | None:
-    """Writes ``out/config.yaml``. Returns the checkpoint to go on from, None for a new run."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is not None and not resume:
-        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
-    if checkpoint is None and resume:
+def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint of a run and its info."""
+    found = newest_whole_checkpoint(out / "checkpoints")
+    if found is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {out / 'checkpoints'}")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(to_yaml(description), out / "config.yaml")
-    return checkpoint
+    path, info = found
+    if info["stage"] != stage:
+        raise ValueError(f"--resume: {out} holds the run of a {info['stage']}, not of a {stage}")
+    settings = {name: value for name, value in info["description"].items() if name != CLASS_NAMES}
+    return path, {**info, "description": settings}
+
+
+def _system_that_wrote(description: dict[str, Any], stage: str, asked: str | None, checkpoint: Path) -> System:
+    """Finds the system by the settings of a run."""
+    systems = SYSTEMS.values() if asked is None else [find_system(asked)]
+    for system in systems:
+        try:
+            from_dict(system.run(stage), description, where=str(checkpoint))
+        except ValueError as error:
+            fault = error
+        else:
+            return system
+    raise fault
+
+
+def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> None:
+    """Raises FileExistsError where a new run would replace something in ``out``."""
+    if latest_checkpoint(out / "checkpoints") is not None:
+        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
+    model = existing_folder(out / "model")
+    if model.exists() and any(model.iterdir()):
+        raise FileExistsError(f"{out} already holds a trained model and no checkpoint: choose another --out")
+    config = out / "config.yaml"
+    if config.exists():
+        try:
+            load(run, config, recipes=RECIPES)
+        except (OSError, ValueError) as error:
+            raise FileExistsError(f"{config} is not the config of such a run: choose another --out") from error
+        logger.info("%s: starting over, since the run there saved no checkpoint", out)
+
+
+def _write_config(run: TokenizerRun | PriorRun, out: Path) -> None:
+    write_text(out / "config.yaml", to_yaml(to_dict(run)))
+
+
+def _how_to_go_on(out: Path, command: str) -> str:
+    newest = latest_checkpoint(out / "checkpoints")
+    if newest is None:
+        return f"no checkpoint in {out} yet: the same command starts over"
+    return f"resume from {newest.name} with: {command}"
+
+
+@contextlib.contextmanager
+def interruptible(hint: Callable[[], str]) -> Iterator[None]:
+    """Adds to a KeyboardInterrupt how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.args = (hint(),)
+        raise
 
 
 def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:

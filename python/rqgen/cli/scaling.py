@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
+import shlex
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +19,11 @@ from rqgen.bench.machine import environment
 from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
 from rqgen.data.codes import code_fingerprint
-from rqgen.evaluation import evaluate_token_prediction, fit_power_law
-from rqgen.files import write_json, write_text
+from rqgen.evaluation import TokenPrediction, evaluate_token_prediction, fit_power_law
+from rqgen.files import claim_folder, is_temporary, read_json, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.report import draw_scaling
-from rqgen.training import VARPriorConfig, latest_checkpoint, refuse_other_run
+from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 
 from .runs import (
     VARPriorRun,
@@ -32,6 +32,7 @@ from .runs import (
     check_one_split,
     fit_prior,
     fit_tokenizer,
+    interruptible,
 )
 from .settings import RECIPES, data_of_tokenizer
 
@@ -43,6 +44,12 @@ CURVES = {
     "last_scale_loss": "test loss, last scale",
     "error_rate": "token error rate, all scales",
     "last_scale_error_rate": "token error rate, last scale",
+}
+# What stands in a member's metrics.json.
+MEASURED = {
+    *("depth", "width", "block_parameters", "parameters", "training_tokens", "learning_rate", "training_loss"),
+    *(field.name for field in fields(TokenPrediction)),
+    *("seconds", "codebook"),
 }
 # Settings of a prior that its depth decides.
 DECIDED = ("preset", "embed_dim", "layers", "heads", "drop_path")
@@ -116,6 +123,14 @@ def run_scaling(
         FileExistsError, FileNotFoundError, ValueError: ``out`` holds another run, or none to resume; no tokenizer
             there; images that do not fit it, without classes, or none held out; figures that no law fits.
     """
+    command = f"rqgen scaling --out {shlex.quote(str(out))} --resume, with the same settings"
+    with interruptible(lambda: f"resume with: {command}"), claim_folder(out):
+        return _run_scaling(config, out, tokenizer, resume, console)
+
+
+def _run_scaling(
+    config: ScalingConfig, out: Path, tokenizer: Path | None, resume: bool, console: Console | None
+) -> dict[str, Any]:
     held_out = open_dataset(config.prior.data, "held_out")
     if len(held_out) == 0 or not held_out.class_names:
         raise ValueError("prior.data: a family is trained on images with classes, and tested on held-out ones")
@@ -123,7 +138,7 @@ def run_scaling(
     check_images_fit(config.prior.data, config.tokenizer.model if vae is None else vae.config)
     if vae is None:
         check_one_split(config.tokenizer.data, config.prior.data)
-    _claim_folder(out, {"tokenizer": tokenizer and str(tokenizer), "config": to_dict(config)}, resume=resume)
+    _describe(out, {"tokenizer": tokenizer and str(tokenizer), "config": to_dict(config)}, resume=resume)
     tokenizer_seconds = None
     if vae is None:
         vae, tokenizer_seconds = _tokenizer(config, out / "tokenizer", console)
@@ -132,7 +147,7 @@ def run_scaling(
         members.append(_member(config.member(depth), depth, vae, held_out, out / f"d{depth}", console))
         logger.info("d%(depth)d: %(block_parameters)d parameters in blocks, test loss %(loss).4f", members[-1])
     # Before the fits, which may find that there is no law.
-    write_text(_csv(members), out / "scaling.csv")
+    write_text(out / "scaling.csv", _csv(members))
     sizes = [member["block_parameters"] for member in members]
     laws = []
     for name, title in CURVES.items():
@@ -149,24 +164,25 @@ def run_scaling(
         "config": to_dict(config),
         "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
-    write_json(result, out / "scaling.json")
+    write_json(out / "scaling.json", result)
     return result
 
 
-def _claim_folder(out: Path, description: dict[str, Any], *, resume: bool) -> None:
+def _describe(out: Path, description: dict[str, Any], *, resume: bool) -> None:
     """Writes ``out``/run.json, or compares with what stands there."""
     path = out / "run.json"
     if not resume:
-        if out.exists() and any(out.iterdir()):
+        if any(not is_temporary(entry) for entry in out.iterdir()):
             raise FileExistsError(f"{out} is not empty: --resume goes on with a run there, or choose another --out")
     elif not path.is_file():
         raise FileNotFoundError(f"--resume: no run in {out}")
     else:
-        saved = json.loads(path.read_text())
-        # Members do not depend on each other.
-        saved["config"]["depths"] = description["config"]["depths"]
-        refuse_other_run(saved, description, out)
-    write_json(description, path)
+        saved = read_json(path)
+        if isinstance(saved.get("config"), dict):
+            # Members do not depend on each other.
+            saved["config"]["depths"] = description["config"]["depths"]
+        refuse_other_run(saved, description, path)
+    write_json(path, description)
 
 
 def _tokenizer(config: ScalingConfig, folder: Path, console: Console | None) -> tuple[MultiScaleVQVAE, float]:
@@ -174,11 +190,10 @@ def _tokenizer(config: ScalingConfig, folder: Path, console: Console | None) -> 
     path = folder / "metrics.json"
     if not path.is_file():
         started = time.perf_counter()
-        resume = latest_checkpoint(folder / "checkpoints")
-        trained = fit_tokenizer(config.tokenizer, folder, resume=resume, console=console)
+        trained = fit_tokenizer(config.tokenizer, folder, resume=_checkpoint(folder), console=console)
         trained.model.save_pretrained(folder / "model")
-        write_json({"seconds": time.perf_counter() - started}, path)
-    return MultiScaleVQVAE.from_pretrained(folder / "model"), json.loads(path.read_text())["seconds"]
+        write_json(path, {"seconds": time.perf_counter() - started})
+    return MultiScaleVQVAE.from_pretrained(folder / "model"), _metrics(path, {"seconds"})["seconds"]
 
 
 def _member(
@@ -187,12 +202,12 @@ def _member(
     """A row of the table: trained and tested, or read where that is done."""
     path, codebook = folder / "metrics.json", code_fingerprint(*vae.quantizer.code_tensors())
     if path.is_file():
-        done = json.loads(path.read_text())
+        done = _metrics(path, MEASURED)
         if done.pop("codebook") != codebook:
             raise ValueError(f"{folder}: trained on the tokens of another tokenizer; choose another --out")
         return done
     started = time.perf_counter()
-    trained = fit_prior(run, vae, folder, resume=latest_checkpoint(folder / "checkpoints"), console=console)
+    trained = fit_prior(run, vae, folder, resume=_checkpoint(folder), console=console)
     seconds = time.perf_counter() - started
     prior = trained.model
     prior.save_pretrained(folder / "model")
@@ -209,8 +224,28 @@ def _member(
         **asdict(evaluate_token_prediction(prior, vae, held_out)),
         "seconds": seconds,
     }
-    write_json({**member, "codebook": codebook}, path)
+    write_json(path, {**member, "codebook": codebook})
     return member
+
+
+def _checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, if any."""
+    found = newest_whole_checkpoint(folder / "checkpoints")
+    return None if found is None else found[0]
+
+
+def _metrics(path: Path, names: Set[str]) -> dict[str, Any]:
+    """Reads the metrics.json of a finished model; ``names`` are its keys."""
+    found = read_json(path)
+    if found.keys() != names:
+        odd = min(found.keys() ^ names)
+        raise ValueError(
+            f"{path}: '{odd}' is {'missing' if odd in names else 'unknown'}; remove the file to train again"
+        )
+    for name, value in found.items():
+        if name != "codebook" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{path}: {name}: expected a number, got {value!r}")
+    return found
 
 
 def _csv(members: Sequence[Mapping[str, Any]]) -> str:

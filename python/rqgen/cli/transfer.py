@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import torch
+from rich.console import Console
 
 from rqgen.config import to_dict
 from rqgen.convert import load_kakaobrain, load_var
 from rqgen.data import EncodedImages, Split, image_grid, open_dataset, save_image, write_codes
 from rqgen.data.codes import check_codes_name, code_fingerprint
 from rqgen.data.grid import check_image_name, grid_size
+from rqgen.files import claim, claim_file
 from rqgen.models import RQVAE, VAR, RQTransformer
 from rqgen.models.classes import class_label, names_of_classes, number_of_classes
+from rqgen.models.pretrained import check_replaceable
 from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
@@ -34,22 +38,23 @@ def encode_images(
     if split not in get_args(Split):
         raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got '{split}'")
     check_codes_name(out, "--out")
-    vae = load_model("tokenizer", tokenizer)
-    data = load_encoding(vae, tokenizer, config, overrides)
-    check_images_fit(data, vae.config)
-    images = open_dataset(data, split)  # type: ignore[arg-type]
-    codes, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True)
-    info = {"tokenizer": str(tokenizer), "split": split, "data": to_dict(data)}
-    encoded = EncodedImages(
-        codes,
-        labels,
-        vae.codebook_size,
-        code_fingerprint(*vae.quantizer.code_tensors()),
-        images.class_names,
-        info,
-    )
-    write_codes(out, encoded)
-    return encoded
+    with claim_file(out):
+        vae = load_model("tokenizer", tokenizer)
+        data = load_encoding(vae, tokenizer, config, overrides)
+        check_images_fit(data, vae.config)
+        images = open_dataset(data, split)  # type: ignore[arg-type]
+        codes, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True, console=Console(stderr=True))
+        info = {"tokenizer": str(tokenizer), "split": split, "data": to_dict(data)}
+        encoded = EncodedImages(
+            codes,
+            labels,
+            vae.codebook_size,
+            code_fingerprint(*vae.quantizer.code_tensors()),
+            images.class_names,
+            info,
+        )
+        write_codes(out, encoded)
+        return encoded
 
 
 @dataclass
@@ -77,57 +82,63 @@ def sample_images(
     check_image_name(out, name="--out")
     if codes_file is not None:
         check_codes_name(codes_file, "--codes")
-    prior, vae = load_model("prior", prior_folder), load_model("tokenizer", tokenizer)
-    classes, names = _labels(prior, request), names_of_classes(prior)
-    labels, rows = None, ()
-    if classes is not None:
-        labels = torch.tensor(classes, device=prior.device).repeat_interleave(request.num)
-        rows = tuple(names[label] for label in classes)
-    height, width = grid_size(max(1, len(rows)) * request.num, request.num, vae.config.image_shape, row_labels=rows)
-    check_image_name(out, size=(_SHEET_SCALE * height, _SHEET_SCALE * width), name="--out")
-    drawn = generate(
-        prior,
-        vae,
-        labels,
-        None if labels is not None else request.num,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        cfg_scale=request.cfg_scale,
-        seed=request.seed,
-        precision=request.precision,
-        use_graphs=request.use_graphs,
-        batch_size=request.batch_size,
-        progress=True,
-    )
-    save_image(image_grid(drawn.images, columns=request.num, row_labels=rows), out, scale=_SHEET_SCALE)
-    if codes_file is not None:
-        unlabelled = torch.full((len(drawn.images),), -1)
-        encoded = EncodedImages(
-            drawn.codes,
-            unlabelled if labels is None else labels.cpu(),
-            vae.codebook_size,
-            code_fingerprint(*vae.quantizer.code_tensors()),
-            names,
-            {"prior": str(prior_folder), "tokenizer": str(tokenizer), "seed": request.seed},
+    with claim_file(out), contextlib.nullcontext() if codes_file is None else claim_file(codes_file):
+        prior, vae = load_model("prior", prior_folder), load_model("tokenizer", tokenizer)
+        classes, names = _labels(prior, request), names_of_classes(prior)
+        labels, rows = None, ()
+        if classes is not None:
+            labels = torch.tensor(classes, device=prior.device).repeat_interleave(request.num)
+            rows = tuple(names[label] for label in classes)
+        height, width = grid_size(max(1, len(rows)) * request.num, request.num, vae.config.image_shape, row_labels=rows)
+        check_image_name(out, size=(_SHEET_SCALE * height, _SHEET_SCALE * width), name="--out")
+        drawn = generate(
+            prior,
+            vae,
+            labels,
+            None if labels is not None else request.num,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            cfg_scale=request.cfg_scale,
+            seed=request.seed,
+            precision=request.precision,
+            use_graphs=request.use_graphs,
+            batch_size=request.batch_size,
+            progress=True,
         )
-        write_codes(codes_file, encoded)
-    return len(drawn.images)
+        save_image(image_grid(drawn.images, columns=request.num, row_labels=rows), out, scale=_SHEET_SCALE)
+        if codes_file is not None:
+            unlabelled = torch.full((len(drawn.images),), -1)
+            encoded = EncodedImages(
+                drawn.codes,
+                unlabelled if labels is None else labels.cpu(),
+                vae.codebook_size,
+                code_fingerprint(*vae.quantizer.code_tensors()),
+                names,
+                {"prior": str(prior_folder), "tokenizer": str(tokenizer), "seed": request.seed},
+            )
+            write_codes(codes_file, encoded)
+        return len(drawn.images)
 
 
 def convert_published(source: Path, destination: Path, tokenizer: Path | None) -> str:
     """Reads a published checkpoint and writes our format. Returns the name of the model's kind."""
-    given = RQVAE.from_pretrained(tokenizer) if tokenizer is not None and tokenizer.is_dir() else tokenizer
-    model = load_kakaobrain(source, tokenizer=given)
-    model.save_pretrained(destination)
-    return model.model_type
+    check_replaceable(destination)
+    with claim(destination):
+        given = RQVAE.from_pretrained(tokenizer) if tokenizer is not None and tokenizer.is_dir() else tokenizer
+        model = load_kakaobrain(source, tokenizer=given)
+        model.save_pretrained(destination)
+        return model.model_type
 
 
 def convert_published_var(vae: Path, var: Path, config: Path | None, destination: Path) -> None:
     """Reads a published VAR and its tokenizer and writes both in our format."""
-    tokenizer, prior = load_var(vae, var, config)
-    tokenizer.save_pretrained(destination / "tokenizer")
-    prior.save_pretrained(destination / "prior")
+    folders = [destination / "tokenizer", destination / "prior"]
+    for folder in folders:
+        check_replaceable(folder)
+    with claim(folders[0]), claim(folders[1]):
+        for model, folder in zip(load_var(vae, var, config), folders, strict=True):
+            model.save_pretrained(folder)
 
 
 def _labels(prior: RQTransformer | VAR, request: SampleRequest) -> list[int] | None:

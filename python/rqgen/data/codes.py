@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rqgen.files import CHECKSUM, UNSIGNED, check_tensors, new_file, sign_tensors
+
 from .integers import check_within, checked_integers
 
 FORMAT_VERSION = 3
 SUFFIX = ".safetensors"
-# The one metadata entry of a file: safetensors writes several in an order that differs from run to run.
+# The metadata entry of a file, beside its checksum.
 _ENTRY = "rqgen-codes"
 
 Codes = Tensor | list[Tensor]
@@ -125,7 +126,7 @@ def check_codes_name(path: Path, name: str = "path") -> None:
 
 def write_codes(path: Path, encoded: EncodedImages) -> None:
     """Writes tensors "codes" (int32 (N, L), see `flatten_codes`) and "labels" (int64) with one entry of metadata, which
-    is JSON; whole or not at all. The same codes give the same bytes."""
+    is JSON, and a checksum; whole or not at all. The same codes give the same bytes."""
     check_codes_name(path)
     description = {
         "format_version": FORMAT_VERSION,
@@ -139,13 +140,9 @@ def write_codes(path: Path, encoded: EncodedImages) -> None:
         "codes": flatten_codes(encoded.codes).to("cpu", torch.int32).contiguous(),
         "labels": encoded.labels.to("cpu").contiguous(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, {_ENTRY: json.dumps(description, sort_keys=True)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as written:
+        save_file(tensors, written, {_ENTRY: json.dumps(description, sort_keys=True), CHECKSUM: UNSIGNED})
+        sign_tensors(written)
 
 
 def read_codes(path: Path) -> EncodedImages:
@@ -153,6 +150,7 @@ def read_codes(path: Path) -> EncodedImages:
     thing; in the first one codes are (N, h, w, D). Raises FileNotFoundError, or ValueError for any other file."""
     if not path.is_file():
         raise FileNotFoundError(f"codes file not found: {path}")
+    path.open("rb").close()  # the library says of a file without permission that it is missing
     try:
         with safe_open(path, framework="pt") as file:
             version, description = _description(file.metadata() or {})
@@ -163,7 +161,7 @@ def read_codes(path: Path) -> EncodedImages:
         if version != 1:
             codes = checked_integers(codes, "codes", 2, expected="integers (N, L)")
             codes = _unflattened(codes, description["code_shape"])
-        return EncodedImages(
+        encoded = EncodedImages(
             codes,
             labels,
             codebook_size=description["codebook_size"],
@@ -177,6 +175,8 @@ def read_codes(path: Path) -> EncodedImages:
         raise ValueError(f"{path}: its metadata lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    check_tensors(path)
+    return encoded
 
 
 def _description(metadata: Mapping[str, str]) -> tuple[int, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from rqgen.files import new_file
 
 # Suffix -> Pillow's name of the format, and what keeps the pixels as they are.
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,11 +113,6 @@ def save_image(sheet_chw: torch.Tensor, path: Path, *, scale: int = 1) -> None:
     check_image_name(path, size=(height * scale, width * scale))
     pixels = sheet_chw.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     kind, options = _FORMATS[path.suffix.lower()]
-    try:
-        image.save(temporary, format=kind, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as written:
+        image.save(written, format=kind, **options)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +16,21 @@ from torch import nn
 from typing_extensions import Self
 
 from rqgen.config import from_dict, to_dict
+from rqgen.files import (
+    CHECKSUM,
+    UNSIGNED,
+    check_tensors,
+    existing_folder,
+    json_text,
+    new_folder,
+    read_json,
+    sign_tensors,
+)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class PretrainedModel(nn.Module):
@@ -35,6 +43,8 @@ class PretrainedModel(nn.Module):
 
     model_type: ClassVar[str]
     config_class: ClassVar[type]
+    given_later: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that are all NaN until they are set, such as a prior's codebooks."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -62,23 +72,16 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into `folder`, whole or not at all.
 
-        They are written to a temporary folder beside it, which then takes its name. An existing model folder
-        is replaced (and put back if that fails).
+        At each instant the old or the new model can be read, whoever stops the process. Of a link, what it points to
+        is replaced. The weights' file holds a checksum of both files.
 
         Raises:
             FileExistsError: `folder` exists and is not a folder, or holds files that are not a saved model's.
+            OSError: the disk is full, or the place cannot be written.
+            ValueError: a tensor is not finite.
         """
         target = Path(folder).absolute()
-        if target.exists():
-            if not target.is_dir():
-                raise FileExistsError(f"folder: {target} exists and is not a folder")
-            foreign = sorted({entry.name for entry in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME})
-            if foreign:
-                raise FileExistsError(f"folder: {target} holds files of no model, not replaced: {foreign[:5]}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
-        temporary = target.with_name(f".{target.name}.tmp-{suffix}")
-        replaced = target.with_name(f".{target.name}.old-{suffix}")
+        check_replaceable(target)
         description = {
             "model_type": self.model_type,
             "format_version": FORMAT_VERSION,
@@ -90,35 +93,29 @@ class PretrainedModel(nn.Module):
         tensors = {
             name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state_dict().items()
         }
-        temporary.mkdir()
-        try:
-            (temporary / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-            for path in temporary.iterdir():
-                _flush_to_disk(path)
-            if target.exists():
-                target.rename(replaced)
-                try:
-                    temporary.rename(target)
-                except BaseException:
-                    replaced.rename(target)
-                    raise
-                shutil.rmtree(replaced)
-            else:
-                temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if bad := first_not_finite(tensors, self.given_later):
+            raise ValueError(f"{type(self).__name__}: {bad} is not finite, not saved to {target}")
+        with new_folder(target) as written:
+            config, weights = written / CONFIG_NAME, written / WEIGHTS_NAME
+            config.write_text(json_text(description), encoding="utf-8")
+            save_file(tensors, weights, metadata={"format": "pt", CHECKSUM: UNSIGNED})
+            sign_tensors(weights, config)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", *, verify: bool = True
+    ) -> Self:
         """Reads what `save_pretrained` wrote; the model comes back in eval mode, in float32.
+
+        `verify` off: a folder whose files were changed on purpose, so that their checksum differs, is read too. Folders
+        of versions that wrote no checksum are read either way.
 
         Raises:
             FileNotFoundError: no such folder, or one of its two files is missing.
             ValueError: a file is damaged; the folder holds another model type, a newer format, an invalid
-                config, or tensors whose names or shapes do not fit the config.
+                config, or tensors that are not finite or whose names, shapes or dtypes do not fit the config.
         """
-        source = Path(folder)
+        source = existing_folder(Path(folder))
         if not source.is_dir():
             raise FileNotFoundError(f"folder: no folder {source}")
         config_path, weights_path = source / CONFIG_NAME, source / WEIGHTS_NAME
@@ -128,23 +125,26 @@ class PretrainedModel(nn.Module):
         description = cls._read_description(config_path)
         # Whatever torch's default device is: on "meta" nothing would be loaded, without a word.
         with torch.device("cpu"):
-            model = cls(from_dict(cls.config_class, description["config"], where=str(config_path)))
+            config = from_dict(cls.config_class, description["config"], where=str(config_path))
+            try:
+                model = cls(config)
+            except (RuntimeError, MemoryError) as error:  # more memory than there is
+                raise ValueError(f"{config_path}: a model of this config cannot be made: {error}") from error
+            weights_path.open("rb").close()  # the library says of a file without permission that it is missing
             try:
                 tensors = load_file(weights_path)
             except SafetensorError as error:
                 raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
             load_tensors(model, tensors, where=str(weights_path))
+        # Last: what else is wrong is told more precisely.
+        if verify:
+            check_tensors(weights_path, config_path)
         model.data = description.get("data")
         return model.to(device).eval()
 
     @classmethod
     def _read_description(cls, path: Path) -> dict[str, Any]:
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(description, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(description).__name__}")
+        description = read_json(path)
         for key in ("model_type", "format_version", "config"):
             if key not in description:
                 raise ValueError(f"{path}: expected the key {key!r}, which is missing")
@@ -152,14 +152,15 @@ class PretrainedModel(nn.Module):
             raise ValueError(
                 f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, got {description['model_type']!r}"
             )
-        if description["format_version"] != FORMAT_VERSION:
+        version = description["format_version"]
+        if isinstance(version, bool) or version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: expected format_version {FORMAT_VERSION}, got {description['format_version']!r}; "
+                f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
                 "written by another version of rqgen"
             )
         for key in ("config", "data"):
             if not isinstance(description.get(key, {}), dict):
-                raise ValueError(f"{path}: {key}: expected a mapping, got {type(description[key]).__name__}")
+                raise ValueError(f"{path}: {key}: expected a JSON object, got {type(description[key]).__name__}")
         return description
 
 
@@ -191,31 +192,61 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str) -> None:
-    """Copies `tensors` into `model`; every name and shape must match exactly.
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError unless `save_pretrained` may write `folder`: it is missing, empty, or holds a model."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"folder: {folder} exists and is not a folder")
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME})
+    if foreign:
+        raise FileExistsError(f"folder: {folder} holds files of no model, not replaced: {foreign[:5]}")
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str, same_dtype: bool = False) -> None:
+    """Copies `tensors` into `model`; every name and shape must match exactly, and every value be finite.
+
+    Floating-point tensors may be float32, float16 or bfloat16, whatever the model's are (`same_dtype`: they must be as
+    the model's); all others must have the model's dtype.
 
     Raises:
-        ValueError: names missing, unknown names, or shapes that differ; starts with `where`.
+        ValueError: names missing, unknown names, shapes or dtypes that differ, or values that are not finite; starts
+            with `where`.
     """
     expected = model.state_dict()
     problems = []
     if missing := sorted(expected.keys() - tensors.keys()):
         problems.append(f"{len(missing)} tensors missing: {', '.join(missing[:5])}")
     if unknown := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"{len(unknown)} tensors unknown: {', '.join(unknown[:5])}")
-    differing = [
-        f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensors[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if expected[name].shape != tensors[name].shape
-    ]
-    if differing:
-        problems.append(f"{len(differing)} shapes differ: {'; '.join(differing[:5])}")
+        problems.append(f"{len(unknown)} tensors unknown: {', '.join(map(str, unknown[:5]))}")
+    common = sorted(expected.keys() & tensors.keys())
+    for what, differing in (
+        ("shapes", [(n, tuple(expected[n].shape), tuple(tensors[n].shape)) for n in common]),
+        ("dtypes", [(n, *_dtypes(expected[n], tensors[n], same_dtype)) for n in common]),
+    ):
+        told = [f"{name}: expected {wanted}, got {got}" for name, wanted, got in differing if wanted != got]
+        if told:
+            problems.append(f"{len(told)} {what} differ: {'; '.join(told[:5])}")
     if problems:
         raise ValueError(f"{where}: does not fit {type(model).__name__}: {'. '.join(problems)}")
+    waiting = model.given_later if isinstance(model, PretrainedModel) else frozenset()
+    if bad := first_not_finite(tensors, waiting):
+        raise ValueError(f"{where}: {bad} is not finite")
     model.load_state_dict(tensors)
 
 
-def _flush_to_disk(path: Path) -> None:
-    # A rename may reach the disk before the data does: after a power cut the folder would hold empty files.
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def first_not_finite(tensors: Mapping[str, torch.Tensor], waiting: frozenset[str] = frozenset()) -> str | None:
+    """The name of the first tensor with NaN or infinity, if any. Those of ``waiting`` may be NaN as a whole."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+            continue
+        if not (name in waiting and bool(tensor.isnan().all())):
+            return name
+    return None
+
+
+def _dtypes(expected: torch.Tensor, got: torch.Tensor, same: bool) -> tuple[torch.dtype | str, torch.dtype]:
+    """(expected, got): equal if the dtype is accepted."""
+    if same or not expected.is_floating_point():
+        return expected.dtype, got.dtype
+    return got.dtype if got.dtype in _FLOATS else "float32, float16 or bfloat16", got.dtype

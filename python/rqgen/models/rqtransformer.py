@@ -284,6 +284,7 @@ class RQTransformer(PretrainedModel):
 
     model_type: ClassVar[str] = "rqtransformer"
     config_class: ClassVar[type] = RQTransformerConfig
+    given_later: ClassVar[frozenset[str]] = frozenset({"codebooks"})
     config: RQTransformerConfig
     codebooks: Tensor | None
 

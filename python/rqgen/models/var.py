@@ -246,6 +246,7 @@ class VAR(PretrainedModel):
 
     model_type: ClassVar[str] = "var"
     config_class: ClassVar[type] = VARConfig
+    given_later: ClassVar[frozenset[str]] = frozenset({"quantizer.codebook"})
     config: VARConfig
 
     def __init__(self, config: VARConfig, quantizer: MultiScaleDecoder | None = None) -> None:

@@ -1,22 +1,22 @@
-"""Checkpoints: a folder per step, written whole or not at all."""
+"""Checkpoints: a folder per step, written whole or not at all, with a checksum of every byte."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
-import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rqgen.files import CHECKSUM, check_json, new_folder, read_json, remove_folder, write_signed_json
+
 STATE_FILE = "state.pt"
 INFO_FILE = "info.json"
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 def random_states() -> dict[str, Any]:
@@ -33,63 +33,101 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(state: Mapping[str, Any]) -> None:
-    version, words, cached = state["python"]
-    random.setstate((version, tuple(words), cached))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    random.setstate(_python_state(state))
+    np.random.set_state(_numpy_state(state))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any], *, keep: int) -> Path:
-    """Writes ``folder/step-XXXXXXXX`` and removes all but the newest ``keep``.
-
-    ``state`` (tensors and plain data) becomes state.pt, ``info`` a readable info.json. Both are written into
-    a temporary folder that is renamed when complete: whoever kills the process finds the old ones untouched.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+def check_random_states(state: Any) -> None:
+    """Raises ValueError for what `restore_random_states` could not use."""
     try:
-        with open(temporary / STATE_FILE, "wb") as file:
+        random.Random().setstate(_python_state(state))
+        np.random.RandomState().set_state(_numpy_state(state))
+        torch.Generator().set_state(state["torch"].cpu())
+    except Exception as error:  # whatever the generators make of it
+        raise ValueError(f"random: no states of random generators ({type(error).__name__}: {error})") from error
+
+
+def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    version, words, cached = state["python"]
+    return version, tuple(words), cached
+
+
+def _numpy_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    return name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any], *, keep: int) -> Path:
+    """Writes ``folder/step-XXXXXXXX`` and removes all earlier ones but the newest ``keep``, this one counted.
+
+    ``state`` (tensors and plain data) becomes state.pt, ``info`` a readable info.json. Whoever kills the process finds
+    the old ones untouched. Later ones, which a run has that went on from an earlier one, stay.
+    """
+    target = folder / f"step-{step:08d}"
+    with new_folder(target) as written:
+        with open(written / STATE_FILE, "wb") as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        (temporary / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        write_signed_json(written / INFO_FILE, info, written / STATE_FILE)
+    upto = [path for path in checkpoints(folder) if _step(path) <= step]
+    for old in upto[:-keep]:
+        remove_folder(old)
     return target
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by their step. Unfinished ones do not count."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None. Unfinished temporary folders do not count."""
-    found = _checkpoints(folder)
+    """The checkpoint of the highest step, or None."""
+    found = checkpoints(folder)
     return found[-1] if found else None
 
 
 def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, info) of one checkpoint folder. Raises FileNotFoundError, or ValueError for a damaged one."""
-    for name in (STATE_FILE, INFO_FILE):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"not a checkpoint: {path / name} is missing")
+    state_path, info_path = path / STATE_FILE, path / INFO_FILE
+    for file in (state_path, info_path):
+        if not file.is_file():
+            raise FileNotFoundError(f"not a checkpoint: {file} is missing")
     try:
-        state = torch.load(path / STATE_FILE, map_location=map_location, weights_only=True)
-        info = json.loads((path / INFO_FILE).read_text())
+        info = read_json(info_path)
+        state = _load_state(state_path, map_location)
+        check_json(info_path, info, state_path)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged checkpoint: {error}") from error
+    return state, {name: value for name, value in info.items() if name != CHECKSUM}
+
+
+def _load_state(path: Path, map_location: torch.device | str) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            size = file.seek(0, 2)
+            raise ValueError(f"{path}: no file that torch.save wrote, or cut short ({size} bytes)")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage makes of the file
-        raise ValueError(f"{path}: damaged checkpoint ({' '.join(str(error).split())[:200]})") from error
-    return state, info
+        # Its own words advise to run whatever code the file holds.
+        raise ValueError(f"{path}: cannot be read as tensors and plain data ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}")
+    return state
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its path."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from tensors_in(item, f"{name}.{key}" if name else str(key))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from rqgen.data.codes import Codes
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.integers import check_within
 from rqgen.models import RQVAE, MultiScaleVQVAE
+
+from .progress import RunProgress
 
 
 def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
@@ -23,21 +27,31 @@ def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def encode_dataset(
-    vae: RQVAE | MultiScaleVQVAE, images: ImageDataset, *, batch_size: int, codes: bool, count: int | None = None
+    vae: RQVAE | MultiScaleVQVAE,
+    images: ImageDataset,
+    *,
+    batch_size: int,
+    codes: bool,
+    count: int | None = None,
+    console: Console | None = None,
 ) -> tuple[Codes, Tensor]:
     """Every image once (or the first ``count``), in order: codes as ``vae.encode`` gives them, or float32 latents, and
-    labels (N,), on the CPU."""
+    labels (N,), on the CPU. ``console`` shows how far it is."""
     vae.eval()
     count = len(images) if count is None else count
     encode = vae.encode if codes else lambda images_nchw: vae.encode_latents(images_nchw).float()
     if codes and isinstance(vae, RQVAE):  # a scale's search is one of depth 1, which a frozen codebook does not help
         encode = functools.partial(vae.encode, frozen=vae.freeze(count))
     parts, labels = [], []
-    for start in range(0, count, batch_size):
-        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
-        encoded = encode(torch.stack([image for image, _ in batch]).to(vae.device))
-        parts.append([part.cpu() for part in ([encoded] if isinstance(encoded, Tensor) else encoded)])
-        labels += [label for _, label in batch]
+    began = time.perf_counter()
+    with RunProgress(console, "encoding", count) as progress:
+        for start in range(0, count, batch_size):
+            batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
+            encoded = encode(torch.stack([image for image, _ in batch]).to(vae.device))
+            parts.append([part.cpu() for part in ([encoded] if isinstance(encoded, Tensor) else encoded)])
+            labels += [label for _, label in batch]
+            progress.report(speed=len(labels) / max(1e-9, time.perf_counter() - began))
+            progress.update(len(labels))
     if not parts:
         raise ValueError("images: expected at least one, got an empty dataset")
     whole = [torch.cat(same) for same in zip(*parts, strict=True)]

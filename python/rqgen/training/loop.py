@@ -6,24 +6,43 @@ accumulation, clipping), the learning rate, averaged weights, logs, checkpoints,
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
+import logging
+import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
 from rqgen.config import check_bounds, check_seeds, to_dict
 from rqgen.data.stream import Batch, BatchStream, Items
+from rqgen.files import errors_name, write_text
+from rqgen.models.pretrained import first_not_finite, load_tensors
 
-from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
+from .checkpoint import (
+    STATE_FILE,
+    latest_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+    tensors_in,
+)
 from .optim import AveragedWeights, OptimizerConfig, build_optimizer, learning_rate
-from .progress import training_progress
+from .progress import RunProgress
+from .resume import check_resumable, load_optimizer, load_scaler, read_state
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -33,13 +52,15 @@ class LoopConfig:
     """How long, how much at once, and what is written down."""
 
     steps: int = 1000
-    """Updates of the weights."""
+    """Updates of the weights. A resumed run may have more: from there on the learning rate falls towards the new end,
+    as if it had been planned so."""
     batch_size: int = 64
     """Images of one forward pass."""
     accumulation: int = 1
     """Forward passes per update: an update sees batch_size * accumulation images."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Arithmetic of the forward pass, by Accelerate's autocast."""
+    """Arithmetic of the forward pass, by Accelerate's autocast; fp16 needs a GPU: on the CPU it is float32, with a
+    warning."""
     seed: int = 0
     """Of weights, data order, dropout and stochastic codes."""
     workers: int = 0
@@ -60,6 +81,8 @@ class LoopConfig:
     """Older ones are removed."""
     tensorboard: bool = True
     """Write TensorBoard files."""
+    history_csv: bool = True
+    """Write what is logged as history.csv, with every checkpoint and at the end."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
 
@@ -79,12 +102,6 @@ class LoopConfig:
         )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 < decay < 1 or null, got {self.ema_decay}")
-
-
-# What may differ when a run is resumed: none of it changes the weights a step computes.
-RESUMABLE_CHANGES = frozenset(
-    {"workers", "log_every", "image_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
-)
 
 
 class StepResult(NamedTuple):
@@ -134,20 +151,56 @@ def train(
 ) -> TrainingResult[ModelT]:
     """Trains ``stage.model`` on ``items`` for ``config.steps`` updates.
 
-    ``folder`` gets checkpoints/ and tensorboard/. ``description`` (plain data: the run's whole configuration)
-    is kept in every checkpoint, and a resumed run must bring an equal one. ``resume``: a checkpoint to go on
-    from; the weights of every later step equal those of a run that was never interrupted, bit for bit, on the
-    same machine.
+    ``folder`` gets checkpoints/, tensorboard/ and history.csv. ``description`` (plain data: the run's whole
+    configuration, ``config`` under "loop") is kept in every checkpoint, and a resumed run must bring an equal one, but
+    for `RESUMABLE_CHANGES` and ``loop.steps``. ``resume``: a checkpoint to go on from; the weights of every later step
+    equal those of a run that was never interrupted, bit for bit, on the same machine.
 
-    Raises ValueError for a checkpoint of another configuration, FloatingPointError when the loss is no longer
-    finite, RuntimeError under more than one process.
+    Raises:
+        ValueError: a checkpoint of another configuration, of a later step than ``config.steps``, or a damaged one.
+        FileExistsError: ``folder`` holds checkpoints, and none is resumed.
+        FloatingPointError: the loss or the weights are no longer finite. Checkpoints are of finite states alone.
+        RuntimeError: more than one process.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
+    with _accelerator(config) as accelerator:
+        return _train(accelerator, stage, items, config, folder, description, resume, console)
+
+
+@contextlib.contextmanager
+def _accelerator(config: LoopConfig) -> Iterator[Accelerator]:
+    """An accelerator of its own. Accelerate keeps one precision for the whole process and refuses a second: what it
+    keeps is set aside meanwhile, an accelerator of the caller's included."""
+    kept = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]
+    try:
+        for shared, _ in kept:
+            shared.clear()
+        yield Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
+    finally:
+        for shared, before in kept:
+            shared.clear()
+            shared.update(before)
+
+
+def _train(
+    accelerator: Accelerator,
+    stage: Stage[ModelT],
+    items: Items,
+    config: LoopConfig,
+    folder: Path,
+    description: dict[str, Any] | None,
+    resume: Path | None,
+    console: Console | None,
+) -> TrainingResult[ModelT]:
     if accelerator.num_processes > 1:
         raise RuntimeError(
             f"training runs in one process, but {accelerator.num_processes} were launched: "
             "codebook averages are not exchanged between processes"
         )
+    if resume is None and (old := latest_checkpoint(folder / "checkpoints")):
+        raise FileExistsError(f"{folder} already holds a run, such as {old.name}: resume it, or choose another folder")
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate does so without a word.
+        logger.warning("loop.mixed_precision: fp16 needs a GPU; on the CPU everything is computed in float32")
     described = description if description is not None else {"loop": to_dict(config)}
     set_seed(config.seed)
     model = stage.model
@@ -158,84 +211,163 @@ def train(
     stage.to(accelerator.device)
     if averaged is not None:
         averaged.model.to(accelerator.device)
-    step, history, window = 0, [], deque(maxlen=config.window)
+    run = _Run(stage, config, described, model, optimizer, averaged, accelerator.scaler, folder)
     if resume is not None:
-        state, info = load_checkpoint(resume, map_location=accelerator.device)
-        refuse_other_run(info["description"], described, resume)
-        step, history = state["step"], state["history"]
-        window.extend(state["window"])
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if averaged is not None:
-            averaged.load_state_dict(state["averaged"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        # Last: nothing above may draw.
-        restore_random_states(state["random"])
-
-    def checkpoint() -> None:
-        state = {
-            "step": step,
-            "history": history,
-            "window": list(window),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "averaged": None if averaged is None else averaged.state_dict(),
-            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-            "random": random_states(),
-        }
-        info = {"step": step, "stage": stage.name, "description": described}
-        save_checkpoint(folder / "checkpoints", step, state, info, keep=config.keep_checkpoints)
+        run.restore(resume, accelerator.device)
 
     stream = BatchStream(
         items,
         config.batch_size,
         seed=config.seed,
-        start=step * config.accumulation,
+        start=run.step * config.accumulation,
         workers=config.workers,
     )
     batches = iter(stream)
-    writer = _Writer(folder / "tensorboard", step) if config.tensorboard else None
+    writer = _Writer(folder / "tensorboard", run.step) if config.tensorboard else None
     images_per_step = config.batch_size * config.accumulation
     wrapped.train()
     try:
-        with training_progress(console) as progress:
-            task = progress.add_task(stage.name, total=config.steps, completed=step, loss="...", speed="...", usage="")
-            since, counted = time.perf_counter(), step
-            while step < config.steps:
-                rate = learning_rate(config.optimizer, step, config.steps)
+        with RunProgress(console, stage.name, config.steps, start=run.step) as progress:
+            since, counted = time.perf_counter(), run.step
+            while run.step < config.steps:
+                rate = learning_rate(config.optimizer, run.step, config.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 terms = _update(accelerator, stage, wrapped, optimizer, batches, config)
-                step += 1
+                run.step += 1
                 if averaged is not None:
                     averaged.update(model)
-                window.append(terms)
-                if step % config.log_every == 0 or step == config.steps:
-                    record = _record(step, rate, window, stage)
-                    history.append(record)
+                run.window.append(terms)
+                step, last = run.step, run.step == config.steps
+                if step % config.log_every == 0 or last:
+                    record = run.record(rate)
                     speed = (step - counted) * images_per_step / max(1e-9, time.perf_counter() - since)
                     since, counted = time.perf_counter(), step
-                    progress.update(
-                        task, loss=f"{record['loss']:.4f}", speed=f"{speed:,.0f}", usage=_codes_used(record)
-                    )
+                    progress.report(loss=record["loss"], speed=speed, usage=_codes_used(record))
                     if writer is not None:
                         writer.scalars(record | {"images_per_second": speed}, step)
-                progress.update(task, completed=step)
-                if (
-                    writer is not None
-                    and config.image_every
-                    and (step % config.image_every == 0 or step == config.steps)
-                ):
+                progress.update(step)
+                if writer is not None and config.image_every and (step % config.image_every == 0 or last):
                     writer.pictures(_draw(stage, model, averaged), step)
-                if config.checkpoint_every and (step % config.checkpoint_every == 0 or step == config.steps):
-                    checkpoint()
+                if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
+                    run.save()
+        run.check_finite()
+        run.write_history()
     finally:
         if writer is not None:
             writer.close()
     trained = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     result = averaged.model if averaged is not None else trained
-    return TrainingResult(result.eval(), history)
+    return TrainingResult(result.eval(), run.history)
+
+
+class _Run:
+    """The state of a run, and its checkpoints."""
+
+    def __init__(
+        self,
+        stage: Stage[Any],
+        config: LoopConfig,
+        description: dict[str, Any],
+        model: nn.Module,
+        optimizer: Any,
+        averaged: AveragedWeights | None,
+        scaler: Any,
+        folder: Path,
+    ) -> None:
+        self._stage, self._config, self._description, self._folder = stage, config, description, folder
+        self._model, self._optimizer, self._averaged, self._scaler = model, optimizer, averaged, scaler
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.window: deque[dict[str, Tensor]] = deque(maxlen=config.window)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "history": self.history,
+            "window": list(self.window),
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "averaged": None if self._averaged is None else self._averaged.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "random": random_states(),
+        }
+
+    def restore(self, path: Path, device: torch.device) -> None:
+        """Restores a checkpoint of the same run. Raises ValueError for another run's, or a damaged one."""
+        state, info = read_state(path, map_location=device)
+        changed = check_resumable(info, self._description, path)
+        where = str(path / STATE_FILE)
+        for name, ours in (("averaged", self._averaged), ("scaler", self._scaler)):
+            if (state[name] is None) != (ours is None):
+                raise ValueError(
+                    f"{where}: {name}: {'not expected' if ours is None else 'missing'} with these settings"
+                )
+        # A prior's codebooks come with its tokenizer.
+        given = {name: self._model.state_dict()[name].clone() for name in getattr(self._model, "given_later", ())}
+        load_tensors(self._model, state["model"], where=f"{where}: model", same_dtype=True)
+        for name, tensor in given.items():
+            if not torch.equal(tensor, self._model.state_dict()[name]):
+                raise ValueError(f"{where}: model: {name} differs from that of the given tokenizer")
+        load_optimizer(self._optimizer, state["optimizer"], where=f"{where}: optimizer")
+        if self._averaged is not None:
+            load_tensors(self._averaged.model, state["averaged"]["model"], where=f"{where}: averaged", same_dtype=True)
+            self._averaged.updates = state["averaged"]["updates"]
+        if self._scaler is not None:
+            load_scaler(self._scaler, state["scaler"], where=f"{where}: scaler")
+        self.step, self.history = state["step"], state["history"]
+        self.window.extend(state["window"])
+        for key, before, now in changed:
+            logger.info("%s: '%s' was %s and is %s from now on", path.name, key, before, now)
+        # Last: nothing above may draw.
+        restore_random_states(state["random"])
+
+    def save(self) -> None:
+        """Writes a checkpoint and the history. Raises FloatingPointError, and writes nothing, if its state is not
+        finite: good checkpoints would make room for one that nobody can use."""
+        state = self.state()
+        self._refuse_not_finite({name: state[name] for name in ("model", "optimizer", "averaged", "window")})
+        info = {"step": self.step, "stage": self._stage.name, "description": self._description}
+        save_checkpoint(self._folder / "checkpoints", self.step, state, info, keep=self._config.keep_checkpoints)
+        self.write_history()
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError unless the weights are finite."""
+        averaged = None if self._averaged is None else self._averaged.state_dict()
+        self._refuse_not_finite({"model": self._model.state_dict(), "averaged": averaged})
+
+    def _refuse_not_finite(self, state: dict[str, Any]) -> None:
+        name = first_not_finite(dict(tensors_in(state)))
+        if name is not None:
+            raise FloatingPointError(f"{self._stage.name}: {name} is not finite at step {self.step}; {self._good()}")
+
+    def _good(self) -> str:
+        newest = latest_checkpoint(self._folder / "checkpoints")
+        return "no checkpoint was saved before" if newest is None else f"the newest good checkpoint is {newest}"
+
+    def write_history(self) -> None:
+        """Writes what was logged as history.csv."""
+        if self._config.history_csv:
+            names = list(dict.fromkeys(name for record in self.history for name in record))
+            text = io.StringIO()
+            writer = csv.DictWriter(text, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+            write_text(self._folder / "history.csv", text.getvalue())
+
+    def record(self, rate: float) -> dict[str, float]:
+        """A new line of the history. This is the only place where numbers are read back from the device."""
+        record: dict[str, float] = {"step": self.step, "learning_rate": rate}
+        for name in self.window[-1]:
+            record[name] = torch.stack([terms[name] for terms in self.window]).mean().item()
+        if not all(map(math.isfinite, record.values())):
+            raise FloatingPointError(
+                f"{self._stage.name}: the loss is not finite at step {self.step}: {record}; {self._good()}"
+            )
+        for name, values_d in self._stage.usage().items():
+            record |= {f"{name}/{self._stage.axis}_{d + 1}": float(value) for d, value in enumerate(values_d.tolist())}
+        self.history.append(record)
+        return record
 
 
 def _update(
@@ -267,18 +399,6 @@ def _update(
     return sums
 
 
-def _record(step: int, rate: float, window: deque[dict[str, Tensor]], stage: Stage[Any]) -> dict[str, float]:
-    """One line of the history. This is the only place where numbers are read back from the device."""
-    record: dict[str, float] = {"step": step, "learning_rate": rate}
-    for name in window[-1]:
-        record[name] = torch.stack([terms[name] for terms in window]).mean().item()
-    if not all(value == value and abs(value) != float("inf") for value in record.values()):
-        raise FloatingPointError(f"{stage.name}: the loss is not finite at step {step}: {record}")
-    for name, values_d in stage.usage().items():
-        record |= {f"{name}/{stage.axis}_{d + 1}": float(value) for d, value in enumerate(values_d.tolist())}
-    return record
-
-
 def _codes_used(record: dict[str, float]) -> str:
     used = [f"{value:.0f}" for name, value in record.items() if name.startswith("codes_used/")]
     return f"codes {'/'.join(used)}" if used else ""
@@ -300,39 +420,27 @@ def _draw(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights | None)
             model.forward = forward
 
 
-def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raises ValueError where two descriptions of a run differ in what changes its weights."""
-    for key, before, now in _differences(saved, current, ""):
-        if key.rsplit(".", 1)[-1] not in RESUMABLE_CHANGES:
-            raise ValueError(f"cannot resume {path}: '{key}' was {before!r} there and is {now!r} now")
-
-
-def _differences(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            difference
-            for name in sorted(before.keys() | now.keys())
-            for difference in _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if before == now else [(key, before, now)]
-
-
 class _Writer:
-    """TensorBoard files; a resumed run drops what the interrupted one wrote after its checkpoint."""
+    """TensorBoard files. What an earlier run wrote after the step that this one begins at is dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._folder = folder
+        with errors_name(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, record: dict[str, float], step: int) -> None:
-        for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, step)
+        with errors_name(self._folder):
+            for name, value in record.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, step)
 
     def pictures(self, sheets: dict[str, Tensor], step: int) -> None:
-        for name, sheet_chw in sheets.items():
-            self._writer.add_image(name, sheet_chw, step)
+        with errors_name(self._folder):
+            for name, sheet_chw in sheets.items():
+                self._writer.add_image(name, sheet_chw, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with errors_name(self._folder):
+            self._writer.close()

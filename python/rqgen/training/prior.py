@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import rqkernels
@@ -111,7 +112,14 @@ class PriorData(NamedTuple):
     tau: float | None
 
 
-def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int) -> PriorData:
+def prior_data(
+    config: PriorConfig,
+    vae: RQVAE,
+    source: ImageDataset | EncodedImages,
+    *,
+    batch_size: int,
+    console: Console | None = None,
+) -> PriorData:
     """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
 
     Raises ValueError for codes of another tokenizer, for labels that are no classes where they are the condition, for
@@ -134,7 +142,7 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
             raise ValueError(
                 "prior.cache_latents: the images differ from epoch to epoch (crops, flips): set it to false"
             )
-        latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False)
+        latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False, console=console)
         if config.condition == "class":
             check_labels(labels, source.class_names)
         tau = (config.tau or measure_tau(vae, latents)) if needs_tau else None
@@ -142,7 +150,7 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
     tau = config.tau
     if needs_tau and tau is None:
         count = min(len(source), TAU_IMAGES)
-        latents, _ = encode_dataset(vae, source, batch_size=batch_size, codes=False, count=count)
+        latents, _ = encode_dataset(vae, source, batch_size=batch_size, codes=False, count=count, console=console)
         tau = measure_tau(vae, latents)
     return PriorData(source, "images", tau if needs_tau else None)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from rqgen.config import check_bounds
@@ -80,7 +81,12 @@ class VARPriorConfig:
 
 
 def var_prior_items(
-    config: VARPriorConfig, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages, *, batch_size: int
+    config: VARPriorConfig,
+    vae: MultiScaleVQVAE,
+    source: ImageDataset | EncodedImages,
+    *,
+    batch_size: int,
+    console: Console | None = None,
 ) -> ImageDataset | TensorItems:
     """What a prior learns from: all tokens of an image side by side, (L,), or the images themselves.
 
@@ -95,7 +101,7 @@ def var_prior_items(
         return source
     if source.varies:
         raise ValueError("prior.cache_codes: the images differ from epoch to epoch (crops, flips): set it to false")
-    codes, labels = encode_dataset(vae, source, batch_size=batch_size, codes=True)
+    codes, labels = encode_dataset(vae, source, batch_size=batch_size, codes=True, console=console)
     check_labels(labels, source.class_names)
     return TensorItems(flatten_codes(codes), labels)
 

@@ -136,6 +136,27 @@ def test_a_trained_tokenizer_is_taken_and_another_one_noticed(rqgen, family, tmp
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("run.json", "{", "not valid JSON"),
+        ("run.json", "{}", "'config' was None there"),
+        ("run.json", '{"config": 3, "tokenizer": null}', "'config' was 3 there"),
+        ("d2/metrics.json", "[]", "expected a JSON object, got list"),
+        ("d2/metrics.json", "{}", "'block_parameters' is missing"),
+        ("tokenizer/metrics.json", '{"seconds": "x"}', "seconds: expected a number, got 'x'"),
+        ("tokenizer/metrics.json", '{"seconds": 1, "more": 2}', "'more' is unknown"),
+    ],
+)
+def test_damaged_files_of_a_family_are_named(rqgen, family, name, text, words):
+    path = family[0] / name
+    whole = path.read_bytes()
+    path.write_text(text)
+    code, _, err = rqgen("scaling", "--out", family[0], "--resume", *SMALL)
+    path.write_bytes(whole)
+    assert code == 1 and str(path) in err and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["depths=[2,3]"], "depths: a fit needs at least three sizes, got [2, 3]"),

@@ -397,7 +397,7 @@ def test_settings_of_images_that_a_damaged_file_holds_are_refused(rqgen, mine, t
     for data, words in (
         ({"source": "cats"}, "config.json: data: wrong value at 'source': expected one of digits"),
         ({"sauce": "folder"}, "config.json: data: unknown key 'sauce'; did you mean 'source'"),
-        ([1], "config.json: data: expected a mapping, got list"),
+        ([1], "config.json: data: expected a JSON object, got list"),
     ):
         vae.data = data
         vae.save_pretrained(tmp_path / "vae")
@@ -469,7 +469,7 @@ def test_config_shows_values_defaults_and_help(rqgen):
     assert content["loop"]["steps"] == 7 and content["model"]["resolution"] == 64
     assert content["model"]["image_channels"] == content["data"]["channels"] == 3
     assert content["model"]["code_shape"] == [8, 8, 4] and content["data"]["source"] == "folder"
-    assert "  # Updates of the weights. [320]\n  steps: 7\n" in out
+    assert "as if it had been planned so. [320]\n  steps: 7\n" in out
     assert "  # Channels of an image. [1; follows]\n  image_channels: 3\n" in out
     assert "# 1 (grey) or 3 (colour). null: 1 for digits" in out
 

@@ -21,6 +21,7 @@ def test_a_run_leaves_model_checkpoints_logs_and_settings(trained):
         assert sorted(path.name for path in folder.iterdir()) == [
             "checkpoints",
             "config.yaml",
+            "history.csv",
             "model",
             "tensorboard",
         ]

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import rqgen.files as files
 import rqgen.models.pretrained as pretrained
-from rqgen.models import PretrainedModel
+from rqgen.models import PretrainedModel, load_pretrained
 
 
 @dataclass
@@ -79,7 +83,7 @@ def test_an_existing_model_is_replaced(saved: Path) -> None:
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("failing", ["write", "rename"])
+@pytest.mark.parametrize("failing", ["write", "exchange", "rename"])
 def test_a_failed_save_leaves_the_old_model(saved: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Toy.from_pretrained(saved).state_dict()
 
@@ -88,9 +92,12 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, failing: str, monkeypat
 
     if failing == "write":
         monkeypatch.setattr(pretrained, "save_file", fail)
+    elif failing == "exchange":
+        monkeypatch.setattr(files, "_exchange", fail)
     else:
-        rename = Path.rename
-        monkeypatch.setattr(Path, "rename", lambda p, to: fail() if ".tmp-" in p.name else rename(p, to))
+        rename = os.rename
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(os, "rename", lambda p, to: fail() if ".rqgen-" in str(p) else rename(p, to))
     with pytest.raises(OSError, match="disk full"):
         Toy(ToyConfig(width=2)).save_pretrained(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
@@ -196,3 +203,158 @@ def test_tensors_that_do_not_fit_are_named(saved: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"first\.bias: expected \(5,\), got \(4,\)"):
         Toy.from_pretrained(saved)
+
+
+# --- damage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_every_wrong_bit_is_found(saved: Path, name: str) -> None:
+    path = saved / name
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 3):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << (position % 8)
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{saved}/(config\.json|model\.safetensors)"):
+            Toy.from_pretrained(saved)
+    path.write_bytes(whole)
+    assert Toy.from_pretrained(saved).config.width == 4
+
+
+def test_what_was_changed_on_purpose_is_read_when_asked(saved: Path) -> None:
+    edit_config(saved, config={"width": 4, "rate": 0.25})
+    with pytest.raises(ValueError, match=r"model\.safetensors and config\.json: damaged, or changed since"):
+        Toy.from_pretrained(saved)
+    assert Toy.from_pretrained(saved, verify=False).config.rate == 0.25
+
+
+def test_folders_of_versions_without_checksums_are_read(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    edit_config(saved, config={"width": 4, "rate": 0.25})
+    assert Toy.from_pretrained(saved).config.rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("first.bias", torch.zeros(4, dtype=torch.float64), "first.bias: expected float32, float16 or bfloat16, got"),
+        ("first.bias", torch.zeros(4, dtype=torch.int32), "first.bias: expected float32, float16 or bfloat16, got"),
+        ("steps", torch.tensor(7.0), r"steps: expected torch\.int64, got torch\.float32"),
+        ("steps", torch.tensor(7, dtype=torch.int32), r"steps: expected torch\.int64, got torch\.int32"),
+        ("first.bias", torch.tensor([0, 1, float("nan"), 2]), "first.bias is not finite"),
+        ("first.bias", torch.tensor([0, 1, float("-inf"), 2]), "first.bias is not finite"),
+        ("first.bias", torch.full((4,), float("nan")), "first.bias is not finite"),
+    ],
+)
+def test_tensors_of_a_wrong_kind_are_named(saved: Path, name: str, value: torch.Tensor, words: str) -> None:
+    path = saved / "model.safetensors"
+    save_file({**load_file(path), name: value}, path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{words}"):
+        Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_models_come_back_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = Toy(ToyConfig()).to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    loaded = Toy.from_pretrained(tmp_path / "model")
+    assert loaded.first.weight.dtype == torch.float32 and torch.equal(loaded.first.weight, model.first.weight.float())
+
+
+def test_what_is_not_finite_is_not_saved(saved: Path) -> None:
+    model = Toy(ToyConfig(width=2))
+    with torch.no_grad():
+        model.first.bias[1] = torch.inf
+    with pytest.raises(ValueError, match=r"Toy: first\.bias is not finite, not saved"):
+        model.save_pretrained(saved)
+    assert Toy.from_pretrained(saved).config.width == 4
+
+
+def test_what_is_given_later_may_wait(tmp_path: Path) -> None:
+    class Waiting(Toy):
+        given_later = frozenset({"strided"})
+
+    model = Waiting(ToyConfig())
+    model.strided.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    assert bool(Waiting.from_pretrained(tmp_path / "model").strided.isnan().all())
+    model.strided[0, 0] = 1
+    with pytest.raises(ValueError, match="strided is not finite"):
+        model.save_pretrained(tmp_path / "model")
+
+
+def test_a_model_larger_than_memory_names_the_file(saved: Path) -> None:
+    edit_config(saved, config={"width": 2**30})
+    with pytest.raises(ValueError, match=r"config\.json: a model of this config cannot be made"):
+        Toy.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "text", "html", "empty", "zip"])
+def test_other_kinds_of_files_are_named(saved: Path, kind: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        path = saved / name
+        whole = path.read_bytes()
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            contents = {"text": b"hello", "html": b"<!DOCTYPE html><html>", "empty": b"", "zip": b"PK\3\4" + b"\0" * 60}
+            path.write_bytes(contents[kind])
+        with pytest.raises((ValueError, FileNotFoundError), match=name.replace(".", r"\.")):
+            Toy.from_pretrained(saved)
+        path.rmdir() if kind == "folder" else path.unlink()
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model_type": [], "format_version": 1, "config": {}}',
+        '{"model_type": "toy", "format_version": "1", "config": {}}',
+        '{"model_type": "toy", "format_version": true, "config": {}}',
+        '{"model_type": "toy", "format_version": 1, "config": []}',
+        '{"model_type": "toy", "format_version": 1, "config": null}',
+        '{"model_type": "toy", "format_version": 1, "config": {"width": "x"}}',
+        '{"model_type": "toy", "format_version": 1, "config": {"rate": NaN}}',
+        '{"model_type": "toy", "format_version": 1, "config": ' + '{"width": ' * 5000 + "1" + "}" * 5001,
+    ],
+)
+def test_configs_of_a_wrong_kind_are_named(saved: Path, text: str) -> None:
+    (saved / "config.json").write_text(text)
+    for load in (Toy.from_pretrained, load_pretrained):
+        with pytest.raises(ValueError, match=r"config\.json: "):
+            load(saved)
+
+
+# --- interruptions ---------------------------------------------------------------------------------------
+
+
+def test_a_linked_folder_stays_a_link(saved: Path, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(saved)
+    Toy(ToyConfig(width=2)).save_pretrained(link)
+    assert link.is_symlink() and Toy.from_pretrained(saved).config.width == Toy.from_pretrained(link).config.width == 2
+    assert [p.name for p in link.parent.iterdir()] == ["link"]
+
+
+def test_a_model_left_between_two_renames_is_read(saved: Path) -> None:
+    saved.rename(saved.parent / ".model.previous")
+    assert Toy.from_pretrained(saved).config.width == 4
+    Toy(ToyConfig(width=2)).save_pretrained(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["model"] and Toy.from_pretrained(saved).config.width == 2
+
+
+def test_a_full_disk_names_the_folder(saved: Path) -> None:
+    code = (
+        "import resource, signal, sys; from rqgen.models import MultiScaleVQVAE, MultiScaleVQVAEConfig\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "MultiScaleVQVAE(MultiScaleVQVAEConfig(base_channels=32)).save_pretrained(sys.argv[1])"
+    )
+    failed = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True)
+    assert failed.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{saved}'"
+    assert [p.name for p in saved.parent.iterdir()] == ["model"] and Toy.from_pretrained(saved).config.width == 4

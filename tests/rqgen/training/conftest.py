@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 import rqkernels
 from rqgen.data import TensorItems
 from rqgen.models.rqvae import RQVAE, RQVAEConfig
 from rqgen.quantizers import QuantizerConfig
-
-
-@pytest.fixture(autouse=True)
-def separate():
-    """Accelerate keeps the first precision it was given for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

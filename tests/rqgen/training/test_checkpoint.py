@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all."""
 
+import os
 import random
 
 import numpy as np
@@ -65,3 +66,66 @@ def test_every_generator_is_restored(tmp_path):
     assert draws() != expected
     restore_random_states(load_checkpoint(tmp_path / "step-00000001")[0]["random"])
     assert draws() == expected
+
+
+def test_every_wrong_bit_is_found(tmp_path):
+    path = save_checkpoint(tmp_path, 1, {"w": torch.arange(50.0), "random": random_states()}, {"step": 1}, keep=1)
+    for name, step in (("info.json", 1), ("state.pt", 97)):
+        whole = (path / name).read_bytes()
+        for position in range(0, len(whole), step):
+            changed = bytearray(whole)
+            changed[position] ^= 1 << (position % 8)
+            (path / name).write_bytes(changed)
+            with pytest.raises(ValueError, match="step-00000001: damaged checkpoint: "):
+                load_checkpoint(path)
+        (path / name).write_bytes(whole)
+    assert load_checkpoint(path)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"<!DOCTYPE html>", b"version https://git-lfs", b"PK\3\4" + b"x" * 99])
+def test_other_files_are_told_without_advice_to_run_their_code(tmp_path, content):
+    path = save_checkpoint(tmp_path, 1, {"w": 1}, {}, keep=1)
+    (path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt: no file that torch\.save wrote") as caught:
+        load_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"w": os.getpid}, torch.zeros(2)])
+def test_states_of_another_kind_are_told(tmp_path, state):
+    path = save_checkpoint(tmp_path, 1, {"w": 1}, {}, keep=1)
+    torch.save(state, path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt: (expected a dictionary|cannot be read)") as caught:
+        load_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_later_checkpoints_do_not_push_out_the_new_one(tmp_path):
+    """After a damaged one, a run goes on from an earlier step."""
+    for step in (500, 1000):
+        save_checkpoint(tmp_path, step, {"w": step}, {}, keep=2)
+    save_checkpoint(tmp_path, 600, {"w": 600}, {}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000600", "step-00001000"]
+
+
+def test_the_newest_is_that_of_the_highest_step(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save_checkpoint(tmp_path, step, {"w": step}, {}, keep=2)
+    assert latest_checkpoint(tmp_path).name == "step-100000000"
+
+
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, killed_at_every_step):
+    save_checkpoint(tmp_path, 1, {"w": torch.ones(3)}, {"step": 1}, keep=1)
+    seen = set()
+
+    def check():
+        state, info = load_checkpoint(latest_checkpoint(tmp_path))
+        assert torch.equal(state["w"], torch.full((3,), float(info["step"])))
+        seen.add(info["step"])
+
+    def save():
+        save_checkpoint(tmp_path, 2, {"w": torch.full((3,), 2.0)}, {"step": 2}, keep=1)
+
+    killed_at_every_step(save, check)
+    save()
+    assert seen == {1, 2} and [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
