@@ -39,7 +39,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-BENEATH = "config"  # one module below every room: each may import it, it imports none
+BENEATH = ("config", "installed")  # modules below every room: each may import them, they import none
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
 FILES_OF_A_SLUG = (
@@ -110,7 +110,7 @@ def room_violations(root: Path) -> list[str]:
     source = root / "python"
     for path in python_files(source / "rqgen"):
         here = path.relative_to(source / "rqgen").with_suffix("").parts[0]
-        if here not in (*FLOOR_OF, BENEATH, *FACADE):
+        if here not in (*FLOOR_OF, *BENEATH, *FACADE):
             found.append(f"{path.relative_to(root).as_posix()}: {here} is no room of rqgen")
             continue
         floor = len(FLOORS) if here in FACADE else FLOOR_OF.get(here, -1)
@@ -121,7 +121,7 @@ def room_violations(root: Path) -> list[str]:
             if not is_within(imported.module, "rqgen") or floor == len(FLOORS):
                 continue
             there = imported.module.split(".")[1] if "." in imported.module else "__init__"
-            if there in (here, BENEATH, "__version__"):
+            if there in (here, *BENEATH, "__version__"):
                 continue
             if there not in FLOOR_OF:
                 # `import rqgen` or a name of its __init__: the facade stands above every room but the cli.
