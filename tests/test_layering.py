@@ -39,7 +39,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-BENEATH = ("config", "installed")  # modules below every room: each may import them, they import none
+BENEATH = ("config", "installed", "reading")  # modules below every room: each may import them, they import none
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
 FILES_OF_A_SLUG = (

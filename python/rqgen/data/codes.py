@@ -6,21 +6,24 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rqgen.reading import shorten, unreadable
+
 FORMAT_VERSION = 2
 
 Codes = Tensor | list[Tensor]
 # [h, w, D] of an image's stacks of codes, or [h_k, w_k] of each of its token maps.
 CodeShape = list[int] | list[list[int]]
+_T = TypeVar("_T")
 
 
 def flatten_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
@@ -141,19 +144,19 @@ def read_codes(path: Path) -> EncodedImages:
             version = metadata.get("format_version")
             if version not in ("1", str(FORMAT_VERSION)):
                 raise ValueError(f"expected format_version 1 or {FORMAT_VERSION}, got {version}")
-            codes, labels = file.get_tensor("codes").long(), file.get_tensor("labels")
+            codes, labels = _integers(file, "codes"), _integers(file, "labels")
         if version != "1":
-            codes = _unflattened(codes, metadata["code_shape"])
+            codes = _unflattened(codes, _from_json(metadata, "code_shape", list))
         return EncodedImages(
             codes,
             labels,
-            codebook_size=int(metadata["codebook_size"]),
+            codebook_size=_from_json(metadata, "codebook_size", int),
             codebook_id=metadata["codebook_id"],
-            class_names=tuple(json.loads(metadata["class_names"])),
-            info=json.loads(metadata["info"]),
+            class_names=tuple(map(str, _from_json(metadata, "class_names", list))),
+            info=_from_json(metadata, "info", dict),
         )
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, "safetensors file", error) from error
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lacks {error}") from error
     except ValueError as error:
@@ -167,8 +170,30 @@ def code_shape_in_words(code_shape: CodeShape) -> str:
     return f"token maps of {', '.join(f'{h}x{w}' for h, w in code_shape)}"
 
 
-def _unflattened(codes_nl: Tensor, code_shape: str) -> Codes:
+def _unflattened(codes_nl: Tensor, code_shape: CodeShape) -> Codes:
     try:
-        return unflatten_codes(codes_nl, json.loads(code_shape))
+        if min(code_shape if isinstance(code_shape[0], int) else [side for scale in code_shape for side in scale]) < 1:
+            raise ValueError("expected numbers >= 1")
+        return unflatten_codes(codes_nl, code_shape)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"code_shape: {code_shape} does not fit codes {tuple(codes_nl.shape)}: {error}") from error
+        shown = shorten(code_shape)
+        raise ValueError(f"code_shape: {shown} does not fit codes {tuple(codes_nl.shape)}: {error}") from error
+
+
+def _integers(file: safe_open, name: str) -> Tensor:
+    if name not in file.keys():  # noqa: SIM118 (not a dictionary)
+        raise ValueError(f"it holds no tensor '{name}'")
+    tensor = file.get_tensor(name)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected int32 or int64, got {str(tensor.dtype).removeprefix('torch.')}")
+    return tensor.long()
+
+
+def _from_json(metadata: Mapping[str, str], key: str, kind: type[_T]) -> _T:
+    try:
+        value = json.loads(metadata[key])
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{key}: expected JSON of {kind.__name__}, got {shorten(metadata[key])}")
+    return value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from pathlib import Path
 
 import torch
+
+from rqgen.reading import read_json, shorten
 
 from .multiscale_vqvae import MultiScaleVQVAE
 from .pretrained import CONFIG_NAME, PretrainedModel
@@ -23,11 +23,9 @@ _MODELS: dict[str, type[PretrainedModel]] = {
 def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PretrainedModel:
     """Reads what `save_pretrained` wrote, of whichever kind. Errors: see `PretrainedModel.from_pretrained`."""
     path = Path(folder) / CONFIG_NAME
-    kind = None
+    kind = RQVAE.model_type  # whose `from_pretrained` says what is wrong with a file without it
     if path.is_file():
-        # A file without it is refused below, by `from_pretrained`, which says what is wrong with it.
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            kind = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-        if kind is not None and kind not in _MODELS:
-            raise ValueError(f"{path}: expected model_type one of {', '.join(_MODELS)}, got {kind!r}")
-    return _MODELS.get(kind, RQVAE).from_pretrained(folder, device)
+        kind = read_json(path).get("model_type", kind)
+        if not isinstance(kind, str) or kind not in _MODELS:
+            raise ValueError(f"{path}: expected model_type one of {', '.join(_MODELS)}, got {shorten(kind)}")
+    return _MODELS[kind].from_pretrained(folder, device)

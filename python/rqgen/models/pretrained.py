@@ -6,20 +6,26 @@ import json
 import os
 import secrets
 import shutil
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from typing_extensions import Self
 
 from rqgen.config import from_dict, to_dict
+from rqgen.reading import read_json, shorten, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class PretrainedModel(nn.Module):
@@ -107,43 +113,66 @@ class PretrainedModel(nn.Module):
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise FileNotFoundError(f"folder: no file {path.name} in {source}")
-        model = cls(cls._read_config(config_path))
+        config = cls._read_config(config_path)
         try:
             tensors = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise unreadable(weights_path, "safetensors file", error) from error
+        check_fit(sketch(cls, config, len(tensors), where=str(config_path)), tensors, where=str(weights_path))
+        model = cls(config)
         load_tensors(model, tensors, where=str(weights_path))
         return model.to(device).eval()
 
     @classmethod
     def _read_config(cls, path: Path) -> Any:
-        try:
-            description = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
-        if not isinstance(description, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(description).__name__}")
+        description = read_json(path)
         for key in ("model_type", "format_version", "config"):
             if key not in description:
                 raise ValueError(f"{path}: expected the key {key!r}, which is missing")
         if description["model_type"] != cls.model_type:
             raise ValueError(
-                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, got {description['model_type']!r}"
+                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, "
+                f"got {shorten(description['model_type'])}"
             )
         if description["format_version"] != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: expected format_version {FORMAT_VERSION}, got {description['format_version']!r}; "
+                f"{path}: expected format_version {FORMAT_VERSION}, got {shorten(description['format_version'])}; "
                 "written by another version of rqgen"
             )
+        if not isinstance(description["config"], dict):
+            raise ValueError(f"{path}: config: expected an object, got {type(description['config']).__name__}")
         return from_dict(cls.config_class, description["config"], where=str(path))
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str) -> None:
-    """Copies `tensors` into `model`; every name and shape must match exactly.
+def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, *, where: str) -> ModelT:
+    """The model of a config on torch's "meta" device, which needs no memory: to see whether a file fits it.
 
     Raises:
-        ValueError: names missing, unknown names, or shapes that differ; starts with `where`.
+        ValueError: it has many more parameters than `num_tensors` tensors of a file fill (a config may ask for
+            billions), or cannot be built; starts with `where`.
     """
+    thread, limit, count = threading.get_ident(), 4 * num_tensors + 10_000, 0
+
+    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ValueError(f"a model of more than {limit} parameters, but the weights are {num_tensors} tensors")
+
+    handle = register_module_parameter_registration_hook(count_parameter)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
+        # Of sizes that are out of range torch says much: lines of its own stack.
+        reason = " ".join(str(error).partition("Exception raised from")[0].split())[:200]
+        raise ValueError(f"{where}: no model can be built of this config: {reason}") from error
+    finally:
+        handle.remove()
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+    """Raises ValueError, which starts with `where`, unless names and shapes of `tensors` are those of the model."""
     expected = model.state_dict()
     problems = []
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -159,6 +188,15 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: s
         problems.append(f"{len(differing)} shapes differ: {'; '.join(differing[:5])}")
     if problems:
         raise ValueError(f"{where}: does not fit {type(model).__name__}: {'. '.join(problems)}")
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str) -> None:
+    """Copies `tensors` into `model`; every name and shape must match exactly.
+
+    Raises:
+        ValueError: names missing, unknown names, or shapes that differ; starts with `where`.
+    """
+    check_fit(model, tensors, where=where)
     model.load_state_dict(tensors)
 
 
