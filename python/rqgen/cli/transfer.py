@@ -13,7 +13,7 @@ from rqgen.config import load, to_dict
 from rqgen.convert import load_kakaobrain, load_var
 from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
 from rqgen.data.codes import code_fingerprint
-from rqgen.models import RQVAE, VAR, RQTransformer
+from rqgen.models import VAR, RQTransformer
 from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
@@ -105,8 +105,7 @@ def sample_images(
 
 def convert_published(source: Path, destination: Path, tokenizer: Path | None) -> str:
     """Reads a published checkpoint and writes our format. Returns the name of the model's kind."""
-    given = RQVAE.from_pretrained(tokenizer) if tokenizer is not None and tokenizer.is_dir() else tokenizer
-    model = load_kakaobrain(source, tokenizer=given)
+    model = load_kakaobrain(source, tokenizer=tokenizer)
     model.save_pretrained(destination)
     return model.model_type
 

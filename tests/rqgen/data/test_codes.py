@@ -101,6 +101,12 @@ def test_a_file_that_contradicts_itself_is_refused(encoded, tmp_path):
         ({"code_shape": '{"h": 2}'}, "code_shape"),
         ({"code_shape": "{"}, "code_shape"),
         ({"code_shape": f"[{tensors['codes'].shape[1]}]"}, "codes: expected integers"),
+        ({"code_shape": "[2, -1, 4]"}, "code_shape: .*expected numbers >= 1"),
+        ({"code_shape": "[" * 100_000}, "code_shape: expected JSON of list"),
+        ({"codebook_size": "many"}, "codebook_size: expected JSON of int, got 'many'"),
+        ({"codebook_size": "true"}, "codebook_size: expected JSON of int, got 'true'"),
+        ({"class_names": "7"}, "class_names: expected JSON of list, got '7'"),
+        ({"info": "[1]"}, "info: expected JSON of dict"),
     ):
         save_file(tensors, path, metadata | change)
         with pytest.raises(ValueError, match=rf"{path.name}: .*{words}"):
@@ -110,8 +116,20 @@ def test_a_file_that_contradicts_itself_is_refused(encoded, tmp_path):
         with pytest.raises(ValueError, match=f"its metadata lacks '{missing}'"):
             read_codes(path)
     save_file({"codes": tensors["codes"]}, path, metadata)
-    with pytest.raises(ValueError, match="labels"):
+    with pytest.raises(ValueError, match="it holds no tensor 'labels'"):
         read_codes(path)
+    for name in tensors:
+        save_file({**tensors, name: tensors[name] + 0.5}, path, metadata)
+        with pytest.raises(ValueError, match=f"{name}: expected int32 or int64, got float32"):
+            read_codes(path)
+
+
+def test_foreign_files_are_named(tmp_path):
+    path = tmp_path / "codes"
+    for content, kind in ((b"", "an empty file"), (b"<!doctype html><html></html>", "an HTML page")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"codes: not a readable safetensors file: it is {kind}"):
+            read_codes(path)
 
 
 def test_bad_codes():
