@@ -172,12 +172,13 @@ def code_shape_in_words(code_shape: CodeShape) -> str:
 
 def _unflattened(codes_nl: Tensor, code_shape: CodeShape) -> Codes:
     try:
-        if min(code_shape if isinstance(code_shape[0], int) else [side for scale in code_shape for side in scale]) < 1:
-            raise ValueError("expected numbers >= 1")
-        return unflatten_codes(codes_nl, code_shape)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        shown = shorten(code_shape)
-        raise ValueError(f"code_shape: {shown} does not fit codes {tuple(codes_nl.shape)}: {error}") from error
+        shapes = [code_shape] if isinstance(code_shape[0], int) else code_shape
+        fits = codes_nl.ndim == 2 and sum(map(math.prod, shapes)) == codes_nl.shape[1]
+        if fits and min(map(min, shapes)) >= 1:
+            return unflatten_codes(codes_nl, code_shape)
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        pass
+    raise ValueError(f"code_shape: {shorten(code_shape)} does not fit codes {tuple(codes_nl.shape)}")
 
 
 def _integers(file: safe_open, name: str) -> Tensor:

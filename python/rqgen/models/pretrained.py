@@ -118,7 +118,9 @@ class PretrainedModel(nn.Module):
             tensors = load_file(weights_path)
         except (SafetensorError, OSError, ValueError) as error:
             raise unreadable(weights_path, "safetensors file", error) from error
-        check_fit(sketch(cls, config, len(tensors), where=str(config_path)), tensors, where=str(weights_path))
+        # Before any memory is asked for: either file may be the wrong one.
+        expected = sketch(cls, config, len(tensors), where=str(config_path))
+        check_fit(expected, tensors, where=f"{weights_path} with {CONFIG_NAME}")
         model = cls(config)
         load_tensors(model, tensors, where=str(weights_path))
         return model.to(device).eval()

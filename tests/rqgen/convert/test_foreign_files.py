@@ -412,7 +412,8 @@ def test_weights_are_compared_before_memory_is_asked_for(vae: Path, tmp_path: Pa
         ({"base_channels": 32 * 10**6}, "shapes differ"),
     ):
         path.write_text(json.dumps({**good, "config": {**good["config"], **setting}}))
-        assert message in refusal(lambda: load_pretrained(tmp_path / "ours"))
+        told = refusal(lambda: load_pretrained(tmp_path / "ours"))
+        assert message in told and "config.json: " in told
 
 
 def test_foreign_weights_in_our_format_are_named(vae: Path, tmp_path: Path) -> None:
