@@ -105,7 +105,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "versions": {name: version for name in packages if (version := _version(name))},
-        "rqkernels": rqkernels.info(),
+        "rqkernels": rqkernels.info(paths=False),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "warm_heap": all(os.environ.get(name) == value for name, value in WARM_HEAP.items()),

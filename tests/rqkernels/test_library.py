@@ -21,6 +21,7 @@ def test_info_says_what_is_there() -> None:
     assert info["package"] == str(Path(rqk.__file__).parent)
     assert Path(info["cpu_library_file"]).parent == Path(info["package"])
     assert Path(info["cpu_library_file"]).is_file()
+    assert not any("/" in str(fact) for fact in rqk.info(paths=False).values())
     if not torch.cuda.is_available():
         assert info["cuda_library"] == "not loaded: torch.cuda.is_available() is False"
 

@@ -131,7 +131,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "versions": installed_versions(),
-        "rqkernels": rqkernels.info(),
+        "rqkernels": rqkernels.info(paths=False),
         "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": _git("status", "--porcelain", "--untracked-files=no") not in (None, ""),
