@@ -84,7 +84,7 @@ format: $(VENV)/.lint ## let ruff and clang-format rewrite what they can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-bench: $(VENV)/.bench ## all benchmarks, results into benchmarks/results, tables and plot into benchmarks/README.md
+bench: $(VENV)/.bench ## all benchmarks, results into benchmarks/results, tables and plot into benchmarks/RESULTS.md
 	$(BENCH_ENV) $(PY) -m pytest benchmarks -o python_files="bench_*.py" -o pythonpath=benchmarks $(ARGS)
 	$(PY) benchmarks/render.py
 

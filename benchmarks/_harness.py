@@ -18,208 +18,78 @@ benchmarks/bench_<slug>.py --device cuda`) that needs torch alone.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rqkernels import _measure
+
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Files that benchmarks and renderers write: they do not make a tree dirty.
+GENERATED = (
+    "benchmarks/results",
+    "benchmarks/RESULTS.md",
+    "docs/soft_labels.md",
+    "docs/scaling.md",
+    "docs/scaling.png",
+)
 QUICK = os.environ.get("RQK_BENCH_QUICK") == "1"
-WARM_HEAP = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # of the matrix products that the floor counts on
+PACKAGES = (*_measure.PACKAGES, "vector-quantize-pytorch", "faiss-cpu")
 _SECONDS_PER_CASE = float(os.environ.get("RQK_BENCH_SECONDS", "20"))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work. `call` does `rows` rows of it and returns what `check` compares."""
+    """One way to do the work. `call` does `rows` rows of it and returns what `check` compares; `setting` names options
+    that were chosen for this case."""
 
     name: str
     call: Callable[[], object]
     rows: int
+    setting: str = ""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What no implementation can avoid: bytes in and out of memory, and multiplications plus additions."""
+    """Work that no implementation can avoid: bytes in and out of memory, and multiplications plus additions."""
 
     bytes: int
     operations: int
 
 
-# --- the machine -----------------------------------------------------------------------------------------
+@functools.cache
+def peaks(device: torch.device) -> _measure.Peaks:
+    """Rates of this device in float32, or in bfloat16 on a GPU, probed in every round."""
+    if QUICK:
+        _measure.COPIED_BYTES, _measure.PRODUCT_SIDE = (dict.fromkeys(("cpu", "cuda"), n) for n in (1 << 20, 256))
+    return _measure.Peaks(device, [PRECISION[device.type]])
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _git(*args: str) -> str | None:
-    try:
-        return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a number comes from: without it, the number says nothing."""
-    import rqkernels
-
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    packages = ("rqkernels", "torch", "numpy", "vector-quantize-pytorch", "faiss-cpu")
+def floor(work: Work, our_median_ns: float, peak: _measure.Peaks) -> dict[str, Any]:
+    """Least time of that work on this device, what limits it, and how near ours comes."""
+    ns, limit = peak.rates.floor_ns(work.bytes, work.operations, PRECISION[peak.device.type])
     return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "versions": {name: version for name in packages if (version := _version(name))},
-        "rqkernels": rqkernels.info(paths=False),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "warm_heap": all(os.environ.get(name) == value for name, value in WARM_HEAP.items()),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "bytes": work.bytes,
+        "operations": work.operations,
+        "limit": limit,
+        "ns": ns,
+        "percent_of_floor": 100 * ns / our_median_ns,
     }
 
 
-class Peaks:
-    """Copy bandwidth (bytes read and written) and matmul rate (float32 on CPU, bfloat16 on CUDA), measured here.
-
-    Probed in every round, and the best of all kept: a peak is what the device can do, not what it did in a slow
-    minute.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.device, self.dtype = device, torch.bfloat16 if cuda else torch.float32
-        self._size = 1 << 20 if QUICK else (1 << 30 if cuda else 1 << 28)
-        self._side = 256 if QUICK else (8192 if cuda else 1024)
-        self._source = torch.ones(self._size // 4, device=device)
-        self._target = torch.empty_like(self._source)
-        self._matrix = torch.randn(self._side, self._side, device=device).to(self.dtype)
-        self.copy_bytes_per_s = self.matmul_flop_per_s = 0.0
-        self.probe()
-
-    def probe(self) -> None:
-        copy_ns = time_call(lambda: self._target.copy_(self._source), self.device)[0]
-        matmul_ns = time_call(lambda: self._matrix @ self._matrix, self.device)[0]
-        self.copy_bytes_per_s = max(self.copy_bytes_per_s, 2e9 * self._size / copy_ns)
-        self.matmul_flop_per_s = max(self.matmul_flop_per_s, 2e9 * self._side**3 / matmul_ns)
-
-    def floor(self, work: Work, our_median_ns: float) -> dict[str, Any]:
-        """The least time of that work on this device, what limits it, and how near ours comes."""
-        ns = {
-            "memory bandwidth": 1e9 * work.bytes / self.copy_bytes_per_s,
-            "matrix unit": 1e9 * work.operations / self.matmul_flop_per_s,
-        }
-        limit = max(ns, key=lambda unit: ns[unit])
-        return {
-            "bytes": work.bytes,
-            "operations": work.operations,
-            "limit": limit,
-            "ns": ns[limit],
-            "percent_of_floor": 100 * ns[limit] / our_median_ns,
-        }
-
-    def described(self) -> dict[str, Any]:
-        return {
-            "device": self.device.type,
-            "copy_bytes_per_s": self.copy_bytes_per_s,
-            "matmul_dtype": str(self.dtype).removeprefix("torch."),
-            "matmul_flop_per_s": self.matmul_flop_per_s,
-        }
-
-
-@functools.cache
-def peaks(device: torch.device) -> Peaks:
-    return Peaks(device)
-
-
-# --- one call --------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _l2_flush(device: torch.device) -> torch.Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times any L2 there is
-
-
-def time_call(call: Callable[[], object], device: torch.device) -> tuple[int, object]:
-    """(nanoseconds, result) of one call."""
-    if device.type != "cuda":
-        start = time.perf_counter_ns()
-        result = call()
-        return time.perf_counter_ns() - start, result
-    _l2_flush(device).zero_()
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    result = call()
-    end_event.record()
-    torch.cuda.synchronize(device)
-    return round(start_event.elapsed_time(end_event) * 1e6), result
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one call needs beyond what stood before it, its result included; None where nobody tells.
-
-    On a GPU torch's allocator knows. On Linux the high-water mark of the process is reset and read, which
-    sees every allocation that was touched, whoever made it.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = call()
-        torch.cuda.synchronize(device)
-        del result
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left on the warm heap goes back first
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _proc_status("VmRSS")
-        result = call()
-        peak = _proc_status("VmHWM")
-        del result
-    except (OSError, AttributeError):
-        return None
-    return max(0, peak - before)
-
-
-def _proc_status(key: str) -> int:
-    match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if match is None:
-        raise OSError(f"{key} not in /proc/self/status")
-    return int(match.group(1)) * 1024
+def time_ns(call: Callable[[], object], device: torch.device) -> int:
+    """Nanoseconds of one call, on a GPU with a cold L2."""
+    return _measure.time_call(call, device, flush_l2=True)[0]
 
 
 # --- one case --------------------------------------------------------------------------------------------
@@ -250,9 +120,9 @@ def compare(
     before_round()
     agreement = check({c.name: c.call() for c in contenders})
     before_round()
-    memory = {c.name: peak_memory(c.call, device) for c in contenders}
+    memory = {c.name: _measure.peak_memory(c.call, device) for c in contenders}
     before_round()
-    one_round = sum(time_call(c.call, device)[0] for c in contenders) / 1e9
+    one_round = sum(time_ns(c.call, device) for c in contenders) / 1e9
     rounds = 2 if QUICK else max(5, min(60, int(_SECONDS_PER_CASE / one_round)))
 
     samples: dict[str, list[int]] = {c.name: [] for c in contenders}
@@ -264,10 +134,10 @@ def compare(
         before_round()
         first = len(samples[ours.name]) % max(1, len(peers))
         for contender in [*peers[first:], *peers[:first]]:
-            samples[contender.name].append(time_call(contender.call, device)[0])
+            samples[contender.name].append(time_ns(contender.call, device))
 
     def our_turn() -> None:
-        samples[ours.name].append(time_call(ours.call, device)[0])
+        samples[ours.name].append(time_ns(ours.call, device))
 
     if benchmark is None:
         for _ in range(rounds):
@@ -284,6 +154,7 @@ def compare(
         "contenders": [
             {
                 "name": c.name,
+                "setting": c.setting,
                 "rows": c.rows,
                 "agreement": agreement[c.name],
                 **_summary(samples[c.name]),
@@ -293,7 +164,7 @@ def compare(
             }
             for c in contenders
         ],
-        "floor": peak.floor(work, our_median),
+        "floor": floor(work, our_median, peak),
     }
     if benchmark is not None:
         benchmark.extra_info.update({key: record[key] for key in ("shape", "floor")})
@@ -311,31 +182,51 @@ def _summary(samples_ns: Sequence[int]) -> dict[str, float]:
 
 @dataclass
 class Run:
-    """The cases of one slug on one device, written as one JSON file."""
+    """Cases of one operator on one device, written as one JSON file.
+
+    Raises ValueError where results would come from a tree with uncommitted changes and go to the repository's own.
+    """
 
     slug: str
     device: torch.device
     cases: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.folder = Path(os.environ.get("RQK_BENCH_OUT", RESULTS))
+        self.checkout = clean_checkout(self.folder)
+
     def write(self) -> Path:
-        folder = Path(os.environ.get("RQK_BENCH_OUT", ROOT / "benchmarks" / "results"))
-        folder.mkdir(parents=True, exist_ok=True)
-        device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
-        path = folder / f"{device}-{self.slug}.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{_measure.device_slug(self.device)}-{self.slug}.json"
         peak = peaks(self.device)
         for case in self.cases:  # by the best peaks of the whole run
             work = Work(case["floor"]["bytes"], case["floor"]["operations"])
-            case["floor"] = peak.floor(work, case["contenders"][0]["median_ns"])
+            case["floor"] = floor(work, case["contenders"][0]["median_ns"], peak)
         content = {
             "slug": self.slug,
-            "environment": environment(self.device),
-            "peaks": peak.described(),
+            "environment": _measure.environment(self.device, self.checkout, PACKAGES),
+            "peaks": {"device": self.device.type, **peak.rates.described()},
             "cases": self.cases,
         }
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         partial.replace(path)
         return path
+
+
+def clean_checkout(folder: Path) -> _measure.Checkout:
+    """State of this repository, for results that go into ``folder``.
+
+    Raises:
+        ValueError: ``folder`` is the repository's own, and a result from this tree could not be repeated.
+    """
+    state = _measure.checkout(ROOT, ignored=GENERATED)
+    if state.dirty and folder.resolve() == RESULTS:
+        raise ValueError(
+            f"uncommitted changes: results in {RESULTS.relative_to(ROOT)} must come from a commit. Commit first, or "
+            "write elsewhere: RQK_BENCH_OUT=DIR, or --out DIR"
+        )
+    return state
 
 
 def set_threads() -> None:
@@ -345,9 +236,9 @@ def set_threads() -> None:
 
 def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]]) -> None:
     """`python benchmarks/bench_<slug>.py [--device cuda] [--out DIR]`, without pytest."""
-    if any(os.environ.get(name) != value for name, value in WARM_HEAP.items()):
+    if not _measure.is_warm():
         # The allocator reads its settings when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WARM_HEAP})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_measure.WARM_HEAP})
     parser = argparse.ArgumentParser(description=f"Benchmark of {slug}.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="folder of the JSON (benchmarks/results)")
@@ -357,16 +248,39 @@ def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]
     if args.out is not None:
         os.environ["RQK_BENCH_OUT"] = str(args.out)
     set_threads()
-    run = Run(slug, torch.device(args.device))
+    try:
+        run = Run(slug, torch.device(args.device))
+    except ValueError as error:
+        sys.exit(str(error))
     for case in cases:
         record = run_case(case, run.device)
         run.cases.append(record)
         print(describe(record), flush=True)
         path = run.write()  # after each case: what is ended early has what it measured
-    peak = peaks(run.device)
-    copy, matmul = peak.copy_bytes_per_s / 1e9, peak.matmul_flop_per_s / 1e9
-    print(f"measured here: copy {copy:.4g} GB/s, {peak.dtype} matmul {matmul:.4g} GFLOP/s".replace("torch.", ""))
+    print(f"measured here: {rates_in_words(peaks(run.device).rates.described())}")
     print(path)
+
+
+def described(environment: Mapping[str, Any]) -> str:
+    """Threads, heap, versions, commit and time of a measurement.
+
+    Raises:
+        ValueError: it was made from a tree with uncommitted changes, so nobody could repeat it.
+    """
+    if environment["dirty"]:
+        raise ValueError(f"measured with uncommitted changes on {environment['time']}: measure again from a commit")
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    threads, heap = environment["threads"], "warm" if environment["warm_heap"] else "COLD"
+    return (
+        f"{threads} thread{'' if threads == 1 else 's'}, {heap} heap, Python {environment['python']}, {versions}, "
+        f"commit {(environment['commit'] or 'unknown')[:12]}, {environment['time']}"
+    )
+
+
+def rates_in_words(rates: Mapping[str, Any]) -> str:
+    """Such as "copy 24.1 GB/s, fp32 matmul 303.5 GFLOP/s", of `_measure.Rates.described`."""
+    products = [f"{name} matmul {rate / 1e9:.4g} GFLOP/s" for name, rate in rates["operations_per_s"].items()]
+    return ", ".join([f"copy {rates['copy_bytes_per_s'] / 1e9:.3g} GB/s", *products])
 
 
 def describe(record: Mapping[str, Any]) -> str:
@@ -375,7 +289,10 @@ def describe(record: Mapping[str, Any]) -> str:
     percent, floor_ms = floor["percent_of_floor"], floor["ns"] / 1e6
     lines = [f"{record['case']}: {percent:.1f} % of the floor, {floor_ms:.3f} ms ({floor['limit']})"]
     for c in record["contenders"]:
-        lines.append(f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours")
+        setting = f"  ({c['setting']})" if c["setting"] else ""
+        lines.append(
+            f"  {c['name']:<28} {c['median_ns'] / 1e6:10.3f} ms  {c['times_ours_per_row']:8.2f} x ours{setting}"
+        )
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +34,11 @@ from rqgen.cli.runs import fit_prior, fit_tokenizer
 from rqgen.config import to_dict
 from rqgen.data import DigitImages
 from rqgen.evaluation import ImageClassifier
+from rqgen.files import write_json
 from rqgen.models.rqtransformer import RQTransformer, prior_loss
 from rqgen.models.rqvae import RQVAE
 from rqgen.training import latest_checkpoint
+from rqkernels import _measure
 
 VARIANTS = {
     f"{'soft' if soft else 'hard'}-labels-{'stochastic' if stochastic else 'nearest'}-codes": (soft, stochastic)
@@ -125,15 +128,10 @@ def refuse_other_settings(config: DemoConfig, folder: Path) -> None:
 def table(content: Mapping[str, Any]) -> str:
     """A row for each variant: mean over the seeds, and every seed's own value."""
     environment, records = content["environment"], content["records"]
-    names = ("python", "torch", "rqkernels")
-    versions = {"python": environment["python"], **environment["versions"]}
     seeds = sorted({record["seed"] for record in records})
     lines = [
-        f"{environment['device']}, {environment['threads']} thread(s), "
-        + ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-        + f", commit {(environment['commit'] or 'unknown')[:12]}"
-        + (" with uncommitted changes" if environment["dirty"] else "")
-        + f", {environment['time']}. Seeds {', '.join(map(str, seeds))}: mean (each seed).",
+        f"{environment['device']}, {_harness.described(environment)}. "
+        f"Seeds {', '.join(map(str, seeds))}: mean (each seed).",
         "",
         "| labels | codes | " + " | ".join(title for title, _, _ in FIGURES.values()) + " |",
         "|---|---|" + "---|" * len(FIGURES),
@@ -150,25 +148,24 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_json(content: Any, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Soft labels and stochastic codes, on and off.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the demo, as for `rqgen demo`")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="models, checkpoints, metrics")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    results = Path(os.environ.get("RQK_BENCH_OUT", _harness.ROOT / "benchmarks" / "results"))
+    results = Path(os.environ.get("RQK_BENCH_OUT", _harness.RESULTS))
     parser.add_argument("--json", type=Path, default=results / "ablation-soft-labels.json")
     parser.add_argument("--docs", type=Path, default=_harness.ROOT / "docs" / "soft_labels.md")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _harness.set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    content = {"environment": _harness.environment(device), "records": run(args.out, args.seeds, args.overrides)}
+    try:
+        state = _harness.clean_checkout(args.json.parent)
+    except ValueError as error:
+        sys.exit(str(error))
+    records = run(args.out, args.seeds, args.overrides)
+    content = {"environment": _measure.environment(device, state), "records": records}
     write_json(content, args.json)
     _harness.write_between(args.docs, BEGIN, END, table(content))
     print(table(content))

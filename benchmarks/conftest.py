@@ -15,7 +15,10 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def run(request: pytest.FixtureRequest) -> Iterator[_harness.Run]:
     _harness.set_threads()
     slug = request.path.stem.removeprefix("bench_")
-    run = _harness.Run(slug, torch.device(request.param))
+    try:
+        run = _harness.Run(slug, torch.device(request.param))
+    except ValueError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     yield run
     if run.cases:
         run.write()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,10 @@ DOCS = _harness.ROOT / "docs" / "scaling.md"
 
 def tables(result: Mapping[str, Any]) -> str:
     """A row per model, and a row per law."""
-    machine, members, loop = result["machine"], result["members"], result["config"]["prior"]["loop"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("python", "torch", "rqkernels"))
-    commit = (machine["commit"] or "unknown")[:12]
-    dirty = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    environment, members, loop = result["environment"], result["members"], result["config"]["prior"]["loop"]
     seconds = sum(member["seconds"] for member in members) + (result["tokenizer_seconds"] or 0)
     lines = [
-        f"{machine['device']}, {machine['threads']} thread(s), {versions}, commit {commit}{dirty}, {machine['time']}. "
+        f"{environment['device']}, {_harness.described(environment)}. "
         f"{members[0]['training_tokens']} tokens each, in {loop['steps']} updates of {loop['batch_size']} images, seed "
         f"{loop['seed']}; tested on {result['held_out_images']} images of {result['tokens_per_image']} tokens. Trained "
         f"in {seconds / 60:.1f} minutes, tokenizer included.",
@@ -59,6 +57,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The tables and the figure of docs/scaling.md.")
     parser.add_argument("run", type=Path, help="the --out of `rqgen scaling`")
     args = parser.parse_args()
-    _harness.write_between(DOCS, BEGIN, END, tables(json.loads((args.run / "scaling.json").read_text())))
+    try:
+        _harness.write_between(DOCS, BEGIN, END, tables(json.loads((args.run / "scaling.json").read_text())))
+    except ValueError as error:
+        sys.exit(f"{args.run}: {error}")
     shutil.copyfile(args.run / "scaling.json", RESULTS)
     shutil.copyfile(args.run / "scaling.png", DOCS.with_suffix(".png"))

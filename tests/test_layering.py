@@ -1,6 +1,6 @@
 """Which way imports and includes go, and that every operator has all its files.
 
-    cli -> {training, sampling, evaluation, convert, report, integrations} -> {models, data} -> quantizers
+    cli -> bench -> {training, sampling, evaluation, convert, report, integrations} -> {models, data} -> quantizers
         -> rqkernels -> the compiled library
 
 Each rule is a function of a folder that returns what breaks it, so that the same function is tried on this
@@ -36,10 +36,12 @@ FLOORS = (
     ("quantizers",),
     ("models", "data"),
     ("training", "sampling", "evaluation", "convert", "report", "integrations"),
+    ("bench",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-BENEATH = ("config", "installed", "reading")  # modules below every room: each may import them, they import none
+# Modules below every room: each may import them, they import none.
+BENEATH = ("config", "files", "installed", "reading")
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
 FILES_OF_A_SLUG = (

@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 from .installed import check_requirements
 
 if TYPE_CHECKING:
-    from . import config, convert, data, evaluation, integrations, models, quantizers, report, sampling, training  # noqa: F401
+    from . import (  # noqa: F401
+        bench,
+        config,
+        convert,
+        data,
+        evaluation,
+        integrations,
+        models,
+        quantizers,
+        report,
+        sampling,
+        training,
+    )
     from .integrations import accelerate
     from .models import (
         RQVAE,
@@ -51,7 +63,8 @@ __all__ = [
 _ROOM_OF = {name: "models" for name in __all__ if name[0].isupper()}
 _ROOM_OF |= {"accelerate": "integrations", "edit": "sampling", "generate": "sampling"}
 _MODULES = (
-    "config", "convert", "data", "evaluation", "integrations", "models", "quantizers", "report", "sampling", "training",
+    "bench", "config", "convert", "data", "evaluation", "integrations", "models", "quantizers", "report", "sampling",
+    "training",
 )  # fmt: skip
 
 

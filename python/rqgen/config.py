@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 ConfigT = TypeVar("ConfigT")
 
-__all__ = ["from_dict", "load", "read_yaml", "to_dict"]
+__all__ = ["did_you_mean", "from_dict", "load", "read_yaml", "to_dict"]
 
 
 def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> ConfigT:
@@ -148,6 +148,12 @@ def _all_paths(cls: type, prefix: str) -> list[str]:
     for name, inner in nested.items():
         paths += _all_paths(inner, f"{prefix}{name}.")
     return paths
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of an error message about an unknown name: the nearest one, or the first of all that there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(known[:20])}"
 
 
 def _nested_dataclasses(cls: type) -> dict[str, type]:

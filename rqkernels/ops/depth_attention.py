@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import reference
+from .._derivatives import register_derivative, vjp
 from .._library import FLOAT_DTYPES, check_tensor
 
 
@@ -33,7 +34,10 @@ def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
     q, k and v, and a query's only on what it sees, not even where the rest is NaN. Its gradient may be NaN where
     anything in its head is not finite.
 
-    Differentiable once. Autocast does not touch it: inputs are used in the dtype in which they come.
+    Differentiable any number of times, in forward mode and under `torch.func` too. The kernels give the result and its
+    first gradient; a gradient that may be differentiated again (create_graph=True), tangents and what `torch.func`
+    differentiates come from `rqkernels.reference.depth_attention` in float32, rounded once. Autocast does not touch
+    it: inputs are used in the dtype in which they come.
 
     Args:
         q: (N, H, n, head_dim), float32, float16 or bfloat16; 1 <= n <= 32, 1 <= head_dim <= 256.
@@ -50,7 +54,6 @@ def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
         ValueError: shapes, dtypes or devices that do not fit, n or m above 32, head_dim above 256, scale not finite. On
             CUDA also a head larger than the shared memory of a block: where that is 99 KiB, the gradient of float32
             with head_dim above 128 and more than 23 depths.
-        RuntimeError: a second derivative.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor("depth_attention", name, tensor, FLOAT_DTYPES)
@@ -110,15 +113,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-@once_differentiable
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    y = reference.depth_attention(q.float(), k.float(), v.float(), scale)
+    # In the memory order of the kernel's, which a tangent must have too.
+    return y.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _plain_packed(qkv: Tensor, scale: float | None) -> Tensor:
+    return reference.depth_attention_packed(qkv.float(), scale).to(qkv.dtype).contiguous()
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return *vjp(lambda *qkv: _plain(*qkv, ctx.scale), ctx.saved_tensors, grad), None
     return *torch.ops.rqkernels.depth_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-@once_differentiable
 def _backward_packed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return *vjp(lambda qkv: _plain_packed(qkv, ctx.scale), ctx.saved_tensors, grad), None
     return torch.ops.rqkernels.depth_attention_packed_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
-torch.library.register_autograd("rqkernels::depth_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("rqkernels::depth_attention_packed", _backward_packed, setup_context=_setup_context)
+register_derivative("depth_attention", _plain, _setup_context, _backward)
+register_derivative("depth_attention_packed", _plain_packed, _setup_context, _backward_packed)

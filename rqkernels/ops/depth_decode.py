@@ -342,6 +342,8 @@ def depth_decode(
 def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) -> Tensor:
     """Logits of every depth given all codes before it, bit for bit those that `depth_decode` draws from.
 
+    Not differentiable: context is taken detached.
+
     Args:
         context: float32 (B, W), as in `depth_decode`, without guidance.
         codes: int64 (B, D) in [0, K). On a GPU they are not checked: behind one out of range the logits are NaN.

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
+from .._derivatives import register_derivative, vjp
 from .._library import FLOAT_DTYPES, check_depth, check_tensor
-from .code_statistics import code_statistics, statistics_by_depth
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, *, check: bool = True) -> Tensor:
@@ -17,7 +18,8 @@ def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, 
     Naively `codebook.float()[codes[..., :depth]].sum(-2)`; here the (..., D, C) gather is never formed. The sum runs in
     float32, in depth order from zero, and is cast once, so for codes of `residual_search` it equals its `.quantized`.
 
-    Differentiable in codebooks.
+    Differentiable in codebooks, in which it is linear: any number of times, in forward mode and under `torch.func` too
+    (there and for a gradient with create_graph=True by `rqkernels.reference.residual_decode`).
 
     Args:
         codes: int64 (..., D).
@@ -53,22 +55,29 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int | None, bool], ou
     ctx.depth = codes.shape[-1] if depth is None else depth
 
 
+def _plain(codes: Tensor, codebooks: Tensor, depth: int | None, check: bool) -> Tensor:
+    return reference.residual_decode(codes, codebooks, depth, check=False)
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
     if not ctx.needs_input_grad[1]:
         return None, None, None, None
     (codes,) = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # The sum is linear: where codebooks are does not matter to its gradient.
+        anywhere = grad.new_zeros(ctx.codebooks_shape, dtype=ctx.codebooks_dtype)
+        return None, *vjp(lambda e: _plain(codes, e, ctx.depth, False), [anywhere], grad), None, None
     num_codes = ctx.codebooks_shape[-2]
     # Only check=False lets a bad code come this far; its row is NaN, and no code had a part in it.
     codes = codes.masked_fill((codes < 0) | (codes >= num_codes), -1)
     # A row's gradient belongs to each of its codes: it is read D times, and never copied.
     codes = codes[..., : ctx.depth]
     grad = grad.float().contiguous().unsqueeze(-2).expand(*codes.shape, -1)
-    if len(ctx.codebooks_shape) == 2:
-        total = code_statistics(grad, codes, num_codes)[1]
-    else:
-        per_depth = statistics_by_depth(grad, codes, num_codes)[1]
-        total = torch.nn.functional.pad(per_depth, (0, 0, 0, 0, 0, ctx.codebooks_shape[0] - ctx.depth))
+    is_shared = len(ctx.codebooks_shape) == 2
+    total = torch.ops.rqkernels.code_statistics(grad, codes, num_codes, not is_shared)[1]
+    if not is_shared:
+        total = torch.nn.functional.pad(total, (0, 0, 0, 0, 0, ctx.codebooks_shape[0] - ctx.depth))
     return None, total.to(ctx.codebooks_dtype), None, None
 
 
-torch.library.register_autograd("rqkernels::residual_decode", _backward, setup_context=_setup_context)
+register_derivative("residual_decode", _plain, _setup_context, _backward)

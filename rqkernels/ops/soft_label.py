@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import reference
+from .._derivatives import LIBRARY, is_transformed, refuse_second_derivative, register_derivative
 from .._library import FLOAT_DTYPES, check_number, check_tensor
 
 # Bytes of logits that the fused linear holds at a time.
 _LOGITS_BUDGET = 32 << 20
-# A float16 gradient waits for backward times this: most of its entries are far below 1/K, where float16 has no digits.
-_FLOAT16_SCALE = 4096.0
+# softmax(logits) - Q lies in [-1, 1]: times this it does not overflow in float16, and down to 2^-29 keeps all digits.
+_FLOAT16_SCALE = 2.0**15
 
 
 def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
@@ -49,19 +50,35 @@ def _reduced(losses: Tensor, weight: Tensor | None) -> Tensor:
     return (total if weight is None else total * weight).float()
 
 
-def _gradient_scale(dtype: torch.dtype) -> float:
-    return _FLOAT16_SCALE if dtype == torch.float16 else 1.0
+def _fill(op: str, losses_out: Tensor, losses: Tensor) -> None:
+    try:
+        losses_out.copy_(losses.detach())
+    except RuntimeError as error:
+        if not is_transformed([]):
+            raise
+        raise ValueError(f"{op}: losses_out must be made within the function that torch.func transforms") from error
+
+
+def _forms_gradient_early(dtype: torch.dtype, reduce: bool) -> bool:
+    """Whether the forward call can form the gradient of logits, to be multiplied in backward by what comes there.
+
+    Such a factor may have any size, which float16 has no room for; and where each row has one, all of bfloat16 would
+    be rounded twice. There backward forms the gradient, once the factors are known.
+    """
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and reduce)
 
 
 def _is_one(factor: Tensor) -> bool:
-    """Whether a factor can be left out: known for numbers in reach alone, not in a graph or on a device."""
-    return (
-        type(factor) is Tensor
-        and factor.dim() == 0
-        and factor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and factor.item() == 1
-    )
+    """Whether a factor can be left out: known for numbers in reach alone, not in a graph or on a device, nor where it
+    may be differentiated."""
+    if type(factor) is not Tensor or factor.dim() > 0 or factor.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    try:
+        return factor.item() == 1
+    except RuntimeError:  # of a batch (is_grads_batched), which has not one value
+        return False
 
 
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
@@ -116,14 +133,23 @@ def soft_label_cross_entropy(
     Naively `cross_entropy(logits.flatten(0, -2), distance_softmax(x, codebook, tau).flatten(0, -2))`: distances,
     labels, log-softmax and gradient, each of the size of the logits. Here Q is formed for some rows at a time (see
     `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits (on
-    CUDA one each, with Q formed again), and nothing of their size is made but the gradient that is returned: in the
-    forward call, in the dtype of the logits, where a gradient will be asked for. On a CPU a call also holds the
+    CUDA one each, with Q formed again), and nothing of their size is made but the gradient that is returned, in their
+    dtype: where one will be asked for in the forward call, or in backward (see below). On a CPU a call also holds the
     labels of at most 32 rows, for each thread where there are many rows, else for all together (with K C >= 2^19 a
     twentieth of the logits from about 700 rows on), and a copy of the codebook where it lies off the origin. Sums
     within a row are float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend
     on threads or on the other rows.
 
-    Differentiable once, in logits alone. Autocast does not touch it: logits are used in the dtype in which they come.
+    Differentiable in logits alone: x, codebook and mask are taken detached, tau is a number. The gradient is
+    `factor * (softmax(logits) - Q)` in float32, rounded once to the dtype of logits, with factor all that the loss is
+    multiplied by, the reduction included: it is infinite or zero where that is. For this backward reads float16 logits
+    once more, with reduction="none" bfloat16 logits too: at about the cost of another forward call, and neither these
+    nor x and codebook may be changed before. Of bfloat16 logits with "mean" or "sum" the gradient is formed at once,
+    and rounded once more where a factor other than one comes to it later.
+
+    There is no second derivative. In forward mode and under `torch.func`, where there are all, the loss is that of
+    `rqkernels.reference.soft_label_cross_entropy`, with labels materialised in float64. Autocast does not touch it:
+    logits are used in the dtype in which they come.
 
     Args:
         logits: (..., K), or (..., D, K) where x is (..., D, C); float32, float16 or bfloat16. Strides that no (n, m, K)
@@ -135,8 +161,9 @@ def soft_label_cross_entropy(
             gradient of zero.
         reduction: "mean" (over counted rows; NaN where there are none), "sum" or "none" (masked rows 0).
         inplace: where a gradient will be asked for, write it over the logits, which nobody may need afterwards, and
-            allocate nothing of their size. Autograd raises where another function has kept these logits for its own
-            backward. backward then runs once. Without a gradient to come, logits stay as they are.
+            allocate nothing of their size: at once, or in backward where that forms it. Autograd raises where another
+            function has kept these logits for its own backward. backward then runs once. Without a gradient to come,
+            logits stay as they are.
         losses_out: float32, the shape of logits without K: is filled with the rows' losses, to be logged beside a
             "mean" whose gradient is written once. No gradient goes through it: that is what reduction="none" is for.
 
@@ -149,8 +176,9 @@ def soft_label_cross_entropy(
         TypeError: a wrong dtype (float64 among them), tau not a number.
         ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0, an
             unknown reduction. With inplace: logits that are a leaf with requires_grad, that share memory with one
-            another or have the strides named above, and torch.compile.
-        RuntimeError: a second derivative; with inplace, a second backward.
+            another or have the strides named above, torch.compile, forward mode and `torch.func`. losses_out that was
+            made outside the function that `torch.func` transforms.
+        RuntimeError: a second derivative, where it is asked for; with inplace, a second backward.
     """
     op = "soft_label_cross_entropy"
     check_tensor(op, "logits", logits, FLOAT_DTYPES)
@@ -162,21 +190,25 @@ def soft_label_cross_entropy(
     if inplace and with_gradient:
         if torch.compiler.is_compiling():
             raise ValueError(f"{op}: inplace cannot be traced by torch.compile, which decides itself what to overwrite")
+        if is_transformed([logits]):
+            raise ValueError(f"{op}: inplace cannot be used under torch.func or in forward mode, which keep the logits")
         if logits.is_leaf:
             raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
-    if with_gradient and (inplace or losses_out is not None):
-        loss, losses = _GradientInForward.apply(logits, x, codebook, tau, mask, weight, reduce, inplace)
+        total, losses = _InPlace.apply(logits, x, codebook, tau, mask, weight, reduce)
     else:
-        # What wants the losses of rows has no gradient to come here, and the reduction is left to do.
-        rows_first = reduce and losses_out is not None
-        scale = _gradient_scale(logits.dtype)
-        losses = torch.ops.rqkernels.soft_label_cross_entropy(
-            logits, x, codebook, tau, mask, weight, reduce and not rows_first, scale, with_gradient
-        )[0]
-        loss = _reduced(losses, weight) if rows_first else losses
+        total, losses, _ = torch.ops.rqkernels.soft_label_cross_entropy(
+            logits,
+            x,
+            codebook,
+            tau,
+            mask,
+            weight,
+            reduce,
+            with_gradient and _forms_gradient_early(logits.dtype, reduce),
+        )
     if losses_out is not None:
-        losses_out.copy_(losses.detach())
-    return loss
+        _fill(op, losses_out, losses)
+    return total if reduce else losses
 
 
 @torch.library.register_fake("rqkernels::soft_label_cross_entropy")
@@ -188,11 +220,13 @@ def _fake_cross_entropy(
     mask: Tensor | None,
     weight: Tensor | None,
     reduce: bool,
-    gradient_scale: float,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(() if reduce else logits.shape[:-1], dtype=torch.float32)
-    return loss, logits.new_empty(logits.shape if with_gradient else (0,))
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        logits.new_empty(() if reduce else (0,), dtype=torch.float32),
+        logits.new_empty(logits.shape[:-1], dtype=torch.float32),
+        logits.new_empty(logits.shape if with_gradient else (0,)),
+    )
 
 
 @torch.library.register_fake("rqkernels::soft_label_cross_entropy_")
@@ -203,45 +237,74 @@ def _fake_cross_entropy_(
     tau: float,
     mask: Tensor | None,
     weight: Tensor | None,
-    reduce: bool,
-    gradient_scale: float,
+    with_gradient: bool,
 ) -> Tensor:
-    return logits.new_empty(() if reduce else logits.shape[:-1], dtype=torch.float32)
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gradient_scale, with_gradient = inputs[-2:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or zeros, as many as logits, would come for it
-    ctx.save_for_backward(output[1])
-    ctx.gradient_scale, ctx.with_gradient = gradient_scale, with_gradient
+def _plain(
+    logits: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduce: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses = reference.soft_label_cross_entropy(logits, x, codebook, tau, mask=mask, reduction="none")
+    return _reduced(losses, weight) if reduce else losses.new_empty(0), losses, logits.new_empty(0)
 
 
-def _factor(grad: Tensor, gradient: Tensor, gradient_scale: float) -> Tensor:
-    """What the gradient that waited is multiplied by. A scalar stays float32; one for each row takes its dtype."""
-    factor = grad / gradient_scale
-    return factor if factor.dim() == 0 else factor.unsqueeze(-1).to(gradient.dtype)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, x, codebook, ctx.tau, mask, weight, ctx.reduce, ctx.early = inputs
+    total, losses, gradient = output
+    ctx.mark_non_differentiable(losses if ctx.reduce else total, gradient)
+    ctx.set_materialize_grads(False)  # or zeros, as many as logits, would come for the gradient
+    ctx.save_for_backward(
+        total if ctx.reduce else losses, *([gradient] if ctx.early else [logits, x, codebook, mask, weight])
+    )
 
 
-def _times(gradient: Tensor, grad: Tensor, gradient_scale: float) -> Tensor:
-    factor = _factor(grad, gradient, gradient_scale)
-    return gradient if _is_one(factor) else gradient * factor
+def _backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grad = grad_total if ctx.reduce else grad_losses
+    if grad is None:
+        return (None,) * 8
+    result, *saved = ctx.saved_tensors
+    if ctx.early:
+        return _times(refuse_second_derivative("soft_label_cross_entropy", saved[0], result), grad), *(None,) * 7
+    logits, x, codebook, mask, weight = saved
+    with torch.no_grad():
+        gradient = torch.ops.rqkernels.soft_label_cross_entropy(
+            logits, x, codebook, ctx.tau, mask, _factor(grad, weight), False, True
+        )[2]
+    return refuse_second_derivative("soft_label_cross_entropy", gradient, result, grad), *(None,) * 7
 
 
-@once_differentiable
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    if not ctx.with_gradient:
-        raise RuntimeError("soft_label_cross_entropy: backward of a call that was made with with_gradient=False")
-    (gradient,) = ctx.saved_tensors
-    return _times(gradient, grad, ctx.gradient_scale), *(None,) * 8
+register_derivative("soft_label_cross_entropy", _plain, _setup_context, _backward)
 
 
-torch.library.register_autograd("rqkernels::soft_label_cross_entropy", _backward, setup_context=_setup_context)
+def _factor(grad: Tensor, weight: Tensor | None) -> Tensor:
+    """What softmax(logits) - Q is multiplied by: one number, or one for each row."""
+    return grad if weight is None else grad * weight
 
 
-class _GradientInForward(torch.autograd.Function):
-    """What the operator's own gradient does not offer: the gradient in the memory of the logits, and the losses of rows
-    beside their mean or sum."""
+def _times(gradient: Tensor, factor: Tensor, inplace: bool = False) -> Tensor:
+    """The gradient times one number, or in float32 one for each row; in float32, rounded once to its dtype."""
+    if _is_one(factor):
+        return gradient
+    is_half = gradient.dtype != torch.float32
+    if factor.dim() > 0 or (is_half and gradient.is_cuda):
+        # A GPU would round a number without dimensions to the gradient's dtype first.
+        factor = factor.unsqueeze(-1)
+    if inplace:
+        return gradient.mul_(factor)
+    # What has dimensions makes the product of halves float32, unless it goes where halves are.
+    return gradient.clone().mul_(factor) if is_half and factor.dim() > 0 else gradient * factor
+
+
+class _InPlace(torch.autograd.Function):
+    """The loss whose gradient takes the memory of the logits: (what is reduced, or nothing; losses of rows)."""
 
     @staticmethod
     def forward(
@@ -253,33 +316,46 @@ class _GradientInForward(torch.autograd.Function):
         mask: Tensor | None,
         weight: Tensor | None,
         reduce: bool,
-        inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.inplace, ctx.gradient_scale = inplace, _gradient_scale(logits.dtype)
-        arguments = (x, codebook, tau, mask, weight, False, ctx.gradient_scale)
-        if inplace:
-            ctx.gradient = logits.detach()
-            losses = torch.ops.rqkernels.soft_label_cross_entropy_(ctx.gradient, *arguments)
+        ctx.tau, ctx.reduce, ctx.is_done = tau, reduce, False
+        ctx.early = _forms_gradient_early(logits.dtype, reduce)
+        gradient = logits.detach()
+        losses = torch.ops.rqkernels.soft_label_cross_entropy_(gradient, x, codebook, tau, mask, weight, ctx.early)
+        total = _reduced(losses, weight) if reduce else losses.new_empty(0)
+        ctx.mark_non_differentiable(losses if reduce else total)
+        ctx.set_materialize_grads(False)
+        result = total if reduce else losses
+        if ctx.early:
             # So that a function that kept the logits for its own backward finds them changed.
             torch.autograd.graph.increment_version(logits)
+            ctx.gradient = gradient
+            ctx.save_for_backward(result)
         else:
-            losses, gradient = torch.ops.rqkernels.soft_label_cross_entropy(logits, *arguments, True)
-            ctx.save_for_backward(gradient)
-        ctx.set_materialize_grads(False)
-        loss, losses = (_reduced(losses, weight), losses) if reduce else (losses, losses.clone())
-        ctx.mark_non_differentiable(losses)
-        return loss, losses
+            ctx.save_for_backward(result, logits, x, codebook, mask, weight)
+        return total, losses
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        if not ctx.inplace:
-            return _times(ctx.saved_tensors[0], grad, ctx.gradient_scale), *(None,) * 7
-        if ctx.gradient is None:
+    def backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grad_total if ctx.reduce else grad_losses
+        if grad is None:
+            return (None,) * 7
+        if ctx.is_done:
             raise RuntimeError("soft_label_cross_entropy: with inplace=True backward runs once")
-        gradient, ctx.gradient = ctx.gradient, None
-        factor = _factor(grad, gradient, ctx.gradient_scale)
-        return gradient if _is_one(factor) else gradient.mul_(factor), *(None,) * 7
+        ctx.is_done = True
+        result, *saved = ctx.saved_tensors
+        if ctx.early:
+            gradient, ctx.gradient = ctx.gradient, None
+            with torch.no_grad():
+                gradient = _times(gradient, grad, inplace=True)
+        else:
+            logits, x, codebook, mask, weight = saved
+            gradient = logits.detach()
+            with torch.no_grad():
+                torch.ops.rqkernels.soft_label_cross_entropy_(
+                    gradient, x, codebook, ctx.tau, mask, _factor(grad, weight), True
+                )
+            torch.autograd.graph.increment_version(logits)
+        return refuse_second_derivative("soft_label_cross_entropy", gradient, result, grad), *(None,) * 6
 
 
 def fused_linear_soft_label_cross_entropy(
@@ -297,11 +373,13 @@ def fused_linear_soft_label_cross_entropy(
     """`soft_label_cross_entropy(linear(hidden, weight, bias), x, codebook, tau)`, without the logits of all rows.
 
     Rows go through the matmul, the loss and the gradient's matmuls in chunks of at most 32 MiB of logits, which their
-    gradient overwrites; gradients of hidden, weight and bias wait for backward, the latter two summed in float32. With
-    "none" the rows' factors are not known in time: there backward computes the logits once more.
+    gradient overwrites; gradients of hidden, weight and bias wait for backward in float32, and are rounded once, after
+    all that the loss is multiplied by. With "none" the rows' factors are not known in time: there backward computes the
+    logits once more. Gradients of float16 logits are rounded after a scaling that keeps their digits, and their
+    products come in float32; so do those of bfloat16 on CUDA.
 
     Under autocast the matmuls run in its dtype; the loss is float32 arithmetic, as in `soft_label_cross_entropy`.
-    Differentiable once, in hidden, weight and bias.
+    Differentiable in hidden, weight and bias, as `soft_label_cross_entropy` is in logits.
 
     Args:
         hidden: (..., H), or (..., D, H) where x is (..., D, C); float32, float16 or bfloat16.
@@ -337,15 +415,21 @@ def fused_linear_soft_label_cross_entropy(
     x, codebook = x.detach(), codebook.detach()
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     row_weight, reduce = _weight(x, mask, reduction), reduction != "none"
-    total, losses, *_ = _fused_linear(
+    total, losses, *_ = torch.ops.rqkernels.fused_linear_soft_label_cross_entropy(
         hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype
     )
     if losses_out is not None:
-        losses_out.copy_(losses.detach())
+        _fill(op, losses_out, losses)
     return total if reduce else losses
 
 
-@torch.library.custom_op("rqkernels::fused_linear_soft_label_cross_entropy", mutates_args=())
+LIBRARY.define(
+    "fused_linear_soft_label_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor x, Tensor codebook,"
+    " float tau, Tensor? mask, Tensor? factor, bool reduce, bool with_gradient, ScalarType dtype)"
+    " -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
 def _fused_linear(
     hidden: Tensor,
     weight: Tensor,
@@ -354,7 +438,7 @@ def _fused_linear(
     codebook: Tensor,
     tau: float,
     mask: Tensor | None,
-    row_weight: Tensor | None,
+    factor: Tensor | None,
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
@@ -366,18 +450,25 @@ def _fused_linear(
     h = hidden.reshape(-1, *group, hidden.shape[-1])
     x = x.reshape(-1, *group, x.shape[-1])
     mask = None if mask is None else mask.reshape(-1, *group)
-    each_row = row_weight is not None and row_weight.dim() > 0
-    if each_row:
-        row_weight = row_weight.reshape(-1, *group)
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     losses = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    grads: tuple[Tensor, ...] = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
+    total_factor = factor
+    each_row = factor is not None and factor.dim() > 0
+    rest = None
+    if with_gradient and dtype == torch.float16:
+        # The powers of two of the factors wait until the products are there, in float32.
+        fraction, exponent = torch.frexp(losses.new_ones(()) if factor is None else factor)
+        factor, rest = fraction * _FLOAT16_SCALE, torch.exp2((exponent - 15).float())
+    if each_row:
+        factor = factor.reshape(-1, *group)
+    # Products of float16 that may leave its range: on CUDA they can be had in float32, not so after each row's factor.
+    in_float = rest is not None and (each_row or not hidden.is_cuda)
+    w_of_products = w.float() if in_float else w
     if with_gradient:
-        grad_h = torch.empty_like(h)
+        grad_h = hidden.new_zeros(losses.numel(), hidden.shape[-1], dtype=torch.float32)
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
         grad_b = weight.new_zeros(num_codes, dtype=torch.float32)
-    scale = _gradient_scale(dtype)
-    step = max(1, _LOGITS_BUDGET // (num_codes * dtype.itemsize * together))
+    step = max(1, _LOGITS_BUDGET // (num_codes * (dtype.itemsize + 4 * in_float) * together))
     logits_buffer = h.new_empty((min(step, h.shape[0]) * together, num_codes), dtype=dtype)
     with torch.amp.autocast(hidden.device.type, enabled=False):
         for begin in range(0, h.shape[0], step):
@@ -388,32 +479,44 @@ def _fused_linear(
                 torch.mm(part, w.t(), out=logits)
             else:
                 torch.addmm(b, part, w.t(), out=logits)
-            arguments = (
+            losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy_(
                 logits.view(*x[rows].shape[:-1], num_codes),
                 x[rows],
                 codebook,
                 tau,
                 None if mask is None else mask[rows],
-                row_weight[rows] if each_row else row_weight,
+                factor[rows] if each_row else factor,
+                with_gradient,
             )
             if not with_gradient:
-                no_weight = (*arguments[:-1], None)
-                losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy(*no_weight, False, 1.0, False)[0]
                 continue
-            losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy_(*arguments, False, scale)
-            grad_h[rows] = (logits @ w).view(grad_h[rows].shape) / scale
-            if dtype == torch.float32:
-                grad_w.addmm_(logits.t(), part)
-            else:
-                grad_w.add_(logits.t() @ part, alpha=1 / scale)
-            grad_b.add_(logits.sum(0, dtype=torch.float32), alpha=1 / scale)
-    if with_gradient:
-        grads = (grad_h.view(hidden.shape), grad_w.to(weight.dtype), grad_b if bias is None else grad_b.to(bias.dtype))
-    total = _reduced(losses, row_weight) if reduce else losses.new_empty(0)
-    return total, losses.view(hidden.shape[:-1]), *grads
+            flat = slice(begin * together, begin * together + part.shape[0])
+            if in_float:
+                logits, part = logits.float(), part.float()
+                if each_row:
+                    logits *= rest.reshape(-1)[flat, None]
+            _add_product(grad_h[flat], logits, w_of_products)
+            _add_product(grad_w, logits.t(), part)
+            grad_b += logits.sum(0, dtype=torch.float32)
+    total = _reduced(losses, total_factor) if reduce else losses.new_empty(0)
+    if not with_gradient:
+        return total, losses.view(hidden.shape[:-1]), *(losses.new_empty(0) for _ in range(3))
+    if rest is not None and not each_row:
+        for grad in (grad_h, grad_w, grad_b):
+            grad *= rest
+    return total, losses.view(hidden.shape[:-1]), grad_h.view(hidden.shape), grad_w, grad_b
 
 
-@_fused_linear.register_fake
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in float32; on a CPU a product of bfloat16 comes rounded to it."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        total += a @ b
+
+
 def _fake_fused_linear(
     hidden: Tensor,
     weight: Tensor,
@@ -422,43 +525,75 @@ def _fake_fused_linear(
     codebook: Tensor,
     tau: float,
     mask: Tensor | None,
-    row_weight: Tensor | None,
+    factor: Tensor | None,
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    total = hidden.new_empty(() if reduce else (0,), dtype=torch.float32)
-    losses = hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
-    if not with_gradient:
-        return total, losses, hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    grad_b = weight.new_empty(weight.shape[0], dtype=torch.float32 if bias is None else bias.dtype)
-    return total, losses, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), grad_b
+    def new(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    grads = [hidden.shape, weight.shape, weight.shape[:1]] if with_gradient else [(0,)] * 3
+    return new() if reduce else new(0), new(*hidden.shape[:-1]), *(new(*shape) for shape in grads)
+
+
+LIBRARY.impl("fused_linear_soft_label_cross_entropy", _fused_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("rqkernels::fused_linear_soft_label_cross_entropy", _fake_fused_linear)
+
+
+def _plain_fused(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    tau: float,
+    mask: Tensor | None,
+    factor: Tensor | None,
+    reduce: bool,
+    with_gradient: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.amp.autocast(hidden.device.type, enabled=False):
+        logits = torch.nn.functional.linear(
+            hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
+    total, losses, _ = _plain(logits, x, codebook, tau, mask, factor, reduce, False)
+    return total, losses, *(losses.new_empty(0) for _ in range(3))
 
 
 def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, x, codebook, tau, mask, _, reduce, _, dtype = inputs
+    hidden, weight, bias, x, codebook, ctx.tau, mask, factor, ctx.reduce, ctx.early, ctx.dtype = inputs
     total, losses, *grads = output
-    ctx.mark_non_differentiable(losses if reduce else total, *grads)
+    ctx.mark_non_differentiable(losses if ctx.reduce else total, *grads)
     ctx.set_materialize_grads(False)
-    ctx.reduce, ctx.tau, ctx.dtype = reduce, tau, dtype
-    if reduce:
-        ctx.save_for_backward(*grads)
+    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+    saved = grads if ctx.early else [hidden, weight, bias, x, codebook, mask, factor]
+    ctx.save_for_backward(total if ctx.reduce else losses, *saved)
+
+
+def _backward_fused(
+    ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    grad = grad_total if ctx.reduce else grad_losses
+    if grad is None:
+        return (None,) * 11
+    op = "fused_linear_soft_label_cross_entropy"
+    result, *saved = ctx.saved_tensors
+    if ctx.early:
+        grads = [_times(refuse_second_derivative(op, gradient, result), grad) for gradient in saved]
     else:
-        ctx.save_for_backward(hidden, weight, bias, x, codebook, mask)
+        *inputs, mask, factor = saved
+        with torch.no_grad():
+            grads = torch.ops.rqkernels.fused_linear_soft_label_cross_entropy(
+                *inputs, ctx.tau, mask, _factor(grad, factor), False, True, ctx.dtype
+            )[2:]
+        grads = [refuse_second_derivative(op, gradient, result, grad) for gradient in grads]
+    wanted = (
+        gradient.to(dtype) if needed else None
+        for gradient, dtype, needed in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    )
+    return *wanted, *(None,) * 8
 
 
-@once_differentiable
-def _backward_fused(ctx: Any, grad_total: Tensor, grad_losses: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    if ctx.reduce:
-        one = _is_one(grad_total)
-        grads = ctx.saved_tensors if one else tuple(saved * grad_total for saved in ctx.saved_tensors)
-    else:
-        hidden, weight, bias, x, codebook, mask = ctx.saved_tensors
-        grads = _fused_linear(
-            hidden, weight, bias, x, codebook, ctx.tau, mask, grad_losses.contiguous(), False, True, ctx.dtype
-        )[2:]
-    needed = (g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[:3], strict=True))
-    return *needed, *(None,) * 8
-
-
-_fused_linear.register_autograd(_backward_fused, setup_context=_setup_fused)
+register_derivative("fused_linear_soft_label_cross_entropy", _plain_fused, _setup_fused, _backward_fused)

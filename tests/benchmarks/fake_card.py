@@ -56,6 +56,7 @@ def fake_card() -> Iterator[torch.device]:
     torch.cuda.get_device_name = lambda *_: "A Card"
     torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = lambda *_: None
     torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *_: 0
+    torch.cuda.mem_get_info = lambda *_: (1 << 30, 1 << 30)
     torch.cuda.Event, torch.cuda.Stream, torch.cuda.CUDAGraph = _Event, _Stream, _Graph  # type: ignore
     torch.cuda.current_stream = _Stream  # type: ignore[assignment]
     torch.cuda.stream = torch.cuda.graph = lambda *_, **__: contextlib.nullcontext()  # type: ignore

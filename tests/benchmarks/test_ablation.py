@@ -106,9 +106,9 @@ def test_the_table(ablation: ModuleType, tmp_path: Path) -> None:
         for seed in (0, 1)
         for soft, stochastic in ablation.VARIANTS.values()
     ]
-    environment = ablation._harness.environment(torch.device("cpu"))
+    environment = ablation._measure.environment(torch.device("cpu"), ablation._measure.Checkout("0123abc", False))
     text = ablation.table({"environment": environment, "records": records})
-    assert f"torch {torch.__version__}" in text and (environment["commit"] or "unknown")[:12] in text
+    assert f"torch {torch.__version__}" in text and "commit 0123abc" in text
     assert (
         text.splitlines()[-1]
         == "| soft | stochastic | 75.0 % (70.0, 80.0) | 25.0 % (25.0, 25.0) | 2.500 (2.000, 3.000) |"

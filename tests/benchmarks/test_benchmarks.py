@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def test_a_result_says_what_was_measured_and_where(results: dict[str, dict], slu
     assert environment["threads"] >= 1
     assert {"device", "commit", "dirty", "warm_heap", "rqkernels"} <= set(environment)
     assert result["peaks"]["copy_bytes_per_s"] > 0
-    assert result["peaks"]["matmul_flop_per_s"] > 0
+    assert result["peaks"]["operations_per_s"]["fp32"] > 0
     for case in result["cases"]:
         ours, *peers = case["contenders"]
         assert ours["name"] == "rqkernels"
@@ -88,33 +89,60 @@ def test_the_search_benchmark_holds_the_published_formulation(results: dict[str,
         assert {"published, eager", "reference (float64)"} <= set(agreement)
 
 
-def test_as_a_script_and_drawn_into_a_readme(tmp_path: Path) -> None:
-    script = BENCHMARKS / "bench_code_statistics.py"
-    run = quick(script, "--out", tmp_path, out=tmp_path / "unused")
+def test_as_a_script_and_rendered(tmp_path: Path) -> None:
+    results, out = tmp_path / "results", tmp_path / "RESULTS.md"
+    run = quick(BENCHMARKS / "bench_code_statistics.py", "--out", results, out=tmp_path / "unused")
     assert run.returncode == 0, run.stderr
-    (path,) = tmp_path.glob("*-code_statistics.json")
+    (path,) = results.glob("*-code_statistics.json")
+    result = json.loads(path.read_text())
     # A script starts itself again with the warm heap's settings.
-    assert json.loads(path.read_text())["environment"]["warm_heap"] is True
-
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
-    command = (BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme)
-    plots = set()
-    for _ in range(2):  # drawing twice changes nothing
-        drawn = quick(*command, out=tmp_path)
+    assert result["environment"]["warm_heap"] is True
+    other = json.loads(path.read_text())
+    other["environment"]["device"] = "Another 9"
+    other["cases"][0]["contenders"][1]["setting"] = "fast=1"
+    for content in (result, other):
+        content["environment"]["dirty"] = False
+        (results / f"{content['environment']['device']}.json").write_text(json.dumps(content))
+    path.unlink()
+    written = set()
+    for _ in range(2):  # rendering twice changes nothing
+        drawn = quick(BENCHMARKS / "render.py", "--results", results, "--out", out, out=tmp_path)
         assert drawn.returncode == 0, drawn.stderr
-        plots.add((tmp_path / "speedup.svg").read_text())
-        text = readme.read_text()
-        assert text.startswith("before\n") and text.endswith("after\n")
-        assert "old" not in text
-        assert text.count("### code_statistics") == 1
-        assert "index_add and bincount" in text
-    (plot,) = plots
+        written.add((out.read_text(), (results / "speedup-another-9.svg").read_text()))
+    ((text, plot),) = written
+    assert text.count("### code_statistics: ") == 2 and "index_add and bincount (fast=1)" in text
+    (head,) = (line for line in text.splitlines() if line.startswith("| operator | case | "))
+    assert "| Another 9 |" in head and head.count("|") == 5  # both machines, side by side
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / picture).is_file()
     assert "index_add and bincount" in plot and "tiny" in plot and "reference" not in plot
 
 
-def test_systems_are_drawn_into_a_readme(tmp_path: Path) -> None:
-    """Of what `rqgen bench systems` writes; its own test holds the names."""
+def test_results_of_a_dirty_tree_are_neither_written_nor_rendered(tmp_path: Path) -> None:
+    script = (
+        "import _harness, pathlib, rqkernels._measure as measure, sys, torch\n"
+        "measure.checkout = lambda folder, ignored: measure.Checkout('abc', True)\n"
+        "_harness.RESULTS = pathlib.Path(sys.argv[1])\n"
+        "_harness.ROOT = _harness.RESULTS.parent\n"
+        "_harness.Run('slug', torch.device('cpu'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}:{ROOT}"}
+    command = [sys.executable, "-c", script, tmp_path / "results"]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "uncommitted changes: results in results must come from a commit" in refused.stderr
+    environment["RQK_BENCH_OUT"] = str(tmp_path / "elsewhere")
+    assert subprocess.run(command, env=environment).returncode == 0
+
+    record = {"slug": "x", "environment": {"dirty": True, "time": "then", "device": "a"}, "peaks": {}, "cases": []}
+    (tmp_path / "x.json").write_text(json.dumps(record))
+    run = quick(BENCHMARKS / "render.py", "--results", tmp_path, "--out", tmp_path / "RESULTS.md", out=tmp_path)
+    assert run.returncode != 0 and "x.json: measured with uncommitted changes on then" in run.stderr
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_systems_are_rendered(tmp_path: Path) -> None:
+    """From what `rqgen bench systems` writes; its own test holds the names."""
     work = {"products": 7.15e10, "attention": 2.5e9, "states": 3e6}
     systems = [
         {
@@ -141,33 +169,28 @@ def test_systems_are_drawn_into_a_readme(tmp_path: Path) -> None:
         "decoder_ms_per_image": None,
         "peak_bytes": None,
     }
-    machine = {
-        "device": "a processor",
-        "threads": 2,
-        "malloc": {},
-        "versions": dict.fromkeys(("python", "rqkernels", "torch", "rich"), "1.0"),
-        "commit": None,
-        "uncommitted_changes": False,
-        "time": "now",
-    }
     content = {
-        "machine": machine,
+        "environment": {
+            "device": "a processor",
+            "threads": 2,
+            "warm_heap": False,
+            "python": "1.0",
+            "versions": {"rqkernels": "1.0"},
+            "commit": None,
+            "dirty": False,
+            "time": "now",
+        },
         "settings": {"image_side": 256, "width": 512},
         "peaks": {"copy_bytes_per_s": 2e10, "operations_per_s": {"fp32": 1.2e11}},
         "systems": systems,
         "cases": [case],
     }
-    (tmp_path / "systems").mkdir()
-    (tmp_path / "systems" / "systems.json").write_text(json.dumps(content))
-    readme = tmp_path / "README.md"
-    markers = [f"<!-- {name}: {end} -->" for name in ("systems", "results") for end in ("begin", "end")]
-    command = (BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme)
-    readme.write_text("\n".join(markers[2:]))
-    assert "must hold <!-- systems: begin -->" in quick(*command, out=tmp_path).stderr
-    readme.write_text("\n".join(["before", *markers, "after"]))
-    assert quick(*command, out=tmp_path).returncode == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after")
+    folder = tmp_path / "systems" / "a-processor"
+    folder.mkdir(parents=True)
+    (folder / "systems.json").write_text(json.dumps(content))
+    run = quick(BENCHMARKS / "render.py", "--results", tmp_path, "--out", tmp_path / "RESULTS.md", out=tmp_path)
+    assert run.returncode == 0, run.stderr
+    text = (tmp_path / "RESULTS.md").read_text()
     for row in (
         "| steps, one after another | 10 | 64 + 256 |",
         "| operations: products with weights | 71.5 G | 71.5 G |",
@@ -175,23 +198,18 @@ def test_systems_are_drawn_into_a_readme(tmp_path: Path) -> None:
         "| 16 | VAR, fp32, guidance 1.5 | 12.3 | 11 - 13 | 81 | 45.6 |",
     ):
         assert f"\n{row}\n" in text
-    assert "2 threads, COLD heap, python 1.0, rqkernels 1.0, torch 1.0, commit unknown" in text
+    assert "a processor: 2 threads, COLD heap, Python 1.0, rqkernels 1.0, commit unknown, now." in text
+    assert "copy 20 GB/s, fp32 matmul 120 GFLOP/s" in text
 
 
-def test_the_plots_that_the_readme_shows_are_there() -> None:
-    targets = re.findall(r"!\[.*?\]\((.*?)\)", (BENCHMARKS / "README.md").read_text())
-    assert [Path(target).name for target in targets] == ["systems.png", "speedup.svg"]
-    assert (BENCHMARKS / targets[0]).read_bytes().startswith(b"\x89PNG")
-    assert (BENCHMARKS / targets[1]).read_text().count("<svg") == 1
-
-
-def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here\n")
-    run = quick(BENCHMARKS / "render.py", "--results", tmp_path, "--readme", readme, out=tmp_path)
-    assert run.returncode != 0
-    assert "must hold <!-- results: begin -->" in run.stderr
-    assert readme.read_text() == "nothing here\n"
+def test_the_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    results = shutil.copytree(BENCHMARKS / "results", tmp_path / "results")
+    run = quick(BENCHMARKS / "render.py", "--results", results, "--out", tmp_path / "RESULTS.md", out=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "RESULTS.md").read_text() == (BENCHMARKS / "RESULTS.md").read_text()
+    for name in ("README.md", "RESULTS.md"):
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", (BENCHMARKS / name).read_text()):
+            assert (BENCHMARKS / picture).is_file()
 
 
 def test_a_wrong_result_is_never_timed(tmp_path: Path) -> None:
@@ -303,9 +321,9 @@ def test_every_benchmark_takes_its_ways_for_a_card(tmp_path: Path) -> None:
         tmp_path / "card.py",
         "import importlib, sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import _harness, fake_card, torch\n"
+        "import _harness, fake_card, rqkernels._measure, torch\n"
         "from pathlib import Path\n"
-        "_harness._l2_flush = lambda device: torch.empty(1)\n"
+        "rqkernels._measure._l2_flush = lambda device: torch.empty(1)\n"
         "import rqkernels\n"  # before a card is there, for which it would load a library
         f"for path in sorted(Path({str(BENCHMARKS)!r}).glob('bench_*.py')):\n"
         "    with fake_card.fake_card() as device:\n"

@@ -43,27 +43,31 @@ def test_a_row_for_each_model_and_each_law(script: ModuleType) -> None:
         "tokens_per_image": 30,
         "tokenizer_seconds": 60.0,
         "config": {"prior": {"loop": {"steps": 500, "batch_size": 32, "seed": 0}}},
-        "machine": {
+        "environment": {
             "device": "a processor",
             "threads": 2,
-            "versions": {"python": "3.11", "torch": "2.13", "rqkernels": "0.1.0"},
+            "warm_heap": True,
+            "python": "3.11",
+            "versions": {"torch": "2.13", "rqkernels": "0.1.0"},
             "commit": "0123456789abcdef",
-            "uncommitted_changes": False,
+            "dirty": False,
             "time": "2026-01-01T00:00:00Z",
         },
     }
     lines = script.tables(result).splitlines()
     assert lines[0].startswith(
-        "a processor, 2 thread(s), python 3.11, torch 2.13, rqkernels 0.1.0, commit 0123456789ab, "
+        "a processor, 2 threads, warm heap, Python 3.11, torch 2.13, rqkernels 0.1.0, commit 0123456789ab, "
     )
     assert "480000 tokens each, in 500 updates of 32 images, seed 0;" in lines[0]
     assert lines[0].endswith("tested on 299 images of 30 tokens. Trained in 4.0 minutes, tokenizer included.")
     assert lines[4] == "| 2 | 593,412 | 662,340 | 0.002 | 2.500 | 2.3941 | 2.5798 | 65.63 % | 67.81 % | 60 |"
     assert lines[5].startswith("| 3 |") and lines[5].endswith("| 120 |")
     assert lines[-1] == "| test loss | -0.0321 | 1.00e-16 | -0.9877 |"
-    result["machine"]["uncommitted_changes"], result["tokenizer_seconds"] = True, None
-    head = script.tables(result).splitlines()[0]
-    assert "0123456789ab with uncommitted changes" in head and "Trained in 3.0 minutes" in head
+    result["tokenizer_seconds"] = None
+    assert "Trained in 3.0 minutes" in script.tables(result).splitlines()[0]
+    result["environment"]["dirty"] = True
+    with pytest.raises(ValueError, match="measured with uncommitted changes on 2026-01-01T00:00:00Z"):
+        script.tables(result)
 
 
 def test_the_tables_in_the_docs_are_those_of_the_results(script: ModuleType) -> None:

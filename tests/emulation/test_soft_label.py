@@ -82,7 +82,6 @@ def cross_entropy(
     *,
     mask: np.ndarray | None = None,
     weight: np.ndarray | None = None,
-    scale: float = 1.0,
     swapped: bool = False,
     padding: int = 0,
     how: int = 1,
@@ -96,7 +95,7 @@ def cross_entropy(
         *(to_numpy(given), x_oic, codebooks, np.float64(tau)),
         np.ones(x_oic.shape[:2], np.uint8) if mask is None else mask.astype(np.uint8),
         np.zeros(0, np.float32) if weight is None else weight,
-        *(np.float64(scale), TYPES[logits.dtype], int(swapped), how, device.array()),
+        *(TYPES[logits.dtype], int(swapped), how, device.array()),
     )
     written = torch.from_numpy(gradient)
     written = written.view(torch.bfloat16) if logits.dtype == torch.bfloat16 else written
@@ -116,7 +115,7 @@ def check(
     below = truth.log_softmax(-1)
     losses = -(labels * below).sum(-1)
     weight = how.get("weight")
-    factor = torch.full(losses.shape, float(how.get("scale", 1.0)), dtype=torch.float64)
+    factor = torch.ones(losses.shape, dtype=torch.float64)
     if weight is not None:
         factor *= torch.from_numpy(weight).double().expand(losses.numel()).view(losses.shape)
     gradient = (below.exp() - labels) * factor[..., None]
@@ -249,9 +248,33 @@ def test_a_codebook_per_depth_masks_weights_strides_dtypes(emulation: Emulation,
     x, e = normal(34, 3, 5), normal(3, 130, 5, seed=1)
     logits = torch.from_numpy(2 * normal(34, 3, 130, seed=2)).to(dtype)
     mask = np.random.default_rng(3).random((34, 3)) < 0.7
-    weight = np.random.default_rng(4).random(34 * 3).astype(np.float32)
+    weight = 64 * np.random.default_rng(4).random(34 * 3).astype(np.float32)
     padded = dict(swapped=True, padding=3) if how == 2 else dict(padding=1)
-    check(emulation, logits, x, e, 2.0, mask=mask, weight=weight, scale=64.0, how=how, **padded)
+    check(emulation, logits, x, e, 2.0, mask=mask, weight=weight, how=how, **padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", [H100, DIRECT], ids=["tiles", "direct"])
+def test_a_gradient_of_halves_overflows_and_vanishes_where_it_is_that_large_or_small(
+    emulation: Emulation, dtype: torch.dtype, device: Device
+) -> None:
+    """With weights from 2^-30 to 2^24, as loss scaling and means over rows make them, multiplied in float32."""
+    x, e = normal(56, 1, 40), normal(1, 130, 40, seed=1)
+    logits = torch.from_numpy(2 * normal(56, 1, 130, seed=2)).to(dtype)
+    weight = np.exp2(np.arange(-30, 26, dtype=np.float32))
+    weight[1::2] *= np.float32(-1.37)
+    result = cross_entropy(emulation, logits, x, e, 40.0, weight=weight, device=device).gradient.double()
+    difference = logits.double().softmax(-1) - torch.from_numpy(true_labels(x, e, 40.0))
+    factor = torch.from_numpy(weight).double()[:, None, None]
+    true, limits = factor * difference, torch.finfo(dtype)
+    error = 1e-6 * factor.abs() + 0.501 * limits.eps * true.abs()
+    over = true.abs() > limits.max * (1 + limits.eps / 4)
+    near = (true.abs() - limits.max).abs() <= error
+    assert over.any() == (dtype == torch.float16)
+    assert torch.equal(result.isinf() | near, over | near)
+    kept = result.isfinite()
+    assert ((result - true).abs() <= error + 0.501 * limits.smallest_normal * limits.eps)[kept].all()
+    assert (result[true.abs() > limits.smallest_normal] != 0).all()
 
 
 def test_masked_rows_are_not_read(emulation: Emulation) -> None:

@@ -74,3 +74,17 @@ def two_processes(tmp_path: Path) -> Callable[[str], list[Any]]:
         return [torch.load(out, weights_only=True) for out in outs]
 
     return run
+
+
+@pytest.fixture
+def rqgen(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """Runs a command in this process: ``(exit code, standard output, standard error)``."""
+    from rqgen.cli.app import main
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err
+
+    return run

@@ -268,18 +268,6 @@ def test_a_gradient_of_another_shape_is_refused() -> None:
 # --- autograd, torch.compile, autocast -------------------------------------------------------------------
 
 
-def test_a_second_derivative_is_refused() -> None:
-    q, k, v, _ = inputs(2, 2, 4, 4, 8)
-    for call, leaf in (
-        (lambda t: rqk.depth_attention(t, k, v), q),
-        (rqk.depth_attention_packed, torch.randn(2, 4, 3, 2, 8)),
-    ):
-        leaf.requires_grad_()
-        (grad,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
-
-
 def test_opcheck() -> None:
     q, k, v = (t.requires_grad_() for t in inputs(2, 3, 4, 5, 8)[:3])
     ops = torch.ops.rqkernels

@@ -66,17 +66,17 @@ std::vector<Array> distance_softmax(const Inputs& inputs) {
 }
 
 // logits, of `type`: (o, i, k + padding), or with `swapped` (i, o, k + padding); x (o, i, c), codebooks (1 or i, k, c),
-// tau; mask u1 (o, i), weight (o * i, or 1, or 0 for none), gradient_scale; type (0 float32, 1 float16, 2 bfloat16:
+// tau; mask u1 (o, i), weight (o * i, or 1, or 0 for none); type (0 float32, 1 float16, 2 bfloat16:
 // its bits as uint16), swapped, how (0 no gradient, 1 a packed one, 2 in place), device (2)
 // -> losses (o, i), total (1), gradient (packed, of the logits' shape in place, or empty), direct rows (1)
 std::vector<Array> soft_label_cross_entropy(const Inputs& inputs) {
-  const auto type = static_cast<FloatType>(inputs.number(7));
+  const auto type = static_cast<FloatType>(inputs.number(6));
   const std::string dtype = type == FloatType::kFloat32 ? "<f4" : type == FloatType::kFloat16 ? "<f2" : "<u2";
   const Array& logits = inputs.array(0, dtype, 3);
   const Array &x = inputs.array(1, "<f4", 3), &codebooks = inputs.array(2, "<f4", 3);
   const Array &mask = inputs.array(4, "|u1", 2), &weight = inputs.array(5, "<f4", 1);
-  const bool swapped = inputs.number(8) != 0;
-  const int64_t how = inputs.number(9), stride = logits.shape[2];
+  const bool swapped = inputs.number(7) != 0;
+  const int64_t how = inputs.number(8), stride = logits.shape[2];
   const DeviceBuffer logits_device = to_device(logits), x_device = to_device(x);
   const DeviceBuffer codebooks_device = to_device(codebooks), mask_device = to_device(mask);
   const DeviceBuffer weight_device = to_device(weight);
@@ -94,7 +94,6 @@ std::vector<Array> soft_label_cross_entropy(const Inputs& inputs) {
   p.mask = static_cast<const uint8_t*>(mask_device.data());
   p.weight = weight.elements() == 0 ? nullptr : static_cast<const float*>(weight_device.data());
   p.weight_stride = weight.elements() > 1 ? 1 : 0;
-  p.gradient_scale = static_cast<float>(scalar(inputs, 6));
   p.losses = static_cast<float*>(losses.data());
   p.total = static_cast<float*>(total.data());
   if (how == 1) {
@@ -106,7 +105,7 @@ std::vector<Array> soft_label_cross_entropy(const Inputs& inputs) {
     p.gradient_outer_stride = p.logits_outer_stride;
     p.gradient_inner_stride = p.logits_inner_stride;
   }
-  set_device(inputs.array(10, "<i8", 1));
+  set_device(inputs.array(9, "<i8", 1));
   const DeviceBuffer workspace(static_cast<size_t>(workspace_bytes(p.labels)));
   p.labels.workspace = static_cast<uint8_t*>(workspace.data());
   launch(p, nullptr);

@@ -114,8 +114,8 @@ void launch(const SoftLabelCrossEntropyParams& p, void*) {
                   CrossEntropyRow all[kMostRows];
                   for (int i = tile.first; i < tile.last; ++i) {
                     all[i] = {logits_at(rows[i]), gradient_at(rows[i]),
-                              p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride]),
-                              p.losses + rows[i], streams};
+                              p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride], p.losses + rows[i],
+                              streams};
                   }
                   kernel.cross_entropy(codebook, labels.tau, tile, all, p.type, memory);
                 });

@@ -149,10 +149,11 @@ void check(const Tensor& logits, const Tensor& x, const Tensor& codebook, const 
   }
 }
 
-// The loss, a scalar where `reduce`; the gradient goes to `gradient`, which may be `logits`, or nowhere.
-Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebook, double tau,
-                     const std::optional<Tensor>& mask, const std::optional<Tensor>& weight, bool reduce,
-                     double gradient_scale, const Tensor* gradient) {
+// Losses of rows, and where `reduce` weight[0] times their sum, else an empty tensor. Where in_place, `gradient` may be
+// `logits`, which are checked for that even where there is none.
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebook, double tau,
+                                         const std::optional<Tensor>& mask, const std::optional<Tensor>& weight,
+                                         bool reduce, bool in_place, const Tensor* gradient) {
   LabelTensors from = label_tensors(kCrossEntropy, x, codebook, tau);
   check(logits, x, codebook, mask, weight, reduce);
   rqk::LaunchScope scope(logits);
@@ -161,7 +162,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebo
   RowStrides strides = row_strides(logits);
   Tensor rows = logits;
   if (!strides.exist) {
-    if (gradient == &logits) {
+    if (in_place) {
       rqk::value_error(kCrossEntropy,
                        ": inplace needs logits (outer, inner, K) with contiguous K and at most two "
                        "strides beside, got shape ",
@@ -173,7 +174,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebo
   std::vector<int64_t> leading = rqk::sizes_of(logits);
   leading.pop_back();
   const Tensor losses = rqk::empty(leading, ScalarType::Float, logits);
-  const Tensor total = reduce ? rqk::empty({}, ScalarType::Float, logits) : losses;
+  const Tensor total = rqk::empty(reduce ? std::vector<int64_t>{} : std::vector<int64_t>{0}, ScalarType::Float, logits);
   // What is not there stands as the logits, and is not looked at.
   const Tensor mask_packed = mask.has_value() ? torch::stable::contiguous(*mask) : logits;
   const Tensor weight_packed = weight.has_value() ? torch::stable::contiguous(*weight) : logits;
@@ -187,7 +188,6 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebo
   params.mask = mask.has_value() ? static_cast<const uint8_t*>(mask_packed.const_data_ptr()) : nullptr;
   params.weight = weight.has_value() ? weight_packed.const_data_ptr<float>() : nullptr;
   params.weight_stride = weight.has_value() && weight->dim() > 0 ? 1 : 0;
-  params.gradient_scale = static_cast<float>(gradient_scale);
   params.losses = losses.mutable_data_ptr<float>();
   params.total = reduce ? total.mutable_data_ptr<float>() : nullptr;
   if (gradient != nullptr) {
@@ -197,38 +197,38 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebo
     params.gradient_inner_stride = gradient_strides.inner;
   }
   rqk::launch(params, scope.stream());
-  return total;
+  return {total, losses};
 }
 
-std::tuple<Tensor, Tensor> soft_label_cross_entropy(Tensor logits, Tensor x, Tensor codebook, double tau,
-                                                    std::optional<Tensor> mask, std::optional<Tensor> weight,
-                                                    bool reduce, double gradient_scale, bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> soft_label_cross_entropy(Tensor logits, Tensor x, Tensor codebook, double tau,
+                                                            std::optional<Tensor> mask, std::optional<Tensor> weight,
+                                                            bool reduce, bool with_gradient) {
   const Tensor gradient =
       rqk::empty(with_gradient ? rqk::sizes_of(logits) : std::vector<int64_t>{0}, logits.scalar_type(), logits);
-  const Tensor loss = cross_entropy(logits, x, codebook, tau, mask, weight, reduce, gradient_scale,
-                                    with_gradient ? &gradient : nullptr);
-  return {loss, gradient};
+  const auto [total, losses] =
+      cross_entropy(logits, x, codebook, tau, mask, weight, reduce, false, with_gradient ? &gradient : nullptr);
+  return {total, losses, gradient};
 }
 
 Tensor soft_label_cross_entropy_(Tensor logits, Tensor x, Tensor codebook, double tau, std::optional<Tensor> mask,
-                                 std::optional<Tensor> weight, bool reduce, double gradient_scale) {
+                                 std::optional<Tensor> weight, bool with_gradient) {
   if (!is_apart(logits)) {
     rqk::value_error(kCrossEntropy, ": inplace needs logits that share no memory with one another, got shape ",
                      rqk::shape_of(logits), " with a stride too small");
   }
-  return cross_entropy(logits, x, codebook, tau, mask, weight, reduce, gradient_scale, &logits);
+  return std::get<1>(
+      cross_entropy(logits, x, codebook, tau, mask, weight, false, true, with_gradient ? &logits : nullptr));
 }
 
 }  // namespace
 
 RQK_REGISTER("distance_softmax", "distance_softmax(Tensor x, Tensor codebook, float tau) -> Tensor", distance_softmax)
-RQK_REGISTER(
-    "soft_label_cross_entropy",
-    "soft_label_cross_entropy(Tensor logits, Tensor x, Tensor codebook, float tau, Tensor? mask,"
-    " Tensor? weight, bool reduce, float gradient_scale, bool with_gradient) -> (Tensor loss, Tensor gradient)",
-    soft_label_cross_entropy)
+RQK_REGISTER("soft_label_cross_entropy",
+             "soft_label_cross_entropy(Tensor logits, Tensor x, Tensor codebook, float tau, Tensor? mask,"
+             " Tensor? weight, bool reduce, bool with_gradient) -> (Tensor total, Tensor losses, Tensor gradient)",
+             soft_label_cross_entropy)
 // The gradient in place of the logits.
 RQK_REGISTER("soft_label_cross_entropy_",
              "soft_label_cross_entropy_(Tensor(a!) logits, Tensor x, Tensor codebook, float tau, Tensor? mask,"
-             " Tensor? weight, bool reduce, float gradient_scale) -> Tensor",
+             " Tensor? weight, bool with_gradient) -> Tensor",
              soft_label_cross_entropy_)

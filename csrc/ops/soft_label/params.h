@@ -28,7 +28,7 @@ struct DistanceSoftmaxParams {
   float* q;  // (outer, inner, num_codes), contiguous
 };
 
-// loss = logsumexp(logits) - sum_k Q_k logits_k;  gradient = gradient_scale * weight * (softmax(logits) - Q).
+// loss = logsumexp(logits) - sum_k Q_k logits_k;  gradient = weight * (softmax(logits) - Q).
 struct SoftLabelCrossEntropyParams {
   SoftLabels labels;
   const void* logits;  // (outer, inner, num_codes) of `type`: strides below, the last one 1
@@ -37,7 +37,6 @@ struct SoftLabelCrossEntropyParams {
   const uint8_t* mask;    // (outer, inner): rows with 0 are not read, lose nothing and have no gradient; or null
   const float* weight;    // of a row's gradient: (outer, inner), or one for all; null: 1
   int64_t weight_stride;  // 1, or 0 where all rows have one
-  float gradient_scale;   // so that a gradient in float16 does not underflow
   float* losses;          // (outer, inner), without weight
   float* total;           // weight[0] times the sum of all losses; null where it is not asked for
   void* gradient;         // of `type`, may be `logits` (with their strides); or null

@@ -37,7 +37,7 @@ __device__ inline Row row_at(const SoftLabelCrossEntropyParams& p, int64_t q, in
   if (p.mask != nullptr && p.mask[number] == 0) return row;
   row.x = labels.x + number * labels.channels;
   row.logits = static_cast<const char*>(p.logits) + (o * p.logits_outer_stride + i * p.logits_inner_stride) * size;
-  row.weight = p.gradient_scale * (p.weight == nullptr ? 1.0f : p.weight[number * p.weight_stride]);
+  row.weight = p.weight == nullptr ? 1.0f : p.weight[number * p.weight_stride];
   return row;
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -132,11 +133,14 @@ def encode(
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option(help="PNG file to write: all images on one sheet.")] = Path("samples.png"),
+    out: Annotated[
+        Path, typer.Option(help="Image file to write, PNG, JPEG, WebP, TIFF or BMP by its name: all on one sheet.")
+    ] = Path("samples.png"),
     prior: PriorFolder = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
     classes: Annotated[
-        list[int] | None, typer.Option("--class", help="Class number; may be repeated. Default: every class.")
+        list[str] | None,
+        typer.Option("--class", help="Class by name, or by number; may be repeated. Default: every class."),
     ] = None,
     num: Annotated[int, typer.Option(min=1, help="Images of each class, or in all without classes.")] = 10,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest code.")] = 1.0,
@@ -191,7 +195,7 @@ def bench_sampling(
     import torch
     from rich.console import Console
 
-    from .bench.sampling import SamplingBench, parse_shape, run_sampling_bench
+    from rqgen.bench import SamplingBench, parse_shape, run_sampling_bench
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -244,7 +248,7 @@ def bench_systems(
     import torch
     from rich.console import Console
 
-    from .bench.systems import SystemsBench, run_systems_bench
+    from rqgen.bench import SystemsBench, run_systems_bench
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -278,11 +282,18 @@ def edit(
         ),
     ],
     image: Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")],
-    mask: Annotated[Path, typer.Option(help="An image of the same size.")],
-    label: Annotated[int | None, typer.Option(help="Class to draw. Default: the null condition.")] = None,
+    mask: Annotated[Path, typer.Option(help="An image of the same size, black and white.")],
+    label: Annotated[
+        str | None, typer.Option(help="Class to draw, by name or by number. Default: the null condition.")
+    ] = None,
     prior: PriorFolder = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
-    out: Annotated[Path, typer.Option(help="PNG file to write: before, mask and after.")] = Path("edited.png"),
+    out: Annotated[
+        Path, typer.Option(help="Image file to write, in the format of its name: before, mask and after.")
+    ] = Path("edited.png"),
+    background: Annotated[
+        str, typer.Option(help="What shows through where the image or the mask is transparent: a colour.")
+    ] = "white",
     top_k: TopK = None,
     top_p: TopP = None,
     cfg: Guidance = None,
@@ -291,7 +302,8 @@ def edit(
     """Draw a part of an image anew."""
     from .edit import EditRequest, edit_image
 
-    edit_image(EditRequest(kind, image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed))
+    request = EditRequest(kind, image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed, background)
+    edit_image(request)
     typer.echo(f"before, mask and after: {out}")
 
 
@@ -386,6 +398,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0, 2 for wrong usage, or 1 after one line that says what went
     wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Pillow's warnings name no file; what it cannot read is refused by name.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
         app(arguments)
     except Exception as error:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rqgen.config import load, read_yaml
 from rqgen.data import DigitImages, Split, open_dataset
 from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
+from rqgen.files import write_json
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
 from rqgen.report import (
     draw_coarse_to_fine,
@@ -38,7 +39,6 @@ from .runs import (
     fit_prior,
     fit_tokenizer,
     shipped_config,
-    write_json,
 )
 
 # Held-out digits in reconstructions.png.
@@ -161,7 +161,9 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
         draw_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
-        draw_samples(rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1])
+        draw_samples(
+            rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1], row_labels=held_out.class_names
+        )
         if isinstance(prior.model, VAR):
             draw_edits(_three_edits(prior.model, vae, held_out, config.sampling), out / "edits.png")
     seconds["total"] = time.perf_counter() - started

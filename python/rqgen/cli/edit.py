@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from rqgen.data import image_grid, read_image, save_png
+from rqgen.data import image_grid, read_image, save_image
+from rqgen.data.grid import check_image_name
+from rqgen.models.classes import class_label
 from rqgen.sampling import edit
 
-from .runs import load_model, number_of_classes
+from .runs import load_model
 
 KINDS = ("inpaint", "outpaint", "class")
 
@@ -22,7 +24,7 @@ class EditRequest:
     kind: str
     image: Path
     mask: Path
-    label: int | None
+    label: str | None
     prior: Path
     tokenizer: Path
     out: Path
@@ -30,6 +32,8 @@ class EditRequest:
     top_p: float | None
     cfg_scale: float | None
     seed: int
+    background: str = "white"
+    """What shows through transparent pixels, of the image and of the mask."""
 
 
 def edit_image(request: EditRequest) -> None:
@@ -38,29 +42,34 @@ def edit_image(request: EditRequest) -> None:
         raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
     if request.kind == "class" and request.label is None:
         raise ValueError("--label: edit class needs the class to draw")
+    check_image_name(request.out, name="--out")
     prior, vae = load_model("prior", request.prior), load_model("tokenizer", request.tokenizer)
-    height, width = vae.config.image_shape
-    image = read_image(request.image, channels=vae.config.image_channels, size=(height, width)).to(vae.device)
-    mask = read_image(request.mask, channels=1, size=(height, width))[0].to(vae.device) > 0
+    image = _read(request.image, vae.config.image_channels, vae.config.image_shape, request.background).to(vae.device)
+    mask = _read(request.mask, 1, vae.config.image_shape, request.background)[0].to(vae.device) > 0
     if request.kind == "outpaint":
         mask = ~mask
     if not bool(mask.any()):
         raise ValueError(f"--mask: {request.mask} leaves nothing to draw")
-    classes = number_of_classes(prior)
-    if request.label is not None and not 0 <= request.label < classes:
-        known = f"0..{classes - 1}" if classes else "none, as this prior knows no classes"
-        raise ValueError(f"--label: expected {known}, got {request.label}")
+    label = None if request.label is None else class_label(request.label, prior, "--label")
     images = image.unsqueeze(0)
     edited = edit(
         prior,
         vae,
         images,
         mask,
-        None if request.label is None else [request.label],
+        None if label is None else [label],
         top_k=request.top_k,
         top_p=request.top_p,
         cfg_scale=request.cfg_scale,
         seed=request.seed,
     ).images
     masked = torch.where(mask, 0.0, images)
-    save_png(image_grid(torch.cat([images, masked, edited]), columns=3), request.out, scale=2)
+    save_image(image_grid(torch.cat([images, masked, edited]), columns=3), request.out, scale=2)
+
+
+def _read(path: Path, channels: int, size: tuple[int, int], background: str) -> torch.Tensor:
+    image = read_image(path, channels=channels, background=background)
+    _, height, width = image.shape
+    if (height, width) != tuple(size):
+        raise ValueError(f"{path}: expected {size[1]}x{size[0]} pixels, got {width}x{height}")
+    return image

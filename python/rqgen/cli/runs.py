@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from rqgen.models import (
     RQVAEConfig,
     load_pretrained,
 )
+from rqgen.models.classes import names_of_classes, number_of_classes
 from rqgen.sampling import generate
 from rqgen.training import (
     LoopConfig,
@@ -47,7 +46,7 @@ from rqgen.training import (
 
 logger = logging.getLogger(__name__)
 
-PREVIEW_COLUMNS = 8
+PREVIEW_COLUMNS, PREVIEW_CLASSES = 8, 10
 
 
 @dataclass
@@ -93,7 +92,7 @@ def _rq_prior(
     if prepared.tau is not None:
         logger.info("temperature of soft labels: %.4g", prepared.tau)
     stage = PriorStage(
-        run.prior.build(vae, len(source.class_names)),
+        run.prior.build(vae, len(source.class_names), source.class_names),
         vae,
         run.prior,
         kind=prepared.kind,
@@ -108,7 +107,8 @@ def _var_prior(
     run: VARPriorRun, vae: MultiScaleVQVAE, source: ImageDataset | EncodedImages
 ) -> tuple[VARStage, ImageDataset | TensorItems]:
     items = var_prior_items(run.prior, vae, source, batch_size=run.loop.batch_size)
-    return VARStage(run.prior.build(vae, len(source.class_names)), vae, preview=_samples), items
+    prior = run.prior.build(vae, len(source.class_names), source.class_names)
+    return VARStage(prior, vae, preview=_samples), items
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ def fit_tokenizer(
     ``folder``."""
     images = open_dataset(run.data, "train")
     set_seed(run.loop.seed)
-    stage = TokenizerStage(_system_of(run).tokenizer(run.model), _examples(run.data, images))
+    model = replace(run.model, class_names=images.class_names)
+    stage = TokenizerStage(_system_of(run).tokenizer(model), _examples(run.data, images))
     return train(stage, images, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
@@ -241,7 +242,9 @@ def fit_prior(
     # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
     set_seed(run.loop.seed)
     stage, items = _system_of(run).prior_stage(run, vae, source)
-    return train(stage, items, run.loop, folder, description=to_dict(run), resume=resume, console=console)
+    # A class folder more or less would give labels another meaning in the middle of a run.
+    description = {**to_dict(run), "class_names": list(source.class_names)}
+    return train(stage, items, run.loop, folder, description=description, resume=resume, console=console)
 
 
 def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Path | None:
@@ -263,31 +266,12 @@ def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:
     return torch.stack([images.item(index, 0)[0] for index in range(min(PREVIEW_COLUMNS, len(images)))])
 
 
-def number_of_classes(prior: RQTransformer | VAR) -> int:
-    """Classes that a prior can be asked for; 0 without a class condition."""
-    if isinstance(prior, VAR):
-        return prior.config.num_classes
-    return prior.config.condition_vocab_size if prior.config.condition == "class" else 0
-
-
 def _samples(prior: RQTransformer | VAR, vae: RQVAE | MultiScaleVQVAE) -> dict[str, Tensor]:
-    """The same few draws at every call, so that progress can be seen."""
-    classes = number_of_classes(prior)
-    condition = torch.arange(4 * PREVIEW_COLUMNS, device=prior.device) % classes if classes else None
-    drawn = generate(prior, vae, condition, None if classes else 4 * PREVIEW_COLUMNS, seed=0)
-    return {"samples": image_grid(drawn.images, columns=PREVIEW_COLUMNS)}
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    write_text(json.dumps(content, indent=2) + "\n", path)
+    """The same few draws at every call, so that progress can be seen: of the first classes a row each."""
+    classes = min(number_of_classes(prior), PREVIEW_CLASSES)
+    if not classes:
+        drawn = generate(prior, vae, None, 4 * PREVIEW_COLUMNS, seed=0)
+        return {"samples": image_grid(drawn.images, columns=PREVIEW_COLUMNS)}
+    columns = PREVIEW_COLUMNS // 2
+    drawn = generate(prior, vae, torch.arange(classes).repeat_interleave(columns), seed=0)
+    return {"samples": image_grid(drawn.images, columns=columns, row_labels=names_of_classes(prior)[:classes])}

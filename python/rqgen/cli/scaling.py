@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rqgen.bench.machine import environment
 from rqgen.config import load, read_yaml, to_dict
 from rqgen.data import ImageDataset, open_dataset
 from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
+from rqgen.files import write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.report import draw_scaling
 from rqgen.training import VARPriorConfig, latest_checkpoint, refuse_other_run
 
-from .bench.machine import describe_machine
 from .runs import (
     SYSTEMS,
     VARPriorRun,
@@ -34,8 +35,6 @@ from .runs import (
     fit_prior,
     fit_tokenizer,
     shipped_config,
-    write_json,
-    write_text,
 )
 
 logger = logging.getLogger(__name__)
@@ -102,8 +101,8 @@ def run_scaling(
     config: ScalingConfig, out: Path, *, tokenizer: Path | None, resume: bool, console: Console | None = None
 ) -> dict[str, Any]:
     """Trains every member, tests it on held-out images, fits the laws. Writes into ``out``: scaling.csv (a row per
-    member), scaling.json (the same, the laws, settings, machine), scaling.png, tokenizer/ (where ``tokenizer`` is None)
-    and a folder per member. Returns what scaling.json holds.
+    member), scaling.json (the same, the laws, settings, environment), scaling.png, tokenizer/ (where ``tokenizer`` is
+    None) and a folder per member. Returns what scaling.json holds.
 
     Every member is judged as it is after its last update: none is chosen by its test loss. With ``resume``, members
     that are finished are not trained again, and one with a checkpoint goes on from it; ``depths`` may then have
@@ -144,7 +143,7 @@ def run_scaling(
         "tokenizer": tokenizer and str(tokenizer),
         "tokenizer_seconds": tokenizer_seconds,
         "config": to_dict(config),
-        "machine": describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
     write_json(result, out / "scaling.json")
     return result

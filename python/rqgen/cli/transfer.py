@@ -11,13 +11,18 @@ import torch
 
 from rqgen.config import load, to_dict
 from rqgen.convert import load_kakaobrain, load_var
-from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_png, write_codes
-from rqgen.data.codes import code_fingerprint
+from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_image, write_codes
+from rqgen.data.codes import check_codes_name, code_fingerprint
+from rqgen.data.grid import check_image_name, grid_size
 from rqgen.models import VAR, RQTransformer
+from rqgen.models.classes import class_label, names_of_classes, number_of_classes
 from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
-from .runs import check_images_fit, load_model, number_of_classes
+from .runs import check_images_fit, load_model
+
+# Pixels of a sheet for each of an image's, along each side.
+_SHEET_SCALE = 2
 
 
 def encode_images(
@@ -27,6 +32,7 @@ def encode_images(
     resolution and channels are the tokenizer's unless given."""
     if split not in get_args(Split):
         raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got '{split}'")
+    check_codes_name(out, "--out")
     vae = load_model("tokenizer", tokenizer)
     data = load(
         DataConfig,
@@ -52,10 +58,10 @@ def encode_images(
 
 @dataclass
 class SampleRequest:
-    """``num`` images of every class in ``classes`` (None: of all classes), or ``num`` images without
+    """``num`` images of every class in ``classes``, by name or number (None: of all classes), or ``num`` images without
     classes."""
 
-    classes: list[int] | None
+    classes: list[str] | None
     num: int
     temperature: float
     top_k: int | None
@@ -70,9 +76,19 @@ class SampleRequest:
 def sample_images(
     prior_folder: Path, tokenizer: Path, request: SampleRequest, out: Path, codes_file: Path | None
 ) -> int:
-    """Draws images onto one sheet, a row per class, and optionally writes their codes. Returns how many."""
+    """Draws images onto one sheet, a row per class with its name, and optionally writes their codes. Returns how
+    many."""
+    check_image_name(out, name="--out")
+    if codes_file is not None:
+        check_codes_name(codes_file, "--codes")
     prior, vae = load_model("prior", prior_folder), load_model("tokenizer", tokenizer)
-    labels = _labels(prior, request)
+    classes, names = _labels(prior, request), names_of_classes(prior)
+    labels, rows = None, ()
+    if classes is not None:
+        labels = torch.tensor(classes, device=prior.device).repeat_interleave(request.num)
+        rows = tuple(names[label] for label in classes)
+    height, width = grid_size(max(1, len(rows)) * request.num, request.num, vae.config.image_shape, row_labels=rows)
+    check_image_name(out, size=(_SHEET_SCALE * height, _SHEET_SCALE * width), name="--out")
     drawn = generate(
         prior,
         vae,
@@ -88,7 +104,7 @@ def sample_images(
         batch_size=request.batch_size,
         progress=True,
     )
-    save_png(image_grid(drawn.images, columns=request.num), out, scale=2)
+    save_image(image_grid(drawn.images, columns=request.num, row_labels=rows), out, scale=_SHEET_SCALE)
     if codes_file is not None:
         unlabelled = torch.full((len(drawn.images),), -1)
         encoded = EncodedImages(
@@ -96,7 +112,7 @@ def sample_images(
             unlabelled if labels is None else labels.cpu(),
             vae.codebook_size,
             code_fingerprint(*vae.quantizer.code_tensors()),
-            () if labels is None else tuple(map(str, range(number_of_classes(prior)))),
+            names,
             {"prior": str(prior_folder), "tokenizer": str(tokenizer), "seed": request.seed},
         )
         write_codes(codes_file, encoded)
@@ -117,16 +133,10 @@ def convert_published_var(vae: Path, var: Path, config: Path | None, destination
     prior.save_pretrained(destination / "prior")
 
 
-def _labels(prior: RQTransformer | VAR, request: SampleRequest) -> torch.Tensor | None:
+def _labels(prior: RQTransformer | VAR, request: SampleRequest) -> list[int] | None:
+    """The labels of the classes to draw; None for a prior without classes."""
     if isinstance(prior, RQTransformer) and prior.config.condition == "tokens":
         raise ValueError("prior: it is conditioned on tokens; draw from it in Python with rqgen.generate")
-    classes = number_of_classes(prior)
-    if classes == 0:
-        if request.classes is not None:
-            raise ValueError("--class: this prior knows no classes")
-        return None
-    chosen = list(range(classes)) if request.classes is None else request.classes
-    for label in chosen:
-        if not 0 <= label < classes:
-            raise ValueError(f"--class: expected 0..{classes - 1}, got {label}")
-    return torch.tensor(chosen, device=prior.device).repeat_interleave(request.num)
+    if request.classes is not None:
+        return [class_label(given, prior, "--class") for given in request.classes]
+    return list(range(number_of_classes(prior))) or None

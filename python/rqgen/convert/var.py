@@ -172,9 +172,10 @@ def load_var(
         var_config = var_arguments.config(vae_config)
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error
-    tokenizer = _build_tokenizer(vae_config, vae_arguments, vae_tensors, where=str(vae))
-    prior = _build_prior(var_config, var_tensors, where=str(var))
-    prior.set_quantizer(tokenizer.quantizer)
+    with torch.device("cpu"):  # whatever torch's default device is
+        tokenizer = _build_tokenizer(vae_config, vae_arguments, vae_tensors, where=str(vae))
+        prior = _build_prior(var_config, var_tensors, where=str(var))
+        prior.set_quantizer(tokenizer.quantizer)
     return tokenizer.eval(), prior.eval()
 
 

@@ -1,8 +1,9 @@
 """Images in, batches out: the bundled digits and photographs, folders of images, and codes on disk."""
 
 from .codes import EncodedImages, read_codes, write_codes
-from .datasets import DataConfig, DigitImages, FolderImages, ImageDataset, PhotoCrops, Split, open_dataset, read_image
-from .grid import image_grid, save_png, to_uint8
+from .datasets import DataConfig, DigitImages, FolderImages, ImageDataset, PhotoCrops, Split, open_dataset
+from .grid import image_grid, save_image, to_uint8
+from .pictures import read_image
 from .stream import Batch, BatchStream, TensorItems
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
     "open_dataset",
     "read_codes",
     "read_image",
-    "save_png",
+    "save_image",
     "to_uint8",
     "write_codes",
 ]

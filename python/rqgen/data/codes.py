@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +18,16 @@ from torch import Tensor
 
 from rqgen.reading import shorten, unreadable
 
-FORMAT_VERSION = 2
+from .integers import check_within, checked_integers
+
+FORMAT_VERSION = 3
+SUFFIX = ".safetensors"
+# The one metadata entry of a file: safetensors writes several in an order that differs from run to run.
+_ENTRY = "rqgen-codes"
 
 Codes = Tensor | list[Tensor]
 # [h, w, D] of an image's stacks of codes, or [h_k, w_k] of each of its token maps.
 CodeShape = list[int] | list[list[int]]
-_T = TypeVar("_T")
 
 
 def flatten_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
@@ -44,9 +48,10 @@ def unflatten_codes(codes_nl: Tensor, code_shape: CodeShape) -> Codes:
 
 @dataclass
 class EncodedImages:
-    """Codes as the tokenizer gives and takes them, with labels int64 (N,), -1 for "no class".
+    """Codes as the tokenizer gives and takes them, with labels (N,), -1 for "no class".
 
-    ``codes`` are integers, (N, h, w, D) of an RQ-VAE, a list of token maps (N, h_k, w_k) of a multi-scale VQ-VAE.
+    ``codes`` are integers, (N, h, w, D) of an RQ-VAE, a list of token maps (N, h_k, w_k) of a multi-scale VQ-VAE. They
+    and the labels are kept as int64. ``class_names`` has a name for each label, or none at all.
     ``codebook_id`` (see `code_fingerprint`) says what the codes stand for; ``info`` is free (the data's settings, the
     tokenizer's folder).
     """
@@ -59,18 +64,23 @@ class EncodedImages:
     info: dict[str, Any]
 
     def __post_init__(self) -> None:
-        maps, ndim, kind = ([self.codes], 4, "(N, h, w, D)") if self.stacked else (self.codes, 3, "(N, h_k, w_k) each")
+        ndim, kind = (4, "integers (N, h, w, D)") if self.stacked else (3, "integers (N, h_k, w_k) each")
+        maps = [self.codes] if self.stacked else list(self.codes)
         if not maps:
             raise ValueError("codes: expected at least one token map, got none")
+        maps = [checked_integers(tokens, "codes", ndim, expected=kind) for tokens in maps]
+        self.codes = maps[0] if self.stacked else maps
+        self.labels = checked_integers(self.labels, "labels", 1, expected="integers (N,)")
+        self.class_names = tuple(self.class_names)
+        if not all(isinstance(name, str) for name in self.class_names) or len(set(self.class_names)) < len(
+            self.class_names
+        ):
+            raise ValueError(f"class_names: expected texts that differ from each other, got {list(self.class_names)}")
         for tokens in maps:
-            if tokens.ndim != ndim or tokens.is_floating_point():
-                raise ValueError(f"codes: expected integers {kind}, got {tokens.dtype} {tuple(tokens.shape)}")
             if self.labels.shape != tokens.shape[:1]:
                 raise ValueError(f"labels: expected shape {tuple(tokens.shape[:1])}, got {tuple(self.labels.shape)}")
-            if tokens.numel():
-                lowest, highest = (int(value) for value in tokens.aminmax())
-                if lowest < 0 or highest >= self.codebook_size:
-                    raise ValueError(f"codes: expected 0 <= code < {self.codebook_size}, got {lowest}..{highest}")
+            check_within(tokens, "codes", "code", 0, self.codebook_size)
+        check_within(self.labels, "labels", "label", -1, len(self.class_names) or None)
 
     @property
     def stacked(self) -> bool:
@@ -106,54 +116,62 @@ def code_fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_codes_name(path: Path, name: str = "path") -> None:
+    """Raises ValueError for a file name that says another format than safetensors: before the work whose result the
+    file would hold."""
+    if path.suffix.lower() not in ("", SUFFIX):
+        raise ValueError(
+            f"{name}: codes are written as safetensors: expected a name that ends in {SUFFIX}, got '{path}'"
+        )
+
+
 def write_codes(path: Path, encoded: EncodedImages) -> None:
-    """Writes tensors "codes" (int32 (N, L), see `flatten_codes`) and "labels" (int64) with metadata; whole or not at
-    all."""
-    metadata = {
-        "format": "rqgen-codes",
-        "format_version": str(FORMAT_VERSION),
-        "code_shape": json.dumps(encoded.code_shape),
-        "codebook_size": str(encoded.codebook_size),
+    """Writes tensors "codes" (int32 (N, L), see `flatten_codes`) and "labels" (int64) with one entry of metadata, which
+    is JSON; whole or not at all. The same codes give the same bytes."""
+    check_codes_name(path)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "code_shape": encoded.code_shape,
+        "codebook_size": encoded.codebook_size,
         "codebook_id": encoded.codebook_id,
-        "class_names": json.dumps(list(encoded.class_names)),
-        "info": json.dumps(encoded.info, sort_keys=True),
+        "class_names": list(encoded.class_names),
+        "info": encoded.info,
     }
     tensors = {
         "codes": flatten_codes(encoded.codes).to("cpu", torch.int32).contiguous(),
-        "labels": encoded.labels.to("cpu", torch.int64).contiguous(),
+        "labels": encoded.labels.to("cpu").contiguous(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {_ENTRY: json.dumps(description, sort_keys=True)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_codes(path: Path) -> EncodedImages:
-    """Reads what `write_codes` wrote, in this version or the first, whose codes are (N, h, w, D). Raises
-    FileNotFoundError, or ValueError for any other file."""
+    """Reads what `write_codes` wrote, in this version or in the first two, which had an entry of metadata for each
+    thing; in the first one codes are (N, h, w, D). Raises FileNotFoundError, or ValueError for any other file."""
     if not path.is_file():
         raise FileNotFoundError(f"codes file not found: {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "rqgen-codes":
-                raise ValueError("not a file of codes written by 'rqgen encode'")
-            version = metadata.get("format_version")
-            if version not in ("1", str(FORMAT_VERSION)):
-                raise ValueError(f"expected format_version 1 or {FORMAT_VERSION}, got {version}")
-            codes, labels = _integers(file, "codes"), _integers(file, "labels")
-        if version != "1":
-            codes = _unflattened(codes, _from_json(metadata, "code_shape", list))
+            version, description = _description(file.metadata() or {})
+            missing = sorted({"codes", "labels"} - set(file.keys()))
+            if missing:
+                raise ValueError(f"expected the tensors codes and labels, but it lacks {', '.join(missing)}")
+            codes, labels = file.get_tensor("codes"), file.get_tensor("labels")
+        if version != 1:
+            codes = checked_integers(codes, "codes", 2, expected="integers (N, L)")
+            codes = _unflattened(codes, description["code_shape"])
         return EncodedImages(
             codes,
             labels,
-            codebook_size=_from_json(metadata, "codebook_size", int),
-            codebook_id=metadata["codebook_id"],
-            class_names=tuple(map(str, _from_json(metadata, "class_names", list))),
-            info=_from_json(metadata, "info", dict),
+            codebook_size=description["codebook_size"],
+            codebook_id=description["codebook_id"],
+            class_names=tuple(description["class_names"]),
+            info=description["info"],
         )
     except (SafetensorError, OSError) as error:
         raise unreadable(path, "safetensors file", error) from error
@@ -163,6 +181,43 @@ def read_codes(path: Path) -> EncodedImages:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _description(metadata: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+    """The format's version, and what the metadata says in whichever version."""
+    if _ENTRY in metadata:
+        description = _parsed(metadata, _ENTRY, dict)
+        version, known = description.get("format_version"), (FORMAT_VERSION,)
+    elif metadata.get("format") == "rqgen-codes":
+        shown = metadata.get("format_version", "")
+        version, known = int(shown) if shown.isdecimal() else shown, (1, 2)
+        description = {"codebook_id": metadata["codebook_id"]} if "codebook_id" in metadata else {}
+        texts = ("codebook_size", "class_names", "info", *(["code_shape"] if version == 2 else []))
+        if version in known:
+            description |= {name: _parsed(metadata, name, object) for name in texts if name in metadata}
+    else:
+        raise ValueError("not a file of codes written by 'rqgen encode'")
+    if version not in known:
+        raise ValueError(f"expected format_version {' or '.join(map(str, known))}, got {version}")
+    for name, kind, expected in (
+        ("codebook_size", int, "an integer"),
+        ("codebook_id", str, "a text"),
+        ("class_names", list, "a list of names"),
+        ("info", dict, "a mapping"),
+    ):
+        if type(description[name]) is not kind:
+            raise ValueError(f"{name}: expected {expected}, got {shorten(description[name])}")
+    return version, description
+
+
+def _parsed(metadata: Mapping[str, str], name: str, kind: type) -> Any:
+    try:
+        value = json.loads(metadata[name])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not valid JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def code_shape_in_words(code_shape: CodeShape) -> str:
     """Such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""
     if isinstance(code_shape[0], int):
@@ -170,31 +225,12 @@ def code_shape_in_words(code_shape: CodeShape) -> str:
     return f"token maps of {', '.join(f'{h}x{w}' for h, w in code_shape)}"
 
 
-def _unflattened(codes_nl: Tensor, code_shape: CodeShape) -> Codes:
+def _unflattened(codes_nl: Tensor, code_shape: Any) -> Codes:
     try:
         shapes = [code_shape] if isinstance(code_shape[0], int) else code_shape
-        fits = codes_nl.ndim == 2 and sum(map(math.prod, shapes)) == codes_nl.shape[1]
-        if fits and min(map(min, shapes)) >= 1:
+        fits = sum(map(math.prod, shapes)) == codes_nl.shape[1] and min(map(min, shapes)) >= 1
+        if fits:
             return unflatten_codes(codes_nl, code_shape)
     except (LookupError, RuntimeError, TypeError, ValueError):
         pass
     raise ValueError(f"code_shape: {shorten(code_shape)} does not fit codes {tuple(codes_nl.shape)}")
-
-
-def _integers(file: safe_open, name: str) -> Tensor:
-    if name not in file.keys():  # noqa: SIM118 (not a dictionary)
-        raise ValueError(f"it holds no tensor '{name}'")
-    tensor = file.get_tensor(name)
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: expected int32 or int64, got {str(tensor.dtype).removeprefix('torch.')}")
-    return tensor.long()
-
-
-def _from_json(metadata: Mapping[str, str], key: str, kind: type[_T]) -> _T:
-    try:
-        value = json.loads(metadata[key])
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{key}: expected JSON of {kind.__name__}, got {shorten(metadata[key])}")
-    return value

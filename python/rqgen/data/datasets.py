@@ -8,10 +8,10 @@ in a resumed run too.
 
 from __future__ import annotations
 
-import difflib
+import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rqgen.config import did_you_mean
+
+from .pictures import Picture, PictureError, open_picture, parse_colour
+
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "held_out", "all"]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    }
+)
 NO_LABEL = -1
 
 
@@ -48,6 +57,8 @@ class DataConfig:
     fit: Literal["crop", "enlarge", "exact"] = "crop"
     """Folder images of another size: "crop" shrinks the shorter side and takes the centre, and refuses
     smaller images; "enlarge" accepts those too; "exact" refuses every other size."""
+    background: str = "white"
+    """What shows through transparent pixels of folder images: the name of a colour, or "#rrggbb"."""
     on_broken: Literal["fail", "skip"] = "fail"
     """An image file that cannot be decoded ends the run, or is named and left out."""
     held_out_fraction: float = 1 / 6
@@ -70,6 +81,7 @@ class DataConfig:
             raise ValueError(f"shift: expected 0 <= shift < resolution ({self.resolution}), got {self.shift}")
         if self.crops_per_epoch < 1:
             raise ValueError(f"crops_per_epoch: expected at least 1, got {self.crops_per_epoch}")
+        parse_colour(self.background)
         if (self.source == "folder") != (self.folder is not None):
             raise ValueError(f"folder: expected a path for source 'folder' and none otherwise, got {self.folder}")
 
@@ -156,7 +168,7 @@ class PhotoCrops(ImageDataset):
         self.class_names, chosen = _choose_classes(names, config.classes, "photos")
         self._regions: list[Image.Image] = [Image.new("L", (1, 1))] * len(chosen)
         for position, label in chosen.items():
-            photo = Image.fromarray(sample.images[position]).convert(_mode(config.channels))
+            photo = Image.fromarray(sample.images[position]).convert("L" if config.channels == 1 else "RGB")
             border = photo.width - round(config.held_out_fraction * photo.width)
             left, right = {"train": (0, border), "held_out": (border, photo.width), "all": (0, photo.width)}[split]
             if min(right - left, photo.height) < config.resolution:
@@ -182,38 +194,46 @@ class PhotoCrops(ImageDataset):
         top = int(draw.integers(0, region.height - side + 1))
         crop = region.crop((left, top, left + side, top + side))
         size = (self._config.resolution, self._config.resolution)
-        return self._augment(_to_tensor(crop.resize(size, Image.Resampling.LANCZOS)), index, epoch), label
+        picture = Picture([crop.resize(size, Image.Resampling.LANCZOS)], more_frames=False)
+        return self._augment(picture.tensor(self._config.channels), index, epoch), label
 
 
 class FolderImages(ImageDataset):
-    """Every image below a folder. Sub-folders are classes, numbered in the order of their names; images that
-    lie directly in a folder without sub-folders have no class. All files are decoded once at the start, in
-    parallel: a broken file shows up before the training does."""
+    """Every image below a folder, as `rqgen.data.read_image` reads it. Sub-folders with images are classes, numbered in
+    the order of their names; images that lie directly in a folder without such sub-folders have no class.
+
+    Skipped, and counted in one log line: hidden files and folders, folders without images or named like one, links that
+    lead nowhere or to a folder already read, folders that cannot be read, files that are not images.
+    All image files are decoded once at the start, in parallel: a broken one shows up before the training does.
+    """
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         assert config.folder is not None  # DataConfig holds this
         folder = config.folder
         if not folder.is_dir():
             raise FileNotFoundError(f"image folder not found: {folder}")
-        self._config = config
-        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        loose = _image_files(folder, recursive=False)
-        if folders and loose:
+        self._config, self._background = config, parse_colour(config.background)
+        found = _FolderScan(folder)
+        classes, loose = found.classes, found.loose
+        if classes and loose:
             raise ValueError(
                 f"{folder}: holds both class folders and loose images ({loose[0].name}, ...); "
                 "put every image into a class folder, or none"
             )
-        if folders:
-            names = [path.name for path in folders]
+        if classes:
+            names = list(classes)
             self.class_names, chosen = _choose_classes(names, config.classes, str(folder))
-            files = [(path, chosen[i]) for i in chosen for path in _image_files(folders[i], recursive=True)]
+            files = [(path, chosen[i]) for i in chosen for path in classes[names[i]]]
         else:
             if config.classes is not None:
                 raise ValueError(f"classes: {folder} has no class folders, so classes cannot be chosen")
             files = [(path, NO_LABEL) for path in loose]
         if not files:
             kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"{folder}: no image files found (looked for {kinds})")
+            skipped = f"; skipped {found.skipped}" if found.skipped else ""
+            raise ValueError(f"{folder}: no image files found (looked for {kinds}){skipped}")
+        if found.skipped:
+            _warn_once(f"{folder}: skipped {found.skipped}")
         keep = stratified_split([label for _, label in files], config.held_out_fraction, config.split_seed, split)
         self.files = self._readable([files[i] for i in keep])
         if keep and not self.files:
@@ -226,43 +246,130 @@ class FolderImages(ImageDataset):
 
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[index]
-        return self._augment(_to_tensor(self._fit(path, self._open(path))), index, epoch), label
+        picture = self._fit(path, self._open(path))
+        return self._augment(picture.tensor(self._config.channels), index, epoch), label
 
     def _readable(self, files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
         with ThreadPoolExecutor() as pool:
-            faults = list(pool.map(self._fault, (path for path, _ in files)))
-        for (path, _), fault in zip(files, faults, strict=True):
+            checked = list(pool.map(self._check, (path for path, _ in files)))
+        for fault, _ in checked:
             if fault is not None and self._config.on_broken == "fail":
-                raise ValueError(f"{path}: broken image file ({fault}); on_broken=skip leaves such files out")
+                raise ValueError(
+                    f"{fault.path}: broken image file ({fault.reason}); on_broken=skip leaves such files out"
+                )
             if fault is not None:
-                logger.warning("skipped broken image file %s (%s)", path, fault)
-        return [file for file, fault in zip(files, faults, strict=True) if fault is None]
+                logger.warning("skipped broken image file %s (%s)", fault.path, fault.reason)
+        if frames := [path for (path, _), (_, more) in zip(files, checked, strict=True) if more]:
+            _warn_once(
+                f"{self._config.folder}: files with several frames, of which the first is read: {len(frames)} "
+                f"({frames[0].name})"
+            )
+        return [file for file, (fault, _) in zip(files, checked, strict=True) if fault is None]
 
-    def _fault(self, path: Path) -> str | None:
+    def _check(self, path: Path) -> tuple[PictureError | None, bool]:
+        """What keeps a file from being read, and whether it holds more than its first frame."""
         try:
-            image = self._open(path)
-        except Exception as error:  # each format's decoder fails in its own ways
-            return f"{type(error).__name__}: {error}".replace(f" {str(path)!r}", "")
-        self._fit(path, image)
-        return None
+            picture = self._open(path)
+        except PictureError as error:
+            return error, False
+        self._fit(path, picture)
+        return None, picture.more_frames
 
-    def _open(self, path: Path) -> Image.Image:
-        with Image.open(path) as opened:
-            return opened.convert(_mode(self._config.channels))
+    def _open(self, path: Path) -> Picture:
+        return open_picture(path, channels=self._config.channels, background=self._background)
 
-    def _fit(self, path: Path, image: Image.Image) -> Image.Image:
+    def _fit(self, path: Path, picture: Picture) -> Picture:
         side, fit = self._config.resolution, self._config.fit
-        size = f"{path}: image is {image.width}x{image.height} pixels"
-        if fit == "exact" and image.size != (side, side):
+        given_width, given_height = picture.size
+        size = f"{path}: image is {given_width}x{given_height} pixels"
+        if fit == "exact" and picture.size != (side, side):
             raise ValueError(f"{size}, expected exactly {side}x{side} (fit=exact)")
-        if fit == "crop" and min(image.size) < side:
+        if fit == "crop" and min(picture.size) < side:
             raise ValueError(f"{size}, smaller than {side}x{side}; fit=enlarge accepts such images")
-        scale = side / min(image.size)
-        width, height = max(side, round(image.width * scale)), max(side, round(image.height * scale))
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+        scale = side / min(picture.size)
+        width, height = max(side, round(given_width * scale)), max(side, round(given_height * scale))
+        if picture.size != (width, height):
+            method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+            picture = picture.map(lambda plane: plane.resize((width, height), method))
         left, top = (width - side) // 2, (height - side) // 2
-        return image.crop((left, top, left + side, top + side))
+        return picture.map(lambda plane: plane.crop((left, top, left + side, top + side)))
+
+
+class _FolderScan:
+    """The images below a folder by class, those that lie directly in it, and what was skipped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._top = folder
+        self._skipped: dict[str, list[str]] = {}
+        self._named: set[str] = set()
+        self.loose: list[Path] = []
+        self.classes: dict[str, list[Path]] = {}
+        """Class name -> its images, at any depth, sorted; in the order of the names, none empty."""
+        folders, self.loose = self._entries(folder)
+        for path in folders:
+            if images := sorted(self._images_below(path, {_identity(folder)})):
+                self.classes[path.name] = images
+            else:
+                self._skip("folders without images", path)
+
+    @property
+    def skipped(self) -> str:
+        """How many of which kind, each with an example; empty where nothing was."""
+        return ", ".join(f"{kind}: {len(names)} ({names[0]})" for kind, names in self._skipped.items())
+
+    def _images_below(self, folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+        identity = _identity(folder)
+        if identity in seen:
+            self._skip("links to folders already read", folder)
+            return
+        seen.add(identity)
+        folders, images = self._entries(folder)
+        yield from images
+        for path in folders:
+            yield from self._images_below(path, seen)
+
+    def _entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Sub-folders to look into and image files, both sorted by name."""
+        found: dict[str, list[Path]] = {"folder": [], "image": []}
+        try:
+            for path in sorted(folder.iterdir()):
+                kind = _kind(path)
+                if kind in found:
+                    found[kind].append(path)
+                else:
+                    self._skip(kind, path)
+        except OSError:
+            self._skip("folders that cannot be read", folder)
+        return found["folder"], found["image"]
+
+    def _skip(self, kind: str, path: Path) -> None:
+        name = str(path.relative_to(self._top))
+        if name not in self._named:
+            self._named.add(name)
+            self._skipped.setdefault(kind, []).append(name)
+
+
+def _kind(path: Path) -> str:
+    """ "folder", "image", or what it is that is skipped."""
+    named_image = path.suffix.lower() in IMAGE_SUFFIXES
+    if path.name.startswith("."):
+        return "hidden files and folders"
+    if path.is_dir():
+        return "folders named like an image" if named_image else "folder"
+    if not path.exists():
+        return "links that lead nowhere"
+    return "image" if named_image and path.is_file() else "other files"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A run opens its folder for training and again for held-out images: one line is enough."""
+    logger.warning(message)
 
 
 class _Augmentation:
@@ -294,43 +401,9 @@ def _choose_classes(names: list[str], wanted: list[str] | None, where: str) -> t
         raise ValueError(f"classes: expected a list of different class names, got {wanted}")
     for name in wanted:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(names[:20])}"
-            raise ValueError(f"classes: unknown class '{name}' in {where}; {hint}")
+            raise ValueError(f"classes: unknown class '{name}' in {where}; {did_you_mean(name, names)}")
     return tuple(wanted), {names.index(name): label for label, name in enumerate(wanted)}
-
-
-def _image_files(folder: Path, *, recursive: bool) -> list[Path]:
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-
-
-def read_image(path: Path, *, channels: int, size: tuple[int, int]) -> torch.Tensor:
-    """One image file as float32 (channels, H, W) in [-1, 1].
-
-    Raises FileNotFoundError, or ValueError for a file that is no image or an image of another size.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"image file not found: {path}")
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert(_mode(channels))
-    except Exception as error:  # each format's decoder fails in its own ways
-        raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
-    if (image.height, image.width) != size:
-        raise ValueError(f"{path}: expected {size[1]}x{size[0]} pixels, got {image.width}x{image.height}")
-    return _to_tensor(image)
 
 
 def _item_generator(seed: int, epoch: int, index: int, *, stream: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, index, stream))
-
-
-def _mode(channels: int) -> str:
-    return "L" if channels == 1 else "RGB"
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """(H, W) or (H, W, 3) bytes -> float32 (channels, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 127.5 - 1
-    return pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()

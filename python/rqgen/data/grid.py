@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+# Suffix -> Pillow's name of the format, and what keeps the pixels as they are.
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".bmp": ("BMP", {}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".png": ("PNG", {}),
+    ".tif": ("TIFF", {"compression": "tiff_deflate"}),
+    ".tiff": ("TIFF", {"compression": "tiff_deflate"}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+# The largest width and height, in pixels.
+_LARGEST = {"JPEG": 65500, "WEBP": 16383}
+_LABEL_HEIGHT, _LABEL_LETTERS = 12, 24
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] (values outside are cut off) -> bytes 0..255, same shape."""
+    """Images in [-1, 1] (values outside are cut off) -> bytes 0..255, same shape.
+
+    Raises:
+        ValueError: NaN, which would become a colour like any other.
+    """
+    if bool(images.isnan().any()):
+        raise ValueError("images: expected numbers in [-1, 1], got NaN")
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def image_grid(images_nchw: torch.Tensor, columns: int, *, gap: int = 2) -> torch.Tensor:
+def image_grid(
+    images_nchw: torch.Tensor, columns: int, *, gap: int = 2, row_labels: Sequence[str] = ()
+) -> torch.Tensor:
     """Images (N, channels, H, W) in [-1, 1], row after row, on white: bytes (channels, rows*(H+gap)+gap,
-    ...)."""
+    ...). With ``row_labels``, one for each row, a column of text stands at the left; long ones are cut."""
     if images_nchw.ndim != 4 or len(images_nchw) == 0:
         raise ValueError(f"images: expected (N, channels, H, W) with N >= 1, got shape {tuple(images_nchw.shape)}")
     if columns < 1 or gap < 0:
@@ -25,26 +49,74 @@ def image_grid(images_nchw: torch.Tensor, columns: int, *, gap: int = 2) -> torc
     count, channels, height, width = images_nchw.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    sheet = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8)
+    if len(row_labels) not in (0, rows):
+        raise ValueError(f"row_labels: expected one for each of {rows} rows, or none, got {len(row_labels)}")
+    sheet = torch.full((channels, *grid_size(count, columns, (height, width), gap=gap)), 255, dtype=torch.uint8)
     for number, image in enumerate(to_uint8(images_nchw).cpu()):
         top = gap + (number // columns) * (height + gap)
         left = gap + (number % columns) * (width + gap)
         sheet[:, top : top + height, left : left + width] = image
-    return sheet
+    if not row_labels:
+        return sheet
+    return torch.cat([_label_column(row_labels, height, gap).expand(channels, -1, -1), sheet], dim=2)
 
 
-def save_png(sheet_chw: torch.Tensor, path: Path, *, scale: int = 1) -> None:
-    """Bytes (1|3, H, W) to a PNG file, each pixel ``scale`` times as wide and high; whole or not at all."""
+def grid_size(
+    count: int, columns: int, size: tuple[int, int], *, gap: int = 2, row_labels: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Height and width of the `image_grid` of so many images of this size (height, width)."""
+    columns = min(columns, count)
+    labels = _label_column(row_labels, size[0], gap).shape[1] if row_labels else 0
+    return -(-count // columns) * (size[0] + gap) + gap, columns * (size[1] + gap) + gap + labels
+
+
+def _label_column(labels: Sequence[str], height: int, gap: int) -> torch.Tensor:
+    """Black text on white, centred in rows of this height: bytes (rows*(height+gap)+gap, width)."""
+    font = ImageFont.load_default(min(_LABEL_HEIGHT, height))
+    lines = [" ".join(label.split()) for label in labels]
+    cut = [label if len(label) <= _LABEL_LETTERS else f"{label[: _LABEL_LETTERS - 3]}..." for label in lines]
+    width = max(round(font.getlength(label) + 0.5) for label in cut) + 2 * gap
+    column = Image.new("L", (width, len(labels) * (height + gap) + gap), 255)
+    for row, label in enumerate(cut):
+        cell = Image.new("L", (width, height), 255)
+        ImageDraw.Draw(cell).text((width - gap, height / 2), label, fill=0, font=font, anchor="rm")
+        column.paste(cell, (0, gap + row * (height + gap)))
+    return torch.from_numpy(np.array(column))
+
+
+def check_image_name(path: Path, *, size: tuple[int, int] = (1, 1), name: str = "path") -> None:
+    """Raises ValueError where no image of this size (height, width) can be written under this name: before the work
+    whose result it would hold."""
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"{name}: expected a file name that ends in {', '.join(_FORMATS)}, got '{path}'")
+    kind, _ = _FORMATS[path.suffix.lower()]
+    largest = _LARGEST.get(kind)
+    if largest is not None and max(size) > largest:
+        raise ValueError(
+            f"{name}: a {kind} holds at most {largest} pixels a side, but this image has {size[1]}x{size[0]}: "
+            f"choose a name that ends in .png, got '{path}'"
+        )
+
+
+def save_image(sheet_chw: torch.Tensor, path: Path, *, scale: int = 1) -> None:
+    """Bytes (1|3, H, W) to an image file, each pixel ``scale`` times as wide and high; whole or not at all.
+
+    The name's suffix decides the format: PNG, JPEG (quality 95), WebP (lossless), TIFF or BMP. Raises ValueError for
+    others, and for images larger than the format holds.
+    """
     if sheet_chw.dtype != torch.uint8 or sheet_chw.ndim != 3 or sheet_chw.shape[0] not in (1, 3):
         raise ValueError(
             f"sheet: expected uint8 (1|3, H, W), got {sheet_chw.dtype} with shape {tuple(sheet_chw.shape)}"
         )
+    _, height, width = sheet_chw.shape
+    check_image_name(path, size=(height * scale, width * scale))
     pixels = sheet_chw.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    kind, options = _FORMATS[path.suffix.lower()]
     try:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format=kind, **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .integers import check_within, checked_integers
+
 
 class Batch(NamedTuple):
     """Inputs (B, ...) and labels int64 (B,), -1 for "no class". ``first_row`` counts the items that went
@@ -28,13 +30,16 @@ class Items(Protocol):
 
 
 class TensorItems:
-    """Items that lie in memory: inputs (N, ...) with labels (N,)."""
+    """Items that lie in memory: inputs (N, ...) with labels (N,), integers, -1 for "no class"."""
 
     varies = False
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        labels = checked_integers(labels, "labels", 1, expected="integers (N,)")
         if len(inputs) != len(labels):
             raise ValueError(f"labels: expected one for each of {len(inputs)} inputs, got {len(labels)}")
+        check_within(labels, "labels", "label", -1, None)
         self.inputs, self.labels = inputs, labels
 
     def __len__(self) -> int:

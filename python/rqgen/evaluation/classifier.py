@@ -8,6 +8,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional as F
 
+from rqgen.models.images import check_images
+
 
 class ImageClassifier:
     """A support vector machine (scikit-learn's ``SVC``, RBF kernel, C = 10) on the pixels averaged to
@@ -41,6 +43,7 @@ class ImageClassifier:
         return float((self.predict(images).numpy() == targets).mean())
 
     def _features(self, images: Tensor) -> np.ndarray:
+        check_images(images)
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images: expected (N, channels, H, W), N >= 1, got {tuple(images.shape)}")
         if images.shape[2] % self._side or images.shape[3] % self._side:

@@ -9,15 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rqgen.models.packed import PackedPrior
+from rqgen.models.pretrained import eval_mode
 from rqgen.models.rqtransformer import RQTransformer
-from rqgen.models.sampler import cast_prior, check_precision
+from rqgen.models.sampler import cast_prior, change_of_prior
 
 
 @dataclass
 class PrecisionEffect:
     """``kl``: mean over all positions of KL(float32 || precision) of the next code, in nats, for each depth.
     ``same_likeliest``: the share of positions whose likeliest code stays the same, for each depth.
-    ``weight_error``: relative error of the rounded weights (Frobenius), by kind of layer; empty on a GPU."""
+    ``weight_error``: relative error of the rounded weights (Frobenius), by kind of layer; empty on a GPU, and for a
+    prior whose modules are called."""
 
     precision: str
     kl: list[float]
@@ -41,19 +43,21 @@ def evaluate_precision(
     Raises:
         TypeError, ValueError, IndexError: as `RQTransformer.forward` and `rqgen.generate`; no codes.
     """
-    check_precision(prior, precision)
+    packed = change_of_prior(prior, precision) is None and prior.device.type == "cpu"
     prior.check_codes(codes, prior.config.code_shape)
     if len(codes) == 0:
         raise ValueError("codes: expected at least one code map, got none")
+    prior.check_codebooks()
     prior.condition_ids(condition, len(codes))
-    exact, short = (_Logits(prior, name) for name in ("fp32", precision))
     sums_2d = torch.zeros(2, prior.depth, dtype=torch.float64, device=prior.device)
-    for rows in torch.arange(len(codes), device=prior.device).split(batch_size):
-        given = None if condition is None else condition[rows]
-        p, q = (logits(codes[rows], given).flatten(0, 2) for logits in (exact, short))
-        kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        same = p.argmax(-1) == q.argmax(-1)
-        sums_2d += torch.stack([kl.double().sum(0), same.double().sum(0)])
+    with eval_mode(prior):
+        exact, short = (_Logits(prior, name, packed) for name in ("fp32", precision))
+        for rows in torch.arange(len(codes), device=prior.device).split(batch_size):
+            given = None if condition is None else condition[rows]
+            p, q = (logits(codes[rows], given).flatten(0, 2) for logits in (exact, short))
+            kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            same = p.argmax(-1) == q.argmax(-1)
+            sums_2d += torch.stack([kl.double().sum(0), same.double().sum(0)])
     kl_d, same_d = (sums_2d / (len(codes) * prior.positions)).tolist()
     return PrecisionEffect(precision, kl_d, same_d, short.weight_error)
 
@@ -61,13 +65,13 @@ def evaluate_precision(
 class _Logits:
     """A prior's logits for codes (B, h, w, D), as sampling at a precision would see them."""
 
-    def __init__(self, prior: RQTransformer, precision: str) -> None:
+    def __init__(self, prior: RQTransformer, precision: str, packed: bool) -> None:
         self.weight_error: dict[str, float] = {}
         self._of: PackedPrior | RQTransformer
-        if prior.device.type == "cpu":
+        if packed:
             self._of = PackedPrior(prior, precision)
-            for stack, packed in (("spatial", self._of.spatial), ("depth", self._of.decoder)):
-                self.weight_error |= {f"{stack} {kind}": error for kind, error in packed.quantization_error.items()}
+            for stack, weights in (("spatial", self._of.spatial), ("depth", self._of.decoder)):
+                self.weight_error |= {f"{stack} {kind}": error for kind, error in weights.quantization_error.items()}
         else:
             self._of = cast_prior(prior, precision)
         self._condition_ids = prior.condition_ids
@@ -75,4 +79,4 @@ class _Logits:
     def __call__(self, codes: Tensor, condition: Tensor | None) -> Tensor:
         if isinstance(self._of, PackedPrior):
             return self._of.logits(codes, self._condition_ids(condition, len(codes)))
-        return self._of(codes, condition).logits
+        return self._of(codes, condition).logits.float()

@@ -18,6 +18,8 @@ call), the K x N one-hot of the averages (`rqkernels.code_statistics`) and the (
   published, distances and residuals are rounded to half. Noise of restarts is then drawn in float32 too.
 - A vector that is not finite gets code -1 and NaN, and touches no average; published, it makes the whole
   codebook NaN. An unusable vector drawn for a restart leaves that code as it was.
+- What others have changed counts: where a method of a codebook was overridden, or one has hooks, the published methods
+  run that call it (said once, by a warning).
 - `get_soft_codes` returns N x K by contract, and computes it as published (under autocast in half, too);
   `rqgen.integrations.kakaobrain_soft_codes` does without.
 """
@@ -34,8 +36,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.models.changes import GLOBAL_HOOKS, has_global_hooks, hook_of
 
-from .swap import Accelerated, has_structure, swap_class
+from .swap import Accelerated, gives_way, has_structure, override_of, swap_class
 
 BOTTLENECK_METHODS = (
     "quantize",
@@ -84,10 +87,12 @@ class Codebook(Accelerated):
     """`VQEmbedding`: weight (K + 1, C), the last row for padding and never searched; buffers `cluster_size_ema`
     (K,) and `embed_ema` (K, C)."""
 
+    @gives_way("compute_distances")
     @torch.no_grad()
     def find_nearest_embedding(self, inputs: Tensor) -> Tensor:
         return rqkernels.residual_search(inputs, self.weight[:-1], 1).codes.squeeze(-1)
 
+    @gives_way("find_nearest_embedding", "compute_distances", "embed")
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         found = rqkernels.residual_search(inputs.float(), self.weight[:-1], 1)
         codes = found.codes.squeeze(-1)
@@ -96,6 +101,7 @@ class Codebook(Accelerated):
             self._update_embedding()
         return found.quantized.to(self.weight.dtype), codes
 
+    @gives_way()
     @torch.no_grad()
     def _update_buffers(self, vectors: Tensor, idxs: Tensor) -> None:
         """Moving averages of counts and sums over all processes, then restarts of codes with a count below 1."""
@@ -124,6 +130,19 @@ class Codebook(Accelerated):
 class Bottleneck(Accelerated):
     """`RQBottleneck`: D codebooks in `codebooks`, the same module D times where they share one."""
 
+    def _change_of_parts(self) -> str | None:
+        if has_global_hooks():
+            return GLOBAL_HOOKS
+        for d, codebook in enumerate(self.codebooks):
+            hook = hook_of(codebook)
+            if hook is not None:
+                return f"codebooks.{d} {hook}"
+            change = override_of(codebook, ("forward", "find_nearest_embedding", "compute_distances", "embed"))
+            if change is not None:
+                return f"codebooks.{d}: {change}"
+        return None
+
+    @gives_way()
     def quantize(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Partial sums `Z^(1) .. Z^(D)`, each like x, (B, h, w, C), and codes int64 (B, h, w, D)."""
         codebooks = self._searchable_codebooks()
@@ -135,11 +154,13 @@ class Bottleneck(Accelerated):
             sums = itertools.accumulate(self._code_vectors(codes, len(self.codebooks), check=False))
         return [partial.to(x.dtype) for partial in sums], codes
 
+    @gives_way()
     @torch.no_grad()
     def embed_code(self, code: Tensor) -> Tensor:
         self._check_code(code)
         return self.to_latent_shape(self._decode(code, len(self.codebooks)))
 
+    @gives_way()
     @torch.no_grad()
     def embed_partial_code(self, code: Tensor, code_idx: int, decode_type: str = "select") -> Tensor:
         self._check_code(code)
@@ -151,6 +172,7 @@ class Bottleneck(Accelerated):
             return self.to_latent_shape(self._decode(code, code_idx + 1))
         raise NotImplementedError(f"decode_type: expected 'select' or 'add', got {decode_type!r}")
 
+    @gives_way()
     @torch.no_grad()
     def get_soft_codes(self, x: Tensor, temp: float = 1.0, stochastic: bool = False) -> tuple[Tensor, Tensor]:
         codebooks = self._searchable_codebooks()

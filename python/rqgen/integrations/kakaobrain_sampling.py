@@ -14,6 +14,8 @@ draws a position in two calls (on a GPU in one CUDA graph), from the transformer
 - On the CPU the attribute `sampling_precision` of the transformer may be set to "bf16" or "int8" in place of "fp32".
   On a GPU `amp=True` computes in bfloat16 (published: float16).
 - `cached`, `fast` and `desc` are accepted and change nothing; with `is_tqdm` there is a progress bar, of rich.
+- A transformer whose weights do not tell all (hooks, parametrizations, modules and methods replaced) draws by the
+  published loop, said once by a warning; at a shorter `sampling_precision` that is an error.
 - On the CPU packed weights, and copies that tell whether the weights have changed since, are kept between calls; on
   a GPU each call reads the weights anew.
 """
@@ -32,12 +34,13 @@ from torch import Tensor, nn
 
 from rqgen.models import RQTransformer
 from rqgen.models.captured import CapturedSampler
+from rqgen.models.changes import warn_once
 from rqgen.models.condition import check_range
 from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.models.packed import PackedPrior, packed_once
 from rqgen.models.sampler import Sampler, cast_prior, check_precision
 
-from .swap import Accelerated, has_structure, swap_class
+from .swap import Accelerated, change_in_tree, has_structure, override_of, swap_class
 
 METHODS = ("embed_with_model_aux", "cached_forward", "init_cache", "sample")
 ATTRIBUTES = (
@@ -67,8 +70,16 @@ def swap_samplers(model: nn.Module) -> int:
                 f"got {list(transformer.vocab_size)}"
             )
     for transformer in found.values():
+        if not isinstance(transformer, Sampling):
+            transformer._parts_when_accelerated = _parts(transformer)
         swap_class(transformer, Sampling)
     return len(found)
+
+
+def _parts(transformer: nn.Module) -> dict[str, str]:
+    """The class of every module inside."""
+    kinds = {name: type(module) for name, module in transformer.named_modules() if name}
+    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
 
 class Sampling(Accelerated):
@@ -92,6 +103,28 @@ class Sampling(Accelerated):
         desc: str = "Sampling",
         fast: bool = True,
     ) -> Tensor:
+        change = self._change()
+        if change is not None:
+            if self.sampling_precision != "fp32":
+                raise ValueError(
+                    f"sampling_precision: {self.sampling_precision!r} has packed weights alone and calls no modules, "
+                    f"but {change}"
+                )
+            warn_once(self, f"{change}: so sample runs as published, and is not accelerated")
+            return super().sample(
+                partial_sample,
+                model_aux=model_aux,
+                cond=cond,
+                start_loc=start_loc,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                amp=amp,
+                cached=cached,
+                is_tqdm=is_tqdm,
+                desc=desc,
+                fast=fast,
+            )
         height, width, depth = self.block_size
         if partial_sample.shape[1:] != (height, width, depth):
             raise ValueError(
@@ -119,6 +152,17 @@ class Sampling(Accelerated):
             )
         return codes_btd.view_as(partial_sample)
 
+    def _change(self) -> str | None:
+        """The first thing that the transformer's weights do not tell, in words."""
+        change = override_of(self, ("cached_forward", "init_cache"), ("sample",)) or change_in_tree(self)
+        if change is not None:
+            return change
+        parts, before = _parts(self), self._parts_when_accelerated
+        for name in (*before, *parts):
+            if before.get(name) != parts.get(name):
+                return f"{name} is {parts.get(name, 'missing')} and was {before.get(name, 'missing')} when accelerated"
+        return None
+
     def _sampler(self, model_aux: Any, precision: str) -> Sampler:
         state, codebooks = self.state_dict(), self._codebooks(model_aux)
 
@@ -131,7 +175,8 @@ class Sampling(Accelerated):
         if self.pos_emb_d.device.type != "cpu":
             return CapturedSampler(cast_prior(prior(), precision), capture=True)
         weights = itertools.chain(state.values(), () if codebooks is None else (codebooks,))
-        return packed_once(self, weights, precision, lambda: PackedPrior(prior(), precision))
+        description = f"{precision} {self.config!r}"
+        return packed_once(self, weights, description, lambda: PackedPrior(prior(), precision))
 
     def _codebooks(self, model_aux: Any) -> Tensor | None:
         """(D, K, C): the tokenizer's vectors of all codes, at every depth; None where they are not embedded with."""

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import rqkernels
 
 from .kakaobrain import Bottleneck
-from .swap import Accelerated, has_structure, swap_class
+from .swap import Accelerated, has_structure, override_of, swap_class
 
 TRANSFORMER_METHODS = (
     "embed_with_model_aux",
@@ -126,6 +126,11 @@ class LazySoftCodes(Accelerated):
 
     @torch.no_grad()
     def get_soft_codes(self, x: Tensor, temp: float = 1.0, stochastic: bool = False) -> tuple[SoftCodes, Tensor]:
+        change = override_of(self, (), ("get_soft_codes",)) or self._change_of_parts()
+        if change is not None:
+            raise ValueError(
+                f"get_soft_codes: {change}, of which lazy soft codes know nothing: do without lazy_soft_codes"
+            )
         codebooks = self._searchable_codebooks()
         if codebooks is None:
             sizes = ", ".join(str(codebook.n_embed) for codebook in self.codebooks)
@@ -145,17 +150,22 @@ class SoftCodeLoss(Accelerated):
     def compute_loss(self, logits: Tensor, targets: Any, use_soft_target: bool = False) -> Tensor:
         if not isinstance(targets, SoftCodes):
             return super().compute_loss(logits, targets, use_soft_target)
-        _check_soft(use_soft_target)
+        _check_soft(self, "compute_loss", use_soft_target)
         return targets.cross_entropy(logits, "mean")
 
     @torch.no_grad()
     def compute_codebook_loss(self, logits: Tensor, targets: Any, use_soft_target: bool = False) -> Tensor:
         if not isinstance(targets, SoftCodes):
             return super().compute_codebook_loss(logits, targets, use_soft_target)
-        _check_soft(use_soft_target)
+        _check_soft(self, "compute_codebook_loss", use_soft_target)
         return targets.cross_entropy(logits, "none").flatten(0, -2).mean(dim=0)
 
 
-def _check_soft(use_soft_target: bool) -> None:
+def _check_soft(transformer: nn.Module, loss: str, use_soft_target: bool) -> None:
+    change = override_of(transformer, (), (loss,))
+    if change is not None:
+        raise ValueError(
+            f"targets: got SoftCodes, but {change}, which computes with tensors: do without lazy_soft_codes"
+        )
     if not use_soft_target:
         raise ValueError("targets: got SoftCodes with use_soft_target=False; expected codes, or use_soft_target=True")

@@ -1,15 +1,22 @@
 """How our operators come into a foreign module: it keeps its parameters, buffers and attributes, and gets another
 class, derived from ours (one or several) and from its own, so that ours override the few methods they know and
 everything else stays theirs. `isinstance`, the state dict, hooks, `.to()`, optimizers and wrappers see no difference;
-copies and pickles come back accelerated."""
+copies and pickles come back accelerated.
+
+Where a method that ours stands for, or one that ours does without, was overridden by someone else, ours gives way."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
+
+from rqgen.models.changes import GLOBAL_HOOKS, change_of_torch_module, has_global_hooks, is_overridden, warn_once
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 class Accelerated(nn.Module):
@@ -18,6 +25,65 @@ class Accelerated(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         _, _, state, *rest = super().__reduce_ex__(max(protocol, 2))
         return (_new_instance, type(self).__bases__, state, *rest)
+
+    def _change_of_parts(self) -> str | None:
+        """The first change in modules that ours does not call, in words."""
+        return None
+
+
+def gives_way(*bypassed: str) -> Callable[[MethodT], MethodT]:
+    """Decorates a method of ours: theirs runs instead, said once, where a class derived from theirs overrides it, where
+    one of the methods `bypassed` by ours is overridden there or on the instance, or where parts were changed."""
+
+    def decorate(ours: MethodT) -> MethodT:
+        name = ours.__name__
+
+        @functools.wraps(ours)
+        def method(self: Accelerated, *args: Any, **kwargs: Any) -> Any:
+            change = override_of(self, bypassed, (name,)) or self._change_of_parts()
+            if change is None:
+                return ours(self, *args, **kwargs)
+            warn_once(self, f"{change}: so {name} runs as published, and is not accelerated")
+            owner = next(cls for cls in type(self).__mro__ if vars(cls).get(name) is method)
+            return getattr(super(owner, self), name)(*args, **kwargs)
+
+        return method  # type: ignore[return-value]
+
+    return decorate
+
+
+def override_of(module: nn.Module, names: Sequence[str], by_classes_only: Sequence[str] = ()) -> str | None:
+    """The first of these methods that someone has overridden, in words: on the instance, or in a class derived from the
+    one that brought it."""
+    kind = type(module).__name__
+    for name in names:
+        if is_overridden(module, name):
+            return f"{kind} has a {name} of its own, set on the instance"
+    for name in (*names, *by_classes_only):
+        classes = [cls for cls in type(module).__mro__ if _brings(cls, name)]
+        if len(classes) > 1:
+            return f"{classes[0].__qualname__} overrides {name} of {classes[-1].__qualname__}"
+    return None
+
+
+def change_in_tree(model: nn.Module) -> str | None:
+    """The first change in a foreign module tree that its weights do not tell, in words, as far as that can be seen; of
+    `model` itself, whose methods are its own affair, a parametrization alone."""
+    if has_global_hooks():
+        return GLOBAL_HOOKS
+    if parametrize.is_parametrized(model):
+        return f"{type(model).__name__} has a parametrized {', '.join(model.parametrizations)}"
+    for name, module in model.named_modules():
+        change = change_of_torch_module(module) if name else None
+        if change is not None:
+            return f"{name} {change}"
+    return None
+
+
+def _brings(cls: type, name: str) -> bool:
+    method = vars(cls).get(name)
+    ours_or_torch = issubclass(cls, Accelerated) or cls.__module__.partition(".")[0] == "torch"
+    return method is not None and not ours_or_torch and not getattr(method, "__isabstractmethod__", False)
 
 
 def swap_class(module: nn.Module, ours: type[Accelerated]) -> None:

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from rqgen.quantizers.multiscale import nearest_codes
 
-from .swap import Accelerated, has_structure, swap_class
+from .swap import Accelerated, gives_way, has_structure, swap_class
 
 METHODS = ("embed_to_fhat", "f_to_idxBl_or_fhat", "idxBl_to_var_input", "get_next_autoregressive_input")
 ATTRIBUTES = (
@@ -68,6 +68,7 @@ class Quantizer(Accelerated):
     """`VectorQuantizer2`: a codebook `embedding` (K, C), S scales of `v_patch_nums[k]` squared positions, refinements
     `quant_resi` found by the scale's place in [0, 1], counts `ema_vocab_hit_SV` (S, K)."""
 
+    @gives_way()
     def forward(self, f_BChw: Tensor, ret_usages: bool = False) -> tuple[Tensor, list[float] | None, Tensor]:
         """Features (float32, with the gradient of the input), percentages of codes in use by scale, loss."""
         with torch.autocast(f_BChw.device.type, enabled=False):
@@ -88,6 +89,7 @@ class Quantizer(Accelerated):
         least = processes * (f_BChw.numel() / f_BChw.shape[1]) / self.vocab_size * 0.08
         return quantized, [(hits_v >= least).float().mean().item() * 100 for hits_v in self.ema_vocab_hit_SV], loss
 
+    @gives_way()
     def f_to_idxBl_or_fhat(
         self, f_BChw: Tensor, to_fhat: bool, v_patch_nums: Sequence[int | Sequence[int]] | None = None
     ) -> list[Tensor]:

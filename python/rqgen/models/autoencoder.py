@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rqgen.quantizers import Convolution, silu
 
+from .condition import checked_class_names
+from .normalization import GroupNorm
+
 NORM_EPSILON = 1e-6
 RECONSTRUCTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 
@@ -40,6 +43,7 @@ def check_settings(config: Any) -> None:
             f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
             f"got {config.reconstruction_loss!r}"
         )
+    config.class_names = checked_class_names(config.class_names)
 
 
 class ResidualBlock(nn.Module):
@@ -60,9 +64,9 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPSILON)
+        self.norm1 = GroupNorm(norm_groups, in_channels, eps=NORM_EPSILON)
         self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPSILON)
+        self.norm2 = GroupNorm(norm_groups, out_channels, eps=NORM_EPSILON)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -84,7 +88,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, *, norm_groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPSILON)
+        self.norm = GroupNorm(norm_groups, channels, eps=NORM_EPSILON)
         self.query = Convolution(channels, channels, 1)
         self.key = Convolution(channels, channels, 1)
         self.value = Convolution(channels, channels, 1)
@@ -232,7 +236,7 @@ class Encoder(nn.Module):
             for index, width in enumerate(channels)
         )
         self.middle = _middle(channels[-1], **layout.block)
-        self.norm_out = nn.GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
+        self.norm_out = GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
         self.conv_out = Convolution(channels[-1], layout.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -265,7 +269,7 @@ class Decoder(nn.Module):
             )
             for index, width in enumerate(channels)
         )
-        self.norm_out = nn.GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
+        self.norm_out = GroupNorm(layout.norm_groups, channels[-1], eps=NORM_EPSILON)
         self.conv_out = Convolution(channels[-1], layout.image_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ A captured CUDA graph repeats its launches with the addresses and shapes it was 
 number in device memory: keys and values are written where it says, attention sees all the memory up to a bound and
 masks what lies behind the position, and the drawn codes go where it says. A position is then one replay, with no look
 at the device from the host. Masked keys are read in vain: a graph for every `BUCKET` positions keeps that small.
+
+The prior's modules are called, and see one position at a time. What a graph has captured of them stays as it was: a
+prior whose modules do more than compute from their tensors is launched step by step (`rqgen.models.sampler`).
 """
 
 from __future__ import annotations
@@ -15,13 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import rqkernels
 
-from .kv_cache import KVCache
+from .kv_cache import PlacedCache
 from .rqtransformer import RQTransformer
-from .transformer import Transformer
 
 # Positions that share a graph. At 64 positions three quarters of the read keys are in use, at a few captures.
 BUCKET = 16
@@ -68,7 +69,9 @@ class CapturedSampler:
             ValueError: logits with NaN, +inf, or nothing but -inf; known when all positions are drawn.
         """
         prior = self.prior
-        settings = _Settings(len(condition_bl), tuple(temperature), tuple(top_k), tuple(top_p), guidance, seed)
+        # A graph reads the memory that it was captured with: what is written there is seen, another tensor is not.
+        weights = tuple(tensor.data_ptr() for tensor in (*prior.parameters(), *prior.buffers())) if self.capture else ()
+        settings = _Settings(len(condition_bl), tuple(temperature), tuple(top_k), tuple(top_p), guidance, seed, weights)
         with torch.autocast(prior.device.type, enabled=False):
             drawing = self._drawing
             if drawing is None or drawing.settings != settings:
@@ -104,6 +107,8 @@ class _Settings(NamedTuple):
     top_p: tuple[float | None, ...]
     guidance: float
     seed: int
+    weights: tuple[int, ...]
+    """Addresses of the prior's tensors."""
 
 
 class _Drawing:
@@ -128,7 +133,6 @@ class _Drawing:
         self.spatial.keys.zero_()
         self.spatial.values.zero_()
         self.offset, self.position = (torch.zeros(1, dtype=torch.int64, device=prior.device) for _ in range(2))
-        self.places = torch.arange(self.spatial.capacity, device=prior.device)
         self.codes_btd = self.position.new_zeros(settings.batch, prior.positions, prior.depth)
         self.lowest_b = self.position.new_zeros(settings.batch)
         self.context_bw = self.spatial.keys.new_empty(rows, prior.config.embed_dim)
@@ -175,10 +179,9 @@ class _Drawing:
         """The D codes of the position after it, of which no more than `bound` tokens are seen."""
         prior = self.prior
         stack_b1d = self.codes_btd.index_select(1, self.position).repeat(self.copies, 1, 1)
-        x_bw = prior.embed_stacks(stack_b1d)[:, 0] + prior.spatial_positions.index_select(0, self.position)
-        place = self.position + prior.config.condition_length
-        seen = (self.places[:bound] <= place)[None, None, None]
-        self.context_bw.copy_(_step(prior.spatial_transformer, x_bw, self.spatial, place, seen))
+        x_b1w = prior.embed_stacks(stack_b1d) + prior.spatial_positions.index_select(0, self.position)
+        cache = PlacedCache(self.spatial, self.position + prior.config.condition_length, bound)
+        self.context_bw.copy_(prior.spatial_transformer(prior.embedding_dropout(x_b1w), cache)[:, 0])
         self.position += 1
         self.draw_stack()
 
@@ -216,19 +219,3 @@ class _Drawing:
                 self.draw_next(bound)
         self._graphs[bound] = graph
         return graph
-
-
-def _step(stack: Transformer, x_bw: Tensor, cache: KVCache, place: Tensor, seen: Tensor) -> Tensor:
-    """One token through all blocks: keys and values are written at `place`, attention reads where `seen` is true."""
-    bound = seen.shape[-1]
-    for layer, block in enumerate(stack.blocks):
-        attention = block.attention
-        qkv = attention.qkv(block.attention_norm(x_bw)).view(len(x_bw), 3, stack.heads, 1, -1)
-        q, k, v = qkv.unbind(1)
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys.index_copy_(2, place, k)
-        values.index_copy_(2, place, v)
-        y = F.scaled_dot_product_attention(q, keys[:, :, :bound], values[:, :, :bound], attn_mask=seen)
-        x_bw = x_bw + attention.out(y.flatten(1))
-        x_bw = x_bw + block.mlp(block.mlp_norm(x_bw))
-    return x_bw

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# All but bool, which is rather a mask than a class.
+_INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,  # values that int64 has not become negative, and are out of range
+)
 
 
 def condition_ids(
@@ -19,8 +33,8 @@ def condition_ids(
     """A condition as int64 (B, L) ids; the null condition, where there is one, is id `vocab_size`.
 
     Args:
-        condition: None; class labels (B,) or (B, 1); token ids (B, L). None means no condition at all for
-            an unconditional prior, and the null condition for one that has it.
+        condition: None; class labels (B,) or (B, 1); token ids (B, L); of any integer dtype. None means no condition at
+            all for an unconditional prior, and the null condition for one that has it.
         batch: B.
         kind: "none", "class" or "tokens".
         length: L; 1 unless kind is "tokens".
@@ -42,8 +56,7 @@ def condition_ids(
         raise ValueError("condition: this prior is unconditional, expected None")
     if not isinstance(condition, Tensor):
         raise TypeError(f"condition: expected a tensor, got {type(condition).__name__}")
-    if condition.dtype != torch.int64:
-        raise TypeError(f"condition: expected int64, got {condition.dtype}")
+    condition = integers(condition, "condition")
     if condition.shape != shape and (kind != "class" or condition.shape != (batch,)):
         expected = f"({batch},) or ({batch}, 1)" if kind == "class" else f"{shape}"
         raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")
@@ -53,6 +66,17 @@ def condition_ids(
     return condition.reshape(shape)
 
 
+def checked_class_names(class_names: Sequence[str], classes: int | None = None) -> tuple[str, ...]:
+    """The names as a tuple. Raises ValueError unless they differ from each other and there is one for each class, or
+    none at all; of how many classes is open where `classes` is None."""
+    names = tuple(class_names)
+    if names and classes is not None and len(names) != classes:
+        raise ValueError(f"class_names must be one for each of {classes} classes, or none, got {len(names)}")
+    if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"class_names must be names that differ from each other, got {list(names)[:20]}")
+    return names
+
+
 def check_range(ids: Tensor, size: int, name: str) -> None:
     """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
     if ids.numel() == 0:
@@ -60,6 +84,20 @@ def check_range(ids: Tensor, size: int, name: str) -> None:
     lowest, highest = (int(value) for value in ids.aminmax())
     if lowest < 0 or highest >= size:
         raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
+
+
+def integers(ids: Tensor, name: str) -> Tensor:
+    """Ids of any integer dtype as int64. Raises TypeError for others."""
+    if ids.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
+    return ids.to(torch.int64)
+
+
+def check_targets(ids: Tensor, size: int, name: str) -> None:
+    """Raises TypeError or IndexError for ids that cannot be the targets of a cross-entropy over `size` of them."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
+    check_range_without_waiting(ids, size, name)
 
 
 def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:

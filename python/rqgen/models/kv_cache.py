@@ -55,6 +55,14 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = v_bhnd
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def mask(self, new: int) -> Tensor | None:
+        """Marks the keys that each of `new` positions behind `length` sees, bool (new, length + new); None where that
+        is all of them, or where nothing was seen before and attention is plainly causal."""
+        if self.length == 0 or new == 1:
+            return None
+        seen = torch.ones(new, self.length + new, dtype=torch.bool, device=self.keys.device)
+        return seen.tril(self.length)
+
     def advance(self, positions: int) -> None:
         """Counts the positions that all layers have written."""
         self.length += positions
@@ -62,3 +70,31 @@ class KVCache:
     def reset(self) -> None:
         """Forgets every position; the memory is kept."""
         self.length = 0
+
+
+class PlacedCache(KVCache):
+    """One step's view of a cache in which the position is a number on the device, so that a CUDA graph can be replayed
+    for the next one: every step reads and writes memory of the same shape.
+
+    Args:
+        cache: what the step writes to; its `length` is left alone.
+        place: int64 (1,), where the step's one position is written.
+        bound: how many positions attention reads; those behind `place` are masked.
+    """
+
+    def __init__(self, cache: KVCache, place: Tensor, bound: int) -> None:
+        self.keys, self.values, self.length = cache.keys, cache.values, 0
+        self._place, self._bound = place, bound
+        self._seen = (torch.arange(bound, device=place.device) <= place)[None, None, None]
+
+    def write(self, layer: int, k_bhnd: Tensor, v_bhnd: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(2, self._place, k_bhnd)
+        values.index_copy_(2, self._place, v_bhnd)
+        return keys[:, :, : self._bound], values[:, :, : self._bound]
+
+    def mask(self, new: int) -> Tensor | None:
+        return self._seen
+
+    def advance(self, positions: int) -> None:
+        """Does nothing: the owner of `place` moves it."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from rqgen.quantizers import Convolution, MultiScaleConfig, MultiScaleQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
-from .pretrained import PretrainedModel
+from .images import check_images, check_some
+from .pretrained import PretrainedModel, eval_mode
 
 
 @dataclass
@@ -34,6 +35,7 @@ class MultiScaleVQVAEConfig:
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta, of the commitment term.
         gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
+        class_names: of the images it was trained on; for the record.
     """
 
     image_channels: int = 3
@@ -49,6 +51,7 @@ class MultiScaleVQVAEConfig:
     reconstruction_loss: str = "mse"
     commitment_weight: float = 0.25
     gradient_checkpointing: bool = False
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "base_channels", "num_res_blocks", "z_channels", "norm_groups"):
@@ -73,7 +76,7 @@ class MultiScaleVQVAEConfig:
 class MultiScaleVQVAEOutput(NamedTuple):
     """Result of calling a `MultiScaleVQVAE`."""
 
-    reconstruction: Tensor  # (B, channels, H, W)
+    reconstruction: Tensor  # (B, channels, H, W), not clamped to [-1, 1]
     commitment_loss: Tensor  # float32 scalar
     codes: list[Tensor]  # int64 (B, h_k, w_k), one per scale
     codebook_loss: Tensor  # float32 scalar
@@ -92,9 +95,10 @@ class MultiScaleVQVAELoss(NamedTuple):
 class MultiScaleVQVAE(PretrainedModel):
     """Encoder, multi-scale quantizer, decoder.
 
-    Images are (B, channels, height, width) in [-1, 1], of the one size that the scales decide; codes are a list of
-    token maps int64 (B, h_k, w_k), from coarse to fine. `encode`, `decode` and `decode_partial` run without gradient
-    and never change state.
+    Images are (B, channels, height, width) in [-1, 1], of the one size that the scales decide and of any floating-point
+    dtype (what comes in is cast to the model's; see `rqgen.models.images` for values that are refused); codes are a
+    list of token maps int64 (B, h_k, w_k), from coarse to fine. `encode`, `decode` and `decode_partial` run without
+    gradient and dropout in any mode, and never change state. An empty batch gives empty results, in eval mode.
     """
 
     model_type = "multiscale_vqvae"
@@ -143,40 +147,69 @@ class MultiScaleVQVAE(PretrainedModel):
         return self.config.quantizer.scales
 
     def forward(self, images: Tensor) -> MultiScaleVQVAEOutput:
-        """Encodes, quantizes (straight-through gradient) and decodes."""
-        quantized, codes, commitment, codebook = self.quantizer(self.encode_latents(images))
+        """Encodes, quantizes (straight-through gradient) and decodes.
+
+        Raises:
+            TypeError, ValueError: as `encode_latents`; no images in train mode.
+        """
+        features = self.encode_latents(images)
+        if self.training:
+            check_some(images)
+        quantized, codes, commitment, codebook = self.quantizer(features)
         return MultiScaleVQVAEOutput(self.decode_latents(quantized), commitment, codes, codebook)
 
     def loss(self, images: Tensor) -> MultiScaleVQVAELoss:
-        """`reconstruction + codebook + commitment_weight * commitment`, means over elements and scales, in float32."""
+        """`reconstruction + codebook + commitment_weight * commitment`, means over elements and scales, in float32.
+
+        Raises:
+            TypeError, ValueError: as `encode_latents`; no images.
+        """
         output = self(images)
+        check_some(images)
         measure = RECONSTRUCTION_LOSSES[self.config.reconstruction_loss]
         reconstruction = measure(output.reconstruction.float(), images.float())
         total = reconstruction + output.codebook_loss + self.config.commitment_weight * output.commitment_loss
         return MultiScaleVQVAELoss(total, reconstruction, output.commitment_loss, output.codebook_loss, output)
 
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """What the quantizer sees: features (B, C, H, W). Differentiable. ValueError for another shape of images."""
+    def encode_latents(self, images: Tensor, *, check: bool = True) -> Tensor:
+        """What the quantizer sees: features (B, C, H, W). Differentiable.
+
+        Args:
+            check: whether images far outside [-1, 1] are refused.
+
+        Raises:
+            TypeError, ValueError: images that `check_images` refuses, or of another shape.
+        """
+        check_images(images, values=check)
         expected = (self.config.image_channels, *self.config.image_shape)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
-        return self.to_latents(self.encoder(images))
+        return self.to_latents(self.encoder(images.to(self.dtype)))
 
     def decode_latents(self, features: Tensor) -> Tensor:
         """Images (B, channels, H, W) from features (B, C, H, W). Differentiable."""
-        return self.decoder(self.from_latents(features.to(self.from_latents.weight.dtype)))
+        return self.decoder(self.from_latents(features.to(self.dtype)))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Token maps int64 (B, h_k, w_k), from coarse to fine, of images (B, channels, H, W) in [-1, 1]."""
-        return self.quantizer.encode(self.encode_latents(images))
+        """Token maps int64 (B, h_k, w_k), from coarse to fine, of images (B, channels, H, W) in [-1, 1]. Errors as
+        `encode_latents`. Where an image is not finite it gets tokens -1, which `decode` refuses."""
+        with eval_mode(self):
+            return self.quantizer.encode(self.encode_latents(images))
 
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Images (B, channels, H, W), clamped to [-1, 1], of token maps. Errors: `MultiScaleQuantizer.check_codes`."""
-        return self.decode_latents(self.quantizer.decode(codes)).clamp(-1, 1)
+        with eval_mode(self):
+            return _clamped(self.decode_latents(self.quantizer.decode(codes)))
 
     @torch.no_grad()
     def decode_partial(self, codes: Sequence[Tensor], scales: int) -> Tensor:
         """Images of the first `scales` token maps alone: coarse to fine. ValueError unless 1 <= scales <= K."""
-        return self.decode_latents(self.quantizer.decode(codes, scales)).clamp(-1, 1)
+        with eval_mode(self):
+            return _clamped(self.decode_latents(self.quantizer.decode(codes, scales)))
+
+
+def _clamped(images: Tensor) -> Tensor:
+    """Images within [-1, 1]; infinite values become NaN, because a clamped one would look like a colour."""
+    return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))

@@ -24,6 +24,9 @@ class PackedPrior:
     place of a product, which has the same bits in every batch. (The products that make the tables are float64, so
     that the number of threads does not show in them.)
 
+    Nothing of the prior's modules but their tensors gets here: `rqgen.models.sampler.make_sampler` says which priors
+    that is all of.
+
     Args:
         prior: on the CPU.
         precision: of the two stacks and the classifier, see `rqkernels.PackedTransformer`.
@@ -167,7 +170,7 @@ def pack_transformer(
 def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None) -> tuple[Tensor, Tensor]:
     """What a code adds to a stack's input, (K, W) or (D * K, W), and what a position adds once, (W,)."""
     if kind == "table":
-        return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim)
+        return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim, dtype=torch.float32)
     vectors = prior.codebooks.double().flatten(0, -2) @ projection.weight.detach().double().t()
     return vectors.float(), projection.bias.detach().float()
 
@@ -177,6 +180,7 @@ def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None)
 
 class _Kept(NamedTuple):
     packed: PackedPrior
+    description: str  # what it was made by, beside tensors
     tensors: list[Tensor]  # copies of what it was made from
 
 
@@ -185,13 +189,15 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 def packed_prior(prior: RQTransformer, precision: str) -> PackedPrior:
     """The `PackedPrior` of `prior`, as `packed_once` keeps it."""
-    return packed_once(prior, (*prior.parameters(), *prior.buffers()), precision, lambda: PackedPrior(prior, precision))
+    tensors = (*prior.parameters(), *prior.buffers())
+    return packed_once(prior, tensors, f"{precision} {prior.config!r}", lambda: PackedPrior(prior, precision))
 
 
 def packed_once(
-    owner: nn.Module, weights: Iterable[Tensor], precision: str, pack: Callable[[], PackedPrior]
+    owner: nn.Module, weights: Iterable[Tensor], description: str, pack: Callable[[], PackedPrior]
 ) -> PackedPrior:
-    """What `pack` makes of `weights`, kept from the last call while `owner` lives and they are the same.
+    """The result of `pack`, kept from the last call while `owner` lives and both are the same: the `weights`, and the
+    `description` of everything else that it is made by.
 
     Packing takes as long as an image or two, comparing all weights with copies of them a small part of one. So every
     change is seen, one that leaves no trace in version counters too, such as an average updated through `.data`. Kept
@@ -199,8 +205,10 @@ def packed_once(
     """
     tensors = [tensor.detach() for tensor in weights]
     kept = _KEPT.get(owner)
-    if kept is None or kept.packed.precision != precision or not _same(tensors, kept.tensors):
-        kept = _Kept(pack(), [tensor.clone() for tensor in tensors])
+    if kept is None or kept.description != description or not _same(tensors, kept.tensors):
+        # Copied first: what another thread writes meanwhile is then another content at the next call.
+        copies = [tensor.clone() for tensor in tensors]
+        kept = _Kept(pack(), description, copies)
         _KEPT[owner] = kept
     return kept.packed
 

@@ -28,8 +28,8 @@ def check_tokenizer(prior: RQTransformer | VAR, vae: RQVAE | MultiScaleVQVAE) ->
             raise ValueError(f"vae: its {name} is {theirs}, the prior's is {ours}: they must be the same")
     prior.check_codebooks()
     if isinstance(prior, VAR):
-        theirs = vae.quantizer.state_dict()
-        pairs = [(tensor, theirs[name]) for name, tensor in prior.quantizer.state_dict().items()]
+        theirs = vae.quantizer.fixed_tensors()
+        pairs = [(tensor, theirs[name]) for name, tensor in prior.quantizer.fixed_tensors().items()]
     else:
         pairs = [] if prior.codebooks is None else [(prior.codebooks, vae.codebooks)]
     for ours, theirs in pairs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -32,11 +34,17 @@ class PretrainedModel(nn.Module):
     """A module that is wholly described by a config dataclass and its state dict.
 
     Subclasses set `model_type` (a name written into the folder) and `config_class`, and take the config as
-    the first argument of `__init__`; further arguments need defaults.
+    the first argument of `__init__`; further arguments need defaults. Models are made in float32, whatever torch's
+    default dtype is; cast them afterwards, by `.to(dtype)`.
     """
 
     model_type: ClassVar[str]
     config_class: ClassVar[type]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _in_float32(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -48,6 +56,11 @@ class PretrainedModel(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; quantizers are float32 whatever it is."""
+        return next(self.parameters()).dtype
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into `folder`, whole or not at all.
@@ -114,15 +127,17 @@ class PretrainedModel(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f"folder: no file {path.name} in {source}")
         config = cls._read_config(config_path)
-        try:
-            tensors = load_file(weights_path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise unreadable(weights_path, "safetensors file", error) from error
-        # Before any memory is asked for: either file may be the wrong one.
-        expected = sketch(cls, config, len(tensors), where=str(config_path))
-        check_fit(expected, tensors, where=f"{weights_path} with {CONFIG_NAME}")
-        model = cls(config)
-        load_tensors(model, tensors, where=str(weights_path))
+        # Whatever torch's default device is: on "meta" nothing would be loaded, without a word.
+        with torch.device("cpu"):
+            try:
+                tensors = load_file(weights_path)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise unreadable(weights_path, "safetensors file", error) from error
+            # Before any memory is asked for: either file may be the wrong one.
+            expected = sketch(cls, config, len(tensors), where=str(config_path))
+            check_fit(expected, tensors, where=f"{weights_path} with {CONFIG_NAME}")
+            model = cls(config)
+            load_tensors(model, tensors, where=str(weights_path))
         return model.to(device).eval()
 
     @classmethod
@@ -144,6 +159,34 @@ class PretrainedModel(nn.Module):
         if not isinstance(description["config"], dict):
             raise ValueError(f"{path}: config: expected an object, got {type(description['config']).__name__}")
         return from_dict(cls.config_class, description["config"], where=str(path))
+
+
+def _in_float32(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def made(*args: Any, **kwargs: Any) -> None:
+        default = torch.get_default_dtype()
+        if default == torch.float32:
+            return init(*args, **kwargs)
+        torch.set_default_dtype(torch.float32)
+        try:
+            return init(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
+
+    return made
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and afterwards in the mode that each came in."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, *, where: str) -> ModelT:

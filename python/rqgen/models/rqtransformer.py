@@ -13,7 +13,8 @@ from typing_extensions import Self
 
 import rqkernels
 
-from .condition import check_range_without_waiting, condition_ids
+from .changes import as_written, computes_as
+from .condition import check_range_without_waiting, check_targets, checked_class_names, condition_ids, integers
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
 from .transformer import Transformer, TransformerConfig
@@ -64,6 +65,7 @@ class RQTransformerConfig:
         condition_dropout: probability of replacing an image's condition by the null condition in training.
             Above 0 the prior has a null condition, which classifier-free guidance needs.
         embedding_dropout: on the inputs of the spatial stack.
+        class_names: of the classes of a class condition, in the order of their labels; empty where unknown.
     """
 
     code_shape: tuple[int, int, int]
@@ -83,6 +85,7 @@ class RQTransformerConfig:
     condition_length: int = 1
     condition_dropout: float = 0.0
     embedding_dropout: float = 0.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
@@ -109,6 +112,8 @@ class RQTransformerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         self._check_condition()
+        classes = self.condition_vocab_size if self.condition == "class" else 0
+        self.class_names = checked_class_names(self.class_names, classes)
 
     def _check_condition(self) -> None:
         vocab_size, length = self.condition_vocab_size, self.condition_length
@@ -209,6 +214,7 @@ class PriorLoss(NamedTuple):
     """Mean over the predicted condition tokens; None without a token condition."""
 
 
+@as_written()
 class CodeClassifier(nn.Module):
     """LayerNorm, then a linear layer to K logits: one for all depths (K, W), or one per depth (D, K, W)."""
 
@@ -230,7 +236,8 @@ class CodeClassifier(nn.Module):
         return (torch.einsum("ndw,dkw->ndk", x, self.weight) + self.bias).float()
 
     def soft_label_loss(self, x: Tensor, labels: SoftLabels) -> CodeLoss:
-        """The loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a time."""
+        """The loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a time.
+        It stands for `forward` and the loss of its result, and does not call it."""
         x = self.norm(x)
         rows, depth, _ = x.shape
         residuals, codebooks, tau = labels
@@ -250,6 +257,7 @@ class CodeClassifier(nn.Module):
         return CodeLoss(per_depth.mean(), per_depth.detach())
 
 
+@as_written("depth", "positions")
 class RQTransformer(PretrainedModel):
     """Spatial transformer over positions, depth transformer over the D codes of one position.
 
@@ -343,7 +351,8 @@ class RQTransformer(PretrainedModel):
             condition: as `condition_ids`. In training mode each row's condition is replaced by the null
                 condition with probability `config.condition_dropout` (torch's global generator).
             soft_labels: to train without logits: classifier and loss take some rows at a time, forward and backward,
-                and nothing of B * T * D x K ever exists. The loss is part of the call so that what wraps a model
+                and nothing of B * T * D x K ever exists. (A classifier with hooks, or another module in its place, is
+                called for its logits, which then exist.) The loss is part of the call so that what wraps a model
                 (DistributedDataParallel, torch.compile) sees all of its parameters used inside.
 
         Raises:
@@ -356,10 +365,12 @@ class RQTransformer(PretrainedModel):
         if soft_labels is not None and soft_labels.residuals.shape[:-1] != codes.shape:
             expected, got = ", ".join(map(str, codes.shape)), tuple(soft_labels.residuals.shape)
             raise ValueError(f"soft_labels.residuals: expected shape ({expected}, C), got {got}")
+        if soft_labels is not None:
+            _check_some(codes)
         condition_bl = self.condition_ids(condition, batch)
         dropped = None
         if self.config.has_null_condition and condition is not None and self.training:
-            dropped = torch.rand(batch, device=codes.device) < self.config.condition_dropout
+            dropped = torch.rand(batch, device=codes.device, dtype=torch.float32) < self.config.condition_dropout
             condition_bl = torch.where(dropped[:, None], self.config.condition_vocab_size, condition_bl)
 
         codes_btd = codes.reshape(batch, self.positions, self.depth)
@@ -367,10 +378,12 @@ class RQTransformer(PretrainedModel):
         last = self.config.condition_length - 1
         states_ndw = self.depth_transformer(self._depth_inputs(outputs_bnw[:, last:], codes_btd))
         logits = condition_logits = code_loss = None
-        if soft_labels is None:
-            logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
-        else:
+        if soft_labels is not None and computes_as(self.classifier, CodeClassifier):
             code_loss = self.classifier.soft_label_loss(states_ndw, soft_labels)
+        else:
+            logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
+        if soft_labels is not None and logits is not None:
+            code_loss, logits = _code_loss(RQTransformerOutput(logits), None, soft_labels, inplace=False), None
         if self.config.condition == "tokens" and condition is not None:
             condition_logits = self.condition_classifier(outputs_bnw[:, :last]).float()
         return RQTransformerOutput(logits, condition_logits, dropped, code_loss)
@@ -474,7 +487,7 @@ class RQTransformer(PretrainedModel):
     def new_caches(self, batch: int) -> tuple[KVCache, KVCache]:
         """Empty caches of the spatial and the depth transformer for sampling `batch` code maps."""
         device = self.device
-        dtype = self.depth_positions.dtype
+        dtype = self.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         capacity = self.config.condition_length + self.positions - 1
@@ -495,11 +508,11 @@ class RQTransformer(PretrainedModel):
 
     def _embed(self, kind: str, codes: Tensor, first_depth: int = 0) -> Tensor:
         """e(S) of codes (..., d) from depth first_depth on: (..., d, C), or (..., d, W) from the table."""
-        vectors = self.codebooks.flatten(0, -2) if kind == "codebook" else self.table.weight
-        if vectors.shape[0] > self.config.codebook_size:
+        config = self.config
+        if not (config.shared_codebook if kind == "codebook" else config.shared_table):
             depths = torch.arange(first_depth, first_depth + codes.shape[-1], device=codes.device)
-            codes = codes + depths * self.config.codebook_size
-        return F.embedding(codes, vectors)
+            codes = codes + depths * config.codebook_size
+        return F.embedding(codes, self.codebooks.flatten(0, -2)) if kind == "codebook" else self.table(codes)
 
 
 def prior_loss(
@@ -532,7 +545,9 @@ def prior_loss(
 
     Raises:
         ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ, inplace
-            without soft labels.
+            without soft labels, no images.
+        TypeError, IndexError: codes that are not int64, token ids that are no integers; either out of range (unchecked
+            on CUDA).
     """
     if not 0 <= condition_weight <= 1:
         raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
@@ -545,11 +560,18 @@ def prior_loss(
     batch, predicted, _ = output.condition_logits.shape
     if condition.shape != (batch, predicted + 1):
         raise ValueError(f"condition: expected shape {(batch, predicted + 1)}, got {tuple(condition.shape)}")
+    condition = integers(condition, "condition")
+    check_targets(condition, output.condition_logits.shape[-1], "condition")
     per_token = F.cross_entropy(output.condition_logits.transpose(1, 2), condition[:, 1:], reduction="none")
     kept = per_token.new_ones(batch) if output.condition_dropped is None else ~output.condition_dropped
     condition_loss = (per_token.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
     total = (1 - condition_weight) * code_loss.mean + condition_weight * condition_loss
     return PriorLoss(total, *code_loss, condition_loss)
+
+
+def _check_some(codes: Tensor) -> None:
+    if len(codes) == 0:
+        raise ValueError(f"codes: expected those of at least one image to train on, got shape {tuple(codes.shape)}")
 
 
 def _code_loss(
@@ -568,6 +590,7 @@ def _code_loss(
     if inplace and hard:
         raise ValueError("inplace: the loss of hard labels leaves the logits as they are")
     logits = output.logits
+    _check_some(logits[..., 0])
     if not hard:
         losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
         # The mean, so that its gradient is written once; what the depths are logged by comes on the side.
@@ -575,6 +598,7 @@ def _code_loss(
     else:
         if codes.shape != logits.shape[:-1]:
             raise ValueError(f"codes: expected shape {tuple(logits.shape[:-1])}, got {tuple(codes.shape)}")
+        check_targets(codes, logits.shape[-1], "codes")
         losses = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
         mean = losses.mean()
     return CodeLoss(mean, losses.detach().mean(dim=(0, 1, 2)))

@@ -12,7 +12,8 @@ import rqkernels
 from rqgen.quantizers import Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
-from .pretrained import PretrainedModel
+from .images import check_images, check_some
+from .pretrained import PretrainedModel, eval_mode
 
 
 @dataclass
@@ -39,6 +40,7 @@ class RQVAEConfig:
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta of equation (6).
         gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
+        class_names: of the images it was trained on; for the record.
     """
 
     image_channels: int = 3
@@ -58,6 +60,7 @@ class RQVAEConfig:
     reconstruction_loss: str = "mse"
     commitment_weight: float = 0.25
     gradient_checkpointing: bool = False
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -129,7 +132,7 @@ class RQVAEConfig:
 class RQVAEOutput(NamedTuple):
     """Result of calling an `RQVAE`."""
 
-    reconstruction: Tensor  # (B, channels, H, W)
+    reconstruction: Tensor  # (B, channels, H, W), not clamped to [-1, 1]
     commitment_loss: Tensor  # float32 scalar
     codes: Tensor  # int64 (B, h, w, D)
 
@@ -146,12 +149,13 @@ class RQVAELoss(NamedTuple):
 class RQVAE(PretrainedModel):
     """Encoder, residual quantizer, decoder.
 
-    Images are (B, channels, height, width) in [-1, 1], codes int64 (B, h, w, D), latents "in code shape"
+    Images are (B, channels, height, width) in [-1, 1], of any floating-point dtype (what comes in is cast to the
+    model's; see `rqgen.models.images` for values that are refused), codes int64 (B, h, w, D), latents "in code shape"
     (B, h, w, code_dim). The convolutions take any size: images of other sizes work where height and width are
     multiples of stride * patch, and give codes of a proportional map.
 
-    `encode`, `decode`, `decode_partial` and `soft_codes` run without gradient and never change state; calling
-    the model in train mode updates the codebooks.
+    `encode`, `decode`, `decode_partial` and `soft_codes` run without gradient and dropout in any mode, and never change
+    state; calling the model in train mode updates the codebooks. An empty batch gives empty results, in eval mode.
     """
 
     model_type = "rqvae"
@@ -199,8 +203,15 @@ class RQVAE(PretrainedModel):
         return h, w, depth
 
     def forward(self, images: Tensor) -> RQVAEOutput:
-        """Encodes, quantizes (straight-through gradient) and decodes; in train mode updates the codebooks."""
-        quantized, codes, commitment_loss = self.quantizer(self.encode_latents(images))
+        """Encodes, quantizes (straight-through gradient) and decodes; in train mode updates the codebooks.
+
+        Raises:
+            TypeError, ValueError: as `encode_latents`; no images in train mode.
+        """
+        latents = self.encode_latents(images)
+        if self.training:
+            check_some(images)
+        quantized, codes, commitment_loss = self.quantizer(latents)
         return RQVAEOutput(self.decode_latents(quantized), commitment_loss, codes)
 
     def loss(self, images: Tensor) -> RQVAELoss:
@@ -208,20 +219,28 @@ class RQVAE(PretrainedModel):
 
         `reconstruction` is the mean of |x - x'|^2 ("mse") or |x - x'| ("l1"); `commitment` is described at
         `ResidualQuantizer.forward`.
+
+        Raises:
+            TypeError, ValueError: as `encode_latents`; no images.
         """
         output = self(images)
+        check_some(images)
         measure = RECONSTRUCTION_LOSSES[self.config.reconstruction_loss]
         reconstruction = measure(output.reconstruction.float(), images.float())
         total = reconstruction + self.config.commitment_weight * output.commitment_loss
         return RQVAELoss(total, reconstruction, output.commitment_loss, output)
 
-    def encode_latents(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor, *, check: bool = True) -> Tensor:
         """What the quantizer sees: latents in code shape (B, h, w, code_dim). Differentiable.
 
+        Args:
+            check: whether images far outside [-1, 1] are refused.
+
         Raises:
-            ValueError: images are not (B, image_channels, height, width), or height and width are not
-                multiples of stride * patch.
+            TypeError, ValueError: images that `check_images` refuses, that are not (B, image_channels, height, width),
+                or whose height and width are not multiples of stride * patch.
         """
+        check_images(images, values=check)
         down, across = self.config.patch_shape
         steps = (self.config.stride * down, self.config.stride * across)
         if images.ndim != 4 or images.shape[1] != self.config.image_channels:
@@ -233,7 +252,7 @@ class RQVAE(PretrainedModel):
                 f"images: expected height and width in multiples of {steps[0]} and {steps[1]}, "
                 f"got {tuple(images.shape[2:])}"
             )
-        latents_bchw = self.to_latents(self.encoder(images))
+        latents_bchw = self.to_latents(self.encoder(images.to(self.dtype)))
         b, c, height, width = latents_bchw.shape
         h, w = height // down, width // across
         patches = latents_bchw.reshape(b, c, h, down, w, across).permute(0, 2, 4, 3, 5, 1)
@@ -248,13 +267,15 @@ class RQVAE(PretrainedModel):
         down, across = self.config.patch_shape
         b, h, w, _ = latents_bhwc.shape
         patches = latents_bhwc.reshape(b, h, w, down, across, self.config.embed_dim)
-        latents_bchw = patches.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * down, w * across)
-        return self.decoder(self.from_latents(latents_bchw.to(self.from_latents.weight.dtype)))
+        latents_bchw = patches.permute(0, 5, 1, 3, 2, 4).reshape(b, self.config.embed_dim, h * down, w * across)
+        return self.decoder(self.from_latents(latents_bchw.to(self.dtype)))
 
     @torch.no_grad()
     def encode(self, images: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
-        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `frozen`, see `freeze`."""
-        return self.quantizer.encode(self.encode_latents(images), frozen)
+        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `frozen`, see `freeze`. Errors
+        as `encode_latents`. Images whose latents are not finite get codes -1, which `decode` refuses."""
+        with eval_mode(self):
+            return self.quantizer.encode(self.encode_latents(images), frozen)
 
     def freeze(self, num_images: int) -> rqkernels.FrozenCodebook | None:
         """What `encode` takes to encode about so many images with the codebook as it is now; None where preparing it
@@ -264,18 +285,24 @@ class RQVAE(PretrainedModel):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, channels, H, W) from codes int64 (B, h, w, D). IndexError for a code outside [0, K)."""
+        """Images (B, channels, H, W) from codes int64 (B, h, w, D). IndexError for a code outside [0, K).
+
+        As the decoder gives them, like the published `decode_code`: values may leave [-1, 1], and a loss needs to see
+        that. `rqgen.generate` and `rqgen.edit` clamp.
+        """
         self._check_codes(codes)
-        return self.decode_latents(self.quantizer.decode(codes))
+        with eval_mode(self):
+            return self.decode_latents(self.quantizer.decode(codes))
 
     @torch.no_grad()
     def decode_partial(self, codes: Tensor, depth: int) -> Tensor:
         """Images from the codes of depths 1..depth only: coarse to fine (figure 5).
 
-        codes (B, h, w, D) as for `decode`; ValueError if depth is not within 1..D.
+        codes and result as for `decode`; ValueError if depth is not within 1..D.
         """
         self._check_codes(codes)
-        return self.decode_latents(self.quantizer.decode(codes, depth))
+        with eval_mode(self):
+            return self.decode_latents(self.quantizer.decode(codes, depth))
 
     @torch.no_grad()
     def soft_codes(
@@ -295,7 +322,8 @@ class RQVAE(PretrainedModel):
         Returns:
             float32 (B, h, w, D, K) and the codes int64 (B, h, w, D).
         """
-        latents = self.encode_latents(images).float()
+        with eval_mode(self):
+            latents = self.encode_latents(images).float()
         if stochastic:
             found = rqkernels.stochastic_residual_search(
                 latents, self.codebooks, self.depth, tau=tau, seed=seed, offset=offset, return_residuals=True
@@ -310,5 +338,7 @@ class RQVAE(PretrainedModel):
         return torch.stack(soft, dim=-2), found.codes
 
     def _check_codes(self, codes: Tensor) -> None:
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
         if codes.ndim != 4 or codes.shape[-1] != self.depth:
             raise ValueError(f"codes: expected (B, h, w, {self.depth}), got shape {tuple(codes.shape)}")

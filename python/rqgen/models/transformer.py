@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import rqkernels
 
+from .changes import as_written
 from .kv_cache import KVCache
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -51,6 +52,7 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
+@as_written()
 class QuickGELU(nn.Module):
     """`x * sigmoid(1.702 x)`, the sigmoid approximation of GELU (Hendrycks and Gimpel 2016)."""
 
@@ -58,6 +60,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+@as_written("heads")
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before.
 
@@ -80,25 +83,18 @@ class CausalSelfAttention(nn.Module):
         if few and dropout == 0 and qkv.dtype in _SHORT_TYPES:
             return self.out(rqkernels.depth_attention_packed(qkv).flatten(2))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        seen = 0
-        if cache is not None:
-            seen = cache.length
-            k, v = cache.write(layer, k, v)
         mask = None
-        if seen and new > 1:
-            # is_causal aligns the mask to the first key, so it is right only where nothing was seen before.
-            mask = torch.ones(new, seen + new, dtype=torch.bool, device=x_bnw.device).tril(seen)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+            mask = cache.mask(new)
+        # is_causal aligns the mask to the first key, so it is right only where nothing was seen before.
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=seen == 0 and new > 1,
-            dropout_p=dropout,
+            q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, dropout_p=dropout
         )
         return self.out(y.transpose(1, 2).reshape(batch, new, width))
 
 
+@as_written()
 class TransformerBlock(nn.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
@@ -119,6 +115,7 @@ class TransformerBlock(nn.Module):
         return x_bnw + self.dropout(self.mlp(self.mlp_norm(x_bnw)))
 
 
+@as_written("heads", "width")
 class Transformer(nn.Module):
     """A stack of causal pre-norm blocks; no norm after the last one.
 

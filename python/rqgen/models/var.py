@@ -14,7 +14,8 @@ from typing_extensions import Self
 
 from rqgen.quantizers import MultiScaleConfig, MultiScaleDecoder
 
-from .condition import condition_ids
+from .changes import as_written
+from .condition import check_targets, checked_class_names, condition_ids
 from .kv_cache import KVCache
 from .pretrained import PretrainedModel
 
@@ -46,6 +47,7 @@ class VARConfig:
         num_classes: of the condition.
         condition_dropout: probability of replacing an image's class by the null condition in training. Above 0 the
             prior has a null condition, which classifier-free guidance needs.
+        class_names: of the classes, in the order of their labels; empty where unknown.
     """
 
     quantizer: MultiScaleConfig = field(default_factory=MultiScaleConfig)
@@ -62,6 +64,7 @@ class VARConfig:
     normalize_attention: bool = True
     num_classes: int = 1000
     condition_dropout: float = 0.1
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
@@ -75,6 +78,7 @@ class VARConfig:
         for name in ("mlp_ratio", "norm_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        self.class_names = checked_class_names(self.class_names, self.num_classes)
 
     @classmethod
     def preset(
@@ -160,8 +164,10 @@ class ScaleAttention(nn.Module):
 
     def forward(self, x_blw: Tensor, ends: Sequence[int], cache: KVCache | None, layer: int) -> Tensor:
         batch, length, width = x_blw.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x_blw, self.qkv.weight, bias).view(batch, length, 3, self.heads, width // self.heads)
+        # The layer is called, and not its weight used: adapters and hooks on it count.
+        qkv = self.qkv(x_blw)
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        qkv = (qkv + bias).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_scale is not None:
             q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
@@ -216,10 +222,11 @@ class AdaptiveBlock(nn.Module):
     def _dropped(self, y: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return y
-        kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
+        kept = torch.rand(y.shape[0], 1, 1, device=y.device, dtype=torch.float32) >= self.drop_path
         return y * (kept / (1 - self.drop_path)).to(y.dtype)
 
 
+@as_written()
 class VAR(PretrainedModel):
     """Transformer over the token maps of a `MultiScaleVQVAE`, a whole map at a time.
 
@@ -299,8 +306,7 @@ class VAR(PretrainedModel):
                 raise ValueError(f"quantizer: expected {name} {getattr(ours, name)}, got {getattr(theirs, name)}")
         if quantizer.code_dim != self.config.code_dim:
             raise ValueError(f"quantizer: expected code_dim {self.config.code_dim}, got {quantizer.code_dim}")
-        given = quantizer.state_dict()
-        wanted = {name: given[name] for name in self.quantizer.state_dict()}
+        wanted = quantizer.fixed_tensors()
         if not all(bool(tensor.isfinite().all()) for tensor in wanted.values()):
             raise ValueError("quantizer: its codebook and refinements must be finite")
         self.quantizer.load_state_dict(wanted)
@@ -329,7 +335,7 @@ class VAR(PretrainedModel):
         labels_b = self.condition_ids(condition, batch)[:, 0]
         dropped = None
         if self.config.has_null_condition and condition is not None and self.training:
-            dropped = torch.rand(batch, device=labels_b.device) < self.config.condition_dropout
+            dropped = torch.rand(batch, device=labels_b.device, dtype=torch.float32) < self.config.condition_dropout
             labels_b = torch.where(dropped, self.config.num_classes, labels_b)
         modulation = self.modulation(labels_b)
         inputs = [self.scale_input(0, None, modulation)]
@@ -371,10 +377,11 @@ class VAR(PretrainedModel):
     def scale_input(self, k: int, features: Tensor | None, modulation: Modulation) -> Tensor:
         """Input (B, h_k * w_k, W) of the transformer at scale k, from `quantizer.shrink(f_hat, k)`, None at k = 0."""
         begin = self.ends[k - 1] if k else 0
-        places = self.level_embedding.weight[k] + self.positions[begin : self.ends[k]]
+        level = torch.full((), k, dtype=torch.int64, device=self.positions.device)
+        places = self.level_embedding(level) + self.positions[begin : self.ends[k]]
         if k == 0:
             return modulation.start + self.start_positions + places
-        return self.word_embedding(features.flatten(1, 2).to(self.word_embedding.weight.dtype)) + places
+        return self.word_embedding(features.flatten(1, 2).to(self.positions.dtype)) + places
 
     def scale_logits(self, k: int, features: Tensor | None, modulation: Modulation, cache: KVCache) -> Tensor:
         """Logits float32 (B, h_k * w_k, K) of scale k alone; `cache` holds the scales before, and then this one."""
@@ -383,7 +390,7 @@ class VAR(PretrainedModel):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for sampling `batch` images."""
-        dtype = self.positions.dtype
+        dtype = self.dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         heads = self.config.heads
@@ -396,7 +403,9 @@ class VAR(PretrainedModel):
         if cache is not None:
             cache.advance(x_blw.shape[1])
         scale, shift = modulation.head.unbind(2)
-        return self.classifier(self.norm_out(x_blw.float()) * (1 + scale) + shift).float()
+        # In half precision the last norm is float32.
+        x_blw = self.norm_out(x_blw.to(torch.promote_types(x_blw.dtype, torch.float32)))
+        return self.classifier((x_blw * (1 + scale) + shift).to(self.dtype)).float()
 
 
 def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
@@ -407,12 +416,16 @@ def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
         codes: token maps int64 (B, h_k, w_k).
 
     Raises:
-        ValueError: as many tokens as logits are expected.
+        ValueError: as many tokens as logits are expected; no images.
+        TypeError, IndexError: codes that are not int64, or out of range (unchecked on CUDA).
     """
     flat = [tokens.flatten(1) for tokens in codes]
     target = torch.cat(flat, dim=1)
     if target.shape != output.logits.shape[:2]:
         raise ValueError(f"codes: expected {tuple(output.logits.shape[:2])} tokens, got {tuple(target.shape)}")
+    if len(target) == 0:
+        raise ValueError("codes: expected those of at least one image to train on, got none")
+    check_targets(target, output.logits.shape[-1], "codes")
     per_token = F.cross_entropy(output.logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
     parts = per_token.detach().split([tokens.shape[1] for tokens in flat], dim=1)
     return VARLoss(per_token.mean(), torch.stack([part.mean() for part in parts]))

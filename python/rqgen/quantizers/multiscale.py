@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -11,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import rqkernels
 
 from .convolution import Convolution
 from .seeding import draw_vectors
+from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
 INITIALISATIONS = ("data", "random")
@@ -104,7 +108,7 @@ class Refinement(Convolution):
     """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that mends what enlarging blurred."""
 
     def __init__(self, channels: int, ratio: float) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+        super().__init__(channels, channels, 3, padding=1, dtype=torch.float32)
         self.ratio = ratio
 
     def forward(self, h: Tensor) -> Tensor:
@@ -117,8 +121,8 @@ class MultiScaleDecoder(nn.Module):
         f_hat_k = f_hat_{k-1} + a_k,    a_k = phi_k(bicubic(e(t_k), (H, W)))       looked up, enlarged, refined
 
     for scales k = 1..K of size (h_k, w_k), f_hat_0 = 0. `steps` is the one residual loop; decoding, the inputs of a
-    prior, and encoding and training (in `MultiScaleQuantizer`) are readings of it. Arithmetic is float32, under
-    autocast too.
+    prior, and encoding and training (in `MultiScaleQuantizer`) are readings of it. Arithmetic, codebook and refinements
+    are float32, under autocast and after `.half()`/`.bfloat16()`/`.double()` too.
 
     Args:
         config: see `MultiScaleConfig`.
@@ -134,10 +138,15 @@ class MultiScaleDecoder(nn.Module):
             raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
         self.config = config
         self.code_dim = code_dim
-        self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim))
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim, dtype=torch.float32))
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
         )
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """The tensors that a prior copies, named as in the state dict of a `MultiScaleDecoder`, parametrized or not."""
+        convolutions = [f"refinements.{r}.{part}" for r in range(len(self.refinements)) for part in ("weight", "bias")]
+        return {name: operator.attrgetter(name)(self) for name in ("codebook", *convolutions)}
 
     @property
     def num_scales(self) -> int:
@@ -146,7 +155,7 @@ class MultiScaleDecoder(nn.Module):
 
     def code_tensors(self) -> list[Tensor]:
         """All that decides what token maps of these scales stand for."""
-        ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [])
+        ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [], dtype=torch.float32)
         return [self.codebook, *self.refinements.parameters(), ratio]
 
     def decode(self, codes: Sequence[Tensor], scales: int | None = None) -> Tensor:
@@ -161,6 +170,11 @@ class MultiScaleDecoder(nn.Module):
         with torch.autocast(self.codebook.device.type, enabled=False):
             *_, last = self.steps(lambda k, _: codes[k], scales=scales)
         return last.total
+
+    def combine(self, vectors: Sequence[Tensor]) -> Tensor:
+        """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return functools.reduce(torch.add, (self.added(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
@@ -237,6 +251,9 @@ class MultiScaleDecoder(nn.Module):
         places = np.linspace(margin, 1 - margin, count)
         return self.refinements[int(np.abs(places - k / max(self.num_scales - 1, 1)).argmin())]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleDecoder:
+        return super()._apply(keeping_dtype(fn), recurse)
+
 
 class ScaleUsage(nn.ModuleList):
     """`CodeUsage` of every scale; each counts its window in tokens of its own."""
@@ -283,7 +300,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
     enlarged from it NaN.
 
     The codebook and the refinements are trained by gradient (van den Oord et al. 2017, equation 3, at every scale),
-    so that processes of one group agree as far as their gradients are averaged.
+    so that processes of one group agree as far as their gradients are averaged. A code that no vector chooses has no
+    gradient and stays where it is (but for an optimizer's weight decay); none is restarted.
 
     Args:
         config: see `MultiScaleConfig`.
@@ -301,9 +319,14 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time draws the codebook.
 
         Raises:
-            ValueError: features that are not (B, C, H, W); no finite vector in the first training batch.
+            TypeError, ValueError: features that are not floating-point numbers (B, C, H, W); in train mode no features,
+                or no finite vector in the first batch.
         """
         self._check_features(features)
+        if self.training and features.numel() == 0:
+            raise ValueError(f"features: expected at least one map in train mode, got shape {tuple(features.shape)}")
+        # Checkpointed, a forward runs again in backward: its codes are the same, and have been counted.
+        counted = self.training and not is_recomputed()
         with torch.autocast(features.device.type, enabled=False):
             wanted = features.float()
             fixed = wanted.detach()
@@ -314,7 +337,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
                 codes.append(tokens)
                 commitment.append(F.mse_loss(wanted, total.detach()))
                 codebook.append(F.mse_loss(total, fixed))
-                if self.training:
+                if counted:
                     self.usage[k].update(tokens.unsqueeze(-1))
         # f - f is exactly zero, so the value is what `decode` gives for these codes.
         quantized = total.detach().to(features.dtype) + (features - features.detach())
@@ -340,6 +363,8 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         In a process group all processes take what the first one drew.
         """
         self._check_features(features)
+        if parametrize.is_parametrized(self, "codebook"):
+            raise ValueError("quantizer: its codebook is parametrized and cannot be drawn from data: do so before")
         rest = features.detach().float()
         size, scales = self.config.codebook_size, self.num_scales
         codebook = self.codebook.detach()
@@ -362,6 +387,9 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         return self.nearest(self.shrink(rest, k))
 
     def _check_features(self, features: Tensor) -> None:
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"features: expected a floating-point tensor, got {got}")
         expected = (self.code_dim, *self.config.scales[-1])
         if features.ndim != 4 or tuple(features.shape[1:]) != expected:
             sizes = ", ".join(map(str, expected))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import rqkernels
 
 from .seeding import draw_vectors, kmeans
+from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
 EMA_UPDATES = ("after_all_depths", "per_depth")
 INITIALISATIONS = ("data", "kmeans", "random")
+UNUSED = ("shrink", "keep")
 # Products of all pairs of codes are repaid once they have saved so many scans of the codebook for each code of it.
 _REPAID_AFTER = 8
 
@@ -34,7 +39,13 @@ class QuantizerConfig:
         epsilon: Laplace smoothing of the averaged counts.
         restart_dead_codes: put unused codes onto vectors of the current batch.
         dead_code_threshold: a code is dead once its averaged count (vectors per training step) is below this.
-            With fewer vectors per step than codes, 1.0 would declare nearly all codes dead: lower it then.
+            With fewer vectors per step than codes, 1.0 would declare nearly all codes dead: lower it then. A code
+            that was just placed counts as chosen by `max(1, dead_code_threshold)` vectors per step.
+        unused: of a code that no vector chose in a step. "shrink": the paper's formula, see
+            `ResidualQuantizer.update_codebook`: it stays where it is until its averaged count comes near `epsilon`
+            (after some 1,100 steps with the defaults) and then shrinks towards zero, unless it is restarted before.
+            "keep": it does not move until a vector chooses it again. Its averages decay either way, so that it can be
+            found dead, and moves to its new vectors as quickly.
         ema_update: "after_all_depths": one update per training step, from all depths together.
             "per_depth": compatibility with the published training code, which updates after each depth, so
             that with a shared codebook a depth searches what the depth before has just moved.
@@ -51,6 +62,7 @@ class QuantizerConfig:
     epsilon: float = 1e-5
     restart_dead_codes: bool = True
     dead_code_threshold: float = 1.0
+    unused: str = "shrink"
     ema_update: str = "after_all_depths"
     init: str = "data"
     kmeans_iterations: int = 10
@@ -63,9 +75,9 @@ class QuantizerConfig:
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay: expected a number within 0..1, got {self.decay}")
         for name in ("epsilon", "dead_code_threshold"):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        for name, allowed in (("ema_update", EMA_UPDATES), ("init", INITIALISATIONS)):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
+        for name, allowed in (("unused", UNUSED), ("ema_update", EMA_UPDATES), ("init", INITIALISATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -97,13 +109,13 @@ class ResidualQuantizer(nn.Module):
 
     but the search is `rqkernels.residual_search`: exact, and no N x K tensor of distances or one-hot codes
     is ever allocated, in training either. Search and codebooks are float32 under autocast and after
-    `.half()`/`.bfloat16()` too. A vector that is not finite gets code -1 at all depths, a NaN result, and
+    `.half()`/`.bfloat16()`/`.double()` too. A vector that is not finite gets code -1 at all depths, a NaN result, and
     does not touch the codebook.
 
-    Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. In eval mode
-    no state ever changes. All state (codebooks, averages, usage) lies in buffers; restarts and initialisation
-    draw from torch's global generator (see `rqgen.quantizers.seeding`), so that buffers and generator
-    together resume a run bit for bit.
+    Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. So it must not be run
+    again by `torch.utils.checkpoint`, which would find other codes. In eval mode no state ever changes. All state
+    (codebooks, averages, usage) lies in buffers; restarts and initialisation draw from torch's global generator (see
+    `rqgen.quantizers.seeding`), so that buffers and generator together resume a run bit for bit.
 
     Args:
         config: see `QuantizerConfig`.
@@ -129,10 +141,10 @@ class ResidualQuantizer(nn.Module):
         self.code_dim = code_dim
         books = () if config.shared_codebook else (config.depth,)
         # Also what a model that never trained searches; data replaces it unless init="random".
-        codebook = torch.randn(*books, config.codebook_size, code_dim)
+        codebook = torch.randn(*books, config.codebook_size, code_dim, dtype=torch.float32)
         self.register_buffer("codebook", codebook)
-        self.register_buffer("ema_count", torch.ones(*books, config.codebook_size))
-        self.register_buffer("ema_sum", codebook.clone())
+        self.register_buffer("ema_count", torch.full_like(codebook[..., 0], self._first_count))
+        self.register_buffer("ema_sum", codebook * self._first_count)
         self.register_buffer("initialized", torch.tensor(config.init == "random"))
         self.usage = CodeUsage(config.depth, config.codebook_size, config.usage_window)
 
@@ -145,12 +157,16 @@ class ResidualQuantizer(nn.Module):
         """Quantizes z (..., C); in train mode also updates codebooks and usage.
 
         `commitment_loss = mean_d mean |z - sg[Z^(d)]|^2`, the mean over depths, vectors and features
-        (equation (7) writes the sum over depths; the published code takes this mean).
+        (equation (7) writes the sum over depths; the published code takes this mean). NaN where there is no vector.
 
         Raises:
-            ValueError: the last dimension of z is not C; or the first training batch has no finite vector.
+            ValueError: the last dimension of z is not C; in train mode no vector, or none that is finite in the first
+                batch.
+            RuntimeError: in train mode run again in a backward pass, by activation checkpointing.
         """
         self._check_vectors(z)
+        if self.training:
+            self._check_trainable(z)
         z32 = z.float()
         vectors = z32.detach()
         if self.training and not self.initialized:
@@ -158,8 +174,8 @@ class ResidualQuantizer(nn.Module):
         if self.training and self.config.ema_update == "per_depth":
             quantized, codes, norms, mean_residual = self._quantize_and_update_per_depth(vectors)
         else:
-            # The residuals are needed for restarts and the loss's gradient only.
-            wanted = self.training or z.requires_grad
+            # The residuals are needed for restarts and the loss's derivative only.
+            wanted = self.training or z.requires_grad or forward_ad.unpack_dual(z).tangent is not None
             found = rqkernels.residual_search(
                 vectors,
                 self.codebook,
@@ -177,11 +193,11 @@ class ResidualQuantizer(nn.Module):
         if self.training:
             self.usage.update(codes)
         loss = norms.mean() / self.code_dim
-        if mean_residual is not None and torch.is_grad_enabled():
-            # d loss / d z = 2/(N C D) sum_d (z - Z^(d)), and z - Z^(d) = r_d: a term of value zero
-            # carries this gradient, so that no partial sum has to be kept for backward.
-            carrier = 2.0 * (z32 * mean_residual).mean()
-            loss = loss + (carrier - carrier.detach())
+        if mean_residual is not None:
+            # |z + delta - Z^(d)|^2 = |r_d|^2 + delta (delta + 2 r_d), since z - Z^(d) = r_d: a term of value zero
+            # carries all derivatives, so that no partial sum has to be kept for backward.
+            delta = z32 - vectors
+            loss = loss + (delta * (delta + 2.0 * mean_residual)).mean()
         # z - z is exactly zero, so the value is exactly what `decode` gives for these codes.
         straight_through = quantized.to(z.dtype) + (z - z.detach())
         return QuantizerOutput(straight_through, codes, loss)
@@ -271,8 +287,8 @@ class ResidualQuantizer(nn.Module):
                     else draw_vectors(residual, count)
                 )
                 book.codes[start:stop] = codes
-                book.sum[start:stop] = codes
-                book.count[start:stop] = 1.0
+                book.sum[start:stop] = codes * self._first_count
+                book.count[start:stop] = self._first_count
                 residual = residual - rqkernels.residual_search(residual, codes, 1).quantized
         self.usage.reset()
         self.initialized.fill_(True)
@@ -284,7 +300,11 @@ class ResidualQuantizer(nn.Module):
         With `n_k` vectors of sum `s_k` assigned to code k: `N_k = decay N_k + (1 - decay) n_k`,
         `S_k = decay S_k + (1 - decay) s_k`, `e(k) = S_k / N'_k` with
         `N'_k = (N_k + epsilon) sum(N) / (sum(N) + K epsilon)` (van den Oord et al. 2017, appendix A.1). With
-        restarts, a code with `N_k < dead_code_threshold` first gets `N_k = 1` and `S_k` = a drawn vector.
+        restarts, a code with `N_k < dead_code_threshold` is placed on a drawn vector v: `e(k) = v`,
+        `N_k = max(1, dead_code_threshold)`, `S_k = N_k v`.
+
+        By this formula a code without vectors stays where it is as long as `N_k` is far above epsilon, and then
+        shrinks towards zero; with `unused="keep"` it stays as it is (`N_k` and `S_k` decay).
 
         Args:
             found: of `rqkernels.residual_search` in this codebook, with residuals and statistics.
@@ -328,55 +348,80 @@ class ResidualQuantizer(nn.Module):
     def _update_book(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor, counts: Tensor, sums: Tensor) -> None:
         config = self.config
         # Several processes must leave here with the same averages: the sum of `counts` and `sums` over them
-        # belongs on this line and nowhere else.
-        book.count.mul_(config.decay).add_(counts, alpha=1.0 - config.decay)
-        book.sum.mul_(config.decay).add_(sums, alpha=1.0 - config.decay)
-        if config.restart_dead_codes:
-            self._restart_dead_codes(book, vectors_nc, codes_n)
+        # belongs on this line and nowhere else. (`lerp_` leaves an average that equals its new value as it is: by
+        # rounding alone a code at the threshold must not fall below it.)
+        book.count.lerp_(counts, 1.0 - config.decay)
+        book.sum.lerp_(sums, 1.0 - config.decay)
+        restarted = self._restart_dead_codes(book, vectors_nc, codes_n) if config.restart_dead_codes else None
         total = book.count.sum()
         smoothed = (book.count + config.epsilon) * (total / (total + config.codebook_size * config.epsilon))
-        book.codes.copy_(book.sum / smoothed.unsqueeze(1))
+        moves = smoothed > 0  # nothing can be said of a code without a count where epsilon is 0
+        if config.unused == "keep":
+            moves &= counts > 0
+        book.codes.copy_(torch.where(moves.unsqueeze(1), book.sum / smoothed.unsqueeze(1), book.codes))
+        if restarted is not None:
+            dead, vectors = restarted
+            book.codes[dead] = vectors
 
-    def _restart_dead_codes(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor) -> None:
-        threshold = self.config.dead_code_threshold
-        if vectors_nc.shape[0] < threshold * self.config.codebook_size:
+    def _restart_dead_codes(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Gives dead codes fresh averages; returns which they are, bool (K,), and the vectors they are placed on."""
+        threshold, size = self.config.dead_code_threshold, self.config.codebook_size
+        if vectors_nc.shape[0] < threshold * size:
             warnings.warn(
-                f"{vectors_nc.shape[0]} vectors per step cannot keep {self.config.codebook_size} codes above "
-                f"dead_code_threshold={threshold}: most codes restart at every step. Lower the threshold or "
-                "codebook_size, or enlarge the batch.",
+                f"{vectors_nc.shape[0]} vectors per step cannot keep {size} codes at dead_code_threshold={threshold} "
+                f"(that takes {math.ceil(threshold * size)}): codes in use restart at every step. Lower the threshold "
+                "or codebook_size, or enlarge the batch.",
                 stacklevel=2,
             )
         dead = book.count < threshold
         num_dead = int(dead.sum())
         finite = vectors_nc[codes_n >= 0] if num_dead else vectors_nc
         if num_dead == 0 or finite.shape[0] == 0:
-            return
+            return None
+        vectors = draw_vectors(finite, num_dead)
         # The averages restart with the code: stale ones would pull it back to where it died.
-        book.count[dead] = 1.0
-        book.sum[dead] = draw_vectors(finite, num_dead)
+        book.count[dead] = self._first_count
+        book.sum[dead] = vectors * self._first_count
+        return dead, vectors
+
+    @property
+    def _first_count(self) -> float:
+        """Averaged count of a code that was just placed: one below the threshold would be dead at the next step."""
+        return max(1.0, self.config.dead_code_threshold) if self.config.restart_dead_codes else 1.0
 
     def _books(self) -> list[_Book]:
+        if parametrize.is_parametrized(self):
+            raise ValueError(
+                f"quantizer: its {', '.join(self.parametrizations)} is parametrized, and moving averages cannot be "
+                "written to it: remove the parametrization to train, or keep the quantizer in eval mode"
+            )
         if self.config.shared_codebook:
             return [_Book(self.codebook, self.ema_count, self.ema_sum)]
         return [_Book(*views) for views in zip(self.codebook, self.ema_count, self.ema_sum, strict=True)]
 
     def _check_vectors(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: expected a tensor, got {type(z).__name__}")
         if z.ndim == 0 or z.shape[-1] != self.code_dim:
             raise ValueError(f"z: expected (..., {self.code_dim}), got shape {tuple(z.shape)}")
         if not z.is_floating_point():
             raise TypeError(f"z: expected a floating-point tensor, got {z.dtype}")
 
+    def _check_trainable(self, z: Tensor) -> None:
+        if z.numel() == 0:
+            raise ValueError(f"z: expected at least one vector in train mode, got shape {tuple(z.shape)}")
+        if is_recomputed():
+            raise RuntimeError(
+                f"{type(self).__name__}: activation checkpointing runs this forward again in backward, where it finds "
+                "other codes: in train mode it has moved its codebook. Keep the quantizer out of the checkpointed "
+                "part; gradient_checkpointing=True in a model's config recomputes its blocks alone"
+            )
+
     def _check_codes(self, codes: Tensor) -> None:
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
         if codes.ndim == 0 or codes.shape[-1] != self.config.depth:
             raise ValueError(f"codes: expected (..., {self.config.depth}), got shape {tuple(codes.shape)}")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ResidualQuantizer:
-        # `.half()`, `.bfloat16()` and `.to(dtype)` move the buffers but leave them float32: averages with a
-        # decay of 0.99 stand still in bfloat16.
-        kept = {name: self._buffers[name] for name in ("codebook", "ema_count", "ema_sum")}
-        super()._apply(fn, *args, **kwargs)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if after.dtype != torch.float32:
-                self._buffers[name] = before.to(after.device)
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualQuantizer:
+        return super()._apply(keeping_dtype(fn), recurse)

@@ -1,4 +1,4 @@
-"""The figures of a run. Each function writes one PNG, whole or not at all."""
+"""The figures of a run. Each function writes one image, in the format of its name, whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rqgen.data.grid import image_grid, save_png
+from rqgen.data.grid import image_grid, save_image
 from rqgen.models import RQVAE, MultiScaleVQVAE
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
@@ -99,9 +99,10 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     save_figure(figure, path)
 
 
-def draw_samples(images: Tensor, path: Path, *, columns: int) -> None:
-    """Samples (N, channels, H, W) in [-1, 1], ``columns`` per row: a class per row reads best."""
-    save_png(image_grid(images, columns=columns), path, scale=2)
+def draw_samples(images: Tensor, path: Path, *, columns: int, row_labels: Sequence[str] = ()) -> None:
+    """Samples (N, channels, H, W) in [-1, 1], ``columns`` per row: a class per row reads best, with its name as the
+    row's label."""
+    save_image(image_grid(images, columns=columns, row_labels=row_labels), path, scale=2)
 
 
 def _is_loss(key: str) -> bool:
@@ -131,10 +132,10 @@ def tidy(axis: Axes, title: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG."""
+    """Writes an image, in the format of its name."""
     # Agg without pyplot: no window system, no global state.
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(110)
     canvas.draw()
     pixels_hwc = np.array(canvas.buffer_rgba())[:, :, :3]
-    save_png(torch.from_numpy(pixels_hwc).permute(2, 0, 1), path)
+    save_image(torch.from_numpy(pixels_hwc).permute(2, 0, 1), path)

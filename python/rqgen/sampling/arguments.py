@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.models.classes import class_label
 from rqgen.models.condition import check_range
 from rqgen.models.pair import check_tokenizer
 
@@ -52,22 +56,42 @@ def check_settings(
 
 
 def check_condition(condition: Any, prior: Prior) -> Tensor:
-    """The condition as a tensor on the prior's device, every id in range."""
+    """The condition as an int64 tensor on the prior's device, every id in range: integers of every width, class names
+    become labels."""
+    condition = _labels_of_names(condition, prior)
     try:
-        condition = torch.as_tensor(condition, device=prior.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"condition: expected a tensor or a list of integers ({error})") from error
+        # A copy, because torch takes neither negative strides nor, without a warning, arrays that are read-only.
+        given = np.array(condition) if isinstance(condition, (np.ndarray, np.generic)) else condition
+        condition = torch.as_tensor(given, device=prior.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"condition: expected a tensor or a list of integers or class names ({error})") from error
     if condition.dim() == 0 or condition.shape[0] == 0:
         raise ValueError(f"condition: expected at least one row, got shape {tuple(condition.shape)}")
-    prior.condition_ids(condition, condition.shape[0])
+    condition = prior.condition_ids(condition, condition.shape[0])
     size = prior.config.num_classes if isinstance(prior, VAR) else prior.config.condition_vocab_size
     check_range(condition, size, "condition")
     return condition
 
 
-def check_partial_codes(partial_codes: Any, start_row: Any, prior: RQTransformer) -> Tensor | None:
+def _labels_of_names(condition: Any, prior: Prior) -> Any:
+    if isinstance(condition, str):
+        raise TypeError(f"condition: expected a tensor or a list of integers or class names, got {condition!r}")
+    if isinstance(condition, np.ndarray) and condition.dtype.kind in "UO":
+        condition = condition.tolist()
+    if not isinstance(condition, (list, tuple)):
+        return condition
+    return [
+        class_label(entry, prior, "condition")
+        if isinstance(entry, str)
+        else _labels_of_names(entry, prior)
+        if isinstance(entry, (list, tuple))
+        else entry
+        for entry in condition
+    ]
+
+
+def check_partial_codes(partial_codes: Any, start_row: int, prior: RQTransformer) -> Tensor | None:
     """The codes on the prior's device, with the rows above `start_row` in range."""
-    check_integer(start_row, "start_row", 0, prior.config.code_shape[0] - 1)
     if partial_codes is None:
         if start_row > 0:
             raise ValueError(f"start_row: {start_row} needs partial_codes, which hold the rows above it")
@@ -83,9 +107,9 @@ def check_partial_codes(partial_codes: Any, start_row: Any, prior: RQTransformer
     return partial_codes.to(prior.device)
 
 
-def number_of_images(condition: Tensor | None, num: int | None, partial_codes: Tensor | None) -> int:
+def number_of_images(condition: Tensor | None, num: Any, partial_codes: Tensor | None) -> int:
     if num is not None:
-        check_integer(num, "num", 1)
+        num = check_integer(num, "num", 1)
         if condition is not None:
             raise ValueError("num: only without a condition, whose length says how many images")
     counts = {
@@ -105,8 +129,7 @@ def number_of_images(condition: Tensor | None, num: int | None, partial_codes: T
 
 
 def _per_entry(value: Any, name: str, entries: int, kind: str, check: Callable[[Any, str], Any]) -> list[Any]:
-    if isinstance(value, Tensor):
-        value = value.tolist()
+    value = _plain(value)
     if not isinstance(value, (list, tuple)):
         return [check(value, name)] * entries
     if len(value) != entries:
@@ -115,52 +138,72 @@ def _per_entry(value: Any, name: str, entries: int, kind: str, check: Callable[[
 
 
 def _check_temperature(value: Any, name: str) -> float:
-    if not _is_number(value):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    return float(value)
+    return _nonnegative(_check_number(value, name, "a number"), name)
 
 
 def _check_top_k(value: Any, name: str) -> int | None:
-    return None if value is None else check_integer(value, name, 1)
+    # No codebook has as many codes as the largest number that operators take.
+    return None if value is None else min(check_integer(value, name, 1), 2**62)
 
 
 def _check_top_p(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if not _is_number(value):
-        raise TypeError(f"{name}: expected a number or None, got {value!r}")
-    if not 0 < value <= 1:
+    number = _check_number(value, name, "a number or None")
+    if not 0 < number <= 1:
         raise ValueError(f"{name}: expected a number in (0, 1], got {value}")
-    return float(value)
+    return number
 
 
 def _check_guidance(cfg_scale: Any, prior: Prior, condition: Tensor | None) -> float:
     if cfg_scale is None:
         return 0.0
-    if not _is_number(cfg_scale):
-        raise TypeError(f"cfg_scale: expected a number or None, got {cfg_scale!r}")
-    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
-        raise ValueError(f"cfg_scale: expected a finite number >= 0, got {cfg_scale}")
-    if cfg_scale > 0 and not prior.config.has_null_condition:
+    scale = _nonnegative(_check_number(cfg_scale, "cfg_scale", "a number or None"), "cfg_scale")
+    if scale > 0 and not prior.config.has_null_condition:
         raise ValueError(
             "cfg_scale: guidance needs a prior with a null condition, and this one was not trained with "
             "condition_dropout"
         )
-    if cfg_scale > 0 and condition is None:
+    if scale > 0 and condition is None:
         raise ValueError("cfg_scale: guidance needs a condition, got None")
-    return float(cfg_scale)
+    return scale
 
 
 def check_integer(value: Any, name: str, lowest: int, highest: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    """An integer of Python or NumPy, or in a tensor without dimensions, as Python's."""
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, SupportsIndex):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
+    value = operator.index(plain)
     if value < lowest or (highest is not None and value > highest):
         bound = f">= {lowest}" if highest is None else f"in [{lowest}, {highest}]"
         raise ValueError(f"{name}: expected an integer {bound}, got {value}")
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def check_flag(value: Any, name: str) -> bool:
+    plain = _plain(value)
+    if not isinstance(plain, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return plain
+
+
+def _check_number(value: Any, name: str, expected: str) -> float:
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    try:
+        return float(plain)
+    except OverflowError:
+        return math.inf
+
+
+def _nonnegative(value: float, name: str) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of arrays and tensors as Python's, in lists unless it is one."""
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value

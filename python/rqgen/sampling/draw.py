@@ -10,6 +10,18 @@ from torch import Tensor
 import rqkernels
 
 
+def finished_images(images: Tensor, first_image: int) -> Tensor:
+    """Images as `generate` and `edit` return them, in [-1, 1].
+
+    Raises:
+        ValueError: a value that is not finite; a clamped one would look like a picture.
+    """
+    bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"vae: what it decodes for image {first_image + bad[0]} is not finite (NaN or infinity)")
+    return images.clamp(-1, 1)
+
+
 class DrawSettings(NamedTuple):
     """What `generate` was asked for; the lists hold one entry per depth, of a VAR per scale."""
 

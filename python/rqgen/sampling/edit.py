@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rqgen.models import MultiScaleVQVAE, RQTransformer
+from rqgen.models.images import check_images
+from rqgen.models.pretrained import eval_mode
 
 from .arguments import Prior, Tokenizer, check_condition, check_integer, check_models, check_settings
-from .generate import eval_mode, generate
+from .draw import finished_images
+from .generate import generate
 from .scales import Given, sample_scales
 
 # How often what is encoded is corrected, at an encoding and a decoding each. After two the known half of a digit is
@@ -28,7 +31,7 @@ class EditOutput(NamedTuple):
     codes: Tensor | list[Tensor]
     """As `GenerateOutput.codes`."""
     decoded: Tensor
-    """(N, channels, H, W): what the tokenizer makes of `codes`, known part and drawn part."""
+    """(N, channels, H, W) in [-1, 1]: what the tokenizer makes of `codes`, known part and drawn part."""
 
 
 def edit(
@@ -62,7 +65,8 @@ def edit(
 
     Args:
         prior, vae: as `generate` takes them.
-        images: (N, channels, H, W) in [-1, 1], of the tokenizer's size, on its device.
+        images: (N, channels, H, W) in [-1, 1], of the tokenizer's size and dtype, on its device; a little beyond is
+            taken as it is, see `rqgen.models.images`.
         mask: bool (H, W), or (N, H, W): True where an image is drawn anew. For an RQ-Transformer all rows from some
             row on, the same for all images; it draws from the row of codes on that holds the first of them.
         condition, temperature, top_k, top_p, cfg_scale, seed, offset: as in `generate`.
@@ -94,7 +98,7 @@ def edit(
     settings = check_settings(
         prior, condition, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed
     )
-    check_integer(offset, "offset", 0, 2**62)
+    offset = check_integer(offset, "offset", 0, 2**62)
     labels_n = prior.condition_ids(condition, len(images))[:, 0]
     with torch.no_grad(), eval_mode(prior, vae):
         codes, decoded = [], []
@@ -105,10 +109,10 @@ def edit(
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
             given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
             sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
-            drawn = vae.decode_latents(sample.latents).clamp(-1, 1).to(images.dtype)
+            drawn = finished_images(vae.decode(sample.codes), offset + start).to(images.dtype)
             found = _as_one_image(vae, images[some], known[some], drawn)
             codes.append(found[0])
-            decoded.append(found[1])
+            decoded.append(finished_images(found[1], offset + start))
     whole = torch.cat(decoded)
     codes = [torch.cat(maps) for maps in zip(*codes, strict=True)]
     return EditOutput(torch.where(known, images, whole.to(images.dtype)), codes, whole)
@@ -123,7 +127,8 @@ def _as_one_image(vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Te
     """
     target, maps, decoded, errors = torch.where(known, images, drawn), [], [], []
     for _ in range(1 + _CORRECTIONS):
-        maps.append(vae.encode(target))
+        # However far it has been moved, the image itself was checked.
+        maps.append(vae.quantizer.encode(vae.encode_latents(target, check=False)))
         decoded.append(vae.decode(maps[-1]))
         error = torch.where(known, images - decoded[-1].to(images.dtype), 0)
         errors.append(error.float().square().sum(dim=(1, 2, 3)))
@@ -161,9 +166,10 @@ def _complete_rows(
 
 def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     """bool (N, 1, H, W): the pixels that are kept."""
+    check_images(images)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     for name, value in (("images", images), ("mask", mask)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         if value.device != vae.device:
             raise ValueError(f"{name}: expected on {vae.device}, where the models are, got {value.device}")
     shape = (vae.config.image_channels, *vae.config.image_shape)
@@ -173,7 +179,8 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     if images.dtype != dtype:
         raise TypeError(f"images: expected {dtype}, as the tokenizer has, got {images.dtype}")
     if not bool((images.abs() <= 1).all()):
-        raise ValueError("images: expected values in [-1, 1]")
+        lowest, highest = (value.item() for value in images.aminmax())
+        raise ValueError(f"images: expected values in [-1, 1], got {lowest:.4g} .. {highest:.4g}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {mask.dtype}")
     if tuple(mask.shape) not in (shape[1:], (len(images), *shape[1:])):

@@ -9,22 +9,24 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.models.pretrained import eval_mode
 from rqgen.models.sampler import make_sampler
 
 from .arguments import (
     Prior,
     Tokenizer,
     check_condition,
+    check_flag,
     check_integer,
     check_models,
     check_partial_codes,
     check_settings,
     number_of_images,
 )
-from .draw import DrawSettings
+from .draw import DrawSettings, finished_images
 from .scales import sample_scales
 
 DEFAULT_BATCH_SIZE = 256
@@ -36,7 +38,7 @@ class GenerateOutput(NamedTuple):
     codes: Tensor | list[Tensor]
     """int64 (num, h, w, D); of a VAR a list of token maps (num, h_k, w_k), from coarse to fine."""
     images: Tensor
-    """(num, channels, H, W) in [-1, 1]."""
+    """(num, channels, H, W), what the tokenizer decodes clamped to [-1, 1]."""
 
 
 def generate(
@@ -72,6 +74,12 @@ def generate(
     of threads. There, and on CUDA between two batch sizes, a code may change where its uniform falls between two
     roundings; with and without graphs it is the same.
 
+    Hooks, adapters (LoRA), parametrizations, replaced modules and overridden methods count. Packed weights and graphs
+    do not know of them, so the modules of such a prior are called, which takes longer and is said once, by a warning.
+    They see one position at a time; a prior that itself has hooks or overridden methods is called as a whole for every
+    code (a VAR for every scale), and so is every prior while torch has hooks on all modules. Products are then torch's:
+    a code may change with the split of the batch where its uniform falls between two roundings.
+
     Keys and values are kept, and never concatenated or moved. An RQ-Transformer's position is on the CPU one
     `rqkernels.transformer_step` and one `rqkernels.depth_decode`, over weights that are packed at the first call and
     kept while the prior lives and stays as it is (beside a copy of it, that tells; see `rqgen.models.packed`). On a GPU
@@ -82,7 +90,9 @@ def generate(
     Args:
         prior, vae: on the same device; the prior's codebooks must be the tokenizer's.
         condition: labels (num,) or (num, 1), or token ids (num, L), as the prior's config says; a tensor on any
-            device, or a list. None: no condition, or the null condition of a prior that learned one.
+            device, or a list. In a list a class may also be given by its name (of `prior.config.class_names`) or by its
+            number as text; where names are numbers themselves, text is always a name. None: no condition, or the null
+            condition of a prior that learned one.
         num: how many images, only without a condition (and not needed with `partial_codes`).
         temperature, top_k, top_p: one value, or one per depth (VAR: per scale); see
             `rqkernels.reference.sample_logits`.
@@ -95,17 +105,24 @@ def generate(
         smooth: for a VAR: mixtures of codes instead of codes, see `sample_scales`; smoother pictures, fewer details.
         precision: of an RQTransformer. "fp32"; "bf16": weights rounded to bfloat16 (on a GPU all arithmetic is, on the
             CPU products are float32); "int8", on the CPU alone: weights in 8 bits with a scale per output, activations
-            in 16. See `rqgen.evaluation.evaluate_precision` for what that costs. Autocast has no say.
+            in 16. See `rqgen.evaluation.evaluate_precision` for what that costs. Autocast has no say. Where modules are
+            called "bf16" is all arithmetic on the CPU too, and "int8" is refused.
         use_graphs: capture the steps of a position in CUDA graphs and replay them, where the device has them; a prior
             on the CPU has none, and draws the same either way.
         progress: whether to show a progress bar.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or against another one.
+        ValueError: logits without a distribution (NaN, +inf, nothing but -inf), decoded images that are not finite.
     """
     check_models(prior, vae)
     if condition is not None:
         condition = check_condition(condition, prior)
+    smooth, progress = check_flag(smooth, "smooth"), check_flag(progress, "progress")
+    use_graphs = check_flag(use_graphs, "use_graphs")
+    start_row = check_integer(
+        start_row, "start_row", 0, None if isinstance(prior, VAR) else prior.config.code_shape[0] - 1
+    )
     if isinstance(prior, VAR):
         if partial_codes is not None or start_row != 0:
             raise ValueError("partial_codes: a VAR draws whole token maps; rqgen.edit keeps parts of an image")
@@ -119,7 +136,7 @@ def generate(
     settings = check_settings(
         prior, condition, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed
     )
-    check_integer(offset, "offset", 0, 2**62)
+    offset = check_integer(offset, "offset", 0, 2**62)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else check_integer(batch_size, "batch_size", 1)
     condition_nl = prior.condition_ids(condition, num)
     with torch.no_grad(), eval_mode(prior, vae):
@@ -133,12 +150,18 @@ def generate(
         with progress_bar(progress, num, drawer.steps) as advance:
             for start in range(0, num, batch_size):
                 some = slice(start, min(start + batch_size, num))
-                drawn, latents = drawer.draw(some, offset + start, advance)
+                drawn, decode = drawer.draw(some, offset + start, advance)
                 codes.append(drawn)
+                count = some.stop - some.start
                 # Convolutions sum in an order that depends on the batch: on the CPU each image goes alone.
-                step = 1 if prior.device.type == "cpu" else len(latents)
-                images += [drawer.decode(part) for part in latents.split(step)]
+                step = 1 if prior.device.type == "cpu" else count
+                for first in range(0, count, step):
+                    images.append(finished_images(decode(slice(first, first + step)), offset + start + first))
     return GenerateOutput(drawer.joined(codes), torch.cat(images))
+
+
+# From some of the images that were drawn together, counted from their first, to what the tokenizer makes of them.
+_Decode = Callable[[slice], Tensor]
 
 
 class _Drawer(Protocol):
@@ -147,12 +170,8 @@ class _Drawer(Protocol):
     steps: int
     """Of one image, for the progress bar."""
 
-    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[Any, Tensor]:
-        """Codes of these images, the first of which has that number, and what `decode` takes, an image a row."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images."""
+    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[Any, _Decode]:
+        """Codes of these images, the first of which has that number, and what decodes them."""
         ...
 
     def joined(self, codes: list[Any]) -> Any:
@@ -177,10 +196,10 @@ class _StackDrawer:
         self._shape = prior.config.code_shape
         self._sampler = make_sampler(prior, precision, use_graphs)
         self.steps = prior.positions - known_ntd.shape[1]
-        self.decode = vae.decode
+        self._vae = vae
         self.joined = torch.cat
 
-    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[Tensor, _Decode]:
         stacks_btd = self._sampler.sample(
             self._condition_nl[some],
             self._known_ntd[some],
@@ -189,7 +208,7 @@ class _StackDrawer:
             advance=lambda: advance(some.stop - some.start),
         )
         codes = stacks_btd.reshape(-1, *self._shape)
-        return codes, codes
+        return codes, lambda rows: self._vae.decode(codes[rows])
 
 
 class _ScaleDrawer:
@@ -202,8 +221,8 @@ class _ScaleDrawer:
         self._labels_n, self._settings, self._smooth = condition_nl[:, 0], settings, smooth
         self.steps = len(prior.scales)
 
-    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[list[Tensor], Tensor]:
-        return sample_scales(
+    def draw(self, some: slice, first_image: int, advance: Callable[[int], None]) -> tuple[list[Tensor], _Decode]:
+        codes, mixtures = sample_scales(
             self._prior,
             self._labels_n[some],
             self._settings,
@@ -212,8 +231,12 @@ class _ScaleDrawer:
             advance=advance,
         )
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return self._vae.decode_latents(latents).clamp(-1, 1)
+        def decode(rows: slice) -> Tensor:
+            if mixtures is None:
+                return self._vae.decode([maps[rows] for maps in codes])
+            return self._vae.decode_latents(self._vae.quantizer.combine([vectors[rows] for vectors in mixtures]))
+
+        return codes, decode
 
     def joined(self, codes: list[list[Tensor]]) -> list[Tensor]:
         return [torch.cat(maps) for maps in zip(*codes, strict=True)]
@@ -225,18 +248,6 @@ def _known_stacks(prior: RQTransformer, partial_codes: Tensor | None, start_row:
     if partial_codes is None:
         return torch.empty(num, 0, depth, dtype=torch.int64, device=prior.device)
     return partial_codes.reshape(num, -1, depth)[:, : start_row * width]
-
-
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    modules = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modules:
-            module.training = training
 
 
 @contextmanager

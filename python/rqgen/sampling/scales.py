@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rqgen.models import VAR
+from rqgen.models.changes import computes_as, warn_once
 from rqkernels.reference import philox_uniform
 
 from .draw import DrawSettings
@@ -22,8 +23,9 @@ class ScaleSample(NamedTuple):
 
     codes: list[Tensor]
     """int64 (B, h_k, w_k), one per scale; in the smooth mode the code that weighs most."""
-    latents: Tensor
-    """float32 (B, C, H, W): what the codes (in the smooth mode, the mixtures) stand for."""
+    mixtures: list[Tensor] | None
+    """In the smooth mode: float32 (B, h_k, w_k, C), the vectors in the place of codes; `MultiScaleDecoder.combine` says
+    what they stand for."""
 
 
 class Given(NamedTuple):
@@ -56,6 +58,8 @@ def sample_scales(
     are read from the cache. With guidance g, scale k = 0 .. K-1 draws from `(1 + t) conditional - t null`,
     t = g k / (K - 1). The uniform of a token has row = the image's number, stream = the token's index.
 
+    A prior with a `forward` of its own, or hooks on it, is called as a whole for each scale, without a cache.
+
     Where images are given, a place of scale k of which at least half is known takes the code nearest to what is left
     there of the given latents (their mean over the known part): whatever was drawn elsewhere, the known part is
     approached as closely as the tokenizer itself would.
@@ -68,7 +72,14 @@ def sample_scales(
             pictures; the published code calls it more_smooth).
         given: what is kept, for editing.
         advance: called with B after each scale.
+
+    Raises:
+        ValueError: logits with NaN, +inf, or nothing but -inf; the smooth mode with a prior that must be called as a
+            whole, which takes codes and no mixtures.
     """
+    whole = not computes_as(prior, VAR)
+    if whole and smooth:
+        raise ValueError("smooth: mixtures of codes do not pass through forward, and this prior has hooks or its own")
     if labels_b.device.type == "cpu" and len(labels_b) > 1:
         # A matrix product's last bits depend on its number of rows: on the CPU each image goes alone, and comes out
         # the same however a batch is split.
@@ -88,21 +99,35 @@ def sample_scales(
                 )
             )
         codes = [torch.cat(maps) for maps in zip(*(part.codes for part in parts), strict=True)]
-        return ScaleSample(codes, torch.cat([part.latents for part in parts]))
+        mixtures = None
+        if smooth:
+            mixtures = [torch.cat(some) for some in zip(*(part.mixtures for part in parts), strict=True)]
+        return ScaleSample(codes, mixtures)
 
+    if whole:
+        warn_once(
+            prior,
+            "prior: it has forward hooks or a forward of its own, which drawing scale by scale would leave out: it is "
+            "called as a whole for every scale, which takes longer",
+        )
     batch, quantizer = len(labels_b), prior.quantizer
     if settings.guidance:
         labels_b = torch.cat([labels_b, torch.full_like(labels_b, prior.config.num_classes)])
-    modulation, cache = prior.modulation(labels_b), prior.new_cache(len(labels_b))
+    if not whole:
+        modulation, cache = prior.modulation(labels_b), prior.new_cache(len(labels_b))
     last = max(len(prior.scales) - 1, 1)
     rest, total, codes = None if given is None else given.latents.float(), None, []
+    mixtures: list[Tensor] = []
     lowest_b = torch.zeros(batch, dtype=torch.int64, device=prior.device)
     for k, (height, width) in enumerate(prior.scales):
-        features = None
-        if total is not None:
-            features = quantizer.shrink(total, k)
-            features = features.repeat(settings.copies, 1, 1, 1)
-        logits_blk = prior.scale_logits(k, features, modulation, cache)
+        if whole:
+            logits_blk = _whole_logits(prior, labels_b, codes, settings.copies)
+        else:
+            features = None
+            if total is not None:
+                features = quantizer.shrink(total, k)
+                features = features.repeat(settings.copies, 1, 1, 1)
+            logits_blk = prior.scale_logits(k, features, modulation, cache)
         logits_blk = settings.guided(logits_blk, settings.guidance * k / last)
         begin = prior.ends[k] - height * width
         drawn = settings.draw(logits_blk, k, first_image=first_image, first_stream=begin)
@@ -119,7 +144,11 @@ def sample_scales(
             if vectors is not None:
                 vectors = torch.where(kept.unsqueeze(-1), quantizer.embed(nearest), vectors)
         codes.append(drawn)
-        added = quantizer.added(k, quantizer.embed(drawn) if vectors is None else vectors)
+        if vectors is None:
+            vectors = quantizer.embed(drawn)
+        else:
+            mixtures.append(vectors)
+        added = quantizer.added(k, vectors)
         total = added if total is None else total + added
         if rest is not None:
             rest = rest - added
@@ -127,7 +156,19 @@ def sample_scales(
     failed = (lowest_b < 0).nonzero().flatten().tolist()  # on a GPU nothing was said before
     if failed:
         raise ValueError(f"prior: the logits of image {first_image + failed[0]} have NaN, +inf, or nothing but -inf")
-    return ScaleSample(codes, total)
+    return ScaleSample(codes, mixtures if smooth else None)
+
+
+def _whole_logits(prior: VAR, labels_b: Tensor, codes: list[Tensor], copies: int) -> Tensor:
+    """Logits of the scale that follows these token maps, from `prior(codes, condition)`."""
+    k, batch = len(codes), len(labels_b) // copies
+    maps = [*codes, *(labels_b.new_zeros(batch, *scale) for scale in prior.scales[k:])]
+    begin = prior.ends[k - 1] if k else 0
+    logits = []
+    for part_b in labels_b.chunk(copies):
+        null = bool((part_b == prior.config.num_classes).all())
+        logits.append(prior(maps, None if null else part_b).logits[:, begin : prior.ends[k]])
+    return torch.cat(logits)
 
 
 def _nearest_to_given(prior: VAR, given: Given, rest: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rqgen.data.codes import Codes
 from rqgen.data.datasets import ImageDataset
+from rqgen.data.integers import check_within
 from rqgen.models import RQVAE, MultiScaleVQVAE
+
+
+def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
+    """Raises ValueError unless every label is one of the classes, as a prior that is conditioned on them needs: before
+    the training in whose middle the first other one would be met. Without classes nothing is said here."""
+    if class_names:
+        check_within(labels, "labels", "label", 0, len(class_names))
 
 
 @torch.no_grad()

@@ -277,11 +277,16 @@ def _codes_used(record: dict[str, float]) -> str:
 def _draw(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights | None) -> dict[str, Tensor]:
     if averaged is not None:
         return stage.pictures(averaged.model)
+    # Accelerate's mixed precision is a `forward` set on the instance, which sampling would have to take for a change of
+    # the model. Pictures are drawn without it, from averaged weights or not.
+    forward = model.__dict__.pop("forward", None)
     model.eval()
     try:
         return stage.pictures(model)
     finally:
         model.train()
+        if forward is not None:
+            model.forward = forward
 
 
 def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:

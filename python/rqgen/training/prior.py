@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, SoftL
 from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
 
-from .encoding import encode_dataset
+from .encoding import check_labels, encode_dataset
 from .loop import StepResult
 
 # Enough to measure a temperature by.
@@ -66,8 +66,9 @@ class PriorConfig:
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout: expected 0 <= dropout < 1, got {self.condition_dropout}")
 
-    def build(self, vae: RQVAE, num_classes: int) -> RQTransformer:
-        """A prior for the codes of ``vae``. Raises ValueError for a class condition without classes."""
+    def build(self, vae: RQVAE, num_classes: int, class_names: Sequence[str] = ()) -> RQTransformer:
+        """A prior for the codes of ``vae``, which keeps the names of its classes. Raises ValueError for a class
+        condition without classes."""
         conditional = self.condition == "class"
         if conditional and num_classes < 1:
             raise ValueError("condition: 'class' needs images with classes; set condition=none")
@@ -81,6 +82,7 @@ class PriorConfig:
             "condition": self.condition,
             "condition_vocab_size": num_classes if conditional else 0,
             "condition_dropout": self.condition_dropout if conditional else 0.0,
+            "class_names": tuple(class_names) if conditional else (),
             "embedding_dropout": self.embedding_dropout,
         }
         if self.preset is not None:
@@ -104,11 +106,14 @@ class PriorData(NamedTuple):
 def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedImages, *, batch_size: int) -> PriorData:
     """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
 
-    Raises ValueError for codes of another tokenizer, for soft labels or stochastic codes from codes alone
-    (those are made of residuals, which codes on disk do not have), and for cached latents of varying images.
+    Raises ValueError for codes of another tokenizer, for labels that are no classes where they are the condition, for
+    soft labels or stochastic codes from codes alone (those are made of residuals, which codes on disk do not have), and
+    for cached latents of varying images.
     """
     if isinstance(source, EncodedImages):
         source.check_tokenizer(list(vae.code_shape), code_fingerprint(*vae.quantizer.code_tensors()))
+        if config.condition == "class":
+            check_labels(source.labels, source.class_names)
         if config.soft_labels or config.stochastic_codes:
             raise ValueError(
                 "codes on disk have no residuals: set prior.soft_labels=false and "
@@ -122,6 +127,8 @@ def prior_data(config: PriorConfig, vae: RQVAE, source: ImageDataset | EncodedIm
                 "prior.cache_latents: the images differ from epoch to epoch (crops, flips): set it to false"
             )
         latents, labels = encode_dataset(vae, source, batch_size=batch_size, codes=False)
+        if config.condition == "class":
+            check_labels(labels, source.class_names)
         tau = (config.tau or measure_tau(vae, latents)) if needs_tau else None
         return PriorData(TensorItems(latents, labels), "latents", tau)
     tau = config.tau

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
 from rqgen.models import VAR, MultiScaleVQVAE, VARConfig, var_loss
 
-from .encoding import encode_dataset
+from .encoding import check_labels, encode_dataset
 from .loop import StepResult
 
 
@@ -37,14 +37,16 @@ class VARPriorConfig:
     cache_codes: bool = True
     """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
 
-    def build(self, vae: MultiScaleVQVAE, num_classes: int) -> VAR:
-        """A prior for the token maps of ``vae``. Raises ValueError for images without classes."""
+    def build(self, vae: MultiScaleVQVAE, num_classes: int, class_names: Sequence[str] = ()) -> VAR:
+        """A prior for the token maps of ``vae``, which keeps the names of its classes. Raises ValueError for images
+        without classes."""
         if num_classes < 1:
             raise ValueError("data: a VAR is conditioned on classes, and these images have none")
         common = {
             "quantizer": vae.config.quantizer,
             "code_dim": vae.config.z_channels,
             "num_classes": num_classes,
+            "class_names": tuple(class_names),
             "dropout": self.dropout,
             "attention_dropout": self.attention_dropout,
             "shared_adaptive_norm": self.shared_adaptive_norm,
@@ -65,16 +67,19 @@ def var_prior_items(
 ) -> ImageDataset | TensorItems:
     """What a prior learns from: all tokens of an image side by side, (L,), or the images themselves.
 
-    Raises ValueError for codes of another tokenizer, and for cached codes of images that differ from epoch to epoch.
+    Raises ValueError for codes of another tokenizer, for labels that are no classes, and for cached codes of images
+    that differ from epoch to epoch.
     """
     if isinstance(source, EncodedImages):
         source.check_tokenizer(vae.scales, code_fingerprint(*vae.quantizer.code_tensors()))
+        check_labels(source.labels, source.class_names)
         return TensorItems(flatten_codes(source.codes), source.labels)
     if not config.cache_codes:
         return source
     if source.varies:
         raise ValueError("prior.cache_codes: the images differ from epoch to epoch (crops, flips): set it to false")
     codes, labels = encode_dataset(vae, source, batch_size=batch_size, codes=True)
+    check_labels(labels, source.class_names)
     return TensorItems(flatten_codes(codes), labels)
 
 

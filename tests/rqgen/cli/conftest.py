@@ -52,19 +52,6 @@ def no_tracebacks(monkeypatch):
     monkeypatch.delenv("RQGEN_DEBUG", raising=False)
 
 
-@pytest.fixture
-def rqgen(capsys):
-    """Runs a command: ``(exit code, standard output, standard error)``."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return left.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="package")
 def trained(tmp_path_factory, small_tokenizer, small_prior):
     """Folders of a tokenizer and of a class-conditional prior, each trained for three steps."""

@@ -10,6 +10,7 @@ from PIL import Image
 from rqgen.cli.app import main
 from rqgen.cli.demo import load_demo
 from rqgen.data import DataConfig, open_dataset
+from rqgen.data.grid import grid_size
 from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
@@ -39,8 +40,10 @@ def test_every_file_is_written(demo):
     assert {path.name for path in out.iterdir()} == {*FIGURES, "metrics.json", "tokenizer", "prior"}
     for name in FIGURES:
         assert np.asarray(Image.open(out / name)).std() > 1
-    # Ten of each class: ten rows of ten images of 32 pixels.
-    assert Image.open(out / "samples.png").size == (2 * (10 * 34 + 2), 2 * (10 * 34 + 2))
+    # Ten of each class: ten rows of ten images of 32 pixels, and their names before them.
+    height, width = grid_size(100, 10, (32, 32), row_labels="0123456789")
+    assert height == 10 * 34 + 2 and width > 10 * 34 + 2
+    assert Image.open(out / "samples.png").size == (2 * width, 2 * height)
 
 
 def test_models_are_in_our_format(demo):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rqgen.data import DataConfig, open_dataset, read_codes
+from rqgen.data import DataConfig, open_dataset, read_codes, read_image
+from rqgen.data.grid import grid_size
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
 
@@ -47,10 +48,30 @@ def test_encode_mistakes(rqgen, trained, tmp_path):
         (["sourc=digits"], "did you mean 'source'"),
         (["source=folder"], "folder: expected a path"),
         (["--tokenizer", trained[1] / "model"], "holds no tokenizer, but a rqtransformer"),
+        (["--out", tmp_path / "x.npz", "--tokenizer", "nowhere"], "--out: codes are written as safetensors"),
+        (["background=whit"], "background: expected a colour"),
     ):
         code, _, err = rqgen("encode", "--tokenizer", tokenizer, "--out", tmp_path / "x", *more)
         assert code == 1 and words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_picture_is_one_line(rqgen, trained, tmp_path, recwarn):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("L", (32, 32)).save(pictures / "whole.tif", compression="tiff_deflate")
+    content = (pictures / "whole.tif").read_bytes()
+    (pictures / "cut.tif").write_bytes(content[:-7])  # Pillow warns about this, without a name
+    with pytest.warns(UserWarning, match="PIL|EXIF|Truncated"), pytest.raises(ValueError, match=r"cut\.tif"):
+        read_image(pictures / "cut.tif")
+    recwarn.clear()
+    arguments = ["--tokenizer", trained[0] / "model", "source=folder", f"folder={pictures}"]
+    code, _, err = rqgen("encode", *arguments, "--out", tmp_path / "codes.safetensors")
+    assert code == 1 and err.count("\n") == 1 and "cut.tif: broken image file (" in err
+    code, _, err = rqgen("encode", *arguments, "on_broken=skip", "--out", tmp_path / "codes.safetensors")
+    assert code == 0, err
+    assert len(read_codes(tmp_path / "codes.safetensors").labels) == 1
+    assert not list(recwarn)
 
 
 def test_sample_draws_a_row_per_class(rqgen, trained, tmp_path):
@@ -60,9 +81,11 @@ def test_sample_draws_a_row_per_class(rqgen, trained, tmp_path):
     code, out, err = rqgen("sample", *models, *arguments, *files)
     assert code == 0, err
     assert "8 images" in out
-    assert np.asarray(Image.open(tmp_path / "s.png")).shape == (2 * (2 * 34 + 2), 2 * (4 * 34 + 2))
+    height, width = grid_size(8, 4, (32, 32), row_labels=("3", "7"))
+    assert (height, width) == (2 * 34 + 2, 4 * 34 + 2 + grid_size(2, 1, (32, 32), row_labels=("3", "7"))[1] - 36)
+    assert np.asarray(Image.open(tmp_path / "s.png")).shape == (2 * height, 2 * width)
     drawn = read_codes(tmp_path / "s.safetensors")
-    assert drawn.labels.tolist() == [3] * 4 + [7] * 4
+    assert drawn.labels.tolist() == [3] * 4 + [7] * 4 and drawn.class_names == tuple("0123456789")
     # The same seed draws the same images, however they are batched; another seed draws others.
     files = ["--out", tmp_path / "t.png", "--codes", tmp_path / "t.safetensors", "--batch-size", 3]
     assert rqgen("sample", *models, *arguments, *files)[0] == 0
@@ -81,9 +104,18 @@ def test_sample_mistakes(rqgen, trained, tmp_path):
         (["--prior", prior, "--tokenizer", tmp_path / "nowhere"], "nowhere"),
         (["--prior", prior, "--tokenizer", tokenizer, "--top-p", 1.5], "top_p"),
         (["--prior", prior, "--tokenizer", tokenizer, "--precision", "int4"], "precision: expected one of fp32"),
+        # Refused before anything is read, let alone drawn.
+        (["--prior", "nowhere", "--out", tmp_path / "s.npz"], "--out: expected a file name that ends in .bmp, .jpeg"),
+        (["--prior", "nowhere", "--out", tmp_path / "s"], "--out: expected a file name that ends in .bmp, .jpeg"),
+        (["--prior", "nowhere", "--codes", tmp_path / "c.npz"], "--codes: codes are written as safetensors"),
+        (
+            ["--prior", prior, "--tokenizer", tokenizer, "--num", 300, "--out", tmp_path / "s.webp"],
+            "--out: a WEBP holds at most 16383 pixels a side",
+        ),
     ):
-        code, _, err = rqgen("sample", *arguments, "--out", tmp_path / "s.png")
+        code, _, err = rqgen("sample", "--out", tmp_path / "s.png", *arguments)
         assert code == 1 and words in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
     other = RQVAE.from_pretrained(tokenizer)
     other.quantizer.codebook += 1
     other.save_pretrained(tmp_path / "other")

@@ -9,7 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rqgen.cli.app import main
-from rqgen.data import DataConfig, image_grid, open_dataset, read_codes, save_png
+from rqgen.data import DataConfig, image_grid, open_dataset, read_codes, save_image
+from rqgen.data.grid import grid_size
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig
 from rqgen.quantizers import MultiScaleConfig
 
@@ -48,7 +49,9 @@ def test_both_stages_train_and_the_prior_draws(rqgen, trained, tmp_path):
     models = ["--tokenizer", trained[0], "--prior", trained[1]]
     code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg", 1.5, "--out", tmp_path / "s.png")
     assert code == 0, err
-    assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * (3 * 34 + 2), 2 * (34 + 2))
+    height, width = grid_size(3, 3, (32, 32), row_labels=("4",))
+    assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * width, 2 * height)
+    assert height == 34 + 2 and width > 3 * 34 + 2
     code, _, err = rqgen("sample", "--tokenizer", trained[0], "--prior", trained[0])
     assert code == 1 and "holds no prior, but a multiscale_vqvae" in err
 
@@ -103,7 +106,7 @@ def test_sample_writes_the_token_maps_it_drew(rqgen, trained, tmp_path):
     # What the file holds is what the sheet shows.
     vae = MultiScaleVQVAE.from_pretrained(trained[0])
     images = torch.cat([vae.decode([maps[i : i + 1] for maps in drawn.codes]) for i in range(4)])
-    save_png(image_grid(images, columns=2), tmp_path / "again.png", scale=2)
+    save_image(image_grid(images, columns=2, row_labels=("4", "1")), tmp_path / "again.png", scale=2)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(tmp_path / "s.png")))
 
 
@@ -163,6 +166,38 @@ def test_edit(rqgen, trained, pictures, tmp_path, kind):
     assert (after[kept] == before[kept]).all() and (after[hidden] != before[hidden]).any()
 
 
+def test_edit_takes_images_and_masks_as_a_viewer_shows_them(rqgen, trained, tmp_path):
+    """Upright, deep, and with what is transparent in the colour of the background."""
+    pixels = np.full((32, 32), 40, dtype=np.uint8)
+    pixels[8:24, 12:20] = 220
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.rot90(pixels).astype(np.uint16) * 257).save(tmp_path / "image.png", exif=turned)
+    # White ink over nothing, the mask; and its opposite, a hole.
+    ink = np.zeros((32, 32, 2), dtype=np.uint8)
+    ink[16:] = 255
+    Image.fromarray(ink, "LA").save(tmp_path / "ink.png")
+    hole = np.zeros((32, 32, 4), dtype=np.uint8)
+    hole[:16, :, 3] = 255
+    Image.fromarray(hole).save(tmp_path / "hole.webp", lossless=True, exact=True)
+    models = ["--tokenizer", trained[0], "--prior", trained[1], "--image", tmp_path / "image.png", "--label", "7"]
+    for mask, more in (
+        ("ink.png", ["--background", "black"]),
+        ("hole.webp", []),
+        ("hole.webp", ["--background", "#fff"]),
+    ):
+        out = tmp_path / f"{len(more)}.bmp"
+        code, _, err = rqgen("edit", "inpaint", *models, "--mask", tmp_path / mask, "--out", out, *more)
+        assert code == 0, err
+        with Image.open(out) as image:
+            assert image.format == "BMP"
+            sheet = np.asarray(image)[::2, ::2]
+        assert (sheet[2:34, 2:34] == pixels).all()
+        assert (sheet[18:34, 36:68] == 128).all() and (sheet[2:18, 36:68] == pixels[:16]).all()
+    code, _, err = rqgen("edit", "inpaint", *models, "--mask", tmp_path / "ink.png", "--out", tmp_path / "x.png")
+    assert code == 1 and "covers an image whole" in err  # white on white
+
+
 def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
     models = ["--tokenizer", trained[0], "--prior", trained[1]]
     Image.new("L", (16, 32)).save(tmp_path / "small.png")
@@ -175,6 +210,7 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
         (["--image", tmp_path / "none.png"], "image file not found"),
         (["--image", tmp_path / "text.png"], "not a readable image"),
         (["--prior", trained[0]], "--prior: "),
+        (["--background", "whit"], "background: expected a colour such as 'white'"),
     ):
         code, _, err = rqgen("edit", "inpaint", *models, *pictures, *change, "--out", tmp_path / "e.png")
         assert code == 1 and words in err and err.count("\n") == 1
@@ -182,6 +218,7 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
     for arguments, words in (
         (["class"], "--label: edit class needs"),
         (["erase"], "expected one of inpaint, outpaint"),
+        (["inpaint", "--out", tmp_path / "e.gif"], "--out: expected a file name that ends in .bmp"),
     ):
         code, _, err = rqgen("edit", *arguments, *models, *pictures)
         assert code == 1 and words in err

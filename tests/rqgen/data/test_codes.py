@@ -1,12 +1,16 @@
 """Codes on disk."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rqgen.data import EncodedImages, read_codes, write_codes
+from rqgen.data import EncodedImages, TensorItems, read_codes, write_codes
 from rqgen.data.codes import code_fingerprint, flatten_codes, unflatten_codes
 from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
 
@@ -55,12 +59,59 @@ def test_on_disk_all_codes_of_an_image_lie_side_by_side(tmp_path):
 
 def test_the_first_version_is_read(tmp_path):
     codes = draw(5, 2, 3, 4)
-    metadata = {"codebook_size": "9", "codebook_id": "abc", "class_names": '["x"]', "info": "{}"}
+    metadata = {"codebook_size": "9", "codebook_id": "abc", "class_names": '["x", "y", "z"]', "info": "{}"}
     path = tmp_path / "old"
     tensors = {"codes": codes.int(), "labels": LABELS}
     save_file(tensors, path, {"format": "rqgen-codes", "format_version": "1"} | metadata)
     back = read_codes(path)
-    assert same(back.codes, codes) and back.code_shape == [2, 3, 4] and back.class_names == ("x",)
+    assert same(back.codes, codes) and back.code_shape == [2, 3, 4] and back.class_names == ("x", "y", "z")
+
+
+def test_the_second_version_is_read(encoded, tmp_path):
+    metadata = {
+        **{"format": "rqgen-codes", "format_version": "2", "codebook_size": "9", "codebook_id": "abc"},
+        **{"class_names": '["x", "y", "z"]', "info": '{"split": "train"}'},
+        "code_shape": json.dumps(encoded.code_shape),
+    }
+    save_file({"codes": flatten_codes(encoded.codes).int(), "labels": LABELS}, tmp_path / "old", metadata)
+    back = read_codes(tmp_path / "old")
+    assert same(back.codes, encoded.codes) and torch.equal(back.labels, LABELS) and back.info == encoded.info
+    assert back.class_names == encoded.class_names and back.codebook_size == 9 and back.codebook_id == "abc"
+
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from rqgen.data import EncodedImages, write_codes
+from rqgen.models import RQTransformer, RQTransformerConfig
+from rqgen.models.transformer import TransformerConfig
+
+folder = Path(sys.argv[1])
+info = {name: {"split": name} for name in ("tokenizer", "split", "data", "seed", "z", "a")}
+names = ("circle", "square", "Käse")
+codes = torch.arange(24).reshape(2, 3, 2, 2)
+write_codes(folder / "codes.safetensors", EncodedImages(codes, torch.tensor([2, -1]), 24, "abc", names, info))
+torch.manual_seed(0)
+stack = TransformerConfig(layers=1, heads=1)
+config = RQTransformerConfig((1, 1, 2), 4, 2, embed_dim=4, spatial=stack, depth=stack, condition="class",
+                             condition_vocab_size=3, class_names=names)
+RQTransformer(config, torch.zeros(4, 2)).save_pretrained(folder / "model")
+"""
+
+
+def test_files_are_the_same_bytes_in_every_process(tmp_path):
+    written = []
+    for seed in range(2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", WRITE, str(folder)], env=os.environ | {"PYTHONHASHSEED": str(seed)}, check=True
+        )
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        assert len(files) == 3
+        written.append([path.read_bytes() for path in files])
+    assert all(one == written[0] for one in written)
+    assert read_codes(tmp_path / "0" / "codes.safetensors").class_names == ("circle", "square", "Käse")
 
 
 def test_bad_files(encoded, tmp_path):
@@ -103,11 +154,6 @@ def test_a_file_that_contradicts_itself_is_refused(encoded, tmp_path):
         ({"code_shape": f"[{tensors['codes'].shape[1]}]"}, "codes: expected integers"),
         ({"code_shape": "[2, -1, 4]"}, r"code_shape: \[2, -1, 4\] does not fit codes \("),
         ({"code_shape": f"[2, 3, {10**40}]"}, r"code_shape: .* does not fit codes \(\d+, \d+\)$"),
-        ({"code_shape": "[" * 100_000}, "code_shape: expected JSON of list"),
-        ({"codebook_size": "many"}, "codebook_size: expected JSON of int, got 'many'"),
-        ({"codebook_size": "true"}, "codebook_size: expected JSON of int, got 'true'"),
-        ({"class_names": "7"}, "class_names: expected JSON of list, got '7'"),
-        ({"info": "[1]"}, "info: expected JSON of dict"),
     ):
         save_file(tensors, path, metadata | change)
         with pytest.raises(ValueError, match=rf"{path.name}: .*{words}"):
@@ -117,20 +163,84 @@ def test_a_file_that_contradicts_itself_is_refused(encoded, tmp_path):
         with pytest.raises(ValueError, match=f"its metadata lacks '{missing}'"):
             read_codes(path)
     save_file({"codes": tensors["codes"]}, path, metadata)
-    with pytest.raises(ValueError, match="it holds no tensor 'labels'"):
+    with pytest.raises(ValueError, match="it lacks labels"):
         read_codes(path)
-    for name in tensors:
-        save_file({**tensors, name: tensors[name] + 0.5}, path, metadata)
-        with pytest.raises(ValueError, match=f"{name}: expected int32 or int64, got float32"):
-            read_codes(path)
 
 
-def test_foreign_files_are_named(tmp_path):
+def test_a_description_that_is_none_is_refused(encoded, tmp_path):
     path = tmp_path / "codes"
-    for content, kind in ((b"", "an empty file"), (b"<!doctype html><html></html>", "an HTML page")):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"codes: not a readable safetensors file: it is {kind}"):
+    write_codes(path, encoded)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert list(metadata) == ["rqgen-codes"]
+    description = json.loads(metadata["rqgen-codes"])
+    assert description["format_version"] == 3
+    for change, words in (
+        ({"format_version": 4}, "expected format_version 3, got 4"),
+        ({"format_version": None}, "expected format_version 3, got None"),
+        ({"codebook_size": "9"}, "codebook_size: expected an integer, got '9'"),
+        ({"codebook_size": 9.0}, "codebook_size: expected an integer, got 9.0"),
+        ({"codebook_size": True}, "codebook_size: expected an integer, got True"),
+        ({"codebook_id": 7}, "codebook_id: expected a text, got 7"),
+        ({"class_names": "xyz"}, "class_names: expected a list of names, got 'xyz'"),
+        ({"class_names": ["x", "y", 3]}, "class_names: expected texts that differ"),
+        ({"class_names": ["x", "y", "x"]}, "class_names: expected texts that differ"),
+        ({"class_names": ["x", "y"]}, r"labels: expected -1 <= label < 2, got -1\.\.2"),
+        ({"info": []}, r"info: expected a mapping, got \[\]"),
+        ({"code_shape": [2, 3, 5]}, "code_shape"),
+        ({"code_shape": None}, "code_shape"),
+    ):
+        save_file(tensors, path, {"rqgen-codes": json.dumps(description | change)})
+        with pytest.raises(ValueError, match=f"{path.name}: .*{words}"):
             read_codes(path)
+    for text, words in (("{", "not valid JSON"), ("[1]", "expected a JSON object"), ("[" * 100_000, "not valid JSON")):
+        save_file(tensors, path, {"rqgen-codes": text})
+        with pytest.raises(ValueError, match=f"{path.name}: rqgen-codes: {words}"):
+            read_codes(path)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_tensors_of_other_kinds_in_a_file(tmp_path, version):
+    path = tmp_path / "codes"
+    write_codes(path, EncodedImages(draw(5, 2, 3, 4), LABELS, 9, "abc", ("x", "y", "z"), {}))
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    if version < 3:
+        description = json.loads(metadata["rqgen-codes"])
+        metadata = {
+            name: entry if isinstance(entry, str) else json.dumps(entry) for name, entry in description.items()
+        } | {"format": "rqgen-codes", "format_version": str(version)}
+    if version == 1:
+        tensors["codes"] = tensors["codes"].unflatten(1, (2, 3, 4))
+    for name, dtype in (
+        *(("codes", torch.float32), ("codes", torch.float16), ("codes", torch.bool)),
+        *(("labels", torch.float32), ("labels", torch.float64), ("labels", torch.bool)),
+    ):
+        save_file({**tensors, name: tensors[name].to(dtype)}, path, metadata)
+        with pytest.raises(ValueError, match=f"codes: {name}: expected integers .*, got {dtype}"):
+            read_codes(path)
+    for name, dtype in (
+        ("codes", torch.uint8),
+        ("codes", torch.uint16),
+        ("codes", torch.int64),
+        ("labels", torch.int8),
+    ):
+        save_file({**tensors, name: tensors[name].to(dtype)}, path, metadata)
+        back = read_codes(path)
+        assert same(back.codes, draw(5, 2, 3, 4)) and same(back.labels, LABELS)
+    save_file({**tensors, "labels": LABELS - 1}, path, metadata)
+    with pytest.raises(ValueError, match=r"labels: expected -1 <= label < 3, got -2\.\.1"):
+        read_codes(path)
+
+
+@pytest.mark.parametrize("name", ["codes.npz", "codes.npy", "codes.pt", "codes.json", "codes.safetensors.txt", "a.png"])
+def test_a_name_that_says_another_format_is_refused(encoded, tmp_path, name):
+    with pytest.raises(ValueError, match=rf"path: codes are written as safetensors: .*{name}"):
+        write_codes(tmp_path / name, encoded)
+    assert not list(tmp_path.iterdir())
+    write_codes(tmp_path / "CODES.SAFETENSORS", encoded)
 
 
 def test_bad_codes():
@@ -150,6 +260,32 @@ def test_bad_codes():
     ):
         with pytest.raises(ValueError, match=r"labels: expected shape \(2,\), got \(1,\)"):
             EncodedImages(codes, labels, 3, "", (), {})
+
+
+def test_codes_and_labels_are_whole_numbers_of_any_width():
+    codes, labels = torch.tensor([[[[0, 2]]]]), torch.tensor([1])
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64):
+        encoded = EncodedImages(codes.to(dtype), labels.to(dtype), 3, "", ("a", "b"), {})
+        assert same(encoded.codes, codes) and same(encoded.labels, labels)
+        maps = EncodedImages([codes[..., 1].to(dtype)], labels.to(dtype), 3, "", (), {})
+        assert same(maps.codes, [codes[..., 1]]) and same(maps.labels, labels)
+    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=f"codes: expected integers .*, got {dtype}"):
+            EncodedImages(codes.to(dtype), labels, 3, "", (), {})
+        with pytest.raises(ValueError, match=rf"labels: expected integers \(N,\), got {dtype}"):
+            EncodedImages(codes, labels.to(dtype), 3, "", (), {})
+        with pytest.raises(ValueError, match=rf"labels: expected integers \(N,\), got {dtype}"):
+            TensorItems(codes, labels.to(dtype))
+    for wrong, words in ((2, r"-1 <= label < 2, got 2\.\.2"), (-2, r"-1 <= label < 2, got -2\.\.-2")):
+        with pytest.raises(ValueError, match=f"labels: expected {words}"):
+            EncodedImages(codes, torch.tensor([wrong]), 3, "", ("a", "b"), {})
+    with pytest.raises(ValueError, match=r"labels: expected -1 <= label, got -2\.\.-2"):
+        TensorItems(codes, torch.tensor([-2]))
+    with pytest.raises(ValueError, match=r"labels: expected integers .*, got list"):
+        EncodedImages(codes, [0], 3, "", (), {})
+    for names in (("a", "a"), ("a", 3)):
+        with pytest.raises(ValueError, match="class_names: expected texts that differ"):
+            EncodedImages(codes, labels, 3, "", names, {})
 
 
 def test_flat_codes_come_back(encoded):
@@ -198,3 +334,11 @@ def test_fingerprint_of_token_maps_covers_what_refines_them():
     quantizer.initialized.fill_(True)
     quantizer.config.normalize = True
     assert fingerprint() == seen[-1]
+
+
+def test_foreign_files_are_named(tmp_path):
+    path = tmp_path / "codes"
+    for content, kind in ((b"", "an empty file"), (b"<!doctype html><html></html>", "an HTML page")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"codes: not a readable safetensors file: it is {kind}"):
+            read_codes(path)

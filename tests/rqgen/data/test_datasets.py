@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,86 @@ def test_folder_without_classes(tmp_path):
     assert len(dataset) == 1 and dataset.class_names == () and dataset.item(0, 0)[1] == -1
     with pytest.raises(ValueError, match=r"classes: .* no class folders"):
         open_dataset(folder_config(tmp_path, classes=["a"]), "all")
+
+
+def test_what_is_no_picture_is_skipped_and_counted_in_one_line(folder, caplog):
+    inside = folder / "cats" / "deeper"
+    for name in (
+        ".hidden.png",
+        "._0.png",
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "deeper/.cache/0.png",
+        "deeper/1.png",
+    ):
+        write_image(folder / "cats" / name)
+    write_image(folder / ".ipynb_checkpoints" / "0.png")
+    write_image(folder / ".loose.png")
+    write_image(folder / "birds.png" / "0.png")  # a folder named like an image
+    write_image(inside / "2.PNG")
+    (folder / "empty" / "emptier").mkdir(parents=True)
+    (folder / "__MACOSX" / "cats").mkdir(parents=True)
+    (folder / "__MACOSX" / "cats" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (folder / "Thumbs.db").write_bytes(b"")
+    (inside / "notes.txt").write_text("not an image")
+    (folder / "dogs" / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "gone").symlink_to(folder / "nowhere")
+    (folder / "dogs" / "self.png").symlink_to(folder / "dogs" / "self.png")
+    (folder / "dogs" / "up").symlink_to(folder)
+    (inside / "around").symlink_to(folder / "cats")
+    os.mkfifo(folder / "dogs" / "pipe.png")
+    with caplog.at_level(logging.INFO):
+        for split in ("train", "held_out", "all"):
+            dataset = open_dataset(folder_config(folder), split)
+    assert dataset.class_names == ("cats", "dogs")
+    names = [path.relative_to(folder).as_posix() for path, _ in dataset.files]
+    expected = [f"{kind}/{n}.png" for kind in ("cats", "dogs") for n in range(6)]
+    assert sorted(names) == sorted([*expected, "cats/deeper/1.png", "cats/deeper/2.PNG"])
+    assert caplog.messages == [
+        f"{folder}: skipped hidden files and folders: 7 (.ipynb_checkpoints), other files: 3 (Thumbs.db), "
+        "folders named like an image: 1 (birds.png), links that lead nowhere: 3 (gone), "
+        "folders without images: 2 (__MACOSX), links to folders already read: 2 (cats/deeper/around)"
+    ]
+
+
+def test_a_class_may_be_a_link_and_a_folder_of_nothing_names_what_it_skipped(folder, tmp_path_factory):
+    top = tmp_path_factory.mktemp("links")
+    (top / "pets").symlink_to(folder / "cats")
+    dataset = open_dataset(folder_config(top), "all")
+    assert dataset.class_names == ("pets",) and len(dataset) == 6
+    (top / "pets").unlink()
+    write_image(top / ".hidden" / "0.png")
+    (top / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=r"no image files found .*; skipped hidden .*: 1 \(\.hidden\), folders without"
+    ):
+        open_dataset(folder_config(top), "all")
+
+
+def test_folders_that_cannot_be_read_are_skipped(folder, caplog, monkeypatch):
+    iterdir = Path.iterdir
+
+    def refuse_dogs(path):
+        if path.name == "dogs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_dogs)
+    with caplog.at_level(logging.INFO):
+        assert open_dataset(folder_config(folder), "all").class_names == ("cats",)
+    assert caplog.messages == [f"{folder}: skipped folders that cannot be read: 1 (dogs)"]
+
+
+def test_an_empty_class_cannot_be_chosen(folder):
+    (folder / "birds").mkdir()
+    with pytest.raises(ValueError, match=r"classes: unknown class 'birds' in .*; there are: cats, dogs"):
+        open_dataset(folder_config(folder, classes=["birds", "cats"]), "all")
+
+
+@pytest.mark.parametrize("suffix", ["pgm", "ppm", "pbm", "webp", "jfif", "tga", "jp2", "TIFF"])
+def test_kinds_of_files_in_a_folder(tmp_path, suffix):
+    kind = {"jfif": "JPEG", "jp2": "JPEG2000", "pgm": "PPM", "pbm": "PPM"}.get(suffix, suffix.upper())
+    Image.new("1" if suffix == "pbm" else "L", (32, 32)).save(tmp_path / f"a.{suffix}", format=kind)
+    assert len(open_dataset(folder_config(tmp_path), "all")) == 1
 
 
 def test_centre_crop_keeps_the_centre(tmp_path):

@@ -30,7 +30,7 @@ def vae():
 
 def test_it_equals_the_plain_definition_for_any_batch_size(vae):
     generator = torch.Generator().manual_seed(3)
-    images = TensorItems(torch.rand(7, 1, 8, 8, generator=generator) * 2 - 1, torch.zeros(7))
+    images = TensorItems(torch.rand(7, 1, 8, 8, generator=generator) * 2 - 1, torch.zeros(7, dtype=torch.int64))
     quality = evaluate_reconstruction(vae, images, batch_size=3)
     vae.eval()
     codes = vae.encode(images.inputs)
@@ -45,4 +45,4 @@ def test_it_equals_the_plain_definition_for_any_batch_size(vae):
 
 def test_nothing_to_evaluate(vae):
     with pytest.raises(ValueError, match="empty dataset"):
-        evaluate_reconstruction(vae, TensorItems(torch.zeros(0, 1, 8, 8), torch.zeros(0)))
+        evaluate_reconstruction(vae, TensorItems(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64)))

@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -837,3 +838,140 @@ def test_two_processes_keep_one_codebook(two_processes: Callable[[str], list[dic
 
 if __name__ == "__main__":
     train_in_a_group(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+
+
+# --- what others have changed
+
+
+class FartherCodebook(NaiveCodebook):
+    def compute_distances(self, inputs: Tensor) -> Tensor:
+        return -super().compute_distances(inputs)
+
+
+class DoubledBottleneck(NaiveBottleneck):
+    def quantize(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        sums, codes = super().quantize(x)
+        return [2 * partial for partial in sums], codes
+
+    def embed_code(self, code: Tensor) -> Tensor:
+        return 2 * super().embed_code(code)
+
+
+def hook_codebook(quantizer: nn.Module) -> None:
+    quantizer.codebooks[1].register_forward_hook(lambda module, inputs, output: (2 * output[0], output[1]))
+
+
+def hook_codebook_before(quantizer: nn.Module) -> None:
+    quantizer.codebooks[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def method_of_codebook(quantizer: nn.Module) -> None:
+    codebook = quantizer.codebooks[1]
+    before = codebook.compute_distances
+    codebook.compute_distances = lambda inputs: -before(inputs)
+
+
+def search_of_codebook(quantizer: nn.Module) -> None:
+    codebook = quantizer.codebooks[1]
+    codebook.find_nearest_embedding = lambda inputs: torch.zeros(inputs.shape[:-1], dtype=torch.int64)
+
+
+def vectors_of_codebook(quantizer: nn.Module) -> None:
+    codebook = quantizer.codebooks[1]
+    codebook.embed = lambda idxs: 2 * codebook.weight[idxs]
+
+
+def codebook_of_another_class(quantizer: nn.Module) -> None:
+    quantizer.codebooks[1].__class__ = FartherCodebook
+
+
+def parametrized_codebook(quantizer: nn.Module) -> None:
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 0.5 * weight
+
+    nn.utils.parametrize.register_parametrization(quantizer.codebooks[1], "weight", Half())
+
+
+CODEBOOK_CHANGES = (
+    hook_codebook,
+    hook_codebook_before,
+    method_of_codebook,
+    search_of_codebook,
+    vectors_of_codebook,
+    parametrized_codebook,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "after"),
+    [
+        *((change, after) for change in CODEBOOK_CHANGES for after in (False, True)),
+        (codebook_of_another_class, False),
+    ],
+)
+def test_codebooks_that_others_changed(change: Callable[[nn.Module], None], after: bool) -> None:
+    """What is called of them as published has the same part in what is accelerated, changed before or after."""
+    torch.manual_seed(3)
+    naive = NaiveBottleneck(**LAYOUTS["separate"]).eval()
+    plain, fast = copy.deepcopy(naive), copy.deepcopy(naive)
+    if after:
+        rqgen.accelerate(fast)
+    for quantizer in (naive, fast):
+        change(quantizer)
+    if not after:
+        rqgen.accelerate(fast)
+    x = torch.randn(2, 4, 4, 6)
+    calls: list[Callable[[nn.Module], object]] = [
+        lambda module: module(x),
+        lambda module: module.embed_code(plain(x)[2]),
+        lambda module: module.embed_partial_code(plain(x)[2], 1, "add"),
+        lambda module: module.get_soft_codes(x),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls * 2:
+            expected, got = (call(module) for module in (naive, fast))
+            for mine, theirs in zip(
+                *([result] if isinstance(result, Tensor) else result for result in (got, expected)), strict=True
+            ):
+                assert close(mine, theirs)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == len(set(said)) and bool(said) == (change is not parametrized_codebook)
+    assert all("runs as published, and is not accelerated" in text for text in said)
+    assert not torch.equal(naive(x)[0], plain(x)[0])
+    if said:
+        lazy = rqgen.accelerate(fast, lazy_soft_codes=True)
+        with pytest.raises(ValueError, match=r"get_soft_codes: codebooks\.1.*, of which lazy soft codes know nothing"):
+            lazy.get_soft_codes(x)
+
+
+def test_a_subclass_is_not_passed_by() -> None:
+    naive = DoubledBottleneck(**LAYOUTS["shared"]).eval()
+    fast = rqgen.accelerate(copy.deepcopy(naive))
+    x = torch.randn(2, 4, 4, 6)
+    with pytest.warns(UserWarning, match="DoubledBottleneck overrides quantize of NaiveBottleneck: so quantize runs"):
+        assert close(fast(x)[0], naive(x)[0])
+    codes = naive(x)[2]
+    with pytest.warns(UserWarning, match="DoubledBottleneck overrides embed_code"):
+        assert close(fast.embed_code(codes), naive.embed_code(codes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast.get_soft_codes(x)  # not overridden
+
+
+def test_a_loss_of_a_subclass_is_not_passed_by() -> None:
+    class Weighted(NaiveTransformer):
+        def compute_loss(self, logits: Tensor, targets: Tensor, use_soft_target: bool = False) -> Tensor:
+            return 2 * super().compute_loss(logits, targets, use_soft_target)
+
+    quantizer = rqgen.accelerate(NaiveBottleneck(**LAYOUTS["shared"]).eval(), lazy_soft_codes=True)
+    transformer = rqgen.accelerate(Weighted((4, 4, 3), 40))
+    soft, codes = quantizer.get_soft_codes(torch.randn(2, 4, 4, 6))
+    logits = transformer(codes)
+    with pytest.raises(
+        ValueError, match=r"targets: got SoftCodes, but .*Weighted overrides compute_loss of NaiveTrans"
+    ):
+        transformer.compute_loss(logits, soft, use_soft_target=True)
+    transformer.compute_codebook_loss(logits, soft, use_soft_target=True)
+    assert transformer.compute_loss(logits, soft.materialize(), use_soft_target=True) > 0

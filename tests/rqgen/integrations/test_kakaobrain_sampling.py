@@ -212,3 +212,112 @@ def test_what_is_refused(published: Case) -> None:
     with pytest.raises(ValueError, match=r"^model\.vocab_size: sizes that differ by depth .* got \[48, 48, 24, 48\]"):
         rqgen.accelerate(odd)
     assert type(odd) is NaiveTransformer
+
+
+# --- what the weights do not tell
+
+
+class OwnLoop(NaiveTransformer):
+    def cached_forward(self) -> None:
+        raise AssertionError("the loop of the subclass ran")
+
+
+class Louder(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def layer_of(model: nn.Module) -> nn.Module:
+    return model.head_transformer.blocks.get_submodule("0").mlp
+
+
+def as_layers(model: nn.Module) -> nn.Module:
+    """Torch's layers in the places of the stand-in's bare parameters."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(("mlp.0", "mlp.2")):
+            layer = nn.Linear(*module.weight.shape[::-1], bias="bias" in module._parameters)
+            layer.load_state_dict(module.state_dict())
+            model.set_submodule(name, layer)
+        if name.endswith("ln1"):
+            norm = nn.LayerNorm(len(module.weight))
+            norm.load_state_dict(module.state_dict())
+            model.set_submodule(name, norm)
+    return model
+
+
+def louder(model: nn.Module) -> None:
+    layer = layer_of(model).get_submodule("0")
+    other = Louder(layer.in_features, layer.out_features)
+    other.load_state_dict(layer.state_dict())
+    layer_of(model).set_submodule("0", other)
+
+
+def own_forward(model: nn.Module) -> None:
+    layer_of(model).get_submodule("0").forward = lambda x: x
+
+
+def adapted(model: nn.Module) -> None:
+    layer_of(model).set_submodule("0", nn.Sequential(layer_of(model).get_submodule("0")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.classifier.register_forward_hook(lambda *_: None), "classifier has a forward hook"),
+        (lambda m: layer_of(m).register_forward_pre_hook(lambda *_: None), r"blocks\.0\.mlp has a forward pre-hook"),
+        (
+            lambda m: nn.utils.parametrizations.spectral_norm(layer_of(m).get_submodule("0")),
+            "has a parametrized weight",
+        ),
+        (own_forward, "mlp.0 has a forward of its own, set on the instance"),
+        (louder, "mlp.0 has its forward from Louder"),
+        (adapted, "mlp.0 is torch.nn.modules.container.Sequential and was torch.nn.modules.linear.Linear when acc"),
+        (lambda m: setattr(m.body_transformer.blocks.get_submodule("0").ln1, "eps", 1.0), "ln1 has eps=1.0 and not"),
+        (
+            lambda m: setattr(m, "cached_forward", lambda: NaiveTransformer.cached_forward(m)),
+            "a cached_forward of its own, set on the instance",
+        ),
+    ],
+)
+def test_a_changed_transformer_draws_as_published(published: Case, change: Any, message: str) -> None:
+    model = rqgen.accelerate(as_layers(copy.deepcopy(published.model)))
+    start, condition = torch.zeros_like(published.expected["codes"]), published.expected["cond"]
+    drawn = model.sample(start, published.tokenizer, condition, top_k=1)
+    assert torch.equal(drawn, published.expected["greedy"])
+    change(model)
+    with pytest.warns(UserWarning, match=f"{message}.*: so sample runs as published") as warned:
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="the published loop ran"):
+                model.sample(start, published.tokenizer, condition, top_k=1)
+    assert len(warned) == 1
+    model.sampling_precision = "int8"
+    with pytest.raises(ValueError, match=f"sampling_precision: 'int8' has packed weights alone.* but .*{message}"):
+        model.sample(start, published.tokenizer, condition)
+
+
+def test_a_loop_of_a_subclass_runs(published: Case) -> None:
+    model = OwnLoop(published.arch, published.state)
+    rqgen.accelerate(model)
+    start, condition = torch.zeros_like(published.expected["codes"]), published.expected["cond"]
+    with (
+        pytest.warns(UserWarning, match="OwnLoop overrides cached_forward of NaiveTransformer: so sample runs"),
+        pytest.raises(AssertionError, match="the loop of the subclass ran"),
+    ):
+        model.sample(start, published.tokenizer, condition)
+
+
+def test_hooks_of_all_modules(published: Case) -> None:
+    model = rqgen.accelerate(copy.deepcopy(published.model))
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.warns(UserWarning, match="torch calls a forward hook"), pytest.raises(AssertionError, match="loop"):
+            model.sample(torch.zeros_like(published.expected["codes"]), published.tokenizer, published.expected["cond"])
+    finally:
+        handle.remove()
+
+
+def test_copies_of_a_transformer_know_what_it_was(published: Case) -> None:
+    model = pickle.loads(pickle.dumps(rqgen.accelerate(as_layers(copy.deepcopy(published.model)))))
+    adapted(model)
+    with pytest.warns(UserWarning, match="mlp.0 is torch"), pytest.raises(AssertionError, match="loop ran"):
+        model.sample(torch.zeros_like(published.expected["codes"]), published.tokenizer, published.expected["cond"])

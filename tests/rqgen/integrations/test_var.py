@@ -410,3 +410,27 @@ def test_what_is_known_is_said() -> None:
         rqgen.accelerate(NaivePhis(1, 2))
     with pytest.raises(ValueError, match="lazy_soft_codes: no quantizer in NaiveQuantizer"):
         rqgen.accelerate(NaiveQuantizer(), lazy_soft_codes=True)
+
+
+def test_a_subclass_is_not_passed_by(alone: None) -> None:
+    class Doubled(NaiveQuantizer):
+        def f_to_idxBl_or_fhat(self, *args: object, **kwargs: object) -> list[Tensor]:
+            return [2 * found for found in super().f_to_idxBl_or_fhat(*args, **kwargs)]
+
+    naive = Doubled()
+    fast = rqgen.accelerate(copy.deepcopy(naive))
+    f = torch.randn(3, C, 4, 4)
+    with pytest.warns(UserWarning, match="Doubled overrides f_to_idxBl_or_fhat of NaiveQuantizer: so"):
+        got = fast.f_to_idxBl_or_fhat(f, True)
+    for mine, theirs in zip(got, naive.f_to_idxBl_or_fhat(f, True), strict=True):
+        assert close(mine, theirs)
+
+
+def test_hooks_on_what_is_called_count(alone: None) -> None:
+    naive = NaiveQuantizer()
+    fast = rqgen.accelerate(copy.deepcopy(naive))
+    for quantizer in (naive, fast):
+        quantizer.embedding.register_forward_hook(lambda module, inputs, output: 2 * output)
+        quantizer.quant_resi.qresi_ls[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    f = torch.randn(3, C, 4, 4)
+    assert close(fast(f)[0], naive(f)[0])

@@ -138,6 +138,39 @@ def test_replayed_positions_are_those_that_are_launched(captures: list[Any], set
     assert torch.cuda.current_stream().waited == [first["stream"]] * 3
 
 
+def test_other_weights_are_seen_behind_a_capture(captures: list[Any]) -> None:
+    """What is written to the captured memory, and other memory in its place."""
+    prior = make_prior()
+    sampler = CapturedSampler(prior, capture=True)
+    drawn = [draw(sampler)]
+    block = prior.spatial_transformer.blocks[1]
+
+    def to_other_memory() -> None:
+        block.mlp[0].weight = torch.nn.Parameter(torch.randn_like(block.mlp[0].weight))
+
+    for change, captured_anew in (
+        (lambda: block.mlp[2].weight.data.copy_(torch.randn_like(block.mlp[2].weight)), False),
+        (to_other_memory, True),
+        (lambda: prior.load_state_dict(make_prior().state_dict(), assign=True), True),
+    ):
+        before = len(captures)
+        change()
+        drawn.append(draw(sampler))
+        assert torch.equal(drawn[-1], draw(CapturedSampler(prior, capture=False)))
+        assert not torch.equal(drawn[-1], drawn[-2]) and (len(captures) > before) == captured_anew
+
+
+def test_the_modules_of_a_prior_are_called() -> None:
+    """At every position: whatever stands in for attention and blocks, and hooks on them."""
+    prior, called = make_prior(), []
+    for name, module in prior.named_modules():
+        if name.startswith("spatial_transformer") and not isinstance(module, (torch.nn.ModuleList, torch.nn.Dropout)):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    draw(CapturedSampler(prior, capture=False))
+    names = {name for name, module in prior.named_modules() if module._forward_hooks}
+    assert set(called) == names and all(called.count(name) == prior.positions for name in names)
+
+
 def test_a_look_at_the_device_is_found_in_a_capture(captures: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sample = rqkernels.sample_logits
     monkeypatch.setattr(

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rqgen.config import from_dict, to_dict
 from rqgen.models import RQTransformer, RQTransformerConfig, RQTransformerOutput, SoftLabels, prior_loss
-from rqgen.models.rqtransformer import PriorLoss
+from rqgen.models.rqtransformer import CodeClassifier, PriorLoss
 from rqgen.models.transformer import TransformerConfig
 
 K, C, W = 7, 5, 12
@@ -473,6 +475,81 @@ def test_the_loss_in_the_call_through_distributed_data_parallel(find_unused: boo
         assert torch.equal(parameter.grad, gradient)
 
 
+class OtherClassifier(nn.Module):
+    def __init__(self, inner: CodeClassifier) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, d: int | None = None) -> Tensor:
+        return 2 * self.inner(x, d)
+
+
+class LouderClassifier(CodeClassifier):
+    def forward(self, x: Tensor, d: int | None = None) -> Tensor:
+        return 2 * super().forward(x, d)
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
+
+
+def double_on_the_instance(prior: RQTransformer) -> None:
+    forward = prior.classifier.forward
+    prior.classifier.forward = lambda x, d=None: 2 * forward(x, d)
+
+
+def double_by_class(prior: RQTransformer) -> None:
+    state = prior.classifier.state_dict()
+    prior.classifier = LouderClassifier(W, K, 3, True)
+    prior.classifier.load_state_dict(state)
+
+
+def double_for_all(prior: RQTransformer) -> Any:
+    return register_module_forward_hook(
+        lambda module, inputs, output: 2 * output if isinstance(module, CodeClassifier) else None
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda prior: prior.classifier.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda prior: prior.classifier.register_forward_pre_hook(lambda module, inputs: (inputs[0].roll(1, -1),)),
+        lambda prior: setattr(prior, "classifier", OtherClassifier(prior.classifier)),
+        double_on_the_instance,
+        double_by_class,
+        double_for_all,
+        lambda prior: register_parametrization(prior.classifier, "weight", Half()),
+        lambda prior: prior.classifier.norm.register_forward_hook(lambda module, inputs, output: output.roll(1, -1)),
+    ],
+)
+def test_the_loss_in_the_call_is_that_of_the_classifier_as_it_is(change: Any) -> None:
+    prior = make_prior()
+    codes, labels = make_codes(prior), soft_labels(prior)
+    before = prior_loss(prior(codes, None, labels)).total
+    handle = change(prior)
+    try:
+        whole, fused = prior(codes), prior(codes, None, labels)
+    finally:
+        if change is double_for_all:
+            handle.remove()
+    assert fused.logits is None
+    expected = loss_and_gradients(prior, prior_loss(whole, **labels._asdict()))
+    got = loss_and_gradients(prior, prior_loss(fused))
+    assert not torch.isclose(expected[0], before, rtol=1e-3)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_classifier_whose_class_was_patched_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, forward = make_prior(), CodeClassifier.forward
+    codes, labels = make_codes(prior), soft_labels(prior)
+    monkeypatch.setattr(CodeClassifier, "forward", lambda self, x, d=None: 2 * forward(self, x, d))
+    expected = prior_loss(prior(codes), **labels._asdict()).total
+    torch.testing.assert_close(prior_loss(prior(codes, None, labels)).total, expected)
+
+
 def test_the_loss_in_the_call_compiled_in_one_graph() -> None:
     prior = make_prior(spatial=TransformerConfig(layers=1, heads=2), depth=TransformerConfig(layers=1, heads=2))
     codes, labels = make_codes(prior), soft_labels(prior)
@@ -536,6 +613,24 @@ def test_wrong_arguments_of_the_loss(arguments: dict[str, Any], message: str) ->
     arguments = {name: given.get(name, True) if value is True else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         prior_loss(output, **arguments)
+
+
+def test_targets_of_the_loss_are_codes_in_range() -> None:
+    output = RQTransformerOutput(torch.randn(3, 2, 3, 3, K), torch.randn(3, 2, 6))
+    codes, tokens = torch.zeros(3, 2, 3, 3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
+    prior_loss(output, codes=codes, condition=tokens)
+    for wrong in (-1, K):
+        with pytest.raises(IndexError, match=rf"codes: expected values in \[0, {K}\), got {wrong}"):
+            prior_loss(output, codes=codes.index_fill(0, torch.tensor(1), wrong), condition=tokens)
+    for wrong in (-1, 6):
+        with pytest.raises(IndexError, match=rf"condition: expected values in \[0, 6\), got {wrong}"):
+            prior_loss(output, codes=codes, condition=tokens.index_fill(0, torch.tensor(1), wrong))
+    for dtype in (torch.float32, torch.int32, torch.bool):
+        with pytest.raises(TypeError, match=f"codes: expected int64, got {dtype}"):
+            prior_loss(output, codes=codes.to(dtype), condition=tokens)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(TypeError, match=f"condition: expected int64, got {dtype}"):
+            prior_loss(output, codes=codes, condition=tokens.to(dtype))
 
 
 @pytest.mark.parametrize("arguments", [{"codes": torch.zeros(3, 2, 3, 3).long()}, {"tau": 0.7}, {"inplace": True}])

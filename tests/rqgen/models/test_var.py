@@ -107,6 +107,17 @@ def test_gradients_reach_all_but_what_the_tokenizer_gave(codes: list[torch.Tenso
     torch.testing.assert_close((loss.per_scale * tokens).sum() / TOKENS, loss.total.detach())
 
 
+def test_targets_of_the_loss_are_codes_in_range(codes: list[torch.Tensor]) -> None:
+    prior = make()
+    output = prior(codes, torch.tensor([0, 1]))
+    size = prior.config.quantizer.codebook_size
+    for wrong in (-1, size):
+        with pytest.raises(IndexError, match=rf"codes: expected values in \[0, {size}\), got {wrong}"):
+            var_loss(output, [*codes[:-1], codes[-1].index_fill(0, torch.tensor(1), wrong)])
+    with pytest.raises(TypeError, match=r"codes: expected int64, got torch\.float32"):
+        var_loss(output, [tokens.float() for tokens in codes])
+
+
 @pytest.mark.parametrize("depth", [16, 24])
 def test_presets_have_the_published_number_of_parameters(depth: int) -> None:
     config = VARConfig.preset(f"d{depth}", quantizer=quantizer_config(), code_dim=6, num_classes=3)

@@ -209,3 +209,16 @@ def test_two_processes_train_one_codebook(two_processes: Callable[[str], list[An
 
 if __name__ == "__main__":
     train_in_a_group(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+
+
+def test_a_parametrized_codebook_is_not_drawn_from_data() -> None:
+    class Half(torch.nn.Module):
+        def forward(self, codebook: torch.Tensor) -> torch.Tensor:
+            return 0.5 * codebook
+
+    quantizer = MultiScaleQuantizer(MultiScaleConfig(codebook_size=16, scales=[1, 2], refinements=1), 4)
+    value = quantizer.codebook.detach() * 0.5
+    torch.nn.utils.parametrize.register_parametrization(quantizer, "codebook", Half())
+    assert torch.equal(quantizer.fixed_tensors()["codebook"], value)
+    with pytest.raises(ValueError, match="quantizer: its codebook is parametrized"):
+        quantizer.train()(torch.randn(3, 4, 2, 2))

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rqkernels
-from rqgen.quantizers import QuantizerConfig, ResidualQuantizer
+from rqgen.config import from_dict, to_dict
+from rqgen.quantizers import QuantizerConfig, ResidualQuantizer, residual
 
 LAYOUTS = [
     pytest.param({"depth": 1}, id="vq"),
@@ -59,7 +62,10 @@ def naive_partial_sums(z: Tensor, quantizer: ResidualQuantizer) -> list[Tensor]:
         ("decay", 1.5),
         ("decay", -0.1),
         ("epsilon", -1.0),
+        ("epsilon", float("inf")),
         ("dead_code_threshold", float("nan")),
+        ("dead_code_threshold", float("inf")),
+        ("unused", "forget"),
         ("ema_update", "sometimes"),
         ("init", "guess"),
     ],
@@ -100,6 +106,42 @@ def test_commitment_gradient_in_training_too(mode: str) -> None:
     loss = quantizer(z).commitment_loss
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, z)[0], expected_gradient)
+
+
+@pytest.mark.parametrize("kind", ["commitment", "straight-through"])
+def test_derivatives_of_every_kind_and_order(kind: str) -> None:
+    """Of fixed codes: |z - Z^(d)|^2 is curved in z, and forward mode asks for no gradient beforehand."""
+    quantizer, z, along = make().eval(), torch.randn(6, 4), torch.randn(6, 4)
+    sums = naive_partial_sums(z, quantizer)
+
+    def ours(z: Tensor) -> Tensor:
+        output = quantizer(z)
+        return output.commitment_loss.sin() if kind == "commitment" else output.quantized.pow(3).sum()
+
+    def expected(z: Tensor) -> Tensor:
+        if kind == "commitment":
+            return torch.stack([(z - s).square().mean() for s in sums]).mean().sin()
+        return (sums[-1] + z - z.detach()).pow(3).sum()
+
+    def second_by_graph(function: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        return torch.autograd.grad((gradient * along).sum(), leaf)[0]
+
+    def tangent(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(z, along))).tangent
+
+    for derivative in (
+        second_by_graph,
+        tangent,
+        lambda function: torch.func.grad(function)(z),
+        lambda function: torch.func.jvp(function, (z,), (along,))[1],
+        lambda function: torch.func.hessian(function)(z),
+    ):
+        true = derivative(expected)
+        assert true.abs().max() > 1e-3
+        torch.testing.assert_close(derivative(ours), true)
 
 
 def test_straight_through_gradient_is_the_identity() -> None:
@@ -290,10 +332,180 @@ def test_restarts_with_a_codebook_per_depth_take_that_depths_residuals() -> None
         assert (fresh[:, None] == vectors[None]).all(-1).any(1).all()
 
 
-def test_a_threshold_that_no_batch_can_meet_is_told() -> None:
-    quantizer = make(init="random", restart_dead_codes=True, depth=1)
-    with pytest.warns(UserWarning, match="dead_code_threshold"):
-        quantizer(torch.randn(15, 4))
+@pytest.mark.parametrize(("threshold", "vectors", "needed"), [(1.0, 15, 16), (2.5, 39, 40)])
+def test_a_threshold_that_no_batch_can_meet_is_told(
+    threshold: float, vectors: int, needed: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    quantizer = make(init="random", restart_dead_codes=True, dead_code_threshold=threshold, depth=1)
+    expected = (
+        rf"{vectors} vectors per step cannot keep 16 codes at dead_code_threshold={threshold} \(that takes {needed}\)"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        quantizer(torch.randn(vectors, 4))
+    recwarn.clear()
+    quantizer(torch.randn(needed, 4))
+    assert not recwarn.list
+
+
+class Restarts:
+    """Counts how many codes are drawn by restarts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.drawn = 0
+        draw = residual.draw_vectors
+
+        def counted(vectors_nc: Tensor, count: int) -> Tensor:
+            self.drawn += count
+            return draw(vectors_nc, count)
+
+        monkeypatch.setattr(residual, "draw_vectors", counted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_higher_threshold_restarts_few_codes_and_costs_no_error(
+    layout: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 vectors for each of 64 codes: thresholds of 2 and 4, usual elsewhere, are far from what codes in use have."""
+    errors: dict[float, float] = {}
+    for threshold in (0.0, 0.5, 1.0, 2.0, 4.0):
+        errors[threshold] = 0.0
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            quantizer = make(
+                8,
+                codebook_size=64,
+                restart_dead_codes=True,
+                dead_code_threshold=threshold,
+                decay=0.95,
+                ema_update=mode,
+                **layout,
+            )
+            clusters = torch.randn(64, 8)
+
+            def batch(clusters: Tensor = clusters) -> Tensor:
+                return clusters[torch.randint(64, (1024,))] + 0.3 * torch.randn(1024, 8)
+
+            quantizer.initialize(batch())
+            found = []
+            with monkeypatch.context() as patch:
+                for step in range(60):
+                    if step == 30:
+                        restarts = Restarts(patch)
+                    z = batch()
+                    found.append((z - quantizer(z).quantized).square().mean().item())
+            assert restarts.drawn <= 30 * quantizer.config.depth  # of 64 in each of 30 steps and each update
+            assert sum(found[-10:]) < sum(found[:10])
+            errors[threshold] += sum(found[-10:])
+    for threshold, error in errors.items():
+        assert error < 1.1 * errors[0.0], (threshold, errors)
+
+
+@pytest.mark.parametrize("threshold", [0.25, 1, 2, 7.5])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5, 0.5])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_restarted_code_is_the_vector_and_as_alive_as_the_threshold_asks(
+    mode: str, epsilon: float, threshold: float
+) -> None:
+    quantizer = make(
+        depth=1,
+        init="random",
+        restart_dead_codes=True,
+        dead_code_threshold=threshold,
+        epsilon=epsilon,
+        ema_update=mode,
+    )
+    quantizer.codebook[4:] = 1e6
+    quantizer.ema_count[:4], quantizer.ema_count[4:] = 50.0, 0.5 * threshold
+    quantizer.ema_sum.copy_(quantizer.codebook * quantizer.ema_count[:, None])
+    before, z = quantizer.codebook.clone(), torch.randn(400, 4)
+    quantizer(z)
+    fresh = quantizer.codebook[4:]
+    assert (fresh[:, None] == z[None]).all(-1).any(1).all()  # whatever smoothing makes of other codes
+    count = max(1.0, threshold)
+    assert torch.equal(quantizer.ema_count[4:], torch.full((12,), count))
+    assert torch.equal(quantizer.ema_sum[4:], fresh * count)
+    assert (quantizer.ema_count[:4] > 20).all() and (before[:4] - quantizer.codebook[:4]).abs().max() < 1
+
+
+@pytest.mark.parametrize("init", ["data", "kmeans", "random"])
+@pytest.mark.parametrize(("restarts", "threshold", "count"), [(True, 3, 3.0), (True, 0.5, 1.0), (False, 3, 1.0)])
+def test_first_counts(init: str, restarts: bool, threshold: float, count: float) -> None:
+    quantizer = make(init=init, restart_dead_codes=restarts, dead_code_threshold=threshold, shared_codebook=False)
+    if init != "random":
+        quantizer.initialize(torch.randn(100, 4))
+    assert torch.equal(quantizer.ema_count, torch.full((3, 16), count))
+    assert torch.equal(quantizer.ema_sum, quantizer.codebook * count)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("threshold", [1.0, 3.0, 7.0])
+def test_codes_at_the_threshold_are_not_dead(threshold: float, decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by rounding either: 0.9 * 3 + 0.1 * 3 is less than 3 in float32."""
+    quantizer = make(depth=1, init="random", restart_dead_codes=True, dead_code_threshold=threshold, decay=decay)
+    z = quantizer.codebook.repeat(int(threshold), 1)
+    restarts = Restarts(monkeypatch)
+    for _ in range(50):
+        quantizer(z)
+    assert restarts.drawn == 0
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.0])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_unused_code(layout: dict[str, Any], mode: str, epsilon: float) -> None:
+    """Shrinks towards zero by the paper's formula, or stays where it is until it is used again."""
+    quantizers = {
+        unused: make(init="random", unused=unused, decay=0.5, epsilon=epsilon, ema_update=mode, **layout)
+        for unused in ("shrink", "keep")
+    }
+    z = torch.randn(200, 4)
+    for quantizer in quantizers.values():
+        quantizer.codebook[..., 8:, :] = 100.0 + torch.arange(8.0)[:, None]
+        quantizer.ema_sum.copy_(quantizer.codebook)
+    start = quantizers["keep"].codebook.clone()
+    for _ in range(200):  # the averaged counts are zero by then
+        for quantizer in quantizers.values():
+            quantizer(z)
+    kept, shrunk = (quantizers[unused].codebook[..., 8:, :] for unused in ("keep", "shrink"))
+    assert torch.equal(kept, start[..., 8:, :])
+    if epsilon:
+        assert shrunk.abs().max() < 10
+    else:
+        torch.testing.assert_close(shrunk, start[..., 8:, :])  # and not 0 / 0
+    for quantizer in quantizers.values():
+        assert quantizer.codebook.isfinite().all()
+    # Used again it moves to its vectors at once.
+    quantizer = quantizers["keep"]
+    quantizer(torch.full((50, 4), 110.0))
+    moved = quantizer.codebook[..., 15, :] if quantizer.codebook.ndim == 2 else quantizer.codebook[0, 15]
+    torch.testing.assert_close(moved, torch.full_like(moved, 110.0), rtol=1e-3, atol=0)
+
+
+def test_a_kept_code_can_die_and_restart() -> None:
+    quantizer = make(depth=1, init="random", unused="keep", restart_dead_codes=True, decay=0.9)
+    quantizer.codebook[8:] = 100.0 + torch.arange(8.0)[:, None]
+    quantizer.ema_count.fill_(2.0)
+    quantizer.ema_sum.copy_(2 * quantizer.codebook)
+    start = quantizer.codebook.clone()
+    for step in range(8):
+        quantizer(torch.randn(400, 4))
+        far = quantizer.codebook[8:]
+        assert torch.equal(far, start[8:]) if step < 6 else far.abs().max() < 10, step  # 2 * 0.9^7 < 1
+    assert quantizer.config.unused == "keep"
+
+
+def test_what_was_saved_before_there_was_a_choice_loads() -> None:
+    settings = to_dict(make().config)
+    assert settings.pop("unused") == "shrink"
+    assert from_dict(QuantizerConfig, settings, where="config.json") == make().config
+    names = ["codebook", "ema_count", "ema_sum", "initialized", "usage.current", "usage.previous", "usage.positions"]
+    assert list(make().state_dict()) == names
+    assert {tensor.dtype for tensor in make(dead_code_threshold=2).state_dict().values()} == {
+        torch.float32,
+        torch.bool,
+        torch.int64,
+    }
 
 
 # --- initialisation
@@ -512,3 +724,24 @@ def test_frozen_where_that_is_repaid_and_the_same_codes() -> None:
         assert frozen is None
     for other in (make(32, codebook_size=256, depth=1), make(32, codebook_size=256, shared_codebook=False), make(31)):
         assert other.freeze(10**9) is None
+
+
+def test_a_parametrized_codebook_is_searched_and_not_trained() -> None:
+    """Averages would be written to a value that is computed anew at every look."""
+
+    class Half(torch.nn.Module):
+        def forward(self, codebook: Tensor) -> Tensor:
+            return 0.5 * codebook
+
+    quantizer = ResidualQuantizer(QuantizerConfig(codebook_size=16, depth=2, init="random"), 4).eval()
+    expected, z = copy.deepcopy(quantizer), torch.randn(20, 4)
+    expected.codebook.mul_(0.5)
+    torch.nn.utils.parametrize.register_parametrization(quantizer, "codebook", Half())
+    codes = quantizer.encode(z)
+    assert torch.equal(codes, expected.encode(z))
+    assert torch.equal(quantizer.decode(codes), expected.decode(codes))
+    assert torch.equal(quantizer.to(torch.float32)(z).quantized, expected(z).quantized)
+    with pytest.raises(
+        ValueError, match="quantizer: its codebook is parametrized, and moving averages cannot be written"
+    ):
+        quantizer.train()(z)

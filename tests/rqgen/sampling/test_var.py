@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -213,6 +216,135 @@ def test_a_tokenizer_of_another_prior_is_refused(prior: VAR, vae: MultiScaleVQVA
         generate(prior, other, [0])
     with pytest.raises(TypeError, match="vae: expected an MultiScaleVQVAE, got VAR"):
         generate(prior, prior, [0])
+
+
+# --- what weights do not tell
+
+
+def mixed(module: Any, inputs: Any, output: Any) -> Any:
+    return output + 0.7 * output.roll(1, -1)
+
+
+class Adapted(torch.nn.Module):
+    """An adapter around a layer, with the attributes by which the layer's own would go on being read."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mixed(self, None, self.base_layer(x))
+
+
+class Bare(torch.nn.Module):
+    """Another layer, without a weight that could be asked for its dtype."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mixed(self, None, self.base_layer(x))
+
+
+class Sharper(VAR):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        return output._replace(logits=3 * output.logits)
+
+
+def hook_on(path: str) -> Any:
+    return lambda prior: prior.get_submodule(path).register_forward_hook(mixed)
+
+
+def replace(path: str, cls: type[torch.nn.Module]) -> Any:
+    return lambda prior: prior.set_submodule(path, cls(prior.get_submodule(path)))
+
+
+LINEAR = ("blocks.1.attention.qkv", "blocks.0.mlp.2", "blocks.1.modulation", "classifier", "word_embedding")
+PARTS = {
+    **{f"hook on {path}": hook_on(path) for path in (*LINEAR, "blocks.0", "level_embedding", "class_embedding")},
+    **{
+        f"{cls.__name__} {path}": replace(path, cls) for path in (*LINEAR, "level_embedding") for cls in (Adapted, Bare)
+    },
+}
+
+
+def assert_draws_what_it_computes(prior: VAR, vae: MultiScaleVQVAE, before: Tensor) -> None:
+    drawn = flat(generate(prior, vae, LABELS, seed=7, cfg_scale=2.0).codes)
+    expected = [draw_plainly(prior, label, i, seed=7, guidance=2.0) for i, label in enumerate(LABELS.tolist())]
+    assert torch.equal(drawn, torch.stack(expected)) and not torch.equal(drawn, before)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_that_are_changed_count(prior: VAR, vae: MultiScaleVQVAE, part: str) -> None:
+    before, changed = flat(generate(prior, vae, LABELS, seed=7, cfg_scale=2.0).codes), copy.deepcopy(prior)
+    PARTS[part](changed)
+    assert_draws_what_it_computes(changed, vae, before)
+
+
+def test_a_quantized_prior_is_drawn_from(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(prior, {torch.nn.Linear}, torch.qint8)
+    assert generate(quantized, vae, LABELS, seed=7).images.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook on all modules", "forward of its own", "subclass"])
+def test_a_prior_that_is_changed_as_a_whole_is_called_as_a_whole(
+    prior: VAR, vae: MultiScaleVQVAE, images: Tensor, kind: str
+) -> None:
+    def sharpen(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        return output._replace(logits=3 * output.logits) if isinstance(module, VAR) else None
+
+    before, changed = flat(generate(prior, vae, LABELS, seed=7, cfg_scale=2.0).codes), copy.deepcopy(prior)
+    with contextlib.ExitStack() as stack:
+        if kind == "hook":
+            changed.register_forward_hook(sharpen)
+        elif kind == "hook on all modules":
+            stack.callback(torch.nn.modules.module.register_module_forward_hook(sharpen).remove)
+        elif kind == "subclass":
+            changed = Sharper(prior.config, vae.quantizer).eval()
+            changed.load_state_dict(prior.state_dict())
+        else:
+            forward = changed.forward
+            changed.forward = lambda *inputs: sharpen(changed, None, forward(*inputs))
+        with pytest.warns(UserWarning, match="prior: it has forward hooks or a forward of its own") as warned:
+            assert_draws_what_it_computes(changed, vae, before)
+            edited = edit(changed, vae, images, lower_half(), LABELS[:3], seed=2)
+            assert edited.images.shape == images.shape
+            assert generate(changed, vae, num=2).images.shape == (2, *SHAPE)
+        assert len(warned) == 1
+        with pytest.raises(ValueError, match="smooth: mixtures of codes do not pass through forward"):
+            generate(changed, vae, LABELS, smooth=True)
+
+
+def test_the_tokenizer_s_refinements_are_its_own(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    """The prior has a copy of them, for what it sees; images are the tokenizer's."""
+    changed = copy.deepcopy(vae)
+    changed.quantizer.refinements[1].register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    drawn = generate(prior, changed, LABELS[:2], seed=7)
+    one_by_one = [changed.decode([maps[i : i + 1] for maps in drawn.codes]) for i in range(2)]
+    assert torch.equal(drawn.images, torch.cat(one_by_one))
+    for smooth in (False, True):
+        ours, theirs = (generate(prior, some, LABELS[:2], seed=7, smooth=smooth).images for some in (changed, vae))
+        assert not torch.equal(ours, theirs)
+
+
+def test_a_parametrized_quantizer_of_the_tokenizer(prior: VAR, vae: MultiScaleVQVAE) -> None:
+    """What codes stand for is its value; a prior carries that."""
+    changed = copy.deepcopy(vae)
+    torch.nn.utils.parametrizations.weight_norm(changed.quantizer.refinements[0])
+    torch.nn.utils.parametrize.register_parametrization(changed.quantizer, "codebook", torch.nn.Hardtanh())
+    with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
+        generate(prior, changed, LABELS)
+    other = VAR(prior.config, changed.quantizer)
+    assert torch.equal(other.quantizer.codebook, vae.codebooks.clamp(-1, 1))
+    drawn = generate(other, changed, LABELS[:1], seed=7)
+    assert torch.equal(drawn.images, changed.decode(drawn.codes))
 
 
 # --- editing

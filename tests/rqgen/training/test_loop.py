@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from rqgen.data import TensorItems
+from rqgen.models.changes import is_overridden
 from rqgen.models.transformer import TransformerConfig
 from rqgen.training import (
     LoopConfig,
@@ -210,6 +211,27 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [2, 4]
     assert {"learning_rate", "images_per_second", "codes_used/scale_1"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Images("sheet")] == [2, 4]
+
+
+def test_pictures_are_drawn_without_what_mixed_precision_sets(tmp_path):
+    """On the instance, where sampling would take it for a change of the model."""
+    seen = []
+
+    class Watching(LineStage):
+        def step(self, batch):
+            seen.append("forward" in self.model.__dict__)
+            return super().step(batch)
+
+        def pictures(self, model):
+            seen.append("forward" in model.__dict__)
+            return super().pictures(model)
+
+    config = loop_config(
+        steps=2, batch_size=4, tensorboard=True, image_every=1, checkpoint_every=0, mixed_precision="bf16"
+    )
+    result = train(Watching(), line_items(), config, tmp_path)
+    assert seen == [True, False, True, False]
+    assert not is_overridden(result.model, "forward")
 
 
 def test_progress_shows_loss_speed_and_time_left(tmp_path):

@@ -30,8 +30,9 @@ def build_rqvae(arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, wh
     """
     config = rqvae_config(arch, where=where)
     tensors = _translate(sketch(RQVAE, config, len(state_dict), where=where), state_dict, where=where)
-    model = RQVAE(config)
-    model.load_state_dict({**model.state_dict(), **tensors})
+    with torch.device("cpu"):  # whatever torch's default device is
+        model = RQVAE(config)
+        model.load_state_dict({**model.state_dict(), **tensors})
     return model
 
 

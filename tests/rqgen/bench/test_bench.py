@@ -7,16 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
-from rqgen.cli.bench import machine, sampling, systems
-from rqgen.cli.bench.published import PublishedSampling
-from rqgen.cli.bench.sampling import SamplingBench
+from rqgen.bench import machine, sampling, systems
+from rqgen.bench.published import PublishedSampling
+from rqgen.bench.sampling import SamplingBench
 from rqgen.models import RQTransformer, RQTransformerConfig
 from rqgen.models.captured import CapturedSampler
 from rqgen.models.sampler import cast_prior, make_sampler
 from rqgen.models.transformer import TransformerConfig
 from rqgen.sampling import Cost, sampling_cost
+from rqkernels import _measure
 
 SMALL = ["--width", 16, "--heads", 2, "--spatial-layers", 2, "--depth-layers", 1, "--codebook-size", 32]
+
+
+def quick_peaks(monkeypatch):
+    monkeypatch.setattr(_measure, "COPIED_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr(_measure, "PRODUCT_SIDE", {"cpu": 64})
 
 
 def small_prior(shape, **settings):
@@ -30,7 +36,7 @@ def small_prior(shape, **settings):
 
 def test_everything_is_measured_and_drawn(rqgen, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "IMAGE_SIDE", 16)
-    monkeypatch.setattr(machine, "COPIED", 1 << 10)
+    quick_peaks(monkeypatch)
     shapes = ["--shape", "2x2x2", "--shape", "4x4x1"]
     more = ["--batch", 1, "--batch", 3, "--precision", "fp32", "--precision", "int8", "--published", "--flat"]
     quick = ["--decoder-channels", 1, "--seconds", 0, "--device", "cpu", "--threads", 1]
@@ -38,7 +44,7 @@ def test_everything_is_measured_and_drawn(rqgen, tmp_path, monkeypatch):
     assert code == 0, err
     assert "AR" in out and "% of the floor" in out
     result = json.loads((tmp_path / "sampling.json").read_text())
-    assert result["machine"]["versions"]["torch"] and result["machine"]["threads"] == 1
+    assert result["environment"]["versions"]["torch"] and result["environment"]["threads"] == 1
     assert result["settings"]["codebook_size"] == 32 and result["peaks"]["copy_bytes_per_s"] > 0
     cases = result["cases"]
     contenders = [("rqgen", "fp32"), ("rqgen", "int8"), ("published formulation", "fp32")]
@@ -85,7 +91,7 @@ def test_contenders_as_a_gpu_has_them(monkeypatch):
     assert whole == 2 * short > 0
     assert [sampling._check_greedy(contender, prior) for contender in contenders[1::2]] == [1, 1]
     assert all(sampling._check_greedy(contender, prior) > 0.5 for contender in contenders[::2])
-    peaks = machine.Peaks(1e9, {"bf16": 1e9, "fp32": 1e9})
+    peaks = machine.Rates(1e9, {"bf16": 1e9, "fp32": 1e9})
     cases, missing = sampling._measure(bench, prior, 3, None, peaks)
     assert not missing and [case["weight_bytes"] for case in cases] == [short, whole, None, None]  # on the CPU, that is
 
@@ -108,7 +114,7 @@ def test_what_does_not_fit_into_the_memory_is_named(rqgen, tmp_path, monkeypatch
     original = PublishedSampling.draw
     monkeypatch.setattr(PublishedSampling, "draw", draw)
     monkeypatch.setattr(sampling, "peak_bytes", lambda call, device: call().nbytes)
-    monkeypatch.setattr(machine, "COPIED", 1 << 10)
+    quick_peaks(monkeypatch)
     options = ["--shape", "2x2x2", "--batch", 1, "--batch", 2, "--published", "--decoder-channels", 0, "--seconds", 0]
     code, out, err = rqgen("bench", "sampling", *SMALL, *options, "--device", "cpu", "--out", tmp_path)
     assert code == 0, err
@@ -123,35 +129,17 @@ def test_what_does_not_fit_into_the_memory_is_named(rqgen, tmp_path, monkeypatch
     ]
 
 
-def test_slow_calls_have_fewer_rounds(monkeypatch):
-    clock, calls = [0.0], []
-
-    def call(name, takes):
-        calls.append(name)
-        clock[0] += takes
-
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
-    takes = {"a": 1.0, "b": 4.0, "c": 30.0}
-    named = [lambda name=name, takes=takes: call(name, takes) for name, takes in takes.items()]
-    times = machine.interleaved_seconds(named, torch.device("cpu"), 24.0, warm_up=False)
-    assert [(time["median"], time["rounds"]) for time in times] == [(1.0, 8), (4.0, 2), (30.0, 1)]
-    assert "".join(calls) == "abcaaaabaaa"
-    assert machine.interleaved_seconds([], torch.device("cpu"), 1.0) == []
-    assert machine.interleaved_seconds(named[:1], torch.device("cpu"), 2.0)[0]["rounds"] == 2
-    assert "".join(calls)[11:] == "aaa"  # one to warm up
-
-
 @pytest.mark.parametrize(("batch", "floor_ms"), [(1, 84.0), (100, 1.02), (200, 0.60), (500, 0.42)])
 def test_the_floor_of_the_largest_preset_on_an_h100(batch, floor_ms):
     """Of a card that copies 3.0 TB/s and multiplies 790 TFLOP/s."""
     config = bench_of(precisions=[], preset="1.4B", codebook_size=16384).prior_config((8, 8, 4))
-    peaks = machine.Peaks(3.0e12, {"bf16": 790e12})
-    seconds = peaks.floor_seconds(sampling_cost(config, batch), "bf16")
+    peaks = machine.Rates(3.0e12, {"bf16": 790e12})
+    seconds = machine.floor_seconds(peaks, sampling_cost(config, batch), "bf16")
     assert 1e3 * seconds / batch == pytest.approx(floor_ms, rel=0.02)
 
 
 def test_three_systems_side_by_side(rqgen, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "COPIED", 1 << 10)
+    quick_peaks(monkeypatch)
     monkeypatch.setattr(systems, "CODES", {16: systems.Codes((1, 2, 4), (2, 2, 3), (4, 4, 1))})
     for name in ("RQ_DECODER_CHANNELS", "SCALES_DECODER_CHANNELS"):
         monkeypatch.setattr(systems, name, 1)
@@ -191,11 +179,11 @@ def test_three_systems_side_by_side(rqgen, tmp_path, monkeypatch):
 
 
 def test_the_floor_is_that_of_parts_one_after_another():
-    peaks = machine.Peaks(100.0, {"fp32": 10.0, "int8": 40.0})
+    peaks = machine.Rates(100.0, {"fp32": 10.0, "int8": 40.0})
     moving, computing = Cost(50, 25, 10, 10), Cost(1, 1, 300, 100)
-    assert peaks.floor_seconds([moving], "fp32") == 4 * 75 / 100
-    assert peaks.floor_seconds([moving, computing], "fp32") == 3 + 400 / 10
-    assert peaks.floor_seconds([moving, computing], "int8") == (50 + 4 * 25) / 100 + 400 / 40
+    assert machine.floor_seconds(peaks, [moving], "fp32") == 4 * 75 / 100
+    assert machine.floor_seconds(peaks, [moving, computing], "fp32") == 3 + 400 / 10
+    assert machine.floor_seconds(peaks, [moving, computing], "int8") == (50 + 4 * 25) / 100 + 400 / 40
 
 
 def test_mistakes(rqgen, tmp_path):

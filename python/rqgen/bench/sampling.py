@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.files import write_json
 from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from rqgen.models.captured import CapturedSampler
 from rqgen.models.sampler import PRECISIONS, cast_prior, make_sampler
@@ -20,15 +21,7 @@ from rqgen.quantizers import QuantizerConfig
 from rqgen.report import draw_sampling_speed
 from rqgen.sampling import sampling_cost
 
-from ..runs import write_json
-from .machine import (
-    Peaks,
-    describe_machine,
-    interleaved_seconds,
-    measure_peaks,
-    peak_bytes,
-    seconds,
-)
+from .machine import Peaks, Rates, Times, environment, floor_seconds, interleave, peak_bytes, time_call
 from .published import PublishedSampling
 
 CODE_DIM = 256
@@ -56,7 +49,7 @@ class SamplingBench:
         flat: also time a transformer over all T * D codes one by one, as the cost law has it.
         decoder_channels: base channels of the RQ-VAE decoder (128 as published); 0: none is timed.
         use_graphs: see `generate`.
-        seconds: time for the rounds of one shape and batch size, see `interleaved_seconds`.
+        seconds: time for the rounds of one shape and batch size, see `rqkernels._measure.interleave`.
     """
 
     shapes: list[tuple[int, int, int]]
@@ -128,11 +121,11 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
         RuntimeError: a contender whose greedy codes are not those of its weights.
     """
     configs = {shape: bench.prior_config(shape) for shape in bench.shapes}  # settings that do not fit: known at once
-    peaks = measure_peaks(device)
+    rates = Peaks(device).rates
     result: dict[str, Any] = {
-        "machine": describe_machine(device),
+        "environment": environment(device),
         "settings": asdict(bench),
-        "peaks": asdict(peaks),
+        "peaks": rates.described(),
         "cases": [],
         "out_of_memory": [],
         "cost_law": [],
@@ -140,14 +133,14 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
     out.mkdir(parents=True, exist_ok=True)
     for config in configs.values():
         # Shapes and batch sizes have calls of their own, so that nothing of one is left in memory for the next.
-        _run_shape(bench, config, peaks, result, out, device=device, console=console)
+        _run_shape(bench, config, rates, result, out, device=device, console=console)
     return result
 
 
 def _run_shape(
     bench: SamplingBench,
     config: RQTransformerConfig,
-    peaks: Peaks,
+    rates: Rates,
     result: dict[str, Any],
     out: Path,
     *,
@@ -174,7 +167,7 @@ def _run_shape(
                 codebook_size=bench.codebook_size,
                 budget=bench.seconds / 10,
             )
-        cases, missing = _measure(bench, prior, batch, decoder_ms[decoded], peaks)
+        cases, missing = _measure(bench, prior, batch, decoder_ms[decoded], rates)
         for case in cases:
             case["greedy_agreement"] = agreement[case["contender"], case["precision"]]
             result["cases"].append(case)
@@ -191,7 +184,7 @@ def _run_shape(
 
 
 def _measure(
-    bench: SamplingBench, prior: RQTransformer, batch: int, decoder_ms: float | None, peaks: Peaks
+    bench: SamplingBench, prior: RQTransformer, batch: int, decoder_ms: float | None, rates: Rates
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """What was measured of each contender; names and precisions of those that did not fit into the memory."""
     condition_bl, device = _conditions(prior, batch), prior.device
@@ -205,9 +198,9 @@ def _measure(
             missing.append((contender.name, contender.precision))
         del contender, call  # what does not fit must not stay
     # On a GPU the first call told the memory.
-    times = interleaved_seconds([call for _, call, _ in fitting], device, bench.seconds, warm_up=device.type != "cuda")
+    times = interleave([call for _, call, _ in fitting], device, bench.seconds, warm_up=device.type != "cuda")
     return [
-        {**_case(prior.config, contender, batch, time, decoder_ms, peaks), "peak_bytes": peak}
+        {**_case(prior.config, contender, batch, time, decoder_ms, rates), "peak_bytes": peak}
         for (contender, _, peak), time in zip(fitting, times, strict=True)
     ], missing
 
@@ -240,7 +233,7 @@ def _contenders(bench: SamplingBench, prior: RQTransformer) -> list[Contender]:
 
 def _ours(bench: SamplingBench, prior: RQTransformer, precision: str) -> Contender:
     made = []
-    prepare = seconds(lambda: made.append(make_sampler(prior, precision, bench.use_graphs)), prior.device)
+    prepare_ns, _ = time_call(lambda: made.append(make_sampler(prior, precision, bench.use_graphs)), prior.device)
     (sampler,) = made
 
     def draw(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -249,7 +242,7 @@ def _ours(bench: SamplingBench, prior: RQTransformer, precision: str) -> Contend
         return sampler.sample(condition_bl, known_btd, **{k: v * prior.depth for k, v in settings.items()}, seed=0)
 
     weights = _weight_bytes(sampler.prior) if isinstance(sampler, CapturedSampler) else None
-    return Contender("rqgen", precision, 1e3 * prepare, weights, draw)
+    return Contender("rqgen", precision, prepare_ns / 1e6, weights, draw)
 
 
 def _published(prior: RQTransformer, precision: str) -> Contender:
@@ -335,10 +328,10 @@ def rqvae_decoder_ms(
         codes = torch.randint(codebook_size, (batch, height, width, depth))
     try:
         with torch.no_grad():
-            (time,) = interleaved_seconds([lambda: vae.decode(codes)], device, budget)
+            (times,) = interleave([lambda: vae.decode(codes)], device, budget)
     except torch.OutOfMemoryError:
         return None
-    return 1e3 * time["median"] / batch
+    return times.median / 1e6 / batch
 
 
 # --- what is written ---------------------------------------------------------------------------------------
@@ -348,12 +341,12 @@ def _case(
     config: RQTransformerConfig,
     contender: Contender,
     batch: int,
-    time: dict[str, Any],
+    times: Times,
     decoder_ms: float | None,
-    peaks: Peaks,
+    rates: Rates,
 ) -> dict[str, Any]:
-    ar_ms = 1e3 * time["median"] / batch
-    floor_ms = 1e3 * peaks.floor_seconds(sampling_cost(config, batch), contender.precision) / batch
+    ar_ms = times.median / 1e6 / batch
+    floor_ms = 1e3 * floor_seconds(rates, sampling_cost(config, batch), contender.precision) / batch
     return {
         "shape": list(config.code_shape),
         "layers": [config.spatial.layers, config.depth.layers],
@@ -361,8 +354,8 @@ def _case(
         "contender": contender.name,
         "precision": contender.precision,
         "ar_ms_per_image": ar_ms,
-        "ar_ms_per_image_min_max": [1e3 * time[key] / batch for key in ("min", "max")],
-        "rounds": time["rounds"],
+        "ar_ms_per_image_min_max": [ns / 1e6 / batch for ns in (times.least, times.most)],
+        "rounds": len(times.samples),
         "prepare_ms": contender.prepare_ms,
         "weight_bytes": contender.weight_bytes,
         "floor_ms_per_image": floor_ms,
@@ -396,7 +389,7 @@ def _measure_flat(bench: SamplingBench, prior: RQTransformer, device: torch.devi
         partial(_ours(bench, model, precision).draw, _conditions(model, batch), bench.top_k, bench.top_p)
         for model in (prior, flat)
     ]
-    stacked_ms, flat_ms = (1e3 * time["median"] / batch for time in interleaved_seconds(calls, device, bench.seconds))
+    stacked_ms, flat_ms = (times.median / 1e6 / batch for times in interleave(calls, device, bench.seconds))
     return {
         "batch": batch,
         "precision": precision,

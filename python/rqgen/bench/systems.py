@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.files import write_json
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, RQTransformer, RQTransformerConfig, VARConfig
 from rqgen.models.sampler import PRECISIONS, make_sampler
 from rqgen.models.transformer import TransformerConfig
@@ -22,8 +23,7 @@ from rqgen.sampling import sampling_cost
 from rqgen.sampling.draw import DrawSettings
 from rqgen.sampling.scales import sample_scales
 
-from ..runs import write_json
-from .machine import describe_machine, interleaved_seconds, measure_peaks, peak_bytes
+from .machine import Peaks, environment, floor_seconds, interleave, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
 
 SCALE_CODE_DIM = 32
@@ -60,7 +60,7 @@ class SystemsBench:
         guidance: also time every system with this strength, in the first precision; None: no.
         decoder: also time the decoders of the published layouts.
         use_graphs: see `generate`.
-        seconds: time for the rounds of one batch size, see `interleaved_seconds`.
+        seconds: time for the rounds of one batch size, see `rqkernels._measure.interleave`.
     """
 
     image_side: int
@@ -124,15 +124,15 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
 
     Of every system: its codes, layers, parameters, steps, and the work that `sampling_cost` counts, per image of each
     batch size. Of every contender of a batch size, in turns: milliseconds per image of drawing codes, the floor (see
-    `Peaks.floor_seconds`), and the decoder's milliseconds per image.
+    `floor_seconds`), and the decoder's milliseconds per image.
     """
     configs = bench.configs()  # settings that do not fit: known at once
-    peaks = measure_peaks(device)
+    rates = Peaks(device).rates
     systems: list[dict[str, Any]] = []
     result: dict[str, Any] = {
-        "machine": describe_machine(device),
+        "environment": environment(device),
         "settings": asdict(bench),
-        "peaks": asdict(peaks),
+        "peaks": rates.described(),
         "systems": systems,
         "cases": [],
     }
@@ -150,21 +150,21 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
         calls = [contender.prepared(priors[contender.system], batch, bench.use_graphs) for contender in contenders]
         # The first call of each on a GPU: what a later one keeps from it would not be seen.
         needed = [peak_bytes(call, device) for call in calls]
-        times = interleaved_seconds(calls, device, bench.seconds, warm_up=device.type != "cuda")
+        times = interleave(calls, device, bench.seconds, warm_up=device.type != "cuda")
         for contender, time, peak in zip(contenders, times, needed, strict=True):
             config = configs[contender.system]
             decoded = contender.system, 1 if device.type == "cpu" else batch
             if decoded not in decoder_ms:
                 decoder_ms[decoded] = _decoder_ms(bench, config, decoded[1], device) if bench.decoder else None
-            ms, decoder = 1e3 * time["median"] / batch, decoder_ms[decoded]
+            ms, decoder = time.median / 1e6 / batch, decoder_ms[decoded]
             cost = sampling_cost(config, batch * (2 if contender.guidance else 1))
-            floor_ms = 1e3 * peaks.floor_seconds(cost, contender.precision) / batch
+            floor_ms = 1e3 * floor_seconds(rates, cost, contender.precision) / batch
             case = {
                 **contender._asdict(),
                 "batch": batch,
                 "ar_ms_per_image": ms,
-                "ar_ms_per_image_min_max": [1e3 * time[key] / batch for key in ("min", "max")],
-                "rounds": time["rounds"],
+                "ar_ms_per_image_min_max": [ns / 1e6 / batch for ns in (time.least, time.most)],
+                "rounds": len(time.samples),
                 "floor_ms_per_image": floor_ms,
                 "percent_of_floor": 100 * floor_ms / ms,
                 "decoder_ms_per_image": decoder,
@@ -254,8 +254,8 @@ def _decoder_ms(
         ).eval()
         latents = torch.randn(batch, config.code_dim, height, width)
     with torch.no_grad():
-        (time,) = interleaved_seconds([lambda: vae.decode_latents(latents)], device, budget)
-    return 1e3 * time["median"] / batch
+        (times,) = interleave([lambda: vae.decode_latents(latents)], device, budget)
+    return times.median / 1e6 / batch
 
 
 # --- what is written ---------------------------------------------------------------------------------------

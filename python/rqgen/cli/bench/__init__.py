@@ -1,1 +1,0 @@
-"""`rqgen bench`: how fast it is on this machine."""

@@ -1,0 +1,61 @@
+"""Images as tokenizers take them: the one rule for encoding, training, editing and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Images in [-1, 1] have a mean of |x| of at most 1, and what resizing, noise or a decoder adds is less than this. The
+# second bound is for images in 0..255 that are nearly black.
+_FARTHEST_MEAN, _FARTHEST_VALUE = 1.75, 8.0
+
+
+def check_images(images: Any, *, values: bool = True) -> None:
+    """Raises unless `images` are a floating-point tensor and, where `values` are looked at, about within [-1, 1]: of no
+    image may the mean of |x| exceed 1.75, nor any |x| exceed 8.
+
+    Values beyond [-1, 1] within these bounds are taken as they are; NaN and infinity are no matter of this check (what
+    a tokenizer makes of them has code -1). On a GPU this waits for the device, except in the capture of a graph.
+
+    Raises:
+        TypeError: no tensor, or another dtype; says how to convert it.
+        ValueError: values far outside [-1, 1]; says how to convert them.
+    """
+    if isinstance(images, np.ndarray):
+        raise TypeError(
+            f"images: expected a tensor (B, channels, height, width) in [-1, 1], got a numpy array of {images.dtype}; "
+            "convert it by torch.from_numpy(images), and (B, height, width, channels) in 0..255 by "
+            "torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1"
+        )
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: expected a floating-point tensor in [-1, 1], got {images.dtype}; convert 0..255 by "
+            "images / 127.5 - 1"
+        )
+    if not values or images.ndim < 2 or images.numel() == 0 or not _readable(images):
+        return
+    size = images.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs_().flatten(1)
+    if bool(((size.mean(dim=1) > _FARTHEST_MEAN) | (size.amax(dim=1) > _FARTHEST_VALUE)).any()):
+        finite = images.detach().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        raise ValueError(
+            f"images: expected values in [-1, 1], got {finite.min().item():g} .. {finite.max().item():g}; convert "
+            "0..255 by images / 127.5 - 1, 0..1 by images * 2 - 1"
+        )
+
+
+def check_some(images: Tensor) -> None:
+    """Raises ValueError for an empty batch: a loss is a mean over images, and codebooks learn from them."""
+    if len(images) == 0:
+        raise ValueError(f"images: expected at least one to train on, got shape {tuple(images.shape)}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not in a graph that is compiled or captured, nor without any (meta)."""
+    if tensor.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -1,0 +1,27 @@
+"""What the state of a quantizer must survive: casts of the model, and activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For `nn.Module._apply`: what `move` does, but for a change of dtype, of which only the change of device is left.
+
+    So `.half()`, `.bfloat16()`, `.double()` and `.to(dtype)` move a quantizer and leave it float32: averages with a
+    decay of 0.99 stand still in bfloat16, and a codebook that is rounded gives other codes.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = move(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
+
+
+def is_recomputed() -> bool:
+    """Whether a forward runs inside a backward pass, as `torch.utils.checkpoint` runs it for the second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
