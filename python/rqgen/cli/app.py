@@ -36,7 +36,7 @@ Overrides = Annotated[
 ]
 Config = Annotated[
     str | None,
-    typer.Option(help="A YAML file, or the name of a configuration shipped with the package. Default: for digits."),
+    typer.Option(help="A YAML file, or the name of a recipe shipped with the package. Default: the one for digits."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, logs and the trained model (model/).")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder.")]
@@ -80,12 +80,9 @@ def train_tokenizer(
     """Stage 1: a tokenizer learns to turn images into codes and back."""
     from rich.console import Console
 
-    from rqgen.config import load
-
     from . import runs
 
-    chosen = runs.find_system(system)
-    run = load(chosen.tokenizer_run, runs.find_config(config or chosen.config("tokenizer")), overrides or ())
+    run = runs.load_run(runs.find_system(system).tokenizer_run, config, overrides or ())
     runs.train_tokenizer(run, out, resume=resume, console=Console())
     typer.echo(f"tokenizer: {out / 'model'}")
 
@@ -98,15 +95,12 @@ def train_prior(
     out: Out = Path("runs/prior"),
     resume: Resume = False,
 ) -> None:
-    """Stage 2: a prior learns the codes of a trained tokenizer (tokenizer=FOLDER)."""
+    """Stage 2: a prior learns the codes of a trained tokenizer (tokenizer=FOLDER), by default on its images."""
     from rich.console import Console
-
-    from rqgen.config import load
 
     from . import runs
 
-    chosen = runs.find_system(system)
-    run = load(chosen.prior_run, runs.find_config(config or chosen.config("prior")), overrides or ())
+    run = runs.load_run(runs.find_system(system).prior_run, config, overrides or ())
     runs.train_prior(run, out, resume=resume, console=Console())
     typer.echo(f"prior: {out / 'model'}")
 
@@ -116,8 +110,9 @@ def encode(
     out: Annotated[Path, typer.Option(help="File to write (safetensors).")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="The images, such as source=folder folder=photos/."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="The images, such as folder=photos/ or source=digits."),
     ] = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file of such settings.")] = None,
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
     split: Annotated[str, typer.Option(help="train, held_out or all.")] = "all",
     batch_size: BatchSize = 64,
@@ -125,9 +120,10 @@ def encode(
     """Images to codes on disk."""
     from rqgen.data.codes import code_shape_in_words
 
+    from .settings import find_config
     from .transfer import encode_images
 
-    encoded = encode_images(tokenizer, out, overrides or (), split=split, batch_size=batch_size)
+    encoded = encode_images(tokenizer, out, find_config(config), overrides or (), split=split, batch_size=batch_size)
     typer.echo(f"{len(encoded.labels)} images as {code_shape_in_words(encoded.code_shape)}: {out}")
 
 
@@ -342,15 +338,20 @@ def convert_kakaobrain(
 def demo(
     overrides: Overrides = None,
     system: System = "rq",
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, both trainings and the samples.")] = 0,
+    config: Config = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of both trainings and the samples. Default: that of the settings, 0.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for figures, metrics.json and both models.")] = Path("runs/demo"),
 ) -> None:
     """Train both stages on handwritten digits and draw what they learned (a few minutes on two cores)."""
     from rich.console import Console
 
     from .demo import load_demo, run_demo
+    from .settings import find_config
 
-    metrics = run_demo(load_demo(seed, overrides or (), system=system), out, console=Console())
+    loaded = load_demo(seed, overrides or (), system=system, config=find_config(config))
+    metrics = run_demo(loaded, out, console=Console())
     typer.echo(
         f"held-out reconstruction error {metrics['reconstruction_mse']:.4f}; "
         f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the drawn ones "
@@ -375,14 +376,32 @@ def scaling(
     from rqgen.report import power_of_ten
 
     from .scaling import load_scaling, run_scaling
+    from .settings import find_config
 
-    result = run_scaling(
-        load_scaling(config, overrides or ()), out, tokenizer=tokenizer, resume=resume, console=Console()
-    )
+    loaded = load_scaling(find_config(config), overrides or (), tokenizer)
+    result = run_scaling(loaded, out, tokenizer=tokenizer, resume=resume, console=Console())
     for law in result["laws"]:
         beta = power_of_ten(law["log_beta"])
         typer.echo(f"{law['title']}: ({beta} N)^{law['alpha']:.4f}, correlation {law['correlation']:.4f}")
     typer.echo(f"table and figure of {len(result['members'])} sizes: {out / 'scaling.csv'}, {out / 'scaling.png'}")
+
+
+@app.command()
+def config(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[COMMAND] [KEY=VALUE]...",
+            help="train tokenizer (the default), train prior, encode, demo or scaling; then settings to change.",
+        ),
+    ] = None,
+    system: System = "rq",
+    config: Config = None,
+) -> None:
+    """Every setting of a command: its help, its default and its value, as a YAML file for --config."""
+    from .explain import explain
+
+    typer.echo(explain(words or [], system=system, config=config), nl=False)
 
 
 @app.command()

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 
-from rqgen.config import load, read_yaml
+from rqgen.config import Given, check_bounds, check_seeds, load, to_dict
 from rqgen.data import DigitImages, Split, open_dataset
 from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
 from rqgen.files import write_json
@@ -38,8 +38,8 @@ from .runs import (
     find_system,
     fit_prior,
     fit_tokenizer,
-    shipped_config,
 )
+from .settings import RECIPES
 
 # Held-out digits in reconstructions.png.
 SHOWN = 30
@@ -56,13 +56,21 @@ class SamplingConfig:
     count: int = 500
     """Equally many of every class."""
     temperature: float = 1.0
+    """What logits are divided by."""
     top_k: int | None = None
+    """Only the k likeliest codes."""
     top_p: float | None = None
+    """Only the likeliest codes of this total mass."""
     cfg_scale: float | None = None
+    """Strength of classifier-free guidance."""
     batch_size: int = 250
+    """Images drawn at once."""
     seed: int = 0
+    """The same seed gives the same images."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, count=(0, 10**6), batch_size=(1, 2**24), top_k=(1, 2**24))
+        check_seeds(self, "seed")
         if self.count < 100 or self.count % 10:
             raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
 
@@ -76,9 +84,18 @@ class SamplingConfig:
 class DemoConfig:
     """Both training runs, which must read the same split of the same images, and the drawing."""
 
+    recipe: ClassVar[str] = "demo"
     tokenizer: TokenizerRun = field(default_factory=TokenizerRun)
+    """Stage 1."""
     prior: PriorRun = field(default_factory=PriorRun)
+    """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the judged images are drawn."""
+
+    @classmethod
+    def implied(cls, given: Given[Any]) -> dict[str, Any]:
+        """Both stages read the same images."""
+        return {"prior": {"data": to_dict(given.read("tokenizer.data"))}}
 
     def __post_init__(self) -> None:
         check_one_split(self.tokenizer.data, self.prior.data)
@@ -90,28 +107,26 @@ class DemoConfig:
 class VARDemoConfig(DemoConfig):
     """The same for VAR."""
 
+    recipe: ClassVar[str] = "var_demo"
     tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
+    """Stage 1."""
     prior: VARPriorRun = field(default_factory=VARPriorRun)
+    """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
 
 
-# Of each system the settings, and the shipped configuration of them.
-DEMOS = {"rq": (DemoConfig, "demo"), "var": (VARDemoConfig, "var_demo")}
+# The settings of each system.
+DEMOS = {"rq": DemoConfig, "var": VARDemoConfig}
 
 
-def load_demo(seed: int, overrides: Sequence[str] = (), *, system: str = "rq") -> DemoConfig:
+def load_demo(
+    seed: int | None, overrides: Sequence[str] = (), *, system: str = "rq", config: Path | None = None
+) -> DemoConfig:
     """The shipped digits recipes, short of what a demo can do without (checkpoints, TensorBoard files), with
     one seed for both trainings and the drawing; then ``overrides``. The split is not drawn anew: figures of different
     seeds are of the same held-out digits."""
-    stages = ("tokenizer", "prior")
-    seeds = [f"{stage}.loop.seed={seed}" for stage in stages]
-    chosen = find_system(system)
-    settings, config = DEMOS[chosen.name]
-    return load(
-        settings,
-        shipped_config(config),
-        [*seeds, f"sampling.seed={seed}", *overrides],
-        defaults={stage: read_yaml(shipped_config(chosen.config(stage))) for stage in stages},
-    )
+    parts = ("tokenizer.loop", "prior.loop", "sampling")
+    seeds = [] if seed is None else [f"{part}.seed={seed}" for part in parts]
+    return load(DEMOS[find_system(system).name], config, [*seeds, *overrides], recipes=RECIPES)
 
 
 def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:

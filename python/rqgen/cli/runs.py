@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.config import to_dict
+from rqgen.config import Given, given, to_dict, to_yaml
 from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid, open_dataset, read_codes
+from rqgen.files import write_text
 from rqgen.models import (
     RQVAE,
     VAR,
@@ -29,6 +27,7 @@ from rqgen.models import (
     load_pretrained,
 )
 from rqgen.models.classes import names_of_classes, number_of_classes
+from rqgen.quantizers.multiscale import scales_up_to
 from rqgen.sampling import generate
 from rqgen.training import (
     LoopConfig,
@@ -38,11 +37,14 @@ from rqgen.training import (
     TrainingResult,
     VARPriorConfig,
     VARStage,
+    check_memory,
     latest_checkpoint,
     prior_data,
     train,
     var_prior_items,
 )
+
+from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_other_split
 
 logger = logging.getLogger(__name__)
 
@@ -53,36 +55,87 @@ PREVIEW_COLUMNS, PREVIEW_CLASSES = 8, 10
 class TokenizerRun:
     """`rqgen train tokenizer`."""
 
+    recipe: ClassVar[str] = "digits_tokenizer"
     data: DataConfig = field(default_factory=DataConfig)
+    """The images; ``model`` follows their size and channels."""
     model: RQVAEConfig = field(default_factory=RQVAEConfig)
+    """The tokenizer."""
     loop: LoopConfig = field(default_factory=LoopConfig)
+    """The training."""
+
+    @classmethod
+    def implied(cls, given: Given[Any]) -> dict[str, Any]:
+        """The model takes images as ``data`` has them."""
+        data = given.read("data")
+        implied = {"image_channels": data.channels}
+        if not given.has("model.resolution"):
+            _feature_side(given, data)
+            implied["resolution"] = data.resolution
+        return {"model": implied}
 
 
 @dataclass
 class PriorRun:
     """`rqgen train prior`."""
 
+    recipe: ClassVar[str] = "digits_prior"
     tokenizer: Path = Path("runs/tokenizer/model")
-    """The folder of the trained tokenizer."""
+    """The folder of the trained tokenizer: the one with config.json and model.safetensors."""
     codes: Path | None = None
     """Learn from codes that `rqgen encode` wrote and not from images; ``data`` is then not read."""
     data: DataConfig = field(default_factory=DataConfig)
+    """The images. What is not given is as the tokenizer had it, flips and shifts aside."""
     prior: PriorConfig = field(default_factory=PriorConfig)
+    """The prior, and what it learns."""
     loop: LoopConfig = field(default_factory=LoopConfig)
+    """The training."""
 
 
 @dataclass
 class VARTokenizerRun(TokenizerRun):
     """`rqgen train tokenizer --system var`."""
 
+    recipe: ClassVar[str] = "digits_var_tokenizer"
     model: MultiScaleVQVAEConfig = field(default_factory=MultiScaleVQVAEConfig)
+    """The tokenizer."""
+
+    @classmethod
+    def implied(cls, given: Given[Any]) -> dict[str, Any]:
+        """The model takes images as ``data`` has them; token maps are those published for the next larger images."""
+        data = given.read("data")
+        implied: dict[str, Any] = {"image_channels": data.channels}
+        if not given.has("model.quantizer.scales"):
+            side = _feature_side(given, data)
+            try:
+                implied["quantizer"] = {"scales": scales_up_to(side)}
+            except ValueError as error:
+                raise given.error(
+                    "data.resolution", f"{data.resolution} needs model.quantizer.scales: {error}"
+                ) from error
+        return {"model": implied}
 
 
 @dataclass
 class VARPriorRun(PriorRun):
     """`rqgen train prior --system var`."""
 
+    recipe: ClassVar[str] = "digits_var_prior"
     prior: VARPriorConfig = field(default_factory=VARPriorConfig)
+    """The prior, and what it learns."""
+
+
+def _feature_side(given: Given[Any], data: DataConfig) -> int:
+    """Side of a tokenizer's feature map for images of ``data``."""
+    levels = len(given.read("model.channel_multipliers"))
+    stride = 2 ** min(max(levels - 1, 0), 32)
+    if data.resolution % stride:
+        below = data.resolution // stride * stride
+        raise given.error(
+            "data.resolution",
+            f"expected a multiple of {stride}, as the model has {levels} levels (model.channel_multipliers), "
+            f"such as {below or stride} or {below + stride if below else 2 * stride}; got {data.resolution}",
+        )
+    return data.resolution // stride
 
 
 def _rq_prior(
@@ -123,10 +176,6 @@ class System:
     prior_stage: Callable[[Any, Any, Any], tuple[Any, ImageDataset | TensorItems]]
     """(run, tokenizer, images or codes) -> the stage with a new prior, and what it learns from."""
 
-    def config(self, stage: str) -> str:
-        """The name of the shipped recipe for digits; stage is "tokenizer" or "prior"."""
-        return f"digits_{stage}" if self.name == "rq" else f"digits_{self.name}_{stage}"
-
 
 SYSTEMS = {
     "rq": System("rq", RQVAE, RQTransformer, TokenizerRun, PriorRun, _rq_prior),
@@ -157,23 +206,6 @@ def load_model(option: str, folder: Path) -> Any:
     return model
 
 
-def shipped_config(name: str) -> Path:
-    """A configuration that comes with the package, by its name without ".yaml"."""
-    folder = Path(str(resources.files("rqgen.cli"))) / "configs"
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"shipped ones: {', '.join(names)}"
-        raise FileNotFoundError(f"config: no file and no shipped configuration is called '{name}'; {hint}")
-    return folder / f"{name}.yaml"
-
-
-def find_config(given: str) -> Path:
-    """A path to a YAML file, or the name of a shipped configuration."""
-    path = Path(given)
-    return path if path.is_file() or path.suffix in (".yaml", ".yml") else shipped_config(given)
-
-
 def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfig) -> None:
     """Raises ValueError where images of ``data`` are not what ``model`` takes."""
     if model.image_shape != (data.resolution, data.resolution):
@@ -189,8 +221,12 @@ def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfi
 
 def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
     """Raises ValueError where the two stages would not hold out the same images."""
-    if tokenizer != prior:
-        raise ValueError("prior.data: expected the same settings as tokenizer.data: one split for both")
+    for name, ours in to_dict(prior).items():
+        if ours != (theirs := to_dict(tokenizer)[name]):
+            raise ValueError(
+                f"prior.data.{name}: {ours}, but tokenizer.data.{name} is {theirs}: expected the same settings, "
+                "one split for both"
+            )
 
 
 def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Console | None) -> None:
@@ -203,12 +239,7 @@ def train_tokenizer(run: TokenizerRun, out: Path, *, resume: bool, console: Cons
 
 def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | None) -> None:
     """Trains a prior for the tokenizer at ``run.tokenizer`` and saves it as ``out/model``."""
-    system, vae = _system_of(run), load_pretrained(run.tokenizer)
-    if not isinstance(vae, system.tokenizer):
-        raise ValueError(
-            f"tokenizer: --system {system.name} expects a {system.tokenizer.model_type}, "
-            f"got a {vae.model_type} in {run.tokenizer}"
-        )
+    vae = _read_tokenizer(type(run), run.tokenizer)
     if run.codes is None:
         check_images_fit(run.data, vae.config)
     checkpoint = _prepare_folder(out, to_dict(run), resume)
@@ -216,15 +247,47 @@ def train_prior(run: PriorRun, out: Path, *, resume: bool, console: Console | No
     result.model.save_pretrained(out / "model")
 
 
+def load_run(
+    cls: type[TokenizerRun] | type[PriorRun], config: str | None, overrides: Sequence[str]
+) -> TokenizerRun | PriorRun:
+    """The settings of a training: a file or shipped recipe (None: that of digits), then ``overrides``. What is not said
+    of a prior's images is as its tokenizer had it, see `data_of_tokenizer`."""
+    settings = given(cls, find_config(config), overrides, recipes=RECIPES)
+    if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
+        return settings.build()
+    for part in ("prior", "loop"):
+        settings.read(part)  # refuses what is wrong here before a large file is read
+    folder = settings.read("tokenizer")
+    vae = _read_tokenizer(cls, folder)
+    run = settings.build({"data": data_of_tokenizer(vae, settings, "data.", folder)}, where=str(folder))
+    warn_of_other_split(run.data, vae, folder)
+    return run
+
+
+def _read_tokenizer(cls: type[PriorRun], folder: Path) -> RQVAE | MultiScaleVQVAE:
+    """The trained tokenizer at ``folder``. ValueError for one that the run's system has no use for."""
+    system = next(system for system in SYSTEMS.values() if system.prior_run is cls)
+    vae = load_pretrained(folder)
+    if not isinstance(vae, system.tokenizer):
+        raise ValueError(
+            f"tokenizer: --system {system.name} expects a {system.tokenizer.model_type}, "
+            f"got a {vae.model_type} in {folder}"
+        )
+    return vae  # type: ignore[return-value]
+
+
 def fit_tokenizer(
     run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
 ) -> TrainingResult[RQVAE] | TrainingResult[MultiScaleVQVAE]:
     """Trains from scratch, or from the checkpoint ``resume``; writes what ``run.loop`` asks for to
     ``folder``."""
+    tokenizer = _system_of(run).tokenizer
+    check_memory("model", lambda: tokenizer(run.model))
     images = open_dataset(run.data, "train")
     set_seed(run.loop.seed)
-    model = replace(run.model, class_names=images.class_names)
-    stage = TokenizerStage(_system_of(run).tokenizer(model), _examples(run.data, images))
+    model = tokenizer(replace(run.model, class_names=images.class_names))
+    model.data = to_dict(run.data)
+    stage = TokenizerStage(model, _examples(run.data, images))
     return train(stage, images, run.loop, folder, description=to_dict(run), resume=resume, console=console)
 
 
@@ -238,10 +301,17 @@ def fit_prior(
 ) -> TrainingResult[RQTransformer] | TrainingResult[VAR]:
     """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
+    system = _system_of(run)
+    try:
+        wanted = run.prior.model_config(vae, len(source.class_names))
+    except ValueError as error:
+        raise ValueError(f"prior: {error}") from error
+    check_memory("prior", lambda: system.prior(wanted))
     vae.to(default_device())
     # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
     set_seed(run.loop.seed)
-    stage, items = _system_of(run).prior_stage(run, vae, source)
+    stage, items = system.prior_stage(run, vae, source)
+    stage.model.data = None if run.codes is not None else to_dict(run.data)
     # A class folder more or less would give labels another meaning in the middle of a run.
     description = {**to_dict(run), "class_names": list(source.class_names)}
     return train(stage, items, run.loop, folder, description=description, resume=resume, console=console)
@@ -255,7 +325,7 @@ def _prepare_folder(out: Path, description: dict[str, Any], resume: bool) -> Pat
     if checkpoint is None and resume:
         raise FileNotFoundError(f"--resume: no checkpoint in {out / 'checkpoints'}")
     out.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(description), out / "config.yaml")
+    write_text(to_yaml(description), out / "config.yaml")
     return checkpoint
 
 

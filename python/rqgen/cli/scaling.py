@@ -10,13 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 
 from rqgen.bench.machine import environment
-from rqgen.config import load, read_yaml, to_dict
+from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
 from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
@@ -26,16 +26,14 @@ from rqgen.report import draw_scaling
 from rqgen.training import VARPriorConfig, latest_checkpoint, refuse_other_run
 
 from .runs import (
-    SYSTEMS,
     VARPriorRun,
     VARTokenizerRun,
     check_images_fit,
     check_one_split,
-    find_config,
     fit_prior,
     fit_tokenizer,
-    shipped_config,
 )
+from .settings import RECIPES, data_of_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +52,20 @@ DECIDED = ("preset", "embed_dim", "layers", "heads", "drop_path")
 class ScalingConfig:
     """A family of priors on one tokenizer: all see the same batches in the same order, and as many."""
 
+    recipe: ClassVar[str] = "digits_scaling"
     depths: list[int] = field(default_factory=lambda: [2, 3, 4, 6])
     """Each N is a VAR of the published shape "dN": N layers of width 64 N, N heads, drop path 0.1 N / 24."""
     tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
     """Trained first, where no trained one is given."""
     prior: VARPriorRun = field(default_factory=VARPriorRun)
-    """Of every member; ``prior.tokenizer`` is not read. The learning rate is that of depth 1, width 64: depth N has it
+    """Of every member; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read. The learning
+    rate is that of depth 1, width 64: depth N has it
     divided by N, as wider layers need smaller steps."""
+
+    @classmethod
+    def implied(cls, given: Given[Any]) -> dict[str, Any]:
+        """Both stages read the same images."""
+        return {"prior": {"data": to_dict(given.read("tokenizer.data"))}}
 
     def __post_init__(self) -> None:
         if len(set(self.depths)) != len(self.depths):
@@ -86,15 +91,14 @@ class ScalingConfig:
         return replace(self.prior, prior=prior, loop=replace(self.prior.loop, optimizer=optimizer))
 
 
-def load_scaling(config: str | None, overrides: Sequence[str] = ()) -> ScalingConfig:
-    """A configuration by name or path (None: digits_scaling), above the shipped tokenizer for digits; then
-    ``overrides``."""
-    return load(
-        ScalingConfig,
-        find_config(config or "digits_scaling"),
-        overrides,
-        defaults={"tokenizer": read_yaml(shipped_config(SYSTEMS["var"].config("tokenizer")))},
-    )
+def load_scaling(config: Path | None, overrides: Sequence[str] = (), tokenizer: Path | None = None) -> ScalingConfig:
+    """The settings of a file (None: the shipped recipe for digits), then ``overrides``. The images follow the trained
+    ``tokenizer``, where there is one."""
+    settings = given(ScalingConfig, config, overrides, recipes=RECIPES)
+    if tokenizer is None:
+        return settings.build()
+    vae = MultiScaleVQVAE.from_pretrained(tokenizer)
+    return settings.build({"prior": {"data": data_of_tokenizer(vae, settings, "prior.data.", tokenizer)}})
 
 
 def run_scaling(

@@ -9,9 +9,9 @@ from typing import get_args
 
 import torch
 
-from rqgen.config import load, to_dict
+from rqgen.config import to_dict
 from rqgen.convert import load_kakaobrain, load_var
-from rqgen.data import DataConfig, EncodedImages, Split, image_grid, open_dataset, save_image, write_codes
+from rqgen.data import EncodedImages, Split, image_grid, open_dataset, save_image, write_codes
 from rqgen.data.codes import check_codes_name, code_fingerprint
 from rqgen.data.grid import check_image_name, grid_size
 from rqgen.models import VAR, RQTransformer
@@ -20,26 +20,22 @@ from rqgen.sampling import generate
 from rqgen.training import encode_dataset
 
 from .runs import check_images_fit, load_model
+from .settings import load_encoding
 
 # Pixels of a sheet for each of an image's, along each side.
 _SHEET_SCALE = 2
 
 
 def encode_images(
-    tokenizer: Path, out: Path, overrides: Sequence[str], *, split: str, batch_size: int
+    tokenizer: Path, out: Path, config: Path | None, overrides: Sequence[str], *, split: str, batch_size: int
 ) -> EncodedImages:
-    """Encodes every image of a split and writes the codes. ``overrides`` are `DataConfig` settings;
-    resolution and channels are the tokenizer's unless given."""
+    """Encodes every image of a split and writes the codes. ``config`` and ``overrides`` are `DataConfig` settings, see
+    `load_encoding`."""
     if split not in get_args(Split):
         raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got '{split}'")
     check_codes_name(out, "--out")
     vae = load_model("tokenizer", tokenizer)
-    data = load(
-        DataConfig,
-        None,
-        overrides,
-        defaults={"resolution": vae.config.image_shape[0], "channels": vae.config.image_channels},
-    )
+    data = load_encoding(vae, tokenizer, config, overrides)
     check_images_fit(data, vae.config)
     images = open_dataset(data, split)  # type: ignore[arg-type]
     codes, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True)

@@ -11,17 +11,17 @@ from __future__ import annotations
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from rqgen.config import did_you_mean
+from rqgen.config import Given, check_bounds, check_seeds, did_you_mean
 
 from .pictures import Picture, PictureError, open_picture, parse_colour
 
@@ -47,13 +47,15 @@ class DataConfig:
     """
 
     source: Literal["digits", "photos", "folder"] = "digits"
+    """scikit-learn's handwritten digits, random crops of its two photographs, or a folder of images."""
     folder: Path | None = None
-    """The folder of images, for source "folder": its sub-folders are the classes."""
+    """The folder of images, for source "folder" (which follows from it): its sub-folders are the classes."""
     classes: list[str] | None = None
     """Only these classes, numbered in this order (None: all, in the order of their names)."""
     resolution: int = 32
-    channels: int = 1
-    """1 (grey) or 3 (colour)."""
+    """Side of the square images in pixels. A tokenizer's model follows."""
+    channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (colour). None: 1 for digits, 3 for photographs and folders. A tokenizer's model follows."""
     fit: Literal["crop", "enlarge", "exact"] = "crop"
     """Folder images of another size: "crop" shrinks the shorter side and takes the centre, and refuses
     smaller images; "enlarge" accepts those too; "exact" refuses every other size."""
@@ -62,7 +64,9 @@ class DataConfig:
     on_broken: Literal["fail", "skip"] = "fail"
     """An image file that cannot be decoded ends the run, or is named and left out."""
     held_out_fraction: float = 1 / 6
+    """The share of every class that trains nothing."""
     split_seed: int = 0
+    """Of the split, and of random crops, flips and shifts."""
     horizontal_flip: bool = False
     """Mirror half of the training images."""
     shift: int = 0
@@ -73,17 +77,25 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise ValueError(f"resolution: expected a positive number of pixels, got {self.resolution}")
+        # Digits are enlarged from 8x8 and kept in memory, all of them.
+        check_bounds(self, resolution=(1, 512 if self.source == "digits" else 16384), crops_per_epoch=(1, 10**7))
+        check_seeds(self, "split_seed")
+        if self.channels is None:
+            self.channels = 1 if self.source == "digits" else 3
         if self.channels not in (1, 3):
             raise ValueError(f"channels: expected 1 (grey) or 3 (colour), got {self.channels}")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction: expected 0 <= fraction < 1, got {self.held_out_fraction}")
         if not 0 <= self.shift < self.resolution:
             raise ValueError(f"shift: expected 0 <= shift < resolution ({self.resolution}), got {self.shift}")
-        if self.crops_per_epoch < 1:
-            raise ValueError(f"crops_per_epoch: expected at least 1, got {self.crops_per_epoch}")
         parse_colour(self.background)
         if (self.source == "folder") != (self.folder is not None):
             raise ValueError(f"folder: expected a path for source 'folder' and none otherwise, got {self.folder}")
+
+    @classmethod
+    def implied(cls, given: Given[DataConfig]) -> dict[str, Any]:
+        """Whoever gives a folder means it."""
+        return {"source": "folder"} if given.read("folder") is not None else {}
 
 
 class ImageDataset(ABC):
@@ -103,11 +115,12 @@ class ImageDataset(ABC):
 
 def open_dataset(config: DataConfig, split: Split) -> ImageDataset:
     """The images of one split. Raises FileNotFoundError or ValueError where there is nothing to read."""
-    if config.source == "digits":
-        return DigitImages(config, split)
-    if config.source == "photos":
-        return PhotoCrops(config, split)
-    return FolderImages(config, split)
+    kinds: dict[str, Callable[[DataConfig, Split], ImageDataset]]
+    kinds = {"digits": DigitImages, "photos": PhotoCrops, "folder": FolderImages}
+    dataset = kinds[config.source](config, split)
+    if split == "train" and len(dataset) == 0:
+        raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")
+    return dataset
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: Split) -> list[int]:
@@ -140,9 +153,9 @@ class DigitImages(ImageDataset):
         enlarged = [
             np.asarray(Image.fromarray(small_nhw[indices[i]]).resize(size, Image.Resampling.LANCZOS)) for i in keep
         ]
-        images_n1hw = torch.from_numpy(np.stack(enlarged)).clamp_(-1, 1).unsqueeze(1)
+        images_n1hw = torch.from_numpy(np.reshape(enlarged, (-1, 1, *size)).astype(np.float32)).clamp_(-1, 1)
         self.images = images_n1hw.expand(-1, config.channels, -1, -1).contiguous()
-        self.labels = torch.tensor([labels[i] for i in keep])
+        self.labels = torch.tensor([labels[i] for i in keep], dtype=torch.int64)
         self._augment = _Augmentation(config, split)
         self.varies = self._augment.on
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rqgen.config import check_bounds
 from rqgen.quantizers import Convolution, silu
 
 from .condition import checked_class_names
@@ -26,6 +27,13 @@ RECONSTRUCTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 def check_settings(config: Any) -> None:
     """Raises ValueError for settings, of those that RQVAEConfig and MultiScaleVQVAEConfig share, that make no
     autoencoder."""
+    widths = {name: (1, 2**16) for name in ("image_channels", "base_channels", "z_channels", "norm_groups")}
+    check_bounds(config, **widths, num_res_blocks=(1, 256))
+    if len(config.channel_multipliers) > 16 or max(config.channel_multipliers, default=1) > 2**16:
+        raise ValueError(
+            f"channel_multipliers: expected at most 16 levels of at most {2**16} times base_channels, "
+            f"got {len(config.channel_multipliers)} levels up to {max(config.channel_multipliers)}"
+        )
     if not config.channel_multipliers or min(config.channel_multipliers) < 1:
         raise ValueError(f"channel_multipliers: expected one number >= 1 per level, got {config.channel_multipliers}")
     for multiplier in (1, *config.channel_multipliers):

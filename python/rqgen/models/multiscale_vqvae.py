@@ -54,12 +54,9 @@ class MultiScaleVQVAEConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("image_channels", "base_channels", "num_res_blocks", "z_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         check_settings(self)
-        if self.latent_kernel < 1 or self.latent_kernel % 2 == 0:
-            raise ValueError(f"latent_kernel: expected an odd number, got {self.latent_kernel}")
+        if not 1 <= self.latent_kernel < 256 or self.latent_kernel % 2 == 0:
+            raise ValueError(f"latent_kernel: expected an odd number below 256, got {self.latent_kernel}")
 
     @property
     def stride(self) -> int:

@@ -51,6 +51,8 @@ class PretrainedModel(nn.Module):
         if not isinstance(config, self.config_class):
             raise TypeError(f"config: expected {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
+        self.data: dict[str, Any] | None = None
+        """Settings of the images that it learnt from, as plain data; None where that is not known. Saved with it."""
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +89,8 @@ class PretrainedModel(nn.Module):
             "format_version": FORMAT_VERSION,
             "config": to_dict(self.config),
         }
+        if self.data is not None:
+            description["data"] = self.data
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         tensors = {
             name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state_dict().items()
@@ -126,7 +130,8 @@ class PretrainedModel(nn.Module):
         for path in (config_path, weights_path):
             if not path.is_file():
                 raise FileNotFoundError(f"folder: no file {path.name} in {source}")
-        config = cls._read_config(config_path)
+        description = cls._read_description(config_path)
+        config = from_dict(cls.config_class, description["config"], where=str(config_path))
         # Whatever torch's default device is: on "meta" nothing would be loaded, without a word.
         with torch.device("cpu"):
             try:
@@ -138,10 +143,11 @@ class PretrainedModel(nn.Module):
             check_fit(expected, tensors, where=f"{weights_path} with {CONFIG_NAME}")
             model = cls(config)
             load_tensors(model, tensors, where=str(weights_path))
+        model.data = description.get("data")
         return model.to(device).eval()
 
     @classmethod
-    def _read_config(cls, path: Path) -> Any:
+    def _read_description(cls, path: Path) -> dict[str, Any]:
         description = read_json(path)
         for key in ("model_type", "format_version", "config"):
             if key not in description:
@@ -156,9 +162,10 @@ class PretrainedModel(nn.Module):
                 f"{path}: expected format_version {FORMAT_VERSION}, got {shorten(description['format_version'])}; "
                 "written by another version of rqgen"
             )
-        if not isinstance(description["config"], dict):
-            raise ValueError(f"{path}: config: expected an object, got {type(description['config']).__name__}")
-        return from_dict(cls.config_class, description["config"], where=str(path))
+        for key in ("config", "data"):
+            if not isinstance(description.get(key, {}), dict):
+                raise ValueError(f"{path}: {key}: expected a mapping, got {type(description[key]).__name__}")
+        return description
 
 
 def _in_float32(init: Callable[..., None]) -> Callable[..., None]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 import rqkernels
+from rqgen.config import check_bounds
 
 from .changes import as_written, computes_as
 from .condition import check_range_without_waiting, check_targets, checked_class_names, condition_ids, integers
@@ -95,6 +96,11 @@ class RQTransformerConfig:
         for name, lowest in (("codebook_size", 1), ("code_dim", 0), ("embed_dim", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be >= {lowest}, got {getattr(self, name)}")
+        widths = {name: (0, 2**24) for name in ("codebook_size", "code_dim", "condition_vocab_size")}
+        check_bounds(self, **widths, embed_dim=(1, 2**17), condition_length=(0, 2**16))
+        h, w, depth = self.code_shape
+        if h * w > 2**20 or depth > 2**10:
+            raise ValueError(f"code_shape: expected at most 2^20 positions of 2^10 codes, got {self.code_shape}")
         for name, allowed in (
             ("spatial_embedding", ("codebook", "table")),
             ("depth_embedding", ("codebook", "table")),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rqkernels
+from rqgen.config import check_bounds
 from rqgen.quantizers import Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
@@ -28,14 +29,15 @@ class RQVAEConfig:
         base_channels: channels of the finest level, before its multiplier.
         channel_multipliers: one per level, from the finest; levels are joined by factors of two.
         num_res_blocks: ResNet blocks per level (the decoder has one more).
-        attention_resolutions: see `resolution`.
+        attention_resolutions: see `resolution`. None: that of the coarsest level alone.
         z_channels: channels between encoder or decoder and the 1x1 convolutions at the quantizer.
         embed_dim: channels of a latent.
         dropout: inside the ResNet blocks.
         resample_with_conv: convolutions at the joints; otherwise plain averaging and repeating.
         norm_groups: groups of every GroupNorm; must divide all channel counts.
         code_shape: [h, w, D] of the codes of one image. h and w divide the latents' height and width; where
-            they are smaller, a code vector covers several latents, laid one after another.
+            they are smaller, a code vector covers several latents, laid one after another. None: a code vector for
+            each latent, and the quantizer's depth.
         quantizer: see `QuantizerConfig`; its depth must be D.
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta of equation (6).
@@ -49,13 +51,13 @@ class RQVAEConfig:
     base_channels: int = 128
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4, 4])
     num_res_blocks: int = 2
-    attention_resolutions: list[int] = field(default_factory=lambda: [8])
+    attention_resolutions: list[int] | None = None
     z_channels: int = 256
     embed_dim: int = 256
     dropout: float = 0.0
     resample_with_conv: bool = True
     norm_groups: int = 32
-    code_shape: list[int] = field(default_factory=lambda: [8, 8, 4])
+    code_shape: list[int] | None = None
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     reconstruction_loss: str = "mse"
     commitment_weight: float = 0.25
@@ -63,20 +65,18 @@ class RQVAEConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_channels",
-            "resolution",
-            "base_channels",
-            "num_res_blocks",
-            "z_channels",
-            "embed_dim",
-            "norm_groups",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_bounds(self, resolution=(1, 2**16), embed_dim=(1, 2**16))
         check_settings(self)
         if self.image_size is not None and (len(self.image_size) != 2 or min(self.image_size) < 1):
             raise ValueError(f"image_size: expected [height, width], got {self.image_size}")
+        if max(self.image_shape) > 2**16:
+            raise ValueError(f"image_size: expected at most {2**16} pixels a side, got {self.image_size}")
+        if self.attention_resolutions is None:
+            self.attention_resolutions = [self.resolution // self.stride]
+        if self.code_shape is None:
+            # At least 1: a size that no level divides is refused below, by its own name.
+            sides = [max(side // self.stride, 1) for side in self.image_shape]
+            self.code_shape = [*sides, self.quantizer.depth]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(f"code_shape: expected [h, w, depth], got {self.code_shape}")
         for name, sides in (("resolution", [self.resolution]), ("image_size", self.image_shape)):

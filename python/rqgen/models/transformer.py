@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.config import check_bounds
 
 from .changes import as_written
 from .kv_cache import KVCache
@@ -45,6 +46,7 @@ class TransformerConfig:
             raise ValueError(f"layers must be >= 0, got {self.layers}")
         if self.heads < 1:
             raise ValueError(f"heads must be >= 1, got {self.heads}")
+        check_bounds(self, layers=(0, 1024), heads=(1, 2**16))
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         for name in ("attention_dropout", "residual_dropout"):

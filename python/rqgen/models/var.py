@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from rqgen.config import check_bounds
 from rqgen.quantizers import MultiScaleConfig, MultiScaleDecoder
 
 from .changes import as_written
@@ -70,6 +71,7 @@ class VARConfig:
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_bounds(self, code_dim=(1, 2**16), embed_dim=(1, 2**17), layers=(1, 1024), num_classes=(1, 2**24))
         if self.embed_dim % self.heads:
             raise ValueError(f"embed_dim ({self.embed_dim}) must be divisible by heads ({self.heads})")
         for name in ("dropout", "attention_dropout", "drop_path", "condition_dropout"):

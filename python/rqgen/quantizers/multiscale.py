@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import rqkernels
+from rqgen.config import check_bounds
 
 from .convolution import Convolution
 from .seeding import draw_vectors
@@ -26,6 +27,7 @@ INITIALISATIONS = ("data", "random")
 # Sides of the square token maps of the published tokenizer, by image size.
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 
 @dataclass
@@ -47,7 +49,7 @@ class MultiScaleConfig:
     """
 
     codebook_size: int = 4096
-    scales: list[Any] = field(default_factory=lambda: list(SCALES_256))
+    scales: list[int | list[int]] = field(default_factory=lambda: list(SCALES_256))
     normalize: bool = False
     refinements: int = 4
     refinement_ratio: float = 0.5
@@ -55,19 +57,22 @@ class MultiScaleConfig:
     usage_window: int = 131072
 
     def __post_init__(self) -> None:
-        for name in ("codebook_size", "usage_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_bounds(self, codebook_size=(1, 2**24), usage_window=(1, 2**48))
         if self.refinements < 0:
             raise ValueError(f"refinements: expected a number >= 0, got {self.refinements}")
+        check_bounds(self, refinements=(0, 256))
         if not 0.0 <= self.refinement_ratio <= 1.0:
             raise ValueError(f"refinement_ratio: expected a number within 0..1, got {self.refinement_ratio}")
         if self.init not in INITIALISATIONS:
             raise ValueError(f"init: expected one of {', '.join(INITIALISATIONS)}, got {self.init!r}")
         if not self.scales:
             raise ValueError("scales: expected at least one")
+        if len(self.scales) > 256:
+            raise ValueError(f"scales: expected at most 256, got {len(self.scales)}")
         self.scales = [_pair(scale) for scale in self.scales]
         height, width = self.scales[-1]
+        if max(height, width) > 2**12:
+            raise ValueError(f"scales: expected token maps of at most {2**12} a side, got {[height, width]}")
         for scale in self.scales:
             if scale[0] > height or scale[1] > width:
                 raise ValueError(f"scales: none may be larger than the last, {[height, width]}; got {scale}")
@@ -76,6 +81,15 @@ class MultiScaleConfig:
     def tokens(self) -> list[int]:
         """h_k * w_k of each scale."""
         return [h * w for h, w in self.scales]
+
+
+def scales_up_to(side: int) -> list[int]:
+    """Sides of square token maps for a square feature map: the published list for the next larger images (256, 512 or
+    1024 pixels at a stride of 16) short of what is too large, and ``side`` itself. ValueError beyond these lists."""
+    for published in (SCALES_256, SCALES_512, SCALES_1024):
+        if side <= published[-1]:
+            return [*(scale for scale in published if scale < side), side]
+    raise ValueError(f"scales: no published list reaches a feature map of {side}x{side}; give one")
 
 
 def _pair(scale: Any) -> list[int]:

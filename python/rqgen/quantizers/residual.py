@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import rqkernels
+from rqgen.config import check_bounds
 
 from .seeding import draw_vectors, kmeans
 from .state import is_recomputed, keeping_dtype
@@ -69,9 +70,13 @@ class QuantizerConfig:
     usage_window: int = 131072
 
     def __post_init__(self) -> None:
-        for name in ("codebook_size", "depth", "kmeans_iterations", "usage_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_bounds(
+            self,
+            codebook_size=(1, 2**24),
+            depth=(1, 2**10),
+            kmeans_iterations=(1, 10**6),
+            usage_window=(1, 2**48),
+        )
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay: expected a number within 0..1, got {self.decay}")
         for name in ("epsilon", "dead_code_threshold"):

@@ -3,6 +3,7 @@
 from .checkpoint import latest_checkpoint
 from .encoding import encode_dataset
 from .loop import LoopConfig, StepResult, TrainingResult, refuse_other_run, train
+from .memory import check_memory
 from .optim import OptimizerConfig
 from .prior import PriorConfig, PriorData, PriorStage, measure_tau, prior_data
 from .tokenizer import TokenizerStage
@@ -19,6 +20,7 @@ __all__ = [
     "TrainingResult",
     "VARPriorConfig",
     "VARStage",
+    "check_memory",
     "encode_dataset",
     "latest_checkpoint",
     "measure_tau",

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
-from rqgen.config import to_dict
+from rqgen.config import check_bounds, check_seeds, to_dict
 from rqgen.data.stream import Batch, BatchStream, Items
 
 from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
@@ -39,6 +39,7 @@ class LoopConfig:
     accumulation: int = 1
     """Forward passes per update: an update sees batch_size * accumulation images."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Arithmetic of the forward pass, by Accelerate's autocast."""
     seed: int = 0
     """Of weights, data order, dropout and stochastic codes."""
     workers: int = 0
@@ -50,22 +51,32 @@ class LoopConfig:
     window: int = 50
     """The loss terms are logged as means over the last so many updates."""
     log_every: int = 10
+    """Steps between two entries of the history."""
     image_every: int = 500
     """Draw image grids into TensorBoard; 0: never."""
     checkpoint_every: int = 500
-    """0: never."""
+    """Steps between two checkpoints; 0: never."""
     keep_checkpoints: int = 2
+    """Older ones are removed."""
     tensorboard: bool = True
+    """Write TensorBoard files."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its learning rate."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "accumulation", "window", "log_every", "keep_checkpoints")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("seed", "workers", "image_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        check_seeds(self, "seed")
+        check_bounds(
+            self,
+            steps=(1, 99_999_999),  # what a checkpoint's name holds
+            batch_size=(1, 2**24),
+            accumulation=(1, 2**20),
+            workers=(0, 256),
+            window=(1, 2**20),
+            log_every=(1, 2**31),
+            image_every=(0, 2**31),
+            checkpoint_every=(0, 2**31),
+            keep_checkpoints=(1, 2**31),
+        )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 < decay < 1 or null, got {self.ema_decay}")
 

@@ -15,10 +15,15 @@ class OptimizerConfig:
     """AdamW with linear warm-up, then a cosine down to ``final_lr_fraction`` of the peak."""
 
     learning_rate: float = 1e-3
+    """The peak."""
     final_lr_fraction: float = 0.0
+    """What is left of the peak at the last step."""
     warmup_steps: int = 100
+    """Steps of linear rise to the peak."""
     beta1: float = 0.9
+    """Share of the past in AdamW's average of gradients."""
     beta2: float = 0.95
+    """Share of the past in AdamW's average of squared gradients."""
     weight_decay: float = 0.0
     """On matrices and convolutions only; never on biases, norms and embeddings of positions."""
     clip_norm: float | None = 1.0

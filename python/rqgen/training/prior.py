@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rqkernels
+from rqgen.config import check_bounds
 from rqgen.data.codes import EncodedImages, code_fingerprint
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
@@ -40,12 +41,17 @@ class PriorConfig:
     """A published size, see `RQTransformerConfig.preset`; then ``embed_dim``, ``spatial`` and ``depth`` do
     not count."""
     embed_dim: int = 256
+    """Width of both transformers."""
     spatial: TransformerConfig = field(default_factory=_spatial)
+    """The stack over positions."""
     depth: TransformerConfig = field(default_factory=_depth)
+    """The stack over the codes of one position."""
     condition: Literal["none", "class"] = "class"
+    """What the prior is asked for: nothing, or a class of the images."""
     condition_dropout: float = 0.1
     """How often a label is replaced by the null label; 0: no guidance when sampling."""
     embedding_dropout: float = 0.0
+    """On the inputs of the stack over positions."""
     soft_labels: bool = True
     """Learn Q_tau(k | r_{d-1}) of every depth's residual (equation 15) and not its one nearest code."""
     stochastic_codes: bool = True
@@ -61,17 +67,23 @@ class PriorConfig:
     """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, embed_dim=(1, 2**17))
         if self.tau is not None and not self.tau > 0:
             raise ValueError(f"tau: expected a positive number or null, got {self.tau}")
-        if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout: expected 0 <= dropout < 1, got {self.condition_dropout}")
+        for name in ("condition_dropout", "embedding_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= dropout < 1, got {getattr(self, name)}")
 
     def build(self, vae: RQVAE, num_classes: int, class_names: Sequence[str] = ()) -> RQTransformer:
         """A prior for the codes of ``vae``, which keeps the names of its classes. Raises ValueError for a class
         condition without classes."""
+        return RQTransformer(self.model_config(vae, num_classes, class_names), vae.codebooks)
+
+    def model_config(self, vae: RQVAE, num_classes: int, class_names: Sequence[str] = ()) -> RQTransformerConfig:
+        """Config of the prior that `build` makes."""
         conditional = self.condition == "class"
         if conditional and num_classes < 1:
-            raise ValueError("condition: 'class' needs images with classes; set condition=none")
+            raise ValueError("condition: 'class' needs images with classes; set prior.condition=none")
         shape = {
             "code_shape": vae.code_shape,
             "codebook_size": vae.codebook_size,
@@ -86,12 +98,8 @@ class PriorConfig:
             "embedding_dropout": self.embedding_dropout,
         }
         if self.preset is not None:
-            config = RQTransformerConfig.preset(self.preset, **shape, **common)
-        else:
-            config = RQTransformerConfig(
-                **shape, **common, embed_dim=self.embed_dim, spatial=self.spatial, depth=self.depth
-            )
-        return RQTransformer(config, vae.codebooks)
+            return RQTransformerConfig.preset(self.preset, **shape, **common)
+        return RQTransformerConfig(**shape, **common, embed_dim=self.embed_dim, spatial=self.spatial, depth=self.depth)
 
 
 class PriorData(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rqgen.config import check_bounds
 from rqgen.data.codes import EncodedImages, code_fingerprint, flatten_codes, unflatten_codes
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
@@ -25,21 +26,39 @@ class VARPriorConfig:
     """A published size "dN", see `VARConfig.preset`; then ``embed_dim``, ``layers``, ``heads`` and ``drop_path`` do not
     count."""
     embed_dim: int = 256
+    """Width of the transformer."""
     layers: int = 4
+    """Its blocks."""
     heads: int = 4
+    """Attention heads; must divide the width."""
     dropout: float = 0.0
+    """On what attention and MLP add to the residual stream."""
     attention_dropout: float = 0.0
+    """On attention weights."""
     drop_path: float = 0.0
+    """How often what the last block adds is left out for an image; less often in the blocks before it."""
     shared_adaptive_norm: bool = False
+    """One linear layer modulates all blocks, or each block has one."""
     normalize_attention: bool = True
+    """Divide queries and keys by their norms, see `VARConfig`."""
     condition_dropout: float = 0.1
     """How often a class is replaced by the null condition; 0: no guidance when sampling."""
     cache_codes: bool = True
     """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
 
+    def __post_init__(self) -> None:
+        check_bounds(self, embed_dim=(1, 2**17), layers=(1, 1024), heads=(1, 2**16))
+        for name in ("dropout", "attention_dropout", "drop_path", "condition_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
+
     def build(self, vae: MultiScaleVQVAE, num_classes: int, class_names: Sequence[str] = ()) -> VAR:
         """A prior for the token maps of ``vae``, which keeps the names of its classes. Raises ValueError for images
         without classes."""
+        return VAR(self.model_config(vae, num_classes, class_names), vae.quantizer)
+
+    def model_config(self, vae: MultiScaleVQVAE, num_classes: int, class_names: Sequence[str] = ()) -> VARConfig:
+        """Config of the prior that `build` makes."""
         if num_classes < 1:
             raise ValueError("data: a VAR is conditioned on classes, and these images have none")
         common = {
@@ -54,12 +73,10 @@ class VARPriorConfig:
             "condition_dropout": self.condition_dropout,
         }
         if self.preset is not None:
-            config = VARConfig.preset(self.preset, **common)
-        else:
-            config = VARConfig(
-                **common, embed_dim=self.embed_dim, layers=self.layers, heads=self.heads, drop_path=self.drop_path
-            )
-        return VAR(config, vae.quantizer)
+            return VARConfig.preset(self.preset, **common)
+        return VARConfig(
+            **common, embed_dim=self.embed_dim, layers=self.layers, heads=self.heads, drop_path=self.drop_path
+        )
 
 
 def var_prior_items(

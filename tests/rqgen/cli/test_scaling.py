@@ -76,7 +76,7 @@ def test_the_laws_the_table_and_the_figure(family):
         rows = list(csv.DictReader(file))
     assert [{name: float(value) for name, value in row.items()} for row in rows] == members
     assert np.asarray(Image.open(out / "scaling.png")).std() > 1
-    assert {"device", "versions", "commit", "threads"} <= set(result["machine"])
+    assert {"device", "versions", "commit", "threads"} <= set(result["environment"])
     assert result["config"]["prior"]["loop"]["steps"] == 3 and result["tokenizer_seconds"] > 0
     names = {"scaling.csv", "scaling.json", "scaling.png", "run.json", "tokenizer", "d1", "d2", "d3"}
     assert {path.name for path in out.iterdir()} == names

@@ -8,7 +8,8 @@ import yaml
 from PIL import Image
 
 from rqgen.cli.app import main
-from rqgen.cli.runs import PriorRun, TokenizerRun, shipped_config
+from rqgen.cli.runs import PriorRun, TokenizerRun
+from rqgen.cli.settings import RECIPES
 from rqgen.config import load
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
@@ -68,8 +69,8 @@ def test_nothing_to_resume(rqgen, tmp_path, small_tokenizer):
         (["tokenizer", "loop.steps"], ["section.key=value"]),
         (["tokenizer", "--config", "digit_tokenizer"], ["did you mean 'digits_tokenizer'"]),
         (["tokenizer", "--config", "nowhere.yaml"], ["config file not found: nowhere.yaml"]),
-        (["tokenizer", "data.resolution=16"], ["data.resolution: 16", "32x32"]),
-        (["tokenizer", "data.channels=3"], ["data.channels: 3", "1 channels"]),
+        (["tokenizer", "data.resolution=16", "model.resolution=32"], ["data.resolution: 16", "32x32"]),
+        (["tokenizer", "data.channels=3", "model.image_channels=1"], ["data.channels: 3", "1 channels"]),
         (["tokenizer", "data.classes=[0,11]"], ["unknown class '11'"]),
         (["tokenizer", "loop.batch_size=4000"], ["batch_size: expected at most"]),
         (["prior", "tokenizer=nowhere"], ["nowhere"]),
@@ -110,5 +111,5 @@ def test_every_shipped_configuration_is_valid():
         ("photos_tokenizer", TokenizerRun),
         ("digits_prior", PriorRun),
     ):
-        load(kind, shipped_config(name))
-    assert yaml.safe_load(shipped_config("demo").read_text())
+        load(kind, RECIPES / f"{name}.yaml")
+    assert yaml.safe_load((RECIPES / "demo.yaml").read_text())

@@ -390,8 +390,8 @@ def test_config_json_is_read_with_care(vae: Path, tmp_path: Path) -> None:
         ({"model_type": []}, "expected model_type one of rqvae, rqtransformer, multiscale_vqvae, var, got []"),
         ({"model_type": {"a": 1}}, "expected model_type one of"),
         ({"model_type": None}, "expected model_type one of"),
-        ({"config": [1]}, "config: expected an object, got list"),
-        ({"config": None}, "config: expected an object, got NoneType"),
+        ({"config": [1]}, "config: expected a mapping, got list"),
+        ({"config": None}, "config: expected a mapping, got NoneType"),
         ({"format_version": [1]}, "expected format_version 1, got [1]"),
     ):
         path.write_text(json.dumps({**good, **changes}))

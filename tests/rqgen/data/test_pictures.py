@@ -341,7 +341,7 @@ def test_a_crop_is_taken_of_the_upright_picture(tmp_path):
     pixels[:, 32:64] = 255
     stored_as(6, pixels).save(tmp_path / "a.png", exif=exif)
     image, _ = open_dataset(DataConfig(source="folder", folder=tmp_path), "all").item(0, 0)
-    assert torch.equal(image, torch.ones(1, 32, 32))
+    assert torch.equal(image, torch.ones(3, 32, 32))
 
 
 def test_the_background_shows_through(write, tmp_path):

@@ -1,0 +1,151 @@
+"""`rqgen config`: every setting of a command with its help, its default and its value, as a YAML file."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, to_dict
+from rqgen.data import DataConfig
+
+from .demo import DEMOS
+from .runs import find_system, load_run
+from .scaling import ScalingConfig
+from .settings import RECIPES, find_config
+
+_WIDTH = 100
+# How `rqgen config` calls a command, with and without "train".
+COMMANDS = {
+    "tokenizer": "train tokenizer",
+    "prior": "train prior",
+    "encode": "encode",
+    "demo": "demo",
+    "scaling": "scaling",
+}
+
+
+def explain(words: Sequence[str], *, system: str = "rq", config: str | None = None) -> str:
+    """The settings of a command as a YAML file that its ``--config`` takes. ``words``: the command (`COMMANDS`; none:
+    train tokenizer), then overrides.
+
+    A default is what the command takes without a file and overrides. What follows from other settings is marked; what
+    comes from a tokenizer that is not there is commented out. ValueError for another command; otherwise as `load`.
+    """
+    named = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    stage = " ".join(named).removeprefix("train ") or "tokenizer"
+    if stage not in COMMANDS or words[: len(named)] != named:
+        raise ValueError(
+            f"config: expected one of {', '.join(COMMANDS.values())}, then KEY=VALUE; got {' '.join(words)}"
+        )
+    chosen, path = find_system(system), find_config(config)
+    classes = {
+        "tokenizer": chosen.tokenizer_run,
+        "prior": chosen.prior_run,
+        "encode": DataConfig,
+        "demo": DEMOS[system],
+        "scaling": ScalingConfig,
+    }
+    cls: type[Any] = classes[stage]
+    default: Any = load(cls, None, recipes=RECIPES)
+    settings = given(cls, path, overrides, recipes=RECIPES)
+    value = plain = settings.build()
+    if stage == "prior" and settings.read("codes") is None and settings.read("tokenizer").is_dir():
+        value = load_run(cls, config, overrides)
+    elsewhere = {"prior": "data.", "encode": ""}.get(stage)
+    keys = {key for key in _leaves(value) if not settings.has(key)}
+    unknown = {key for key in keys if elsewhere is not None and key.startswith(elsewhere)} if value is plain else set()
+    following = settings.followed() | {key for key in keys if _derived(settings, value, key)}
+    lines = [
+        f"# Settings of `rqgen {COMMANDS[stage]}`" + (f" --system {system}" if system != "rq" else "") + ".",
+        "# In brackets: the default, what the command takes where nothing else is said.",
+        "# What follows from other settings goes on following them where its line is left out.",
+        *(["# Commented out: what the tokenizer decides."] if unknown else []),
+        "base: null",
+        *_section(value, default, "", unknown, following),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _derived(settings: Given[Any], value: Any, key: str) -> bool:
+    """Whether a setting that was not given was filled in by its dataclass."""
+    return functools.reduce(getattr, key.split("."), value) is not None and settings.unset(key) is None
+
+
+def _section(value: Any, default: Any, prefix: str, unknown: Collection[str], following: Collection[str]) -> list[str]:
+    nested, help_of = nested_dataclasses(type(value)), field_help(type(value))
+    indent = "  " * prefix.count(".")
+    lines = []
+    for one in dataclasses.fields(value):
+        key, now, usual = f"{prefix}{one.name}", getattr(value, one.name), getattr(default, one.name, None)
+        if one.name in nested and now is not None:
+            inside = _section(now, usual, f"{key}.", unknown, following)
+            unset = all(line.lstrip().startswith("#") or not line.strip() for line in inside)
+            lines += ["", *_comment(help_of.get(one.name, ""), indent)]
+            lines += [f"{indent}{'# ' if unset else ''}{one.name}:", *inside]
+            continue
+        mark = "; follows" if key in following else ""
+        lines += _comment(f"{help_of.get(one.name, '')} [{_text(usual)}{mark}]".strip(), indent)
+        lines.append(f"{indent}{'# ' if key in unknown else ''}{one.name}: {_text(now)}")
+    return lines
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    text = re.sub(r"\bNone\b", "null", text).replace("``", "`")
+    text = text[:1].upper() + text[1:] if re.match(r"[a-z]{2,}\b", text) else text
+    lines = textwrap.wrap(text, _WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+    return [f"{indent}# {line}" for line in lines]
+
+
+def _text(value: Any) -> str:
+    return scalar_text(str(value) if isinstance(value, Path) else value)
+
+
+def _leaves(settings: Any) -> set[str]:
+    def walk(tree: dict[str, Any], prefix: str) -> set[str]:
+        found: set[str] = set()
+        for name, value in tree.items():
+            found |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+        return found
+
+    return walk(to_dict(settings), "")
+
+
+@functools.cache
+def field_help(cls: type) -> dict[str, str]:
+    """Field name -> its documentation: the string under the field, or the entry in the docstring's "Attributes:"."""
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(one):
+            found |= _attributes_section(inspect.getdoc(one) or "") | _strings_under_fields(one)
+    return found
+
+
+def _attributes_section(doc: str) -> dict[str, str]:
+    _, marker, text = doc.partition("Attributes:\n")
+    entries: dict[str, str] = {}
+    for entry in re.split(r"\n {4}(?=\S)", "\n" + textwrap.dedent(text).replace("\n", "\n    ")) if marker else ():
+        names, colon, body = entry.partition(":")
+        if colon and re.fullmatch(r"[\w, ]+", names.strip()):
+            entries |= {name.strip(): " ".join(body.split()) for name in names.split(",")}
+    return entries
+
+
+def _strings_under_fields(cls: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    strings: dict[str, str] = {}
+    for field, text in itertools.pairwise(body):
+        is_text = (
+            isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        )
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            strings[field.target.id] = " ".join(text.value.value.split())  # type: ignore[attr-defined]
+    return strings
