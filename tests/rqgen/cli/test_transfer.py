@@ -161,7 +161,6 @@ def test_convert_mistakes(rqgen, tmp_path):
     code, _, err = rqgen("convert", "kakaobrain", tmp_path / "model.pt", tmp_path / "out")
     assert code == 1 and "model.pt" in err and err.count("\n") == 1
     (tmp_path / "model.pt").write_text("<!doctype html><html>Sign in to download</html>")
-    (tmp_path / "config.yaml").write_text("arch: {type: rq-vae}")
     code, _, err = rqgen("convert", "kakaobrain", tmp_path / "model.pt", tmp_path / "out")
     page = f"{tmp_path / 'model.pt'}: not a readable torch checkpoint: it is an HTML page"
     assert code == 1 and err == f"error: {page}\n"

@@ -44,8 +44,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
     if checkpoint_path.is_dir():
         checkpoint_path = checkpoint_path / CHECKPOINT_NAME
     config_path = checkpoint_path.parent / CONFIG_NAME
-    for file in (checkpoint_path, config_path):
-        require_file(file, "path")
+    require_file(checkpoint_path, "path")
+    content = unpickle(checkpoint_path)
+    require_file(config_path, "path")
     config = _read_config(config_path)
     arch = config.get("arch")
     if not isinstance(arch, dict) or not isinstance(arch.get("type"), str):
@@ -55,7 +56,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
     # The published training code copies the number of codes over from the data's section.
     if arch["type"] == "rq-transformer" and (vocab_size := _vocab_size(config, config_path)) is not None:
         arch.setdefault("vocab_size", vocab_size)
-    state_dict = _select_state_dict(unpickle(checkpoint_path), checkpoint_path, ema=ema)
+    state_dict = _select_state_dict(content, checkpoint_path, ema=ema)
     return Checkpoint(checkpoint_path, config_path, config, arch, state_dict)
 
 
