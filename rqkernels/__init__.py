@@ -3,24 +3,28 @@
 Importing this loads the compiled libraries; `info()` says which, and why one was not.
 """
 
-from . import reference
-from ._info import info
-from .ops.code_statistics import code_statistics
-from .ops.depth_attention import depth_attention, depth_attention_packed
-from .ops.depth_decode import (
-    PackedDepthDecoder,
-    PackedTransformer,
-    depth_decode,
-    depth_logits,
-    transformer_step,
-)
-from .ops.residual_decode import residual_decode
-from .ops.residual_search import FrozenCodebook, residual_search
-from .ops.sample_logits import sample_logits
-from .ops.soft_label import distance_softmax, fused_linear_soft_label_cross_entropy, soft_label_cross_entropy
-from .ops.stochastic_residual_search import stochastic_residual_search
-from .reference.depth_decode import BlockWeights
-from .reference.residual_search import ResidualCodes
+from ._shadow import give_way
+from ._version import __version__ as __version__
+
+if not give_way(__name__, __file__):
+    from . import reference
+    from ._info import info
+    from .ops.code_statistics import code_statistics
+    from .ops.depth_attention import depth_attention, depth_attention_packed
+    from .ops.depth_decode import (
+        PackedDepthDecoder,
+        PackedTransformer,
+        depth_decode,
+        depth_logits,
+        transformer_step,
+    )
+    from .ops.residual_decode import residual_decode
+    from .ops.residual_search import FrozenCodebook, residual_search
+    from .ops.sample_logits import sample_logits
+    from .ops.soft_label import distance_softmax, fused_linear_soft_label_cross_entropy, soft_label_cross_entropy
+    from .ops.stochastic_residual_search import stochastic_residual_search
+    from .reference.depth_decode import BlockWeights
+    from .reference.residual_search import ResidualCodes
 
 __all__ = [
     "BlockWeights",

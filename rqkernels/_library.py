@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._shadow import CPU_LIBRARY
+
+CUDA_LIBRARY = "_cuda.abi3.so"
 _FOLDER = Path(__file__).parent
 _OLDEST_TORCH = (2, 11)
 
 
 def _load_cpu() -> str:
     """Loads `_C` and returns the instruction set its kernels use; ImportError says what to do."""
-    path = _FOLDER / "_C.abi3.so"
+    path = _FOLDER / CPU_LIBRARY
     torch_version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if torch_version < _OLDEST_TORCH:
         raise ImportError(f"rqkernels needs torch >= 2.11, found {torch.__version__}")
@@ -45,7 +48,7 @@ def _serves(capability: tuple[int, int], architectures: list[int]) -> bool:
 
 def _load_cuda() -> str | None:
     """Loads `_cuda` where it can serve. Returns why it was not loaded, or None where it was."""
-    path = _FOLDER / "_cuda.abi3.so"
+    path = _FOLDER / CUDA_LIBRARY
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
     if not path.exists():

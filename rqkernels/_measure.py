@@ -123,7 +123,7 @@ def environment(device: torch.device, state: Checkout, packages: Iterable[str] =
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "versions": versions(packages),
-        "rqkernels": rqkernels.info(),
+        "rqkernels": rqkernels.info(paths=False),
         "commit": state.commit,
         "dirty": state.dirty,
         "warm_heap": is_warm(),

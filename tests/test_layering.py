@@ -40,13 +40,15 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-BENEATH = ("config", "files")  # modules below every room: each may import them, they import none, not one another
+# Modules below every room: each may import them, they import none, not one another.
+BENEATH = ("config", "files", "installed", "reading")
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
 FILES_OF_A_SLUG = (
     "csrc/ops/{slug}/params.h",
     "csrc/ops/{slug}/op.cpp",
     "csrc/ops/{slug}/cpu.cpp",
+    "csrc/ops/{slug}/cpu_simd.cpp",
     "csrc/ops/{slug}/kernel.cuh",
     "csrc/ops/{slug}/cuda.cu",
     "csrc/emulation/ops/{slug}.cpp",
@@ -218,6 +220,42 @@ def public_functions(path: Path) -> set[str]:
     return {n.name for n in body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
 
 
+def cases_of(path: Path) -> list[str]:
+    """The functions of an operator's emulation file that are cases, to be run by name."""
+    text = path.read_text() if path.exists() else ""
+    return re.findall(r"^std::vector<Array> (\w+)\(const Inputs& inputs\)", text, re.MULTILINE)
+
+
+def built_slugs(cmake_lists: Path) -> list[str]:
+    """What CMakeLists.txt compiles: the names in RQK_OPS."""
+    (names,) = re.findall(r"^set\(RQK_OPS\s+([\w\s]*)\)", cmake_lists.read_text(), re.MULTILINE)
+    return names.split()
+
+
+def table_violations(root: Path) -> list[str]:
+    """Every slug stands in the tables: what CMake builds, what the emulation runs by name, what a GPU is tried on."""
+    found = []
+    built = built_slugs(root / "CMakeLists.txt")
+    emulation = root / "csrc" / "emulation"
+    header, table = ((emulation / name).read_text() for name in ("cases.h", "cases.cpp"))
+    gpu_check = (root / "benchmarks" / "gpu_check.py").read_text()
+    for slug in slugs_of(root):
+        if slug not in built:
+            found.append(f"{slug}: RQK_OPS in CMakeLists.txt does not name it")
+        cases = cases_of(emulation / "ops" / f"{slug}.cpp")
+        if not cases:
+            found.append(f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case")
+        for case in cases:
+            if f" {case}(const Inputs& inputs);" not in header:
+                found.append(f"{slug}: csrc/emulation/cases.h does not declare {case}")
+            if f'{{"{case}", {case}}}' not in table:
+                found.append(f"{slug}: kOperators in csrc/emulation/cases.cpp does not name {case}")
+        public = public_functions(root / "rqkernels" / "ops" / f"{slug}.py")
+        if not any(f"rqkernels.{name}(" in gpu_check for name in public):
+            found.append(f"{slug}: benchmarks/gpu_check.py does not call it")
+    return found
+
+
 def inventory_violations(root: Path) -> list[str]:
     """Every slug has all its files, a public function, and a reference of the same name."""
     slugs = slugs_of(root)
@@ -248,6 +286,7 @@ RULES = (
     include_violations,
     emulation_violations,
     inventory_violations,
+    table_violations,
 )
 
 
@@ -284,10 +323,17 @@ GOOD_TREE: dict[str, str] = {
     "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/device.h"\n',
     "csrc/emulation/device.h": '#include "emulation/runtime.h"\n',
     "csrc/emulation/CMakeLists.txt": "add_library(x OBJECT x.cpp)  # install()s nothing\n",
-    "csrc/emulation/ops/search.cpp": '#include "ops/search/params.h"\n',
+    "csrc/emulation/ops/search.cpp": (
+        '#include "ops/search/params.h"\nstd::vector<Array> search(const Inputs& inputs) {\n'
+    ),
+    "csrc/emulation/cases.h": "std::vector<Array> search(const Inputs& inputs);\n",
+    "csrc/emulation/cases.cpp": '    {"search", search},\n',
+    "CMakeLists.txt": "set(RQK_OPS search)\n",
+    "benchmarks/gpu_check.py": "    rqkernels.search(x)\n",
     "csrc/ops/search/params.h": "#include <cstdint>\n",
     "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
     "csrc/ops/search/cpu.cpp": '#include "params.h"\n',
+    "csrc/ops/search/cpu_simd.cpp": '#include "params.h"\n',
     "csrc/ops/search/kernel.cuh": '#include "../../common/philox.h"\n#include "params.h"\n',
     "csrc/ops/search/cuda.cu": '#include "kernel.cuh"\n',
     "tests/rqkernels/test_search.py": "",
@@ -404,3 +450,17 @@ def test_a_missing_file_is_found(tmp_path: Path, name: str) -> None:
 def test_a_broken_inventory_is_found(tmp_path: Path, files: dict[str, str], message: str) -> None:
     (violation,) = inventory_violations(plant(tmp_path, files))
     assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("CMakeLists.txt", "set(RQK_OPS other\n    another)\n", "search: RQK_OPS in CMakeLists.txt does not name it"),
+        ("csrc/emulation/ops/search.cpp", "", "search: csrc/emulation/ops/search.cpp defines no case"),
+        ("csrc/emulation/cases.h", "", "search: csrc/emulation/cases.h does not declare search"),
+        ("csrc/emulation/cases.cpp", "", "search: kOperators in csrc/emulation/cases.cpp does not name search"),
+        ("benchmarks/gpu_check.py", "", "search: benchmarks/gpu_check.py does not call it"),
+    ],
+)
+def test_an_operator_that_a_table_lacks_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
+    assert table_violations(plant(tmp_path, {file: text})) == [message]

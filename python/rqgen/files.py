@@ -376,24 +376,6 @@ def _numbers(error: BaseException) -> Iterator[int]:
         chained = chained.__cause__ or chained.__context__
 
 
-# --- reading ---------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError for anything else, OSError where it cannot be read."""
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
 # --- checksums -------------------------------------------------------------------------------------------
 
 

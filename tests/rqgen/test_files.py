@@ -23,6 +23,7 @@ from rqgen import files
 from rqgen.data import save_image
 from rqgen.data.codes import EncodedImages, read_codes, write_codes
 from rqgen.models import PretrainedModel
+from rqgen.reading import read_json
 from rqgen.training.checkpoint import save_checkpoint
 
 
@@ -354,16 +355,16 @@ def test_every_wrong_bit_of_signed_files_is_found(tmp_path):
     info, beside = tmp_path / "info.json", tmp_path / "beside"
     beside.write_bytes(b"some bytes")
     files.write_signed_json(info, {"step": 3, "names": ["a", "b"]}, beside)
-    files.check_json(info, files.read_json(info), beside)
+    files.check_json(info, read_json(info), beside)
     for path in (info, beside):
         whole = path.read_bytes()
         for position, changed in flips(whole):
             path.write_bytes(changed)
             with pytest.raises(ValueError, match=r"info\.json"):
-                files.check_json(info, files.read_json(info), beside)
+                files.check_json(info, read_json(info), beside)
             assert path.read_bytes() == changed, position
         path.write_bytes(whole)
-    files.check_json(info, files.read_json(info), beside)
+    files.check_json(info, read_json(info), beside)
 
 
 def test_every_wrong_bit_of_signed_tensors_is_found(tmp_path):
@@ -414,4 +415,4 @@ def test_wrong_codes_are_found(tmp_path):
 def test_what_is_no_object_is_named(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.json: (not valid JSON|expected a JSON object)"):
-        files.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ def test_info_says_what_is_there() -> None:
     assert info["torch"] == torch.__version__
     assert info["cpu_capability"] in ("default", "avx2", "avx512")
     assert info["cpu_library"] == "loaded"
+    assert info["package"] == str(Path(rqk.__file__).parent)
+    assert Path(info["cpu_library_file"]).parent == Path(info["package"])
+    assert Path(info["cpu_library_file"]).is_file()
+    assert not any("/" in str(fact) for fact in rqk.info(paths=False).values())
     if not torch.cuda.is_available():
         assert info["cuda_library"] == "not loaded: torch.cuda.is_available() is False"
 
@@ -92,7 +97,7 @@ def test_the_cuda_library_finds_all_its_symbols() -> None:
     library = _library._FOLDER / "_cuda.abi3.so"
     if not library.exists():
         pytest.skip("the CUDA library was not built (no nvcc, or RQK_CUDA=0)")
-    stub = _library._FOLDER.parent / "build" / "cmake" / "libtorch_cuda.so"
+    stub = Path(__file__).parents[2] / "build" / "cmake" / "libtorch_cuda.so"
     command = [sys.executable, "-c", _LOAD_CUDA_LIBRARY, str(library), str(stub)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+import rqgen
+
 
 class _Interrupted(BaseException):
     """A KeyboardInterrupt in disguise: Typer would exit without a message."""
@@ -77,8 +79,17 @@ Guidance = Annotated[float | None, typer.Option("--cfg", help="Strength of class
 Seed = Annotated[int, typer.Option(help="The same seed gives the same images.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rqgen {rqgen.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error (also: RQGEN_DEBUG=1).")] = False,
 ) -> None:
     if debug:

@@ -8,26 +8,14 @@ from importlib import metadata
 from typing import Any
 
 import rqkernels
+from rqgen.installed import REQUIREMENTS
 
-PACKAGES = (
-    "rqkernels",
-    "torch",
-    "numpy",
-    "accelerate",
-    "safetensors",
-    "omegaconf",
-    "pillow",
-    "scikit-learn",
-    "matplotlib",
-    "tensorboard",
-    "rich",
-    "typer",
-)
+PACKAGES = ("torch", "numpy", *REQUIREMENTS)
 
 
 def installed_versions() -> dict[str, str]:
     """Version of Python and of every package the commands use; "not installed" where there is none."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "rqkernels": rqkernels.__version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

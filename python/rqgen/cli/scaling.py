@@ -20,8 +20,9 @@ from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
 from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import TokenPrediction, evaluate_token_prediction, fit_power_law
-from rqgen.files import claim_folder, is_temporary, read_json, write_json, write_text
+from rqgen.files import claim_folder, is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
+from rqgen.reading import read_json
 from rqgen.report import draw_scaling
 from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 

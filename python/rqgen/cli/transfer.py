@@ -17,7 +17,7 @@ from rqgen.data import EncodedImages, Split, image_grid, open_dataset, save_imag
 from rqgen.data.codes import check_codes_name, code_fingerprint
 from rqgen.data.grid import check_image_name, grid_size
 from rqgen.files import claim, claim_file
-from rqgen.models import RQVAE, VAR, RQTransformer
+from rqgen.models import VAR, RQTransformer
 from rqgen.models.classes import class_label, names_of_classes, number_of_classes
 from rqgen.models.pretrained import check_replaceable
 from rqgen.sampling import generate
@@ -125,8 +125,7 @@ def convert_published(source: Path, destination: Path, tokenizer: Path | None) -
     """Reads a published checkpoint and writes our format. Returns the name of the model's kind."""
     check_replaceable(destination)
     with claim(destination):
-        given = RQVAE.from_pretrained(tokenizer) if tokenizer is not None and tokenizer.is_dir() else tokenizer
-        model = load_kakaobrain(source, tokenizer=given)
+        model = load_kakaobrain(source, tokenizer=tokenizer)
         model.save_pretrained(destination)
         return model.model_type
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,14 +14,19 @@ from torch import Tensor
 
 from rqgen.config import from_dict
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, VARConfig
+from rqgen.models.pretrained import sketch
+from rqgen.models.state_dict import ForeignTensors
 from rqgen.quantizers import MultiScaleConfig
+from rqgen.reading import name_some, read_json, require_file, shorten
 
-from .published import published_name, unpickle
+from .published import VAR_PRIOR, VAR_TOKENIZER, check_state_dict, expect_model, published_name, unpickle
 
 PathLike = str | os.PathLike[str]
 
 # What every published checkpoint for 256x256 was made with, beyond the constructors' own defaults.
 _CH_256 = 160
+# Hides the scales after a token's own: 0 or minus infinity.
+MASK = "attn_bias_for_masking"
 # Below this the published code leaves the refinements out.
 _NO_REFINEMENT = 1e-6
 
@@ -126,12 +130,16 @@ def load_var(
         ValueError: a damaged file, a pickle with anything but tensors, an argument that is unknown or of the wrong
             type (named), or tensors that do not fit the configuration (named).
     """
-    vae_tensors, var_tensors = _read_state_dict(Path(vae), "vae"), _read_state_dict(Path(var), "var")
+    vae_tensors = _read_state_dict(Path(vae), "vae", VAR_TOKENIZER)
+    var_tensors = _read_state_dict(Path(var), "var", VAR_PRIOR)
     if config is None:
         where = "config"
-        depth = 1 + max((int(m[1]) for name in var_tensors if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
-        if depth == 0:
+        blocks = {m[1] for name in var_tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+        if not blocks:
             raise ValueError(f"{var}: expected the tensors of a VAR, found none named blocks.*")
+        depth = len(blocks)
+        if lacking := sorted({str(layer) for layer in range(depth)} - blocks, key=int):
+            raise ValueError(f"{var}: of {depth} blocks, those named blocks.{name_some(lacking)} are missing")
         published = {
             "vae": {"ch": _CH_256},
             "var": {
@@ -145,9 +153,13 @@ def load_var(
     elif isinstance(config, Mapping):
         where, published = "config", dict(config)
     else:
-        where, published = str(config), _read_json(Path(config))
+        require_file(Path(config), "config")
+        where, published = str(config), read_json(Path(config))
     if unknown := sorted(map(str, published.keys() - {"vae", "var"})):
         raise ValueError(f"{where}: expected the sections vae and var, got {', '.join(unknown)}")
+    for name, arguments in published.items():
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{where}: {name}: expected a mapping of arguments, got {shorten(arguments)}")
     vae_arguments = from_dict(PublishedVQVAE, published.get("vae", {}), where=f"{where}: vae")
     var_arguments = from_dict(PublishedVAR, published.get("var", {}), where=f"{where}: var")
     if var_arguments.patch_nums != vae_arguments.v_patch_nums:
@@ -158,7 +170,7 @@ def load_var(
     try:
         vae_config = vae_arguments.config()
         var_config = var_arguments.config(vae_config)
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error
     with torch.device("cpu"):  # whatever torch's default device is
         tokenizer = _build_tokenizer(vae_config, vae_arguments, vae_tensors, where=str(vae))
@@ -167,50 +179,21 @@ def load_var(
     return tokenizer.eval(), prior.eval()
 
 
-class _Tensors:
-    """A published state dict, of which every tensor is to be taken once; gathers all that does not fit."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        self._remaining, self._where = dict(tensors), where
-        self._problems: list[str] = []
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._remaining.pop(name, None)
-        if tensor is None:
-            self._problems.append(f"missing {name}")
-        elif tuple(tensor.shape) != shape:
-            self._problems.append(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        else:
-            return tensor
-        return torch.zeros(shape)
-
-    def drop(self, name: str, problem_of: Callable[[Tensor], str | None]) -> None:
-        """Takes a tensor that our model has no place for, once it is what it must be."""
-        tensor = self._remaining.pop(name, None)
-        problem = "missing" if tensor is None else problem_of(tensor)
-        if problem is not None:
-            self._problems.append(f"{name}: {problem}")
-
-    def finish(self) -> None:
-        problems = self._problems + [f"unknown {name}" for name in sorted(self._remaining)]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError(f"{self._where}: tensors do not fit the configuration: {'; '.join(problems[:5])}{more}")
-
-
 def _build_tokenizer(
     config: MultiScaleVQVAEConfig, arguments: PublishedVQVAE, tensors: Mapping[str, Tensor], *, where: str
 ) -> MultiScaleVQVAE:
-    model = MultiScaleVQVAE(config)
-    published = _Tensors(tensors, where)
+    expected = sketch(MultiScaleVQVAE, config, len(tensors), where=where).state_dict()
+    published = ForeignTensors(tensors)
     levels = len(config.channel_multipliers)
     filled: dict[str, Tensor] = {}
     attention: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in expected.items():
         shape = tuple(tensor.shape)
         projection = re.fullmatch(r"(.*)\.(query|key|value)\.(weight|bias)", name)
-        if name.startswith(("quantizer.usage.", "quantizer.initialized")):
-            filled[name] = torch.tensor(True) if name.endswith("initialized") else tensor
+        if name == "quantizer.initialized":
+            filled[name] = torch.tensor(True)
+        elif name.startswith("quantizer.usage."):
+            continue  # counts of training, which begins anew
         elif name == "quantizer.codebook":
             filled[name] = published.take("quantize.embedding.weight", shape)
         elif name.startswith("quantizer.refinements."):
@@ -227,24 +210,21 @@ def _build_tokenizer(
         else:
             filled[name] = published.take(published_name(name, levels), shape)
 
-    def problem_of_hits(hits: Tensor) -> str | None:
-        size = config.quantizer.codebook_size
-        return None if hits.ndim == 2 and hits.shape[1] == size else f"expected shape (scales, {size})"
-
-    published.drop("quantize.ema_vocab_hit_SV", problem_of_hits)  # how often codes were used in training
-    published.finish()
-    model.load_state_dict(filled)
+    # How often codes were used in training, by scale.
+    published.drop("quantize.ema_vocab_hit_SV", (None, config.quantizer.codebook_size))
+    published.finish("the configuration", where=where)
+    model = MultiScaleVQVAE(config)
+    model.load_state_dict({**model.state_dict(), **filled})
     return model
 
 
 def _build_prior(config: VARConfig, tensors: Mapping[str, Tensor], *, where: str) -> VAR:
-    model = VAR(config)
-    published = _Tensors(tensors, where)
+    expected = sketch(VAR, config, len(tensors), where=where).state_dict()
+    published = ForeignTensors(tensors)
     filled: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in expected.items():
         if name.startswith("quantizer."):
-            filled[name] = tensor
-            continue
+            continue  # the tokenizer's
         theirs, shape = _published_prior_name(name), tuple(tensor.shape)
         # Published with leading dimensions of one.
         if name in ("start_positions", "positions") or name.endswith(".log_scale"):
@@ -254,22 +234,30 @@ def _build_prior(config: VARConfig, tensors: Mapping[str, Tensor], *, where: str
         else:
             filled[name] = published.take(theirs, shape)
 
-    levels = torch.cat([torch.full((count,), k) for k, count in enumerate(config.quantizer.tokens)])
+    length = sum(config.quantizer.tokens)
 
-    def problem_unless(expected: Tensor) -> Callable[[Tensor], str | None]:
+    def fault_unless(expected: Callable[[], Tensor]) -> Callable[[Tensor], str | None]:
+        # Made only for a tensor of its shape: a configuration may imply any size.
         return lambda found: (
             None
-            if torch.equal(found.squeeze().to(expected.dtype), expected.squeeze())
-            else ("not what the configuration implies")
+            if torch.equal(found.squeeze().to(expected().dtype), expected().squeeze())
+            else "not what the configuration implies"
         )
 
-    hidden = torch.where(levels[:, None] >= levels, 0.0, -torch.inf)
-    published.drop("lvl_1L", problem_unless(levels))
-    published.drop("attn_bias_for_masking", problem_unless(hidden))
+    def levels() -> Tensor:
+        return torch.cat([torch.full((count,), k) for k, count in enumerate(config.quantizer.tokens)])
+
+    def hidden() -> Tensor:
+        return torch.where(levels()[:, None] >= levels(), 0.0, -torch.inf)
+
+    published.drop("lvl_1L", (1, length), fault_unless(levels))
+    published.drop(MASK, (1, 1, length, length), fault_unless(hidden))
+    no_bias = fault_unless(lambda: torch.zeros(config.embed_dim))
     for layer in range(config.layers):
-        published.drop(f"blocks.{layer}.attn.zero_k_bias", problem_unless(torch.zeros(config.embed_dim)))
-    published.finish()
-    model.load_state_dict(filled)
+        published.drop(f"blocks.{layer}.attn.zero_k_bias", (config.embed_dim,), no_bias)
+    published.finish("the configuration", where=where)
+    model = VAR(config)
+    model.load_state_dict({**model.state_dict(), **filled})
     return model
 
 
@@ -300,23 +288,12 @@ def _published_prior_name(name: str) -> str:
     return name
 
 
-def _read_state_dict(path: Path, name: str) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: no file {path}")
+def _read_state_dict(path: Path, name: str, model: str) -> Mapping[str, Tensor]:
+    require_file(path, name)
     content = unpickle(path)
-    if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
-        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: expected a state dict, tensors by name, got {found}")
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"config: no file {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    if isinstance(content, Mapping) and not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        found = sorted(map(shorten, content))[:8]
+        raise ValueError(f"{path}: expected a state dict, tensors by name, got [{', '.join(found)}]")
+    tensors = check_state_dict(content, path, infinite=(MASK,))
+    expect_model(tensors, model, path)
+    return tensors

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rqgen.files import CHECKSUM, UNSIGNED, check_tensors, new_file, sign_tensors
+from rqgen.reading import shorten, unreadable
 
 from .integers import check_within, checked_integers
 
@@ -169,8 +170,8 @@ def read_codes(path: Path) -> EncodedImages:
             class_names=tuple(description["class_names"]),
             info=description["info"],
         )
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, "safetensors file", error) from error
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lacks {error}") from error
     except ValueError as error:
@@ -202,7 +203,7 @@ def _description(metadata: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
         ("info", dict, "a mapping"),
     ):
         if type(description[name]) is not kind:
-            raise ValueError(f"{name}: expected {expected}, got {description[name]!r}")
+            raise ValueError(f"{name}: expected {expected}, got {shorten(description[name])}")
     return version, description
 
 
@@ -225,6 +226,10 @@ def code_shape_in_words(code_shape: CodeShape) -> str:
 
 def _unflattened(codes_nl: Tensor, code_shape: Any) -> Codes:
     try:
-        return unflatten_codes(codes_nl, code_shape)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"code_shape: {code_shape} does not fit codes {tuple(codes_nl.shape)}: {error}") from error
+        shapes = [code_shape] if isinstance(code_shape[0], int) else code_shape
+        fits = sum(map(math.prod, shapes)) == codes_nl.shape[1] and min(map(min, shapes)) >= 1
+        if fits:
+            return unflatten_codes(codes_nl, code_shape)
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        pass
+    raise ValueError(f"code_shape: {shorten(code_shape)} does not fit codes {tuple(codes_nl.shape)}")

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from rqgen.config import from_dict
+from rqgen.models.pretrained import sketch
 from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig
+from rqgen.models.state_dict import ForeignTensors
 from rqgen.models.transformer import TransformerConfig
+from rqgen.reading import shorten
 
 _ACTIVATIONS = {"v1": "gelu", "v2": "quick_gelu"}
 # The published model reads these nowhere: a checkpoint computes the same whatever they say.
@@ -81,8 +84,7 @@ def build_rqtransformer(
             and missing, or do not fit; a tensor missing, unknown or of another shape, by its published name.
     """
     config = _config(arch, codebooks)
-    with torch.device("meta"):
-        model = RQTransformer(config)
+    model = sketch(RQTransformer, config, len(state_dict), where="arch")
     tensors = _translate(model, state_dict)
     if codebooks is not None:
         tensors["codebooks"] = codebooks
@@ -141,14 +143,14 @@ def _config(arch_options: Mapping[str, Any], codebooks: Tensor | None) -> RQTran
 
 
 def _codebook_size(arch: PublishedArch) -> int:
-    sizes = arch.vocab_size if isinstance(arch.vocab_size, list) else [arch.vocab_size] * arch.block_size[2]
-    if len(sizes) != arch.block_size[2] or not all(isinstance(size, int) and size > 0 for size in sizes):
+    depth, per_depth = arch.block_size[2], isinstance(arch.vocab_size, list)
+    sizes = arch.vocab_size if per_depth else [arch.vocab_size]
+    if len(sizes) != (depth if per_depth else 1) or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(
-            f"arch.vocab_size: expected an integer >= 1, or one per depth ({arch.block_size[2]}), "
-            f"got {arch.vocab_size!r}"
+            f"arch.vocab_size: expected an integer >= 1, or one per depth ({depth}), got {shorten(arch.vocab_size)}"
         )
     if len(set(sizes)) > 1:
-        raise ValueError(f"arch.vocab_size: sizes that differ by depth are not supported, got {sizes}")
+        raise ValueError(f"arch.vocab_size: sizes that differ by depth are not supported, got {shorten(sizes)}")
     return sizes[0]
 
 
@@ -173,18 +175,10 @@ def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[s
     """Our names with the published tensors, for everything but the codebooks."""
     config = model.config
     width, depth, positions = config.embed_dim, model.depth, model.positions
-    remaining = dict(state_dict)
-    problems: list[str] = []
+    foreign = ForeignTensors(state_dict)
 
     def take(name: str, *shape: int) -> Tensor:
-        tensor = remaining.pop(name, None)
-        if tensor is None:
-            problems.append(f"missing {name}")
-        elif tuple(tensor.shape) != shape:
-            problems.append(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        else:
-            return tensor
-        return torch.empty(shape)  # stands in until all problems are known
+        return foreign.take(name, shape)
 
     def take_layer(ours: str, published: str, *weight_shape: int, bias: bool = True) -> dict[str, Tensor]:
         layer = {f"{ours}.weight": take(f"{published}.weight", *weight_shape)}
@@ -209,9 +203,7 @@ def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[s
         tables = 1 if config.shared_table else depth
         tensors["table.weight"] = take("tok_emb.weight", tables * config.codebook_size, width)
         if not config.shared_table:
-            offsets = take("tok_emb.offsets", depth)
-            if not problems and offsets.tolist() != [d * config.codebook_size for d in range(depth)]:
-                problems.append(f"tok_emb.offsets: expected multiples of vocab_size, got {offsets.tolist()}")
+            foreign.drop("tok_emb.offsets", (depth,), lambda offsets: _fault_of_offsets(offsets, config.codebook_size))
 
     tensors |= take_layer("classifier.norm", "classifier.layer_norm", width)
     size = config.codebook_size
@@ -241,8 +233,11 @@ def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[s
             tensors |= take_layer(our + "attention.out", their + "attn.proj", width, width, bias=attention_bias)
             tensors |= take_layer(our + "mlp.0", their + "mlp.0", 4 * width, width, bias=mlp_bias)
             tensors |= take_layer(our + "mlp.2", their + "mlp.2", width, 4 * width, bias=mlp_bias)
-    problems += [f"unknown {name}" for name in sorted(remaining)]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"tensors do not fit arch: {'; '.join(problems[:5])}{more}")
+    foreign.finish("arch")
     return tensors
+
+
+def _fault_of_offsets(offsets: Tensor, codebook_size: int) -> str | None:
+    found = offsets.tolist()
+    expected = [d * codebook_size for d in range(len(found))]
+    return None if found == expected else f"expected multiples of vocab_size, got {shorten(found)}"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from rqgen.files import existing_folder, read_json
+from rqgen.files import existing_folder
+from rqgen.reading import read_json, shorten
 
 from .multiscale_vqvae import MultiScaleVQVAE
 from .pretrained import CONFIG_NAME, PretrainedModel
@@ -27,5 +28,5 @@ def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device =
     if path.is_file():
         kind = read_json(path).get("model_type", kind)
         if not isinstance(kind, str) or kind not in _MODELS:
-            raise ValueError(f"{path}: expected model_type one of {', '.join(_MODELS)}, got {kind!r}")
+            raise ValueError(f"{path}: expected model_type one of {', '.join(_MODELS)}, got {shorten(kind)}")
     return _MODELS[kind].from_pretrained(folder, device)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from typing_extensions import Self
 
 from rqgen.config import from_dict, to_dict
@@ -23,14 +25,16 @@ from rqgen.files import (
     existing_folder,
     json_text,
     new_folder,
-    read_json,
     sign_tensors,
 )
+from rqgen.reading import read_json, shorten, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class PretrainedModel(nn.Module):
@@ -123,18 +127,18 @@ class PretrainedModel(nn.Module):
             if not path.is_file():
                 raise FileNotFoundError(f"folder: no file {path.name} in {source}")
         description = cls._read_description(config_path)
+        config = from_dict(cls.config_class, description["config"], where=str(config_path))
         # Whatever torch's default device is: on "meta" nothing would be loaded, without a word.
         with torch.device("cpu"):
-            config = from_dict(cls.config_class, description["config"], where=str(config_path))
-            try:
-                model = cls(config)
-            except (RuntimeError, MemoryError) as error:  # more memory than there is
-                raise ValueError(f"{config_path}: a model of this config cannot be made: {error}") from error
             weights_path.open("rb").close()  # the library says of a file without permission that it is missing
             try:
                 tensors = load_file(weights_path)
-            except SafetensorError as error:
-                raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
+            except (SafetensorError, OSError, ValueError) as error:
+                raise unreadable(weights_path, "safetensors file", error) from error
+            # Before any memory is asked for: either file may be the wrong one.
+            expected = sketch(cls, config, len(tensors), where=str(config_path))
+            check_fit(expected, tensors, where=f"{weights_path} with {CONFIG_NAME}")
+            model = cls(config)
             load_tensors(model, tensors, where=str(weights_path))
         # Last: what else is wrong is told more precisely.
         if verify:
@@ -150,12 +154,13 @@ class PretrainedModel(nn.Module):
                 raise ValueError(f"{path}: expected the key {key!r}, which is missing")
         if description["model_type"] != cls.model_type:
             raise ValueError(
-                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, got {description['model_type']!r}"
+                f"{path}: expected model_type {cls.model_type!r} for {cls.__name__}, "
+                f"got {shorten(description['model_type'])}"
             )
         version = description["format_version"]
         if isinstance(version, bool) or version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
+                f"{path}: expected format_version {FORMAT_VERSION}, got {shorten(version)}; "
                 "written by another version of rqgen"
             )
         for key in ("config", "data"):
@@ -203,15 +208,38 @@ def check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"folder: {folder} holds files of no model, not replaced: {foreign[:5]}")
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str, same_dtype: bool = False) -> None:
-    """Copies `tensors` into `model`; every name and shape must match exactly, and every value be finite.
+def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, *, where: str) -> ModelT:
+    """The model of a config on torch's "meta" device, which needs no memory: to see whether a file fits it.
+
+    Raises:
+        ValueError: it has many more parameters than `num_tensors` tensors of a file fill (a config may ask for
+            billions), or cannot be built; starts with `where`.
+    """
+    thread, limit, count = threading.get_ident(), 4 * num_tensors + 10_000, 0
+
+    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ValueError(f"a model of more than {limit} parameters, but the weights are {num_tensors} tensors")
+
+    handle = register_module_parameter_registration_hook(count_parameter)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
+        # Of sizes that are out of range torch says much: lines of its own stack.
+        reason = " ".join(str(error).partition("Exception raised from")[0].split())[:200]
+        raise ValueError(f"{where}: no model can be built of this config: {reason}") from error
+    finally:
+        handle.remove()
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str, same_dtype: bool = False) -> None:
+    """Raises ValueError, which starts with `where`, unless `tensors` have the model's names, shapes and dtypes.
 
     Floating-point tensors may be float32, float16 or bfloat16, whatever the model's are (`same_dtype`: they must be as
     the model's); all others must have the model's dtype.
-
-    Raises:
-        ValueError: names missing, unknown names, shapes or dtypes that differ, or values that are not finite; starts
-            with `where`.
     """
     expected = model.state_dict()
     problems = []
@@ -229,6 +257,15 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: s
             problems.append(f"{len(told)} {what} differ: {'; '.join(told[:5])}")
     if problems:
         raise ValueError(f"{where}: does not fit {type(model).__name__}: {'. '.join(problems)}")
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str, same_dtype: bool = False) -> None:
+    """Copies `tensors` into `model`; they must fit as `check_fit` says, and every value be finite.
+
+    Raises:
+        ValueError: they do not fit, or are not finite; starts with `where`.
+    """
+    check_fit(model, tensors, where=where, same_dtype=same_dtype)
     waiting = model.given_later if isinstance(model, PretrainedModel) else frozenset()
     if bad := first_not_finite(tensors, waiting):
         raise ValueError(f"{where}: {bad} is not finite")

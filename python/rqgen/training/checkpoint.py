@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rqgen.files import CHECKSUM, check_json, new_folder, read_json, remove_folder, write_signed_json
+from rqgen.files import CHECKSUM, check_json, new_folder, remove_folder, write_signed_json
+from rqgen.reading import read_json
 
 STATE_FILE = "state.pt"
 INFO_FILE = "info.json"

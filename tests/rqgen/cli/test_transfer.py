@@ -150,7 +150,7 @@ def test_convert_writes_models_that_load(rqgen, published, tmp_path):
     assert out.startswith("rqvae: ")
     vae = RQVAE.from_pretrained(tmp_path / "vae")
     prior = published("rqtransformer-class")
-    for number, tokenizer in enumerate((source, tmp_path / "vae")):
+    for number, tokenizer in enumerate((source, source.parent, tmp_path / "vae")):
         out = tmp_path / f"prior{number}"
         code, _, err = rqgen("convert", "kakaobrain", prior, out, "--tokenizer", tokenizer)
         assert code == 0, err
@@ -160,4 +160,8 @@ def test_convert_writes_models_that_load(rqgen, published, tmp_path):
 def test_convert_mistakes(rqgen, tmp_path):
     code, _, err = rqgen("convert", "kakaobrain", tmp_path / "model.pt", tmp_path / "out")
     assert code == 1 and "model.pt" in err and err.count("\n") == 1
+    (tmp_path / "model.pt").write_text("<!doctype html><html>Sign in to download</html>")
+    code, _, err = rqgen("convert", "kakaobrain", tmp_path / "model.pt", tmp_path / "out")
+    page = f"{tmp_path / 'model.pt'}: not a readable torch checkpoint: it is an HTML page"
+    assert code == 1 and err == f"error: {page}\n"
     assert not (tmp_path / "out").exists()

@@ -271,7 +271,7 @@ def test_equal_values_per_depth_are_one_value() -> None:
         ({"hparams__code_shape": [4, 4]}, r"arch\.hparams\.code_shape: expected three integers"),
         ({"hparams__code_shape": None}, r"arch\.hparams\.code_shape: missing"),
         ({"hparams__surprise": 1}, r"arch\.hparams: unknown options \['surprise'\]"),
-        ({"hparams__n_embed": "many"}, "codebook_size"),
+        ({"hparams__n_embed": "many"}, r"arch\.hparams\.n_embed: expected an integer, or one per depth, got 'many'"),
         ({"ddconfig__double_z": True}, r"arch\.ddconfig\.double_z: only False .*got True"),
         ({"ddconfig__double_z": None}, r"arch\.ddconfig\.double_z: only False .*got True"),
         ({"ddconfig__give_pre_end": True}, r"arch\.ddconfig\.give_pre_end"),

@@ -152,6 +152,8 @@ def test_a_file_that_contradicts_itself_is_refused(encoded, tmp_path):
         ({"code_shape": '{"h": 2}'}, "code_shape"),
         ({"code_shape": "{"}, "code_shape"),
         ({"code_shape": f"[{tensors['codes'].shape[1]}]"}, "codes: expected integers"),
+        ({"code_shape": "[2, -1, 4]"}, r"code_shape: \[2, -1, 4\] does not fit codes \("),
+        ({"code_shape": f"[2, 3, {10**40}]"}, r"code_shape: .* does not fit codes \(\d+, \d+\)$"),
     ):
         save_file(tensors, path, metadata | change)
         with pytest.raises(ValueError, match=rf"{path.name}: .*{words}"):
@@ -332,3 +334,11 @@ def test_fingerprint_of_token_maps_covers_what_refines_them():
     quantizer.initialized.fill_(True)
     quantizer.config.normalize = True
     assert fingerprint() == seen[-1]
+
+
+def test_foreign_files_are_named(tmp_path):
+    path = tmp_path / "codes"
+    for content, kind in ((b"", "an empty file"), (b"<!doctype html><html></html>", "an HTML page")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"codes: not a readable safetensors file: it is {kind}"):
+            read_codes(path)

@@ -173,6 +173,31 @@ def test_damaged_config(saved: Path, text: str, message: str) -> None:
         Toy.from_pretrained(saved)
 
 
+def test_shapes_are_compared_before_memory_is_asked_for(saved: Path) -> None:
+    edit_config(saved, config={"width": 10**8})  # 40 petabytes
+    with pytest.raises(ValueError, match=r"model\.safetensors with config\.json: does not fit Toy: 5 shapes differ"):
+        Toy.from_pretrained(saved)
+    edit_config(saved, config={"width": 10**15})
+    with pytest.raises(ValueError, match=r"config\.json: no model can be built of this config"):
+        Toy.from_pretrained(saved)
+
+
+class Deep(Toy):
+    """Of so many layers that building them would take hours."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(ToyConfig())
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(config.width))
+
+
+def test_a_config_may_not_ask_for_more_parameters_than_there_are(saved: Path) -> None:
+    edit_config(saved, config={"width": 10**9})
+    with pytest.raises(ValueError, match=r"config\.json: .*a model of more than 10024 parameters, .* are 6 tensors"):
+        Deep.from_pretrained(saved)
+    # What counted the parameters is gone.
+    assert len(list(Deep(ToyConfig(width=6000)).parameters())) == 12003
+
+
 def test_unknown_setting_is_named_with_the_nearest(saved: Path) -> None:
     edit_config(saved, config={"widht": 4})
     with pytest.raises(ValueError, match=r"widht.*width"):
@@ -251,7 +276,7 @@ def test_folders_of_versions_without_checksums_are_read(saved: Path) -> None:
 def test_tensors_of_a_wrong_kind_are_named(saved: Path, name: str, value: torch.Tensor, words: str) -> None:
     path = saved / "model.safetensors"
     save_file({**load_file(path), name: value}, path)
-    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{words}"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors.*: .*{words}"):
         Toy.from_pretrained(saved)
 
 
@@ -285,9 +310,9 @@ def test_what_is_given_later_may_wait(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "model")
 
 
-def test_a_model_larger_than_memory_names_the_file(saved: Path) -> None:
+def test_a_model_larger_than_memory_is_refused_before_it_is_made(saved: Path) -> None:
     edit_config(saved, config={"width": 2**30})
-    with pytest.raises(ValueError, match=r"config\.json: a model of this config cannot be made"):
+    with pytest.raises(ValueError, match=r"model\.safetensors with config\.json: does not fit Toy: 5 shapes differ"):
         Toy.from_pretrained(saved)
 
 

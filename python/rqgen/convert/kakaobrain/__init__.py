@@ -10,8 +10,10 @@ from torch import Tensor
 from rqgen.models import RQVAE, RQTransformer
 from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.models.pretrained import CONFIG_NAME
+from rqgen.reading import shorten
 
-from .checkpoint import Checkpoint, read_checkpoint
+from ..published import KAKAOBRAIN_PRIOR, KAKAOBRAIN_RQVAE, expect_model
+from .checkpoint import Checkpoint, read_checkpoint, section
 from .rqvae import build_rqvae
 
 __all__ = ["load_kakaobrain"]
@@ -44,16 +46,22 @@ def load_kakaobrain(
     if arch_type == "rq-vae":
         if tokenizer is not None:
             raise ValueError(f"tokenizer: only a prior takes one, and {checkpoint.path} holds an RQ-VAE")
-        return build_rqvae(checkpoint.arch, checkpoint.state_dict, where=str(checkpoint.path)).eval()
+        return _build_rqvae(checkpoint)
     if arch_type != "rq-transformer":
         raise ValueError(
-            f"{checkpoint.config_path}: arch.type: expected 'rq-vae' or 'rq-transformer', got {arch_type!r}"
+            f"{checkpoint.config_path}: arch.type: expected 'rq-vae' or 'rq-transformer', got {shorten(arch_type)}"
         )
+    expect_model(checkpoint.state_dict, KAKAOBRAIN_PRIOR, checkpoint.path)
     codebooks = _find_codebooks(checkpoint, tokenizer)
     try:
         return build_rqtransformer(checkpoint.arch, checkpoint.state_dict, codebooks).eval()
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+        raise ValueError(f"{checkpoint.both}: {error}") from error
+
+
+def _build_rqvae(checkpoint: Checkpoint) -> RQVAE:
+    expect_model(checkpoint.state_dict, KAKAOBRAIN_RQVAE, checkpoint.path)
+    return build_rqvae(checkpoint.arch, checkpoint.state_dict, where=checkpoint.both).eval()
 
 
 def _find_codebooks(checkpoint: Checkpoint, tokenizer: RQVAE | PathLike | None) -> Tensor | None:
@@ -63,8 +71,10 @@ def _find_codebooks(checkpoint: Checkpoint, tokenizer: RQVAE | PathLike | None) 
     if tokenizer is not None:
         return _load_tokenizer(Path(tokenizer)).codebooks
     needed = any(checkpoint.arch.get(key, False) for key in ("input_emb_vqvae", "head_emb_vqvae"))
-    named = (checkpoint.config.get("vqvae") or {}).get("ckpt")
+    named = section(checkpoint.config, "vqvae", checkpoint.config_path).get("ckpt")
     if named is not None:
+        if not isinstance(named, str) or not named or "\0" in named:
+            raise ValueError(f"{checkpoint.config_path}: vqvae.ckpt: expected a path, got {shorten(named)}")
         candidate = checkpoint.config_path.parent / named
         if candidate.exists():
             return _load_tokenizer(candidate).codebooks
@@ -83,7 +93,8 @@ def _find_codebooks(checkpoint: Checkpoint, tokenizer: RQVAE | PathLike | None) 
 def _load_tokenizer(path: Path) -> RQVAE:
     if (path / CONFIG_NAME).is_file():
         return RQVAE.from_pretrained(path)
-    model = load_kakaobrain(path)
-    if not isinstance(model, RQVAE):
-        raise ValueError(f"tokenizer: expected an RQ-VAE, but {path} holds a prior")
-    return model
+    checkpoint = read_checkpoint(path)
+    # Looked at first: a prior would look for a tokenizer of its own, and may name itself.
+    if checkpoint.arch["type"] != "rq-vae":
+        raise ValueError(f"tokenizer: expected an RQ-VAE, but {path} holds a prior ({checkpoint.arch['type'][:60]})")
+    return _build_rqvae(checkpoint)

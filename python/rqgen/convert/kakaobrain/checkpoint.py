@@ -12,7 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
-from ..published import unpickle
+from rqgen.reading import read_yaml_text, require_file, shorten, unreadable
+
+from ..published import check_state_dict, unpickle
 
 CHECKPOINT_NAME = "model.pt"
 CONFIG_NAME = "config.yaml"
@@ -27,6 +29,11 @@ class Checkpoint(NamedTuple):
     arch: dict[str, Any]  # its `arch`, type in lower case, for a prior completed with `vocab_size`
     state_dict: dict[str, Tensor]
 
+    @property
+    def both(self) -> str:
+        """The two files, for errors that either may have caused."""
+        return f"{self.path} with {self.config_path.name}"
+
 
 def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Checkpoint:
     """Reads the checkpoint at `path` (or model.pt in that folder) and the config.yaml beside it.
@@ -37,27 +44,43 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
     if checkpoint_path.is_dir():
         checkpoint_path = checkpoint_path / CHECKPOINT_NAME
     config_path = checkpoint_path.parent / CONFIG_NAME
-    for file in (checkpoint_path, config_path):
-        if not file.is_file():
-            raise FileNotFoundError(f"path: no file {file}")
+    require_file(checkpoint_path, "path")
+    content = unpickle(checkpoint_path)
+    require_file(config_path, "path")
     config = _read_config(config_path)
     arch = config.get("arch")
     if not isinstance(arch, dict) or not isinstance(arch.get("type"), str):
-        raise ValueError(f"{config_path}: expected a section `arch` with a `type`")
+        found = arch.get("type") if isinstance(arch, dict) else arch
+        raise ValueError(f"{config_path}: expected a section `arch` with a `type`, got {shorten(found)}")
     arch = {**arch, "type": arch["type"].lower()}
     # The published training code copies the number of codes over from the data's section.
-    vocab_size = (config.get("dataset") or {}).get("vocab_size")
-    if arch["type"] == "rq-transformer" and vocab_size is not None:
+    if arch["type"] == "rq-transformer" and (vocab_size := _vocab_size(config, config_path)) is not None:
         arch.setdefault("vocab_size", vocab_size)
-    state_dict = _select_state_dict(unpickle(checkpoint_path), checkpoint_path, ema=ema)
+    state_dict = _select_state_dict(content, checkpoint_path, ema=ema)
     return Checkpoint(checkpoint_path, config_path, config, arch, state_dict)
 
 
+def section(config: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+    """A section of a published config.yaml; empty where there is none. ValueError where it is no mapping."""
+    found = config.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{path}: {name}: expected a mapping, got {shorten(found)}")
+    return found or {}
+
+
+def _vocab_size(config: Mapping[str, Any], path: Path) -> int | list[int] | None:
+    value = section(config, "dataset", path).get("vocab_size")
+    if value is not None and not all(type(size) is int for size in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{path}: dataset.vocab_size: expected an integer, or one per depth, got {shorten(value)}")
+    return value
+
+
 def _read_config(path: Path) -> dict[str, Any]:
+    text = read_yaml_text(path)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+        config = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise unreadable(path, "YAML file", error) from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
     return config
@@ -66,11 +89,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _select_state_dict(content: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
     key = "state_dict_ema" if ema else "state_dict"
     if not isinstance(content, Mapping) or key not in content:
-        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+        named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+        found = sorted(content)[:8] if named else type(content).__name__
         raise ValueError(f"{path}: expected a dictionary with the key {key!r}, got {found}")
     state_dict = content[key]
     if state_dict is None:
         raise ValueError(f"{path}: {key!r} is None: this checkpoint was trained without it")
-    if not isinstance(state_dict, Mapping) or not all(isinstance(t, Tensor) for t in state_dict.values()):
-        raise ValueError(f"{path}: {key!r}: expected tensors by name, got {type(state_dict).__name__}")
-    return dict(state_dict)
+    return check_state_dict(state_dict, path, key)
