@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import types
 import typing
@@ -609,11 +610,13 @@ def given(
 
 def _layers(cls: type, path: Path, recipes: Path | None, chain: tuple[Path, ...]) -> dict[str, _Node]:
     """The settings of a file, above those of its base."""
-    if path.resolve() in chain:
+    # Not Path.resolve, which until Python 3.13 ends in a RuntimeError for a link to itself.
+    real = Path(os.path.realpath(path))
+    if real in chain:
         circle = " -> ".join(one.name for one in (*chain, path))
         raise ValueError(f"{path}: base: the files name each other in a circle: {circle}")
     content = _read_file(path)
-    chain = (*chain, path.resolve())
+    chain = (*chain, real)
     below = {} if "base" in content.value else _recipe(cls, recipes, chain)
     return _above(cls, content.value, below, path.parent, recipes, chain)
 

@@ -3,9 +3,9 @@
     python tests/fuzz/damaged_inputs.py --cases 1500 --seed 0
 
 Weights, configurations, codes, checkpoints, YAML, images and published files are made small and whole, then each case
-damages one of them at random and reads it. Allowed: the very content of the whole file (the damage was harmless), or one
-line that names the file. Not allowed: any other exception, several lines, a hang, a crash, and, of files that carry a
-checksum, other content. The same seed gives the same cases. `tests/fuzz/test_damaged_inputs.py` runs a few in `make test`.
+damages one of them at random and reads it. Allowed: the very content of the whole file (the damage was harmless), or
+one line that names the file. Not allowed: any other exception, several lines, a hang, a crash, and, of files that carry
+a checksum, other content. The same seed gives the same cases; `make test` runs a few.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import faulthandler
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -66,6 +67,7 @@ class Kind:
     checksummed: bool
 
 
+IMAGES = (".png", ".jpg", ".webp", ".tif", ".gif")
 BYTES = ("flip", "cut", "zeros", "insert", "foreign", "empty", "directory", "dangling", "missing")
 
 
@@ -74,7 +76,7 @@ def kinds() -> list[Kind]:
     from rqgen.convert import load_kakaobrain, load_var
     from rqgen.data import read_codes, read_image
     from rqgen.models import load_pretrained
-    from rqgen.training.checkpoint import load_checkpoint
+    from rqgen.training.resume import read_state
 
     def model(folder: Path) -> Any:
         loaded = load_pretrained(folder)
@@ -104,9 +106,12 @@ def kinds() -> list[Kind]:
         Kind("model", model, weights, (*BYTES, "json", "tensors"), True),
         Kind("prior", model, weights, (*BYTES, "json", "tensors"), True),
         Kind("codes", codes, ("codes.safetensors",), (*BYTES, "tensors", "metadata"), True),
-        Kind("checkpoint", load_checkpoint, ("state.pt", "info.json"), (*BYTES, "json", "pickle"), True),
+        Kind("checkpoint", read_state, ("state.pt", "info.json"), (*BYTES, "json", "pickle"), True),
         Kind("settings", settings, ("run.yaml",), (*BYTES, "yaml"), False),
-        *(Kind(f"image{s}", picture(s), (f"image{s}",), BYTES, False) for s in (".png", ".jpg", ".webp", ".tif", ".gif")),
+        *(
+            Kind(f"image{s}", picture(s), (f"image{s}",), BYTES, False)
+            for s in (".png", ".jpg", ".webp", ".tif", ".gif")
+        ),
         Kind("kakaobrain", kakaobrain, ("model.pt", "config.yaml"), (*BYTES, "yaml", "pickle"), False),
         Kind("var", var, ("vae.pth", "var.pth", "config.json"), (*BYTES, "json", "pickle"), False),
     ]
@@ -145,7 +150,7 @@ def make_whole(root: Path) -> None:
     (root / "settings").mkdir()
     shutil.copy(runs / "tokenizer" / "config.yaml", root / "settings" / "run.yaml")
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    for suffix in (".png", ".jpg", ".webp", ".tif", ".gif"):
+    for suffix in IMAGES:
         (root / f"image{suffix}").mkdir()
         Image.fromarray(pixels).save(root / f"image{suffix}" / f"image{suffix}")
     source = DATA / "kakaobrain" / "rqvae-shared-8x8x4"
@@ -187,9 +192,7 @@ def digest(content: Any) -> str:
 
 FOREIGN = {
     "an HTML page": b"<!DOCTYPE html>\n<html><head><title>404</title></head><body>not found</body></html>\n",
-    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:"
-    + b"0" * 64
-    + b"\nsize 123456\n",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n",
     "one byte": b"\x80",
     "text": b"nothing to see here\n",
     "gzip": gzip.compress(b"data", mtime=0),
@@ -341,8 +344,9 @@ def break_json(path: Path, draw: Draw) -> str:
     return told
 
 
+ALIASES = [f"{name}: &{name} [{', '.join([f'*{below}'] * 8)}]\n" for below, name in itertools.pairwise("abcdefghij")]
 YAML_TEXTS = (
-    "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 8)}]\n" for i in range(8)),
+    "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(ALIASES),
     "<<: *nothing\n",
     "--- 1\n--- 2\n",
     "\tdata: 1\n",
@@ -376,7 +380,7 @@ def break_yaml(path: Path, draw: Draw) -> str:
 def damaged_tensor(tensor: torch.Tensor, draw: Draw) -> tuple[str, torch.Tensor]:
     how = draw.choice(("float64", "float16", "int64", "bool", "nan", "inf", "longer", "flat", "one more axis", "none"))
     if how in ("nan", "inf"):
-        broken = tensor.clone().double()
+        broken = tensor.clone(memory_format=torch.contiguous_format).double()
         if not broken.numel():
             return how, broken
         broken.view(-1)[draw.randrange(broken.numel())] = float(how)

@@ -611,3 +611,10 @@ def test_bounds(override, words):
         config.load(Bounded, None, [override])
     assert words in str(caught.value)
     assert config.load(Bounded, None, ["seed=4294967295", "width=10"]) == Bounded(10, 2**32 - 1)
+
+
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.symlink_to(path.name)
+    with pytest.raises(FileNotFoundError, match=r"config file not found: .*loop\.yaml"):
+        config.load(Settings, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -86,7 +87,7 @@ def _are_same(settings: Given[Any], prefix: str, asked: set[str], known: DataCon
 
 
 def _place(source: Any, folder: Any) -> tuple[Any, Path | None]:
-    return source, None if folder is None else Path(folder).resolve()
+    return source, None if folder is None else Path(os.path.realpath(folder))
 
 
 def _remembered(vae: RQVAE | MultiScaleVQVAE, folder: Path) -> DataConfig | None:
