@@ -8,32 +8,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import FLOAT_DTYPES, check_number, check_tensor
+from .._arguments import FLOAT_DTYPES, check_flag, check_positive
+from .._library import call, check_tensor
+from ..reference.soft_label import check_labels, check_linear, check_linear_dtypes, check_logits, check_loss, check_mask
 
+_SOFTMAX, _LOSS, _FUSED = (
+    "distance_softmax",
+    "soft_label_cross_entropy",
+    "fused_linear_soft_label_cross_entropy",
+)
 # Bytes of logits that the fused linear holds at a time.
 _LOGITS_BUDGET = 32 << 20
 # A float16 gradient waits for backward times this: most of its entries are far below 1/K, where float16 has no digits.
 _FLOAT16_SCALE = 4096.0
 
 
-def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
+def _check_call(op: str, x: object, codebook: object, tau: object) -> float:
     check_tensor(op, "x", x, FLOAT_DTYPES)
     check_tensor(op, "codebook", codebook, FLOAT_DTYPES)
-    check_number(op, "tau", tau)
-
-
-def _check_loss(op: str, x: Tensor, mask: object, reduction: object, losses_out: object) -> None:
-    if mask is not None:
-        check_tensor(op, "mask", mask, (torch.bool,))
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if losses_out is not None:
-        check_tensor(op, "losses_out", losses_out, (torch.float32,))
-        if losses_out.shape != x.shape[:-1] or losses_out.device != x.device:
-            raise ValueError(
-                f"{op}: losses_out must be {tuple(x.shape[:-1])} on {x.device}, "
-                f"got {tuple(losses_out.shape)} on {losses_out.device}"
-            )
+    return check_positive(op, "tau", tau)
 
 
 def _weight(x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
@@ -64,6 +57,10 @@ def _is_one(factor: Tensor) -> bool:
     )
 
 
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
     """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
 
@@ -89,12 +86,13 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
         TypeError: a wrong dtype (float64 among them).
         ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0.
     """
-    _check_labels("distance_softmax", x, codebook, tau)
-    return torch.ops.rqkernels.distance_softmax(x.detach(), codebook.detach(), tau)
+    tau = _check_call(_SOFTMAX, x, codebook, tau)
+    return call(_SOFTMAX, torch.ops.rqkernels.distance_softmax, x.detach(), codebook.detach(), tau)
 
 
 @torch.library.register_fake("rqkernels::distance_softmax")
 def _fake_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
+    check_labels(_SOFTMAX, x, codebook)
     return x.new_empty((*x.shape[:-1], codebook.shape[-2]), dtype=torch.float32)
 
 
@@ -152,10 +150,11 @@ def soft_label_cross_entropy(
             another or have the strides named above, and torch.compile.
         RuntimeError: a second derivative; with inplace, a second backward.
     """
-    op = "soft_label_cross_entropy"
+    op = _LOSS
     check_tensor(op, "logits", logits, FLOAT_DTYPES)
-    _check_labels(op, x, codebook, tau)
-    _check_loss(op, x, mask, reduction, losses_out)
+    tau = _check_call(op, x, codebook, tau)
+    check_loss(op, x, mask, reduction, losses_out)
+    inplace = check_flag(op, "inplace", inplace)
     x, codebook = x.detach(), codebook.detach()
     weight, reduce = _weight(x, mask, reduction), reduction != "none"
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
@@ -164,14 +163,18 @@ def soft_label_cross_entropy(
             raise ValueError(f"{op}: inplace cannot be traced by torch.compile, which decides itself what to overwrite")
         if logits.is_leaf:
             raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
+        if losses_out is not None and _share_memory(losses_out, logits):
+            raise ValueError(f"{op}: losses_out must not share memory with logits that inplace overwrites")
     if with_gradient and (inplace or losses_out is not None):
         loss, losses = _GradientInForward.apply(logits, x, codebook, tau, mask, weight, reduce, inplace)
     else:
         # What wants the losses of rows has no gradient to come here, and the reduction is left to do.
         rows_first = reduce and losses_out is not None
         scale = _gradient_scale(logits.dtype)
-        losses = torch.ops.rqkernels.soft_label_cross_entropy(
-            logits, x, codebook, tau, mask, weight, reduce and not rows_first, scale, with_gradient
+        losses = call(
+            op,
+            torch.ops.rqkernels.soft_label_cross_entropy,
+            *(logits, x, codebook, tau, mask, weight, reduce and not rows_first, scale, with_gradient),
         )[0]
         loss = _reduced(losses, weight) if rows_first else losses
     if losses_out is not None:
@@ -191,6 +194,7 @@ def _fake_cross_entropy(
     gradient_scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_fake_loss(logits, x, codebook, mask)
     loss = logits.new_empty(() if reduce else logits.shape[:-1], dtype=torch.float32)
     return loss, logits.new_empty(logits.shape if with_gradient else (0,))
 
@@ -206,7 +210,13 @@ def _fake_cross_entropy_(
     reduce: bool,
     gradient_scale: float,
 ) -> Tensor:
+    _check_fake_loss(logits, x, codebook, mask)
     return logits.new_empty(() if reduce else logits.shape[:-1], dtype=torch.float32)
+
+
+def _check_fake_loss(logits: Tensor, x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
+    check_labels(_LOSS, x, codebook)
+    check_logits(_LOSS, logits, x, codebook, mask)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -259,11 +269,11 @@ class _GradientInForward(torch.autograd.Function):
         arguments = (x, codebook, tau, mask, weight, False, ctx.gradient_scale)
         if inplace:
             ctx.gradient = logits.detach()
-            losses = torch.ops.rqkernels.soft_label_cross_entropy_(ctx.gradient, *arguments)
+            losses = call(_LOSS, torch.ops.rqkernels.soft_label_cross_entropy_, ctx.gradient, *arguments)
             # So that a function that kept the logits for its own backward finds them changed.
             torch.autograd.graph.increment_version(logits)
         else:
-            losses, gradient = torch.ops.rqkernels.soft_label_cross_entropy(logits, *arguments, True)
+            losses, gradient = call(_LOSS, torch.ops.rqkernels.soft_label_cross_entropy, logits, *arguments, True)
             ctx.save_for_backward(gradient)
         ctx.set_materialize_grads(False)
         loss, losses = (_reduced(losses, weight), losses) if reduce else (losses, losses.clone())
@@ -314,35 +324,35 @@ def fused_linear_soft_label_cross_entropy(
     Raises:
         As `soft_label_cross_entropy`, and for hidden, weight and bias that do not fit.
     """
-    op = "fused_linear_soft_label_cross_entropy"
+    op = _FUSED
     check_tensor(op, "hidden", hidden, FLOAT_DTYPES)
     check_tensor(op, "weight", weight, FLOAT_DTYPES)
     if bias is not None:
         check_tensor(op, "bias", bias, FLOAT_DTYPES)
-    _check_labels(op, x, codebook, tau)
-    _check_loss(op, x, mask, reduction, losses_out)
-    if hidden.dim() < 1 or hidden.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{op}: hidden {tuple(hidden.shape)} and x {tuple(x.shape)} must agree up to the last dimension"
-        )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{op}: weight must be (K, {hidden.shape[-1]}) for this hidden, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must be ({weight.shape[0]},) for this weight, got {tuple(bias.shape)}")
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    elif any(t is not None and t.dtype != dtype for t in (weight, bias)):
-        raise TypeError(f"{op}: weight and bias must have the dtype of hidden, {dtype}, outside of autocast")
+    tau = _check_call(op, x, codebook, tau)
+    check_loss(op, x, mask, reduction, losses_out)
+    # Here, for below they come in chunks, to an operator of another name.
+    check_labels(op, x, codebook)
+    check_linear(op, hidden, weight, bias, x, codebook)
+    check_mask(op, "hidden", hidden, x, mask)
+    dtype = check_linear_dtypes(op, hidden, weight, bias)
     x, codebook = x.detach(), codebook.detach()
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     row_weight, reduce = _weight(x, mask, reduction), reduction != "none"
-    total, losses, *_ = _fused_linear(
-        hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype
+    total, losses, *_ = call(
+        op, _fused_linear, hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype
     )
     if losses_out is not None:
         losses_out.copy_(losses.detach())
     return total if reduce else losses
+
+
+def _in_chunks(operator: Any, *arguments: object) -> Any:
+    """What a chunk's loss has to say is said in the name of the fused one."""
+    try:
+        return operator(*arguments)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{_LOSS}:", f"{_FUSED}:", 1)) from None
 
 
 @torch.library.custom_op("rqkernels::fused_linear_soft_label_cross_entropy", mutates_args=())
@@ -380,7 +390,8 @@ def _fused_linear(
     step = max(1, _LOGITS_BUDGET // (num_codes * dtype.itemsize * together))
     logits_buffer = h.new_empty((min(step, h.shape[0]) * together, num_codes), dtype=dtype)
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        for begin in range(0, h.shape[0], step):
+        # Once without rows too: a codebook that is not finite is refused whatever comes with it.
+        for begin in range(0, max(h.shape[0], 1), step):
             rows = slice(begin, begin + step)
             part = h[rows].to(dtype).reshape(-1, h.shape[-1])
             logits = logits_buffer[: part.shape[0]]
@@ -398,9 +409,14 @@ def _fused_linear(
             )
             if not with_gradient:
                 no_weight = (*arguments[:-1], None)
-                losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy(*no_weight, False, 1.0, False)[0]
+                losses[rows] = _in_chunks(torch.ops.rqkernels.soft_label_cross_entropy, *no_weight, False, 1.0, False)[
+                    0
+                ]
                 continue
-            losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy_(*arguments, False, scale)
+            losses[rows] = _in_chunks(torch.ops.rqkernels.soft_label_cross_entropy_, *arguments, False, scale)
+            if mask is not None:
+                # Times a gradient of zero, NaN would still be NaN.
+                part = part.masked_fill(~mask[rows].reshape(-1, 1), 0)
             grad_h[rows] = (logits @ w).view(grad_h[rows].shape) / scale
             if dtype == torch.float32:
                 grad_w.addmm_(logits.t(), part)
