@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # References take float64 too, and compute in it: they are the truth that kernels are measured by.
@@ -34,10 +35,14 @@ _MOST_FLOAT32 = 3.4028235677973366e38  # from here on a number rounds to infinit
 
 
 def _is_integer(value: object) -> bool:
+    if type(value) is int:  # mostly; what comes next takes a microsecond
+        return True
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
+    if type(value) is float or type(value) is int:
+        return True
     return isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
 
 
@@ -178,12 +183,42 @@ def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, 
     """TypeError unless it is a dense tensor of one of `dtypes`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if type(tensor) is not Tensor and is_lazy(tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got an uninitialized parameter")
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise TypeError(f"{op}: {name} must be a dense tensor, got a {layout} one")
+
+
+def check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """ValueError where torch would not let a result be written over it. Not told while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return
+    if tensor._is_zerotensor() or tensor.is_neg():
+        raise ValueError(f"{op}: {name} must have memory to write to, got a view that is computed; clone it first")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{op}: {name} must not be made in inference mode to be written outside of it; clone it first")
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    if tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in strides):
+        raise ValueError(f"{op}: {name} must have memory for each number, got strides {tuple(tensor.stride())}")
+
+
+def may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one meets that of the other."""
+    if a.device != b.device or a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
+        return False
+    (begin_a, end_a), (begin_b, end_b) = _memory_of(a), _memory_of(b)
+    return begin_a < end_b and begin_b < end_a
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    if tensor._is_zerotensor():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

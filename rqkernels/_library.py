@@ -100,4 +100,17 @@ def call(op: str, operator: Callable[..., Any], *arguments: object) -> Any:
             raise torch.OutOfMemoryError(f"{op}: {text}") from None
         if any(words in text for words in _OUT_OF_CPU_MEMORY):
             raise RuntimeError(f"{op}: {text}") from None
+        # "Inference tensors cannot be saved for backward", "Inplace update to inference tensor": without a name.
+        if "nference tensor" in text:
+            raise ValueError(
+                f"{op}: {_made_in_inference_mode(operator, arguments)} must not be made in inference mode to take part "
+                f"in a gradient; clone it first"
+            ) from None
         raise
+
+
+def _made_in_inference_mode(operator: Any, arguments: tuple[object, ...]) -> str:
+    schema = getattr(operator, "_opoverload", None) or operator.default
+    names = [argument.name for argument in schema._schema.arguments]
+    tensors = zip(names, arguments, strict=False)
+    return " and ".join(name for name, t in tensors if isinstance(t, torch.Tensor) and t.is_inference()) or "a tensor"

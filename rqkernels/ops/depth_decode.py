@@ -11,6 +11,7 @@ from .._arguments import FLOAT_DTYPES, check_device, check_elements, check_integ
 from .._library import call, check_tensor
 from ..reference.depth_decode import (
     BlockWeights,
+    check_caches,
     check_decode_settings,
     check_decode_shapes,
     check_decoder,
@@ -244,11 +245,12 @@ def transformer_step(
     _check_step(op, step)
     if x.dim() not in (2, 3) or x.shape[-1] != packed.width:
         raise ValueError(f"{op}: x must be (B, {packed.width}) or (B, n, {packed.width}), got {shape_of(x)}")
-    check_elements(op, "x", x)  # before it is copied
+    check_elements(op, "x", x)
+    check_caches(op, keys, values)
     return call(
         op,
         torch.ops.rqkernels.transformer_step,
-        x.detach().contiguous(),
+        x.detach(),
         packed._blocks,
         keys.detach(),
         values.detach(),
@@ -352,16 +354,14 @@ def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) ->
     op = "depth_logits"
     _check_context(op, context, decoder)
     check_tensor(op, "codes", codes, (torch.int64,))
-    check_elements(op, "codes", codes)
-    return _call(op, context, decoder, [], [], [], 0.0, 0, 0, 0, None, codes.contiguous())[1]
+    return _call(op, context, decoder, [], [], [], 0.0, 0, 0, 0, None, codes)[1]
 
 
 def _call(op: str, context: Tensor, decoder: PackedDepthDecoder, *options: object) -> tuple[Tensor, Tensor]:
-    check_elements(op, "context", context)  # before it is copied
     return call(
         op,
         torch.ops.rqkernels.depth_decode,
-        context.detach().contiguous(),
+        context.detach(),
         decoder.transformer._blocks,
         decoder._classifier,
         decoder._positions,
@@ -390,7 +390,7 @@ def _fake_step(
 ) -> Tensor:
     check_step_shapes("transformer_step", x, keys, values, length, step, layers, heads)
     check_device("transformer_step", "x", x, "blocks", blocks)
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("rqkernels::depth_decode")

@@ -10,7 +10,16 @@ from torch.autograd.function import once_differentiable
 
 from .._arguments import FLOAT_DTYPES, check_flag, check_positive
 from .._library import call, check_tensor
-from ..reference.soft_label import check_labels, check_linear, check_linear_dtypes, check_logits, check_loss, check_mask
+from ..reference.soft_label import (
+    check_inplace,
+    check_labels,
+    check_linear,
+    check_linear_dtypes,
+    check_logits,
+    check_loss,
+    check_losses_out,
+    check_mask,
+)
 
 _SOFTMAX, _LOSS, _FUSED = (
     "distance_softmax",
@@ -29,11 +38,11 @@ def _check_call(op: str, x: object, codebook: object, tau: object) -> float:
     return check_positive(op, "tau", tau)
 
 
-def _weight(x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
+def _weight(op: str, x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
     """What the sum of all losses is multiplied by: None for 1. One over no rows is infinite, and their mean NaN."""
     if reduction != "mean":
         return None
-    rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else mask.sum()
+    rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else call(op, mask.sum)
     return rows.float().reciprocal()
 
 
@@ -55,10 +64,6 @@ def _is_one(factor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and factor.item() == 1
     )
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
@@ -153,18 +158,19 @@ def soft_label_cross_entropy(
     op = _LOSS
     check_tensor(op, "logits", logits, FLOAT_DTYPES)
     tau = _check_call(op, x, codebook, tau)
-    check_loss(op, x, mask, reduction, losses_out)
+    check_loss(op, mask, reduction)
+    check_losses_out(op, losses_out, x, logits=logits, codebook=codebook, mask=mask)
     inplace = check_flag(op, "inplace", inplace)
+    if mask is not None:  # whose rows are counted before the operator could check anything
+        check_labels(op, x, codebook)
+        check_logits(op, logits, x, codebook, mask)
     x, codebook = x.detach(), codebook.detach()
-    weight, reduce = _weight(x, mask, reduction), reduction != "none"
+    weight, reduce = _weight(op, x, mask, reduction), reduction != "none"
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         if torch.compiler.is_compiling():
             raise ValueError(f"{op}: inplace cannot be traced by torch.compile, which decides itself what to overwrite")
-        if logits.is_leaf:
-            raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
-        if losses_out is not None and _share_memory(losses_out, logits):
-            raise ValueError(f"{op}: losses_out must not share memory with logits that inplace overwrites")
+        check_inplace(op, logits)
     if with_gradient and (inplace or losses_out is not None):
         loss, losses = _GradientInForward.apply(logits, x, codebook, tau, mask, weight, reduce, inplace)
     else:
@@ -330,7 +336,8 @@ def fused_linear_soft_label_cross_entropy(
     if bias is not None:
         check_tensor(op, "bias", bias, FLOAT_DTYPES)
     tau = _check_call(op, x, codebook, tau)
-    check_loss(op, x, mask, reduction, losses_out)
+    check_loss(op, mask, reduction)
+    check_losses_out(op, losses_out, x, hidden=hidden, weight=weight, bias=bias, codebook=codebook, mask=mask)
     # Here, for below they come in chunks, to an operator of another name.
     check_labels(op, x, codebook)
     check_linear(op, hidden, weight, bias, x, codebook)
@@ -338,7 +345,7 @@ def fused_linear_soft_label_cross_entropy(
     dtype = check_linear_dtypes(op, hidden, weight, bias)
     x, codebook = x.detach(), codebook.detach()
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    row_weight, reduce = _weight(x, mask, reduction), reduction != "none"
+    row_weight, reduce = _weight(op, x, mask, reduction), reduction != "none"
     total, losses, *_ = call(
         op, _fused_linear, hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype
     )

@@ -80,6 +80,11 @@ def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        return _plain_attention(q, k, v, scale)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     dtype = q.dtype
     q, k, v = (tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in (q, k, v))
     queries, keys = q.shape[2], k.shape[2]

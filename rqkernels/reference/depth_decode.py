@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from .._arguments import (
     check_tensor,
     check_top_k,
     check_top_p,
+    check_writable,
     differ,
+    may_overlap,
     shape_of,
     shapes_differ,
 )
@@ -238,7 +241,9 @@ def check_decoder(
     for name, tensor in tensors.items():
         check(op, name, tensor, dtypes)
         if tensor.device != depth_positions.device:
-            raise ValueError(f"{op}: {name} must be on {depth_positions.device}, got {tensor.device}")
+            raise ValueError(
+                f"{op}: {name} must be on {depth_positions.device} like depth_positions, got {tensor.device}"
+            )
     if device != depth_positions.device:
         raise ValueError(f"{op}: transformer is on {device}, not {depth_positions.device}")
     if device.type == "meta":
@@ -310,20 +315,16 @@ def check_place_of_step(op: str, name: str, like: Tensor, step: Tensor | None) -
         raise ValueError(f"{op}: step must be one int64 number, got {shape_of(step)}")
 
 
+def check_caches(op: str, keys: Tensor, values: Tensor) -> None:
+    for name, tensor in (("keys", keys), ("values", values)):
+        check_elements(op, name, tensor)
+        check_writable(op, name, tensor)
+
+
 def check_apart(op: str, x: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Of contiguous tensors."""
-
-    def overlap(a: Tensor, b: Tensor) -> bool:
-        return (
-            a.numel() > 0
-            and b.numel() > 0
-            and a.data_ptr() < b.data_ptr() + b.nbytes
-            and b.data_ptr() < a.data_ptr() + a.nbytes
-        )
-
-    if overlap(keys, values):
+    if may_overlap(keys, values):
         raise ValueError(f"{op}: keys and values must not share memory")
-    if overlap(x, keys) or overlap(x, values):
+    if may_overlap(x, keys) or may_overlap(x, values):
         raise ValueError(f"{op}: x must not share memory with keys or values")
 
 
@@ -395,6 +396,7 @@ def check_decode_shapes(
 
 
 def check_given_codes(op: str, codes: Tensor, context: Tensor, depth: int) -> None:
+    check_elements(op, "codes", codes)
     check_device(op, "context", context, "codes", codes)
     if shapes_differ(codes.shape, (context.shape[0], depth)):
         raise ValueError(f"{op}: codes must be contiguous int64 ({context.shape[0]}, {depth}), got {shape_of(codes)}")
@@ -501,6 +503,13 @@ class PackedDepthDecoder:
         self.classifier_biases = [None] * len(weights) if classifier_bias is None else list(biases)
 
 
+@contextmanager
+def _plainly(x: Tensor) -> Iterator[None]:
+    """Not differentiable, and nothing to autocast."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -535,18 +544,22 @@ def transformer_step(
     check_step(op, step)
     if x.dim() not in (2, 3) or x.shape[-1] != packed.width:
         raise ValueError(f"{op}: x must be (B, {packed.width}) or (B, n, {packed.width}), got {shape_of(x)}")
+    check_elements(op, "x", x)
+    check_caches(op, keys, values)
     check_step_shapes(op, x, keys, values, length, step, packed.layers, packed.heads)
-    check_apart(op, x.contiguous(), keys, values)
+    check_apart(op, x, keys, values)
     count, capacity = (x.shape[1] if x.dim() == 3 else 1), keys.shape[3]
     if step is not None and not 0 <= int(step) <= capacity - count - length:
         raise ValueError(
             f"{op}: length {length}, step {int(step)} and {count} new positions do not fit the keys' capacity "
             f"{capacity}"
         )
-    return _step(x, packed, keys, values, length + (0 if step is None else int(step)))
+    with _plainly(x):
+        return _step(x, packed, keys.detach(), values.detach(), length + (0 if step is None else int(step)))
 
 
 def _step(x: Tensor, packed: PackedTransformer, keys: Tensor, values: Tensor, begin: int) -> Tensor:
+    """The step of arguments that fit."""
     shape = x.shape
     x = x if x.dim() == 3 else x[:, None]
     batch, new, width = x.shape
@@ -651,12 +664,13 @@ def depth_decode(
             logits = (1 + guidance) * conditional - guidance * null
         bad = (~torch.isfinite(logits.amax(-1))).nonzero()
         if len(bad) > 0:
-            raise ValueError(f"{op}: the logits of row {int(bad[0])} have NaN, +inf, or nothing but -inf")
+            raise ValueError(f"{op}: context: the logits of row {int(bad[0])} have NaN, +inf, or nothing but -inf")
         options = {"temperature": given.temperature[d], "top_k": given.top_k[d], "top_p": given.top_p[d]}
         codes.append(sample_logits(logits, **options, seed=given.seed, offset=given.offset, stream=stream + d))
         return codes[-1]
 
-    _logits_by_depth(context, decoder, draw, 2 if guidance else 1)
+    with _plainly(context):
+        _logits_by_depth(context, decoder, draw, 2 if guidance else 1)
     return torch.stack(codes, dim=1)
 
 
@@ -679,7 +693,8 @@ def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) ->
     bad = codes[(codes < 0) | (codes >= decoder.num_codes)]
     if len(bad) > 0:
         raise IndexError(f"{op}: codes must be in [0, {decoder.num_codes}), got {int(bad[0])}")
-    return torch.stack(_logits_by_depth(context, decoder, lambda _, d: codes[:, d], 1), dim=1)
+    with _plainly(context):
+        return torch.stack(_logits_by_depth(context, decoder, lambda _, d: codes[:, d], 1), dim=1)
 
 
 def _check_call(op: str, context: object, decoder: object) -> None:

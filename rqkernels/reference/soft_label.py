@@ -14,8 +14,10 @@ from .._arguments import (
     check_flag,
     check_positive,
     check_tensor,
+    check_writable,
     differ,
     is_below,
+    may_overlap,
     shape_of,
     shapes_differ,
 )
@@ -90,7 +92,7 @@ def check_linear(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, x
         check_device(op, "hidden", hidden, "bias", bias)
 
 
-def check_losses_out(op: str, x: Tensor, losses_out: Tensor | None) -> None:
+def check_losses_out(op: str, losses_out: Tensor | None, x: Tensor, **others: Tensor | None) -> None:
     """Where the rows' losses are to be written: memory of its own that autograd does not watch over."""
     if losses_out is None:
         return
@@ -102,8 +104,19 @@ def check_losses_out(op: str, x: Tensor, losses_out: Tensor | None) -> None:
         )
     if losses_out.requires_grad:
         raise ValueError(f"{op}: losses_out must not require a gradient: none goes through it")
-    if any(size > 1 and stride == 0 for size, stride in zip(losses_out.shape, losses_out.stride(), strict=True)):
-        raise ValueError(f"{op}: losses_out must have memory for each row, got strides {losses_out.stride()}")
+    check_writable(op, "losses_out", losses_out)
+    if torch.compiler.is_compiling():
+        return  # no memory to look at
+    for name, other in {"x": x, **others}.items():
+        if other is not None and may_overlap(losses_out, other):
+            raise ValueError(f"{op}: losses_out must not share memory with {name}")
+
+
+def check_inplace(op: str, logits: Tensor) -> None:
+    """Of logits that their gradient is to be written over."""
+    if logits.is_leaf:
+        raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
+    check_writable(op, "logits", logits)
 
 
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -179,19 +192,19 @@ def soft_label_cross_entropy(
     op = "soft_label_cross_entropy"
     check_tensor(op, "logits", logits, REFERENCE_DTYPES)
     tau = _check_call(op, x, codebook, tau)
-    check_loss(op, x, mask, reduction, losses_out)
-    check_flag(op, "inplace", inplace)
+    check_loss(op, mask, reduction)
+    check_losses_out(op, losses_out, x, logits=logits, codebook=codebook, mask=mask)
+    if check_flag(op, "inplace", inplace) and logits.requires_grad and torch.is_grad_enabled():
+        check_inplace(op, logits)
     check_labels(op, x, codebook)
     check_logits(op, logits, x, codebook, mask)
     return _loss(op, logits, x, codebook, tau, mask, reduction, losses_out)
 
 
-def check_loss(op: str, x: Tensor, mask: object, reduction: object, losses_out: object) -> None:
+def check_loss(op: str, mask: object, reduction: object) -> None:
     if mask is not None:
         check_tensor(op, "mask", mask, (torch.bool,))
     check_choice(op, "reduction", reduction, REDUCTIONS)
-    if losses_out is not None:
-        check_losses_out(op, x, losses_out)  # type: ignore[arg-type]
 
 
 def _loss(
@@ -252,7 +265,8 @@ def fused_linear_soft_label_cross_entropy(
     if bias is not None:
         check_tensor(op, "bias", bias, REFERENCE_DTYPES)
     tau = _check_call(op, x, codebook, tau)
-    check_loss(op, x, mask, reduction, losses_out)
+    check_loss(op, mask, reduction)
+    check_losses_out(op, losses_out, x, hidden=hidden, weight=weight, bias=bias, codebook=codebook, mask=mask)
     check_labels(op, x, codebook)
     check_linear(op, hidden, weight, bias, x, codebook)
     check_mask(op, "hidden", hidden, x, mask)
@@ -263,8 +277,9 @@ def fused_linear_soft_label_cross_entropy(
 
 def check_linear_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype in which logits are computed."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     if any(t is not None and t.dtype != hidden.dtype for t in (weight, bias)):
         raise TypeError(f"{op}: weight and bias must have the dtype of hidden, {hidden.dtype}, outside of autocast")
     return hidden.dtype

@@ -118,7 +118,8 @@ Tensor transformer_step(Tensor x, Tensor blocks, Tensor keys, Tensor values, int
   for (const auto& [name, tensor] : {std::pair{"blocks", blocks}, {"keys", keys}, {"values", values}}) {
     rqk::check_same_device(kStep, "x", x, name, tensor);
   }
-  params.x = floats_of(kStep, "x", x);
+  const Tensor x_read = rqk::contiguous(x);  // a tensor of zeros without memory comes as one number with strides of 0
+  params.x = floats_of(kStep, "x", x_read);
   floats_of(kStep, "keys", keys);
   floats_of(kStep, "values", values);
   if (rqk::may_overlap(keys, values)) rqk::value_error(kStep, ": keys and values must not share memory");
@@ -237,7 +238,8 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
   params.rows = rows;
   params.depth = depth;
   params.num_codes = num_codes;
-  params.context = floats_of(op, "context", context);
+  const Tensor context_read = rqk::contiguous(context);
+  params.context = floats_of(op, "context", context_read);
   params.guidance = guidance;
   params.step = step_of(op, "context", context, step);
 #ifndef RQK_CUDA_LIBRARY
@@ -250,10 +252,11 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
   std::vector<rqk::SampleSettings> settings;
   if (given.has_value()) {
     rqk::check_same_device(op, "context", context, "codes", *given);
-    if (given->scalar_type() != ScalarType::Long || rqk::sizes_of(*given) != std::vector<int64_t>{rows, depth} ||
-        !given->is_contiguous()) {
+    rqk::check_elements(op, "codes", *given);
+    if (given->scalar_type() != ScalarType::Long || rqk::sizes_of(*given) != std::vector<int64_t>{rows, depth}) {
       rqk::value_error(op, ": codes must be contiguous int64 (", rows, ", ", depth, "), got ", rqk::shape_of(*given));
     }
+    given = rqk::contiguous(*given);
     params.given = given->const_data_ptr<int64_t>();
 #ifndef RQK_CUDA_LIBRARY
     for (int64_t i = 0; i < rows * depth; ++i) {
@@ -285,7 +288,7 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
 #endif
   rqk::launch(params, scope.stream());
   if (bad_row >= 0) {
-    rqk::value_error(op, ": the logits of row ", bad_row, " have NaN, +inf, or nothing but -inf");
+    rqk::value_error(op, ": context: the logits of row ", bad_row, " have NaN, +inf, or nothing but -inf");
   }
   return {codes, logits};
 }

@@ -115,6 +115,7 @@ RowStrides row_strides(const Tensor& t) {
 
 // Whether no two of its elements share memory, as far as sizes and strides tell.
 bool is_apart(const Tensor& t) {
+  if (t.numel() == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < t.dim(); ++d) {
     if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
