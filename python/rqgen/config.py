@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,16 +24,16 @@ from yaml import YAMLError
 
 ConfigT = TypeVar("ConfigT")
 
-__all__ = ["from_dict", "load", "read_yaml", "to_dict"]
+__all__ = ["check_finite", "from_dict", "load", "read_yaml", "to_dict"]
 
 
 def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> ConfigT:
     """Builds the dataclass ``cls`` (nested ones too) from plain data; keys left out keep their defaults.
 
     ``where`` says in error messages where the data came from (a file's name, "command line").
-    Raises ValueError for an unknown key, a value of the wrong type, a missing field that has no default,
-    and for whatever ``__post_init__`` of the dataclasses refuses; TypeError when ``cls`` is not a dataclass
-    or ``mapping`` not a mapping.
+    Raises ValueError for an unknown key, a value of the wrong type, a missing field that has no default, a number that
+    is NaN or infinite, and for whatever ``__post_init__`` of the dataclasses refuses; TypeError when ``cls`` is not a
+    dataclass or ``mapping`` not a mapping.
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise TypeError(f"cls: expected a dataclass, got {cls!r}")
@@ -40,7 +42,9 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> 
     _refuse_unknown_keys(cls, mapping, root=cls, where=where)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), OmegaConf.create(dict(mapping)))
-        return typing.cast(ConfigT, OmegaConf.to_object(merged))
+        built = typing.cast(ConfigT, OmegaConf.to_object(merged))
+        check_finite(built)
+        return built
     except MissingMandatoryValue as error:
         raise ValueError(f"{where}: '{error.full_key}' has no default and must be given") from error
     except OmegaConfBaseException as error:
@@ -51,6 +55,19 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> 
         # OmegaConf appends lines about itself to what a dataclass said.
         reason = str(error).split("\n    full_key:")[0]
         raise ValueError(f"{where}: {reason}") from error
+
+
+def check_finite(settings: Any, prefix: str = "") -> None:
+    """Raises ValueError naming the first field of a dataclass, nested ones too, that is or holds NaN or infinity: no
+    setting means that."""
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_finite(value, f"{name}.")
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            is_float = isinstance(item, numbers.Real) and not isinstance(item, numbers.Integral)
+            if is_float and not math.isfinite(item):
+                raise ValueError(f"{name}: expected a finite number, got {item}")
 
 
 def to_dict(instance: Any) -> dict[str, Any]:

@@ -271,6 +271,8 @@ def fused_linear_soft_label_cross_entropy(
     check_linear(op, hidden, weight, bias, x, codebook)
     check_mask(op, "hidden", hidden, x, mask)
     check_linear_dtypes(op, hidden, weight, bias)
+    if mask is not None:
+        hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # NaN in a row that is not counted reaches no gradient
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return _loss(op, logits, x, codebook, tau, mask, reduction, losses_out)
 

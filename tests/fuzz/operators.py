@@ -494,9 +494,13 @@ def frozen(rng: Random) -> Any:
     return rqkernels.FrozenCodebook(torch.randn(5, 4))
 
 
+def is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def shared_memory(arguments: dict[str, Any], rng: Random) -> str | None:
     """One tensor becomes a view of another's memory. Returns its name."""
-    plain = {name: value for name, value in arguments.items() if type(value) is Tensor and not value.is_nested}
+    plain = {name: value for name, value in arguments.items() if type(value) is Tensor and is_dense(value)}
     tensors = [name for name, value in plain.items() if value.numel() > 0]
     if len(tensors) < 2:
         return None
@@ -689,6 +693,8 @@ def compare(call: Call, twin: Call, outcome: Any, error: BaseException | None) -
     except Exception as raised:
         if is_of_memory(raised) or (error is not None and is_of_memory(error)):
             return None
+        if error is None and "logits" in str(raised) and not is_moderate(call):
+            return None  # in float32 the reference overflows before the kernel does
         if error is None:
             return f"the reference raised {type(raised).__name__}: {raised}"
         if isinstance(raised, type(error)) or isinstance(error, type(raised)):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rqgen.config import load, read_yaml
+from rqgen.config import check_finite, load, read_yaml
 from rqgen.data import DigitImages, Split, open_dataset
 from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
@@ -63,6 +63,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.count < 100 or self.count % 10:
             raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
 

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rqgen.config import check_finite
+
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "held_out", "all"]
@@ -60,6 +62,7 @@ class DataConfig:
     """Source "photos": how many random crops make an epoch."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.resolution < 1:
             raise ValueError(f"resolution: expected a positive number of pixels, got {self.resolution}")
         if self.channels not in (1, 3):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rqgen.config import check_finite
 from rqgen.quantizers import Convolution, MultiScaleConfig, MultiScaleQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
@@ -51,6 +52,7 @@ class MultiScaleVQVAEConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("image_channels", "base_channels", "num_res_blocks", "z_channels", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

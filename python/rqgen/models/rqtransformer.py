@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 import rqkernels
+from rqgen.config import check_finite
 
 from .condition import check_range_without_waiting, condition_ids
 from .kv_cache import KVCache
@@ -85,6 +86,7 @@ class RQTransformerConfig:
     embedding_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
         self.code_shape = tuple(self.code_shape)  # type: ignore[assignment]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import rqkernels
+from rqgen.config import check_finite
 from rqgen.quantizers import Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
@@ -60,6 +61,7 @@ class RQVAEConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in (
             "image_channels",
             "resolution",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.config import check_finite
 
 from .kv_cache import KVCache
 
@@ -40,6 +41,7 @@ class TransformerConfig:
     residual_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.layers < 0:
             raise ValueError(f"layers must be >= 0, got {self.layers}")
         if self.heads < 1:

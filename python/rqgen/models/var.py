@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from rqgen.config import check_finite
 from rqgen.quantizers import MultiScaleConfig, MultiScaleDecoder
 
 from .condition import condition_ids
@@ -64,6 +65,7 @@ class VARConfig:
     condition_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

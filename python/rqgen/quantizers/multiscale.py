@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.config import check_finite
 
 from .convolution import Convolution
 from .seeding import draw_vectors
@@ -51,6 +52,7 @@ class MultiScaleConfig:
     usage_window: int = 131072
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("codebook_size", "usage_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.config import check_finite
 
 from .seeding import draw_vectors, kmeans
 from .usage import CodeUsage
@@ -57,6 +58,7 @@ class QuantizerConfig:
     usage_window: int = 131072
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("codebook_size", "depth", "kmeans_iterations", "usage_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
-from rqgen.config import to_dict
+from rqgen.config import check_finite, to_dict
 from rqgen.data.stream import Batch, BatchStream, Items
 
 from .checkpoint import load_checkpoint, random_states, restore_random_states, save_checkpoint
@@ -59,6 +59,7 @@ class LoopConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         positive = ("steps", "batch_size", "accumulation", "window", "log_every", "keep_checkpoints")
         for name in positive:
             if getattr(self, name) < 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rqkernels
+from rqgen.config import check_finite
 from rqgen.data.codes import EncodedImages, code_fingerprint
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
@@ -61,6 +62,7 @@ class PriorConfig:
     """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.tau is not None and not self.tau > 0:
             raise ValueError(f"tau: expected a positive number or null, got {self.tau}")
         if not 0 <= self.condition_dropout < 1:

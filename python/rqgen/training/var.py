@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rqgen.config import check_finite
 from rqgen.data.codes import EncodedImages, code_fingerprint, flatten_codes, unflatten_codes
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
@@ -36,6 +37,9 @@ class VARPriorConfig:
     """How often a class is replaced by the null condition; 0: no guidance when sampling."""
     cache_codes: bool = True
     """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
 
     def build(self, vae: MultiScaleVQVAE, num_classes: int) -> VAR:
         """A prior for the token maps of ``vae``. Raises ValueError for images without classes."""
