@@ -201,9 +201,19 @@ def check_writable(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have memory to write to, got a view that is computed; clone it first")
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{op}: {name} must not be made in inference mode to be written outside of it; clone it first")
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    if tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in strides):
-        raise ValueError(f"{op}: {name} must have memory for each number, got strides {tuple(tensor.stride())}")
+
+
+def is_apart(tensor: Tensor) -> bool:
+    """Whether no two of its elements share memory, as far as sizes and strides tell."""
+    if tensor.numel() == 0:
+        return True
+    reach = 1
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted((stride, size) for stride, size in strides if size > 1):
+        if stride < reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 def may_overlap(a: Tensor, b: Tensor) -> bool:

@@ -16,6 +16,7 @@ from .._arguments import (
     check_tensor,
     check_writable,
     differ,
+    is_apart,
     is_below,
     may_overlap,
     shape_of,
@@ -107,6 +108,8 @@ def check_losses_out(op: str, losses_out: Tensor | None, x: Tensor, **others: Te
     check_writable(op, "losses_out", losses_out)
     if torch.compiler.is_compiling():
         return  # no memory to look at
+    if not is_apart(losses_out):
+        raise ValueError(f"{op}: losses_out must have memory for each row, got strides {losses_out.stride()}")
     for name, other in {"x": x, **others}.items():
         if other is not None and may_overlap(losses_out, other):
             raise ValueError(f"{op}: losses_out must not share memory with {name}")
@@ -117,6 +120,11 @@ def check_inplace(op: str, logits: Tensor) -> None:
     if logits.is_leaf:
         raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
     check_writable(op, "logits", logits)
+    if not torch.compiler.is_compiling() and not is_apart(logits):
+        raise ValueError(
+            f"{op}: inplace needs logits that share no memory with one another, got shape {shape_of(logits)} "
+            "with a stride too small"
+        )
 
 
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -59,7 +59,7 @@ class Stack(NamedTuple):
         kernel = rqkernels.PackedTransformer(blocks, heads, width=width, **options)
         names = (ACTIVATIONS.index(activation), PRECISIONS.index(precision))
         sizes = [layers, kernel.hidden, heads, *names, multiprocessors]
-        return cls(kernel, reference.PackedTransformer(blocks, heads, **options), sizes)
+        return cls(kernel, reference.PackedTransformer(blocks, heads, width=width, **options), sizes)
 
 
 def assert_close(ours: np.ndarray, truth: Tensor, precision: str) -> None:

@@ -421,7 +421,7 @@ def test_what_is_written_has_memory_of_its_own() -> None:
         made = torch.zeros(4)
     for name in ("soft_label_cross_entropy", "fused_linear_soft_label_cross_entropy"):
         for other, message in (
-            (torch.zeros(()).expand(4), "must have memory for each number"),
+            (torch.zeros(()).expand(4), "must have memory for each row"),
             (torch.zeros(4, requires_grad=True), "must not require a gradient"),
             (torch._efficientzerotensor(4), "must have memory to write to"),
             (made, "must not be made in inference mode"),
