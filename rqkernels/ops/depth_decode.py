@@ -55,8 +55,9 @@ class PackedTransformer:
         width, device: of a stack without blocks, which is the identity (torch's default device, unless given).
 
     Raises:
-        TypeError: a weight that is not a tensor of these dtypes.
-        ValueError: shapes or devices that do not fit, weights that are not finite, an unknown activation or precision.
+        TypeError: a weight that is not a tensor of these dtypes, a setting of another type.
+        ValueError: shapes or devices that do not fit, weights that are not finite (at this precision), an unknown
+            activation or precision, a width outside of [1, 32768], eps negative or not finite in float32.
     """
 
     def __init__(
@@ -133,8 +134,9 @@ class PackedDepthDecoder:
     All tensors float32, float16 or bfloat16 on one device, and copied.
 
     Raises:
-        TypeError: transformer not a `PackedTransformer`, a tensor of another dtype.
-        ValueError: shapes or devices that do not fit.
+        TypeError: transformer not a `PackedTransformer`, a tensor of another dtype, a setting of another type.
+        ValueError: shapes or devices that do not fit, numbers that are not finite (but a bias of -inf, which forbids
+            its code), eps negative or not finite in float32.
     """
 
     def __init__(
@@ -234,7 +236,8 @@ def transformer_step(
 
     Raises:
         TypeError: another dtype, packed not a `PackedTransformer`, length not an integer.
-        ValueError: shapes or devices that do not fit, keys or values that are not contiguous, no room left.
+        ValueError: shapes or devices that do not fit, keys or values that are not contiguous, share memory with one
+            another or with x, or cannot be written, no room left.
     """
     op = "transformer_step"
     for name, tensor in (("x", x), ("keys", keys), ("values", values)):
@@ -296,7 +299,7 @@ def depth_decode(
         offset: what the index of the first row counts from, >= 0.
         stream: the draw of depth d is that of `sample_logits(..., seed=seed, offset=offset, stream=stream + d)`.
         step: one int64 number on the device of context; adds step * D to the stream, so that a captured CUDA graph can
-            be replayed for the next position.
+            be replayed for the next position. (On a GPU it is not read back: a stream beyond 2^32 begins anew.)
 
     Returns:
         int64 (B, D). On a GPU a row gets -1 from the depth on whose logits have NaN, +inf or nothing but -inf.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import rqkernels
 
 SCRIPT = Path(__file__).with_name("operators.py")
 
@@ -19,6 +22,11 @@ def test_hostile_arguments_are_refused_by_name() -> None:
     ran = fuzz("--calls", 400, "--seed", 12)
     assert ran.stdout == "400 calls, seed 12: nothing\n", ran.stdout + ran.stderr
     assert ran.returncode == 0
+
+
+def test_every_function_is_called() -> None:
+    makers = runpy.run_path(str(SCRIPT))["MAKERS"]
+    assert set(makers) == set(rqkernels.__all__) - {"BlockWeights", "ResidualCodes", "info", "reference"}
 
 
 def test_what_goes_wrong_is_told() -> None:

@@ -405,6 +405,26 @@ def test_shapes_are_checked_where_there_is_no_memory_too() -> None:
         rqk.sample_logits(torch.zeros(4, 2, device="meta"), seed=0, streams=2, stream=2**32 - 1)
 
 
+def test_checks_tie_no_compiled_graph_to_a_size() -> None:
+    """Of rows that only the data tell: how many there are is not known while the graph is made."""
+
+    def f(x: Tensor, chosen: Tensor, codebook: Tensor, logits: Tensor) -> Tensor:
+        rows = x[chosen]
+        found = rqk.residual_search(rows, codebook, 2)
+        decoded = rqk.residual_decode(found.codes, codebook)
+        counts, _ = rqk.code_statistics(rows, found.codes[:, 0], 9)
+        loss = rqk.soft_label_cross_entropy(logits[chosen], rows, codebook, 0.5, reduction="sum")
+        return torch.cat([decoded.sum()[None], counts, loss[None]])
+
+    x, codebook, logits = torch.randn(40, 5), torch.randn(9, 5), torch.randn(40, 9)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        for share in (0.2, 0.8):
+            chosen = torch.rand(40) < share
+            given = (x, chosen, codebook, logits)
+            torch.testing.assert_close(compiled(*given), f(*given))
+
+
 def test_what_is_written_has_memory_of_its_own() -> None:
     keys = torch.zeros(1, 4, 2, 5, 3)
     name, both = "transformer_step", torch.zeros(2 * keys.numel())
