@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # References take float64 too, and compute in it: they are the truth that kernels are measured by.
@@ -183,7 +183,7 @@ def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, 
     """TypeError unless it is a dense tensor of one of `dtypes`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if type(tensor) is not Tensor and is_lazy(tensor):
+    if type(tensor) is not Tensor and isinstance(tensor, UninitializedTensorMixin):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got an uninitialized parameter")
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -405,6 +405,22 @@ def test_shapes_are_checked_where_there_is_no_memory_too() -> None:
         rqk.sample_logits(torch.zeros(4, 2, device="meta"), seed=0, streams=2, stream=2**32 - 1)
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"FrozenCodebook", "PackedTransformer", "PackedDepthDecoder"}))
+def test_checks_are_traced_with_parameters(name: str) -> None:
+    """In one graph, with the arguments as models have them."""
+    given = arguments_of(name, rqk)
+    expected = getattr(rqk, name)(**given)
+    for argument, value in arguments_of(name, rqk).items():
+        is_weight = isinstance(value, Tensor) and value.is_floating_point() and argument != "losses_out"
+        given[argument] = torch.nn.Parameter(value) if is_weight and argument not in ("keys", "values") else value
+    torch._dynamo.reset()
+    found = torch.compile(lambda: getattr(rqk, name)(**given), fullgraph=True, backend="aot_eager")()
+    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    for ours, plain in pairs:
+        if isinstance(plain, Tensor):
+            torch.testing.assert_close(ours.detach(), plain)
+
+
 def test_checks_tie_no_compiled_graph_to_a_size() -> None:
     """Of rows that only the data tell: how many there are is not known while the graph is made."""
 
