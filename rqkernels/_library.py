@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from . import _arguments
 from ._shadow import CPU_LIBRARY
 
 CUDA_LIBRARY = "_cuda.abi3.so"
@@ -70,48 +72,47 @@ CPU_CAPABILITY = _load_cpu()
 CUDA_ARCHITECTURES: list[str] = torch.ops.rqkernels.cuda_architectures().split()
 CUDA_UNAVAILABLE = _load_cuda()
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OUT_OF_GPU_MEMORY = "CUDA out of memory"
+_OUT_OF_CPU_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 
 
 def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """TypeError unless `tensor` is a tensor of one of `dtypes`; an error too where no library serves its device.
-
-    Shapes and values are checked in op.cpp; dtypes here, because only Python can raise a TypeError.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
-    device = tensor.device.type
+    """As `_arguments.check_tensor`; an error too where no library serves its device."""
+    _arguments.check_tensor(op, name, tensor, dtypes)
+    device = tensor.device.type  # type: ignore[attr-defined]
     if device == "cuda" and CUDA_UNAVAILABLE is not None:
         raise RuntimeError(
-            f"{op}: {name} is on {tensor.device}, but the CUDA library is not loaded: {CUDA_UNAVAILABLE}"
+            f"{op}: {name} is on {tensor.device}, but the CUDA library is not loaded: {CUDA_UNAVAILABLE}"  # type: ignore[attr-defined]
         )
     if device not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{op}: {name} must be on cpu or cuda, got {tensor.device}")
+        raise ValueError(f"{op}: {name} must be on cpu or cuda, got {tensor.device}")  # type: ignore[attr-defined]
 
 
-def check_depth(op: str, depth: object) -> None:
-    """TypeError unless `depth` is None or an integer."""
-    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, (int, torch.SymInt))):
-        raise TypeError(f"{op}: depth must be an integer or None, got {type(depth).__name__}")
+def call(op: str, operator: Callable[..., Any], *arguments: object) -> Any:
+    """Calls an operator of the library in the name of `op`.
+
+    Memory that is not there is an error of torch's own class, with its text: torch.OutOfMemoryError on a GPU (which no
+    library with a stable ABI can raise), RuntimeError on a CPU.
+    """
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        text = str(error)
+        if _OUT_OF_GPU_MEMORY in text:
+            raise torch.OutOfMemoryError(f"{op}: {text}") from None
+        if any(words in text for words in _OUT_OF_CPU_MEMORY):
+            raise RuntimeError(f"{op}: {text}") from None
+        # "Inference tensors cannot be saved for backward", "Inplace update to inference tensor": without a name.
+        if "nference tensor" in text:
+            raise ValueError(
+                f"{op}: {_made_in_inference_mode(operator, arguments)} must not be made in inference mode to take part "
+                f"in a gradient; clone it first"
+            ) from None
+        raise
 
 
-def check_number(op: str, name: str, value: object) -> None:
-    """TypeError unless `value` is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-
-
-def check_counter(op: str, name: str, value: object, bits: int) -> None:
-    """TypeError or ValueError unless `value` is an integer of so many bits, without a sign."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"{op}: {name} must be in [0, 2^{bits}), got {value}")
-
-
-def signed_seed(seed: int) -> int:
-    """The same 64 bits as operators take them: as a signed integer."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
+def _made_in_inference_mode(operator: Any, arguments: tuple[object, ...]) -> str:
+    schema = getattr(operator, "_opoverload", None) or operator.default
+    names = [argument.name for argument in schema._schema.arguments]
+    tensors = zip(names, arguments, strict=False)
+    return " and ".join(name for name, t in tensors if isinstance(t, torch.Tensor) and t.is_inference()) or "a tensor"

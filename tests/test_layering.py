@@ -141,21 +141,23 @@ def room_violations(root: Path) -> list[str]:
 
 
 def kernel_package_violations(root: Path) -> list[str]:
-    """rqkernels never imports rqgen; its references import torch, the standard library and one another."""
+    """rqkernels never imports rqgen; its references import torch, the standard library, one another and the checks of
+    arguments (what an operator accepts is decided once), which import torch and the standard library alone."""
     found = []
     for path in python_files(root / "rqkernels"):
-        in_reference = "reference" in path.relative_to(root).parts
+        room = path.relative_to(root / "rqkernels").with_suffix("").parts[0]
+        within = {"reference": ("rqkernels.reference", "rqkernels._arguments"), "_arguments": ()}.get(room)
         for imported in imports_of(path, root):
             at = where(path, root, imported.line)
             top = imported.module.split(".")[0]
             if top == "rqgen":
                 found.append(f"{at}: rqkernels imports rqgen")
             elif (
-                in_reference
+                within is not None
                 and top not in ("torch", *sys.stdlib_module_names)
-                and not is_within(imported.module, "rqkernels.reference")
+                and not any(is_within(imported.module, module) for module in within)
             ):
-                found.append(f"{at}: a reference imports {imported.module}")
+                found.append(f"{at}: {'a reference' if within else room} imports {imported.module}")
     return found
 
 
@@ -393,6 +395,8 @@ def test_a_broken_room_is_found(tmp_path: Path, file: str, text: str, message: s
         ("reference/search.py", "import numpy\n", "a reference imports numpy"),
         ("reference/search.py", "from ..ops import search\n", "a reference imports rqkernels.ops.search"),
         ("reference/search.py", "import rqkernels\n", "a reference imports rqkernels"),
+        ("_arguments.py", "from .reference import search\n", "_arguments imports rqkernels.reference.search"),
+        ("_arguments.py", "import numpy\n", "_arguments imports numpy"),
     ],
 )
 def test_a_broken_kernel_package_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:

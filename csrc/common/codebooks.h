@@ -56,7 +56,7 @@ inline Middle middle_of(const float* codes_kc, int64_t num_codes, int64_t channe
   const float* bad = std::find_if(values, end, [](float value) { return !std::isfinite(value); });
   if (bad == end) value_error(op, ": ", name, " must be finite, and must not be written to meanwhile");
   const int64_t code = (bad - values) / channels;
-  value_error(op, ": ", name, " must be finite, got ", *bad, " in code ", code % num_codes,
+  value_error(op, ": ", name, " must be finite, got ", number_text(*bad), " in code ", code % num_codes,
               per_depth ? " of depth " + std::to_string(code / num_codes) : "");
 }
 

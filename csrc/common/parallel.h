@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/denormals.h"
+#include "common/memory.h"
 
 namespace rqk {
 namespace {
@@ -22,7 +23,9 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(bytes(size), kAlignment))) {}
+  explicit Buffer(int64_t size) : Buffer(if_available(size)) {
+    if (data_ == nullptr) refuse_cpu_bytes(bytes(size));
+  }
   // Empty where there is no memory left.
   static Buffer if_available(int64_t size) {
     Buffer buffer;

@@ -13,6 +13,7 @@ inline int64_t resolve_depth(const char* op, const Tensor& codebooks, std::optio
                 shape_of(codebooks));
   }
   if (depth.has_value() && *depth < 1) value_error(op, ": depth must be >= 1, got ", *depth);
+  if (depth.has_value() && *depth > INT32_MAX) value_error(op, ": depth must be < 2^31, got ", *depth);
   if (codebooks.dim() == 2) {
     if (!depth.has_value()) value_error(op, ": depth is required with a shared codebook (K, C)");
     return *depth;
@@ -26,6 +27,8 @@ inline int64_t resolve_depth(const char* op, const Tensor& codebooks, std::optio
 
 inline void check_x_and_codebooks(const char* op, const Tensor& x, const Tensor& codebooks) {
   if (x.dim() < 1) value_error(op, ": x must be (..., C), got a scalar");
+  check_elements(op, "x", x);
+  check_elements(op, "codebooks", codebooks);
   const int64_t channels = x.size(x.dim() - 1);
   if (codebooks.size(codebooks.dim() - 1) != channels) {
     value_error(op, ": x ", shape_of(x), " has ", channels, " channels, codebooks ", shape_of(codebooks), " have ",

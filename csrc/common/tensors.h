@@ -10,13 +10,23 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/float_type.h"
+#include "common/memory.h"
+
+// What torch said of the latest error of this thread: only torch >= 2.13 has it, and this library loads in older ones.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rqk {
 
@@ -49,26 +59,92 @@ inline std::string shape_of(const Tensor& t) {
   return text + ")";
 }
 
+// As Python has them: C++ prints a NaN's sign too.
+inline std::string number_text(double value) {
+  if (std::isnan(value)) return "nan";
+  std::ostringstream text;
+  text << value;
+  return text.str();
+}
+
+// No memory holds more: only strides of zero lead there, and sums over so many would be waited for in vain. What is
+// computed from the sizes of tensors that pass does not overflow.
+constexpr int64_t kMostElements = int64_t(1) << 40;
+
+// Dimensions of size zero count as one: the others must be usable as they are.
+inline void check_elements(const char* op, const char* name, const Tensor& t) {
+  int64_t elements = 1;
+  for (const int64_t size : t.sizes()) {
+    if (__builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements) || elements >= kMostElements) {
+      value_error(op, ": ", name, " must have fewer than 2^40 elements, got ", shape_of(t));
+    }
+  }
+}
+
+[[noreturn]] inline void refuse_bytes(uint64_t bytes, const torch::stable::Device& device) {
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    const char* what = torch_exception_get_what_without_backtrace();
+    if (what != nullptr && *what != '\0') throw std::runtime_error(what);
+  }
+  device.is_cuda() ? refuse_gpu_bytes(bytes) : refuse_cpu_bytes(bytes);
+}
+
+inline int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+    case ScalarType::Bool:
+      return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Int:
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
 // Straight from the allocator: through the dispatcher it costs 1 us more, and 20 us where the caches are cold.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
+  int64_t elements = 1, bytes = 0;
+  bool overflows = false;
   for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
+    strides[i] = elements;
+    overflows |= __builtin_mul_overflow(elements, std::max<int64_t>(sizes[i], 1), &elements);
+  }
+  overflows |= __builtin_mul_overflow(elements, bytes_of(type), &bytes);
+  if (overflows) {
+    std::string text;
+    for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error("Storage size calculation overflowed with sizes=[" + text + "]");
   }
   const torch::stable::Device device = like.device();
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  static_cast<int32_t>(type), static_cast<int32_t>(device.type()),
-                                                  device.index(), &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               static_cast<int32_t>(type), static_cast<int32_t>(device.type()), device.index(),
+                               &handle) != TORCH_SUCCESS) {
+    refuse_bytes(static_cast<uint64_t>(bytes), device);
+  }
   return Tensor(handle);
 }
 
-// The tensor as contiguous float32; itself where it already is, without two calls that would find that out.
+// A contiguous copy of this dtype. Memory comes from `empty`, whose error says how much.
+inline Tensor copy_of(const Tensor& t, ScalarType type) {
+  Tensor copy = empty(sizes_of(t), type, t);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// Itself where it already is.
+inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : copy_of(t, t.scalar_type()); }
+
+inline Tensor to_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : copy_of(t, type); }
+
+// The tensor as contiguous float32; itself where it already is.
 inline Tensor as_float(const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float && t.is_contiguous()) return t;
-  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+  return t.scalar_type() == ScalarType::Float && t.is_contiguous() ? t : copy_of(t, ScalarType::Float);
 }
 
 inline FloatType float_type(const char* op, const char* name, const Tensor& t) {
@@ -114,15 +190,50 @@ class LaunchScope {
 };
 #endif
 
+// The memory from a tensor's first element to its last; nothing where it has none.
+struct MemoryRange {
+  uintptr_t begin, end;
+};
+
+inline MemoryRange memory_of(const Tensor& t) {
+  if (t.numel() == 0) return {0, 0};
+  int64_t last = 0;
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>((last + 1) * bytes_of(t.scalar_type()))};
+}
+
+inline bool may_overlap(const Tensor& a, const Tensor& b) {
+  const MemoryRange x = memory_of(a), y = memory_of(b);
+  return x.begin < y.end && y.begin < x.end;
+}
+
+// An operator as torch calls it: memory that a container asks for and does not get has the class that torch's has.
+template <auto kOperator>
+struct Registered;
+
+template <class Result, class... Args, Result (*kOperator)(Args...)>
+struct Registered<kOperator> {
+  static Result call(Args... args) {
+    try {
+      return kOperator(std::move(args)...);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error("DefaultCPUAllocator: not enough memory: you tried to allocate more than there is.");
+    } catch (const std::length_error&) {
+      throw std::runtime_error("DefaultCPUAllocator: not enough memory: you tried to allocate more than there can be.");
+    }
+  }
+};
+
 }  // namespace rqk
 
 // op.cpp is compiled into both libraries: `_C` defines the schema and registers the CPU kernel, `_cuda` registers the
 // CUDA kernel under it.
 #ifdef RQK_CUDA_LIBRARY
 #define RQK_REGISTER(name, schema, function) \
-  STABLE_TORCH_LIBRARY_IMPL(rqkernels, CUDA, m) { m.impl(name, TORCH_BOX(&function)); }
+  STABLE_TORCH_LIBRARY_IMPL(rqkernels, CUDA, m) { m.impl(name, TORCH_BOX((&rqk::Registered<&function>::call))); }
 #else
 #define RQK_REGISTER(name, schema, function)                     \
   STABLE_TORCH_LIBRARY_FRAGMENT(rqkernels, m) { m.def(schema); } \
-  STABLE_TORCH_LIBRARY_IMPL(rqkernels, CPU, m) { m.impl(name, TORCH_BOX(&function)); }
+  STABLE_TORCH_LIBRARY_IMPL(rqkernels, CPU, m) { m.impl(name, TORCH_BOX((&rqk::Registered<&function>::call))); }
 #endif

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import os
 import re
 import types
@@ -31,6 +32,7 @@ __all__ = [
     "MAX_SEED",
     "Given",
     "check_bounds",
+    "check_finite",
     "check_seeds",
     "did_you_mean",
     "find_file",
@@ -60,12 +62,26 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 # --- What the settings dataclasses check
 
 
+def check_finite(settings: Any, prefix: str = "") -> None:
+    """Raises ValueError naming the first field of a dataclass, nested ones too, that is or holds NaN or infinity: no
+    setting means that."""
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_finite(value, f"{name}.")
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            is_float = isinstance(item, numbers.Real) and not isinstance(item, numbers.Integral)
+            if is_float and not math.isfinite(item):
+                raise ValueError(f"{name}: expected a finite number, got {item}")
+
+
 def check_bounds(settings: Any, **bounds: tuple[int, int]) -> None:
-    """Raises ValueError for a field (None aside) outside its (lowest, highest).
+    """Raises ValueError for a field (None aside) outside its (lowest, highest), and as `check_finite`.
 
     The highest values are no advice: they keep a slip of the finger from filling memory or from building objects for
     hours before anything fails.
     """
+    check_finite(settings)
     for name, (lowest, highest) in bounds.items():
         value = getattr(settings, name)
         if value is not None and value < lowest:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import FLOAT_DTYPES, check_tensor
+from .._arguments import FLOAT_DTYPES
+from .._library import call, check_tensor
+from ..reference.code_statistics import check_num_codes, check_shapes
+
+_OP = "code_statistics"
 
 
 def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -27,29 +31,32 @@ def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
     Args:
         x: (..., C), float32, float16 or bfloat16.
         codes: int64 (...): the shape of x without its last dimension. -1 counts nowhere.
-        num_codes: K >= 1.
+        num_codes: 1 <= K < 2^40.
 
     Returns:
         counts float32 (K,), exact up to 2^24 per code; sums float32 (K, C).
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: shapes or devices that do not fit.
+        TypeError: a wrong dtype, num_codes not an integer.
+        ValueError: shapes or devices that do not fit, num_codes out of range.
         IndexError: on a CPU, a code outside [-1, K). On CUDA such a code makes all counts and sums NaN instead, since
             raising would have to wait for the device.
     """
-    check_tensor("code_statistics", "x", x, FLOAT_DTYPES)
-    check_tensor("code_statistics", "codes", codes, (torch.int64,))
-    return torch.ops.rqkernels.code_statistics(x.detach(), codes, num_codes)
+    check_tensor(_OP, "x", x, FLOAT_DTYPES)
+    check_tensor(_OP, "codes", codes, (torch.int64,))
+    num_codes = check_num_codes(_OP, num_codes)
+    return call(_OP, torch.ops.rqkernels.code_statistics, x.detach(), codes, num_codes)
 
 
-def statistics_by_depth(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """`code_statistics` of x (..., D, C) and codes (..., D) for each depth alone: (D, K) and (D, K, C), in one call."""
-    return torch.ops.rqkernels.code_statistics(x.detach(), codes, num_codes, True)
+def statistics(op: str, x: Tensor, codes: Tensor, num_codes: int, *, by_depth: bool) -> tuple[Tensor, Tensor]:
+    """`code_statistics` in the name of another operator, of arguments that fit. With `by_depth` of x (..., D, C) and
+    codes (..., D) for each depth alone: (D, K) and (D, K, C), in one call."""
+    return call(op, torch.ops.rqkernels.code_statistics, x, codes, num_codes, by_depth)
 
 
 @torch.library.register_fake("rqkernels::code_statistics")
 def _fake(x: Tensor, codes: Tensor, num_codes: int, by_depth: bool = False) -> tuple[Tensor, Tensor]:
+    check_shapes(_OP, x, codes)
     leading = (codes.shape[-1], num_codes) if by_depth else (num_codes,)
     return (
         x.new_empty(leading, dtype=torch.float32),

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import FLOAT_DTYPES, check_scale
 from .._derivatives import register_derivative, vjp
-from .._library import FLOAT_DTYPES, check_tensor
+from .._library import call, check_tensor
+from ..reference.depth_attention import check_heads, check_packed
 
-
-def _check_scale(op: str, scale: object) -> None:
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat))
-    ):
-        raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+_OP, _PACKED = "depth_attention", "depth_attention_packed"
 
 
 def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -51,14 +48,13 @@ def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None)
 
     Raises:
         TypeError: a wrong dtype (float64 among them), scale not a number.
-        ValueError: shapes, dtypes or devices that do not fit, n or m above 32, head_dim above 256, scale not finite. On
-            CUDA also a head larger than the shared memory of a block: where that is 99 KiB, the gradient of float32
-            with head_dim above 128 and more than 23 depths.
+        ValueError: shapes, dtypes or devices that do not fit, n or m above 32, head_dim above 256, scale not finite
+            in float32. On CUDA also a head larger than the shared memory of a block: where that is 99 KiB, the gradient
+            of float32 with head_dim above 128 and more than 23 depths.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor("depth_attention", name, tensor, FLOAT_DTYPES)
-    _check_scale("depth_attention", scale)
-    return torch.ops.rqkernels.depth_attention(q, k, v, scale)
+        check_tensor(_OP, name, tensor, FLOAT_DTYPES)
+    return call(_OP, torch.ops.rqkernels.depth_attention, q, k, v, check_scale(_OP, scale))
 
 
 def depth_attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -77,9 +73,8 @@ def depth_attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     Raises:
         As `depth_attention`.
     """
-    check_tensor("depth_attention_packed", "qkv", qkv, FLOAT_DTYPES)
-    _check_scale("depth_attention_packed", scale)
-    return torch.ops.rqkernels.depth_attention_packed(qkv, scale)
+    check_tensor(_PACKED, "qkv", qkv, FLOAT_DTYPES)
+    return call(_PACKED, torch.ops.rqkernels.depth_attention_packed, qkv, check_scale(_PACKED, scale))
 
 
 def _new_heads(like: Tensor) -> Tensor:
@@ -89,6 +84,7 @@ def _new_heads(like: Tensor) -> Tensor:
 
 @torch.library.register_fake("rqkernels::depth_attention")
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    check_heads(_OP, q, k, v)
     return _new_heads(q)
 
 
@@ -99,6 +95,7 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float |
 
 @torch.library.register_fake("rqkernels::depth_attention_packed")
 def _fake_packed(qkv: Tensor, scale: float | None) -> Tensor:
+    check_packed(_PACKED, qkv)
     stacks, depths, _, heads, head_dim = qkv.shape
     return qkv.new_empty((stacks, depths, heads, head_dim))
 
@@ -126,13 +123,14 @@ def _plain_packed(qkv: Tensor, scale: float | None) -> Tensor:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         return *vjp(lambda *qkv: _plain(*qkv, ctx.scale), ctx.saved_tensors, grad), None
-    return *torch.ops.rqkernels.depth_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+    return *call(_OP, torch.ops.rqkernels.depth_attention_backward, grad, *ctx.saved_tensors, ctx.scale), None
 
 
 def _backward_packed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         return *vjp(lambda qkv: _plain_packed(qkv, ctx.scale), ctx.saved_tensors, grad), None
-    return torch.ops.rqkernels.depth_attention_packed_backward(grad, *ctx.saved_tensors, ctx.scale), None
+    backward = torch.ops.rqkernels.depth_attention_packed_backward
+    return call(_PACKED, backward, grad, *ctx.saved_tensors, ctx.scale), None
 
 
 register_derivative("depth_attention", _plain, _setup_context, _backward)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .._library import FLOAT_DTYPES, check_tensor
-from ..reference.depth_decode import ACTIVATIONS, PRECISIONS, BlockWeights, quantize_weight, rounded_weight
+from .._arguments import FLOAT_DTYPES, check_device, check_elements, check_integer, shape_of, signed_seed
+from .._library import call, check_tensor
+from ..reference.depth_decode import (
+    BlockWeights,
+    check_caches,
+    check_decode_settings,
+    check_decode_shapes,
+    check_decoder,
+    check_given_codes,
+    check_rounded,
+    check_stack,
+    check_step_shapes,
+    quantize_weight,
+    rounded_weight,
+)
 
 _PANEL = 32  # kOutputPanel of csrc/ops/depth_decode/params.h, which describes what is packed here
 _LAYERS = ("qkv", "out", "mlp_in", "mlp_out")
@@ -43,8 +55,9 @@ class PackedTransformer:
         width, device: of a stack without blocks, which is the identity (torch's default device, unless given).
 
     Raises:
-        TypeError: a weight that is not a tensor of these dtypes.
-        ValueError: shapes or devices that do not fit, weights that are not finite, an unknown activation or precision.
+        TypeError: a weight that is not a tensor of these dtypes, a setting of another type.
+        ValueError: shapes or devices that do not fit, weights that are not finite (at this precision), an unknown
+            activation or precision, a width outside of [1, 32768], eps negative or not finite in float32.
     """
 
     def __init__(
@@ -58,50 +71,33 @@ class PackedTransformer:
         width: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        blocks = [BlockWeights(*block) for block in blocks]
-        for name, value, allowed in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
-            if value not in allowed:
-                raise ValueError(f"PackedTransformer: {name} must be one of {', '.join(allowed)}, got {value!r}")
-        if not blocks and width is None:
-            raise ValueError("PackedTransformer: no blocks: then width must be given")
-        for layer, block in enumerate(blocks):
-            for name, tensor in zip(block._fields, block, strict=True):
-                if tensor is not None or not name.endswith("_bias") or "norm" in name:
-                    check_tensor("PackedTransformer", f"blocks[{layer}].{name}", tensor, FLOAT_DTYPES)
-        if blocks and width is not None and blocks[0].attention_norm_weight.shape != (width,):
-            raise ValueError(f"PackedTransformer: width is {width}, the blocks' another")
-        if blocks and device is not None:
-            wanted, there = torch.device(device), blocks[0].attention_norm_weight.device
-            if wanted.type != there.type or wanted.index not in (None, there.index):
-                raise ValueError(f"PackedTransformer: device is {wanted}, the blocks are on {there}")
-        self.width = blocks[0].attention_norm_weight.shape[-1] if blocks else int(width)  # type: ignore[arg-type]
-        self.hidden = blocks[0].mlp_in_weight.shape[0] if blocks else 4 * self.width
-        self.layers, self.heads, self.eps = len(blocks), int(heads), float(eps)
-        self.activation, self.precision = activation, precision
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"PackedTransformer: heads must divide the width {self.width}, got {heads}")
+        given = check_stack(
+            blocks,
+            heads,
+            activation=activation,
+            precision=precision,
+            eps=eps,
+            width=width,
+            device=device,
+            dtypes=FLOAT_DTYPES,
+            check=check_tensor,
+        )
+        self.layers, self.heads, self.width, self.hidden = len(given.blocks), given.heads, given.width, given.hidden
+        self.activation, self.precision, self.eps = given.activation, given.precision, given.eps
         parts, errors = [], _Errors()
-        for layer, block in enumerate(blocks):
-            self._check_block(layer, block, blocks[0].attention_norm_weight.device)
+        for layer, block in enumerate(given.blocks):
+            name = f"PackedTransformer: blocks[{layer}]."
             parts += [_vector(block.attention_norm_weight), _vector(block.attention_norm_bias)]
-            parts += _linear(block.qkv_weight, block.qkv_bias, precision, errors, "qkv")
-            parts += _linear(block.out_weight, block.out_bias, precision, errors, "out")
+            parts += _linear(block.qkv_weight, block.qkv_bias, precision, errors, "qkv", name)
+            parts += _linear(block.out_weight, block.out_bias, precision, errors, "out", name)
             parts += [_vector(block.mlp_norm_weight), _vector(block.mlp_norm_bias)]
-            parts += _linear(block.mlp_in_weight, block.mlp_in_bias, precision, errors, "mlp_in")
-            parts += _linear(block.mlp_out_weight, block.mlp_out_bias, precision, errors, "mlp_out")
-        self._blocks = _joined(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
+            parts += _linear(block.mlp_in_weight, block.mlp_in_bias, precision, errors, "mlp_in", name)
+            parts += _linear(block.mlp_out_weight, block.mlp_out_bias, precision, errors, "mlp_out", name)
+        self._blocks = (
+            _joined("PackedTransformer", parts) if parts else torch.empty(0, dtype=torch.uint8, device=given.device)
+        )
         self.quantization_error: dict[str, float] = errors.relative()
         """`|rounded - weight| / |weight|` (Frobenius) over all blocks, for "qkv", "out", "mlp_in", "mlp_out"."""
-
-    def _check_block(self, layer: int, block: BlockWeights, device: torch.device) -> None:
-        w, h = self.width, self.hidden
-        shapes = ((w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (h, w), (h,), (w, h), (w,))
-        for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
-            if tensor is not None and (tensor.shape != shape or tensor.device != device):
-                raise ValueError(
-                    f"PackedTransformer: blocks[{layer}].{name} must be {shape} on {device}, got "
-                    f"{tuple(tensor.shape)} on {tensor.device}"
-                )
 
     @property
     def nbytes(self) -> int:
@@ -138,8 +134,9 @@ class PackedDepthDecoder:
     All tensors float32, float16 or bfloat16 on one device, and copied.
 
     Raises:
-        TypeError: transformer not a `PackedTransformer`, a tensor of another dtype.
-        ValueError: shapes or devices that do not fit.
+        TypeError: transformer not a `PackedTransformer`, a tensor of another dtype, a setting of another type.
+        ValueError: shapes or devices that do not fit, numbers that are not finite (but a bias of -inf, which forbids
+            its code), eps negative or not finite in float32.
     """
 
     def __init__(
@@ -166,33 +163,19 @@ class PackedDepthDecoder:
             "classifier_weight": classifier_weight,
             **({} if classifier_bias is None else {"classifier_bias": classifier_bias}),
         }
-        for name, tensor in tensors.items():
-            check_tensor(op, name, tensor, FLOAT_DTYPES)
-            if tensor.device != depth_positions.device:
-                raise ValueError(f"{op}: {name} must be on {depth_positions.device}, got {tensor.device}")
-        if transformer._blocks.device != depth_positions.device:
-            raise ValueError(f"{op}: transformer is on {transformer._blocks.device}, not {depth_positions.device}")
         width = transformer.width
-        if depth_positions.dim() != 2 or depth_positions.shape[0] < 1 or depth_positions.shape[1] != width:
-            raise ValueError(f"{op}: depth_positions must be (D, {width}), got {tuple(depth_positions.shape)}")
-        depth = depth_positions.shape[0]
-        shape = tuple(classifier_weight.shape)
-        if len(shape) not in (2, 3) or shape[-1] != width or shape[-2] < 1 or shape[:-2] not in ((), (depth,)):
-            raise ValueError(f"{op}: classifier_weight must be (K, {width}) or ({depth}, K, {width}), got {shape}")
-        num_codes = shape[-2]
-        expected = {
-            "vectors": [(num_codes, width), (depth * num_codes, width), (depth, num_codes, width)],
-            "norm_weight": [(width,)],
-            "norm_bias": [(width,)],
-            "classifier_bias": [shape[:-1]],
-        }
-        for name, shapes in expected.items():
-            if name in tensors and tuple(tensors[name].shape) not in shapes:
-                wanted = " or ".join(map(str, shapes))
-                raise ValueError(f"{op}: {name} must be {wanted}, got {tuple(tensors[name].shape)}")
-        self.transformer, self.depth, self.num_codes, self.cumulative = transformer, depth, num_codes, bool(cumulative)
-        self.eps = float(eps)
-        self._per_depth = len(shape) == 3
+        given = check_decoder(
+            width,
+            transformer._blocks.device,
+            tensors,
+            cumulative=cumulative,
+            eps=eps,
+            dtypes=FLOAT_DTYPES,
+            check=check_tensor,
+        )
+        self.transformer = transformer
+        self.depth, self.num_codes, self.cumulative, self.eps = given
+        self._per_depth = classifier_weight.dim() == 3
         self._positions, self._vectors = (
             tensor.detach().reshape(-1, width).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             for tensor in (depth_positions, vectors)
@@ -201,8 +184,8 @@ class PackedDepthDecoder:
         weights = classifier_weight if self._per_depth else classifier_weight[None]
         biases = [None] * len(weights) if classifier_bias is None else classifier_bias.reshape(len(weights), -1)
         for weight, bias in zip(weights, biases, strict=True):
-            parts += _linear(weight, bias, transformer.precision, errors, "classifier")
-        self._classifier = _joined(parts)
+            parts += _linear(weight, bias, transformer.precision, errors, "classifier", f"{op}: ")
+        self._classifier = _joined(op, parts)
         self.quantization_error: dict[str, float] = {**transformer.quantization_error, **errors.relative()}
         """Those of the transformer, and "classifier"."""
 
@@ -253,19 +236,30 @@ def transformer_step(
 
     Raises:
         TypeError: another dtype, packed not a `PackedTransformer`, length not an integer.
-        ValueError: shapes or devices that do not fit, keys or values that are not contiguous, no room left.
+        ValueError: shapes or devices that do not fit, keys or values that are not contiguous, share memory with one
+            another or with x, or cannot be written, no room left.
     """
     op = "transformer_step"
     for name, tensor in (("x", x), ("keys", keys), ("values", values)):
         check_tensor(op, name, tensor, (torch.float32,))
     if not isinstance(packed, PackedTransformer):
         raise TypeError(f"{op}: packed must be a PackedTransformer, got {type(packed).__name__}")
-    _check_integers(op, length=length)
+    length = check_integer(op, "length", length, -(1 << 63), 63)
     _check_step(op, step)
     if x.dim() not in (2, 3) or x.shape[-1] != packed.width:
-        raise ValueError(f"{op}: x must be (B, {packed.width}) or (B, n, {packed.width}), got {tuple(x.shape)}")
-    return torch.ops.rqkernels.transformer_step(
-        x.detach().contiguous(), packed._blocks, keys.detach(), values.detach(), length, step, *packed._arguments()
+        raise ValueError(f"{op}: x must be (B, {packed.width}) or (B, n, {packed.width}), got {shape_of(x)}")
+    check_elements(op, "x", x)
+    check_caches(op, keys, values)
+    return call(
+        op,
+        torch.ops.rqkernels.transformer_step,
+        x.detach(),
+        packed._blocks,
+        keys.detach(),
+        values.detach(),
+        length,
+        step,
+        *packed._arguments(),
     )
 
 
@@ -305,7 +299,7 @@ def depth_decode(
         offset: what the index of the first row counts from, >= 0.
         stream: the draw of depth d is that of `sample_logits(..., seed=seed, offset=offset, stream=stream + d)`.
         step: one int64 number on the device of context; adds step * D to the stream, so that a captured CUDA graph can
-            be replayed for the next position.
+            be replayed for the next position. (On a GPU it is not read back: a stream beyond 2^32 begins anew.)
 
     Returns:
         int64 (B, D). On a GPU a row gets -1 from the depth on whose logits have NaN, +inf or nothing but -inf.
@@ -317,23 +311,29 @@ def depth_decode(
     """
     op = "depth_decode"
     _check_context(op, context, decoder)
-    _check_integers(op, seed=seed, offset=offset, stream=stream)
+    given = check_decode_settings(
+        op,
+        decoder.depth,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance=guidance,
+        seed=seed,
+        offset=offset,
+        stream=stream,
+    )
     _check_step(op, step)
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"{op}: seed must be in [0, 2^64), got {seed}")
-    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
-        raise TypeError(f"{op}: guidance must be a number, got {guidance!r}")
-    depth = decoder.depth
     return _call(
+        op,
         context,
         decoder,
-        [1.0 if v is None else float(v) for v in _per_depth(op, "temperature", temperature, depth, (int, float))],
-        [decoder.num_codes if v is None else v for v in _per_depth(op, "top_k", top_k, depth, int)],
-        [1.0 if v is None else float(v) for v in _per_depth(op, "top_p", top_p, depth, (int, float))],
-        float(guidance),
-        seed - (1 << 64) if seed >= 1 << 63 else seed,  # the operator takes the same 64 bits as a signed integer
-        offset,
-        stream,
+        given.temperature,
+        [decoder.num_codes if value is None else value for value in given.top_k],
+        [1.0 if value is None else value for value in given.top_p],
+        given.guidance,
+        signed_seed(given.seed),
+        given.offset,
+        given.stream,
         step,
         None,
     )[0]
@@ -359,12 +359,14 @@ def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) ->
     op = "depth_logits"
     _check_context(op, context, decoder)
     check_tensor(op, "codes", codes, (torch.int64,))
-    return _call(context, decoder, [], [], [], 0.0, 0, 0, 0, None, codes.contiguous())[1]
+    return _call(op, context, decoder, [], [], [], 0.0, 0, 0, 0, None, codes)[1]
 
 
-def _call(context: Tensor, decoder: PackedDepthDecoder, *options: object) -> tuple[Tensor, Tensor]:
-    return torch.ops.rqkernels.depth_decode(
-        context.detach().contiguous(),
+def _call(op: str, context: Tensor, decoder: PackedDepthDecoder, *options: object) -> tuple[Tensor, Tensor]:
+    return call(
+        op,
+        torch.ops.rqkernels.depth_decode,
+        context.detach(),
         decoder.transformer._blocks,
         decoder._classifier,
         decoder._positions,
@@ -379,8 +381,21 @@ def _call(context: Tensor, decoder: PackedDepthDecoder, *options: object) -> tup
 
 
 @torch.library.register_fake("rqkernels::transformer_step")
-def _fake_step(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
+def _fake_step(
+    x: Tensor,
+    blocks: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    step: Tensor | None,
+    layers: int,
+    hidden: int,
+    heads: int,
+    *_: object,
+) -> Tensor:
+    check_step_shapes("transformer_step", x, keys, values, length, step, layers, heads)
+    check_device("transformer_step", "x", x, "blocks", blocks)
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("rqkernels::depth_decode")
@@ -410,7 +425,13 @@ def _fake_decode(
     step: Tensor | None,
     codes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows, depth = context.shape[0] // (2 if guidance > 0 else 1), depth_positions.shape[0]
+    op = "depth_decode" if codes is None else "depth_logits"
+    depth, width = depth_positions.shape
+    rows = check_decode_shapes(op, context, width, depth, guidance, offset, stream, step)
+    for name, tensor in (("blocks", blocks), ("depth_positions", depth_positions), ("vectors", vectors)):
+        check_device(op, "context", context, name, tensor)
+    if codes is not None:
+        check_given_codes(op, codes, context, depth)
     drawn = context.new_empty((rows, depth) if codes is None else (0,), dtype=torch.int64)
     return drawn, context.new_empty((0,) if codes is None else (rows, depth, num_codes))
 
@@ -424,21 +445,19 @@ class _Errors:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
 
-    def add(self, kind: str, weight: Tensor, precision: str) -> None:
+    def add(self, kind: str, rounded: Tensor, weight: Tensor) -> None:
         lost, whole = self._sums.get(kind, (0.0, 0.0))
-        lost += float((rounded_weight(weight, precision) - weight).double().square().sum())
+        lost += float((rounded - weight).double().square().sum())
         whole += float(weight.double().square().sum())
-        if not math.isfinite(whole):
-            raise ValueError(f"the weights of {kind} must be finite")
         self._sums[kind] = lost, whole
 
     def relative(self) -> dict[str, float]:
         return {kind: (lost / whole) ** 0.5 if whole > 0 else 0.0 for kind, (lost, whole) in self._sums.items()}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(op: str, parts: list[Tensor]) -> Tensor:
     packed = torch.cat(parts)
-    return torch.ops.rqkernels.copy_to_large_pages(packed) if packed.device.type == "cpu" else packed
+    return call(op, torch.ops.rqkernels.copy_to_large_pages, packed) if packed.device.type == "cpu" else packed
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -450,11 +469,15 @@ def _vector(values: Tensor) -> Tensor:
     return _bytes(torch.nn.functional.pad(values.detach().float(), (0, padding)))
 
 
-def _linear(weight: Tensor, bias: Tensor | None, precision: str, errors: _Errors, kind: str) -> list[Tensor]:
-    """The parts of a packed linear layer."""
+def _linear(
+    weight: Tensor, bias: Tensor | None, precision: str, errors: _Errors, kind: str, owner: str
+) -> list[Tensor]:
+    """The parts of a packed linear layer; `owner` begins the name of its weight in an error."""
     weight = weight.detach().float()
     outputs, inputs = weight.shape
-    errors.add(kind, weight, precision)
+    rounded = rounded_weight(weight, precision)
+    check_rounded(f"{owner}{kind}_weight", rounded, precision)
+    errors.add(kind, rounded, weight)
     scales = []
     if precision == "int8":
         weight, scale = quantize_weight(weight)
@@ -479,22 +502,6 @@ def _check_context(op: str, context: Tensor, decoder: PackedDepthDecoder) -> Non
         raise TypeError(f"{op}: decoder must be a PackedDepthDecoder, got {type(decoder).__name__}")
 
 
-def _check_integers(op: str, **values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-
-
 def _check_step(op: str, step: Tensor | None) -> None:
     if step is not None:
         check_tensor(op, "step", step, (torch.int64,))
-
-
-def _per_depth(op: str, name: str, value: object, depth: int, kinds: type | tuple[type, ...]) -> list:
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * depth
-    if len(values) != depth:
-        raise ValueError(f"{op}: {name} must be one value, or {depth} (one per depth), got {len(values)}")
-    for one in values:
-        if isinstance(one, bool) or (not isinstance(one, kinds) and (one is not None or name == "temperature")):
-            raise TypeError(f"{op}: {name} must be a number{'' if name == 'temperature' else ' or None'}, got {one!r}")
-    return values

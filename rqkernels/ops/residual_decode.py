@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import FLOAT_DTYPES, check_flag
 from .._derivatives import register_derivative, vjp
-from .._library import FLOAT_DTYPES, check_depth, check_tensor
+from .._library import call, check_tensor
+from ..reference.residual_decode import check_depth, check_shapes
+from .code_statistics import statistics
+
+_OP = "residual_decode"
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, *, check: bool = True) -> Tensor:
@@ -33,18 +38,19 @@ def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, 
         (..., C) in the dtype of codebooks.
 
     Raises:
-        TypeError: codes not int64, codebooks not of those dtypes.
+        TypeError: codes not int64, codebooks not of those dtypes, depth not an integer, check not a bool.
         ValueError: shapes or devices that do not fit, depth out of range.
         IndexError: a code outside [0, K), with its row and depth.
     """
-    check_tensor("residual_decode", "codes", codes, (torch.int64,))
-    check_tensor("residual_decode", "codebooks", codebooks, FLOAT_DTYPES)
-    check_depth("residual_decode", depth)
-    return torch.ops.rqkernels.residual_decode(codes, codebooks, depth, check)
+    check_tensor(_OP, "codes", codes, (torch.int64,))
+    check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
+    depth, check = check_depth(_OP, depth), check_flag(_OP, "check", check)
+    return call(_OP, torch.ops.rqkernels.residual_decode, codes, codebooks, depth, check)
 
 
 @torch.library.register_fake("rqkernels::residual_decode")
 def _fake(codes: Tensor, codebooks: Tensor, depth: int | None, check: bool) -> Tensor:
+    check_shapes(_OP, codes, codebooks, depth)
     return codebooks.new_empty((*codes.shape[:-1], codebooks.shape[-1]))
 
 
@@ -73,9 +79,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
     # A row's gradient belongs to each of its codes: it is read D times, and never copied.
     codes = codes[..., : ctx.depth]
     grad = grad.float().contiguous().unsqueeze(-2).expand(*codes.shape, -1)
-    is_shared = len(ctx.codebooks_shape) == 2
-    total = torch.ops.rqkernels.code_statistics(grad, codes, num_codes, not is_shared)[1]
-    if not is_shared:
+    by_depth = len(ctx.codebooks_shape) == 3
+    total = statistics(_OP, grad, codes, num_codes, by_depth=by_depth)[1]
+    if by_depth:
         total = torch.nn.functional.pad(total, (0, 0, 0, 0, 0, ctx.codebooks_shape[0] - ctx.depth))
     return None, total.to(ctx.codebooks_dtype), None, None
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import FLOAT_DTYPES, check_depth, check_tensor
-from ..reference.residual_search import ResidualCodes
-from .code_statistics import code_statistics, statistics_by_depth
+from .._arguments import FLOAT_DTYPES, check_depth, check_flag
+from .._library import call, check_tensor
+from ..reference.residual_search import ResidualCodes, check_frozen, check_shapes
+from .code_statistics import statistics
+
+_OP = "residual_search"
 
 
 class FrozenCodebook:
@@ -37,16 +40,13 @@ class FrozenCodebook:
 
     def __init__(self, codebook: Tensor) -> None:
         check_tensor("FrozenCodebook", "codebook", codebook, FLOAT_DTYPES)
-        if codebook.device.type == "meta":
-            raise ValueError("FrozenCodebook: codebook must be on cpu or cuda, got meta")
-        if codebook.dim() != 2 or codebook.numel() == 0:
-            raise ValueError(f"FrozenCodebook: codebook must be (K, C), not empty, got {tuple(codebook.shape)}")
+        check_frozen("FrozenCodebook", codebook)
         # A tensor made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._codebook = codebook.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             self._packed = None
             if codebook.device.type == "cpu":
-                self._packed = torch.ops.rqkernels.pack_codebook(self._codebook)
+                self._packed = call("FrozenCodebook", torch.ops.rqkernels.pack_codebook, self._codebook)
         self._version = self._codebook._version
 
     @property
@@ -128,32 +128,38 @@ def residual_search(
         overflows float32 gets -1 from that depth on (and NaN quantized).
 
     Raises:
-        TypeError: x or codebooks of another dtype (float64 among them), depth not an integer.
+        TypeError: x or codebooks of another dtype (float64 among them), depth not an integer, a flag not a bool.
         ValueError: shapes or devices that do not fit, an empty codebook, a depth that contradicts the codebooks; on a
             CPU a codebook that is not finite (on CUDA its bad codes are never chosen).
     """
-    check_tensor("residual_search", "x", x, FLOAT_DTYPES)
+    check_tensor(_OP, "x", x, FLOAT_DTYPES)
     packed = None
     if isinstance(codebooks, FrozenCodebook):
         codebooks, packed = codebooks._parts()
-    check_tensor("residual_search", "codebooks", codebooks, FLOAT_DTYPES)
-    check_depth("residual_search", depth)
-    codes, quantized, residual_norms, residuals = torch.ops.rqkernels.residual_search(
-        x.detach(), codebooks.detach(), depth, return_residuals or return_statistics, packed
+    check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
+    depth = check_depth(_OP, depth)
+    return_residuals = check_flag(_OP, "return_residuals", return_residuals)
+    return_statistics = check_flag(_OP, "return_statistics", return_statistics)
+    codes, quantized, residual_norms, residuals = call(
+        _OP,
+        torch.ops.rqkernels.residual_search,
+        x.detach(),
+        codebooks.detach(),
+        depth,
+        return_residuals or return_statistics,
+        packed,
     )
-    statistics = None
+    found = None
     if return_statistics:
-        of_residuals = code_statistics if codebooks.dim() == 2 else statistics_by_depth
-        statistics = of_residuals(residuals, codes, codebooks.shape[-2])
-    return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, statistics)
+        found = statistics(_OP, residuals, codes, codebooks.shape[-2], by_depth=codebooks.dim() == 3)
+    return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, found)
 
 
 def fake_codes(
-    x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool
+    op: str, x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the operator of any residual search returns, without the numbers."""
-    if codebooks.dim() == 3:
-        depth = codebooks.shape[0]
+    depth = check_shapes(op, x, codebooks, depth)
     leading, channels = x.shape[:-1], x.shape[-1]
     return (
         x.new_empty((*leading, depth), dtype=torch.int64),
@@ -167,7 +173,7 @@ def fake_codes(
 def _fake(
     x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool, packed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_codes(x, codebooks, depth, return_residuals)
+    return fake_codes(_OP, x, codebooks, depth, return_residuals)
 
 
 @torch.library.register_fake("rqkernels::pack_codebook")

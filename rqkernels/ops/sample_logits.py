@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import FLOAT_DTYPES, check_counter, check_number, check_tensor, signed_seed
+from .._arguments import FLOAT_DTYPES, check_counter, check_temperature, check_top_k, check_top_p, signed_seed
+from .._library import call, check_tensor
+from ..reference.sample_logits import check_counters, check_place, check_shapes
 
 _OP = "sample_logits"
 
@@ -71,30 +73,22 @@ def sample_logits(
             nothing but -inf.
     """
     check_tensor(_OP, "logits", logits, FLOAT_DTYPES)
-    check_number(_OP, "temperature", temperature)
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt))):
-        raise TypeError(f"{_OP}: top_k must be an integer or None, got {type(top_k).__name__}")
-    if top_p is not None:
-        check_number(_OP, "top_p", top_p)
-        top_p = float(top_p)
-    check_counter(_OP, "seed", seed, 64)
+    temperature, top_k, top_p = check_temperature(_OP, temperature), check_top_k(_OP, top_k), check_top_p(_OP, top_p)
+    seed = check_counter(_OP, "seed", seed, 64)
+    offset, stream = check_place(_OP, "offset", offset, 63), check_place(_OP, "stream", stream, 32)
+    streams = check_counter(_OP, "streams", streams, 32)
     offset_there = stream_there = None
     if isinstance(offset, Tensor):
-        check_tensor(_OP, "offset", offset, (torch.int64,))
         offset, offset_there = 0, offset
-    else:
-        check_counter(_OP, "offset", offset, 63)
     if isinstance(stream, Tensor):
-        check_tensor(_OP, "stream", stream, (torch.int64,))
         stream, stream_there = 0, stream
-    else:
-        check_counter(_OP, "stream", stream, 32)
-    check_counter(_OP, "streams", streams, 32)
     if logits.requires_grad:
         logits = logits.detach()
-    return torch.ops.rqkernels.sample_logits(
+    return call(
+        _OP,
+        torch.ops.rqkernels.sample_logits,
         logits,
-        float(temperature),
+        temperature,
         top_k,
         top_p,
         signed_seed(seed),
@@ -119,4 +113,14 @@ def _fake(
     stream_there: Tensor | None = None,
     streams: int = 1,
 ) -> Tensor:
+    check_shapes(
+        _OP,
+        logits,
+        offset if offset_there is None else offset_there,
+        stream if stream_there is None else stream_there,
+        streams,
+    )
+    rows = logits.shape[:-1].numel()
+    if all(isinstance(value, int) for value in (rows, offset, stream, streams)):
+        check_counters(_OP, offset, stream, rows, streams)
     return logits.new_empty(logits.shape[:-1], dtype=torch.int64)

@@ -8,40 +8,42 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._arguments import FLOAT_DTYPES, check_flag, check_positive
 from .._derivatives import LIBRARY, is_transformed, refuse_second_derivative, register_derivative
-from .._library import FLOAT_DTYPES, check_number, check_tensor
+from .._library import call, check_tensor
+from ..reference.soft_label import (
+    check_inplace,
+    check_labels,
+    check_linear,
+    check_linear_dtypes,
+    check_logits,
+    check_loss,
+    check_losses_out,
+    check_mask,
+)
 
+_SOFTMAX, _LOSS, _FUSED = (
+    "distance_softmax",
+    "soft_label_cross_entropy",
+    "fused_linear_soft_label_cross_entropy",
+)
 # Bytes of logits that the fused linear holds at a time.
 _LOGITS_BUDGET = 32 << 20
 # softmax(logits) - Q lies in [-1, 1]: times this it does not overflow in float16, and down to 2^-29 keeps all digits.
 _FLOAT16_SCALE = 2.0**15
 
 
-def _check_labels(op: str, x: object, codebook: object, tau: object) -> None:
+def _check_call(op: str, x: object, codebook: object, tau: object) -> float:
     check_tensor(op, "x", x, FLOAT_DTYPES)
     check_tensor(op, "codebook", codebook, FLOAT_DTYPES)
-    check_number(op, "tau", tau)
+    return check_positive(op, "tau", tau)
 
 
-def _check_loss(op: str, x: Tensor, mask: object, reduction: object, losses_out: object) -> None:
-    if mask is not None:
-        check_tensor(op, "mask", mask, (torch.bool,))
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if losses_out is not None:
-        check_tensor(op, "losses_out", losses_out, (torch.float32,))
-        if losses_out.shape != x.shape[:-1] or losses_out.device != x.device:
-            raise ValueError(
-                f"{op}: losses_out must be {tuple(x.shape[:-1])} on {x.device}, "
-                f"got {tuple(losses_out.shape)} on {losses_out.device}"
-            )
-
-
-def _weight(x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
+def _weight(op: str, x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
     """What the sum of all losses is multiplied by: None for 1. One over no rows is infinite, and their mean NaN."""
     if reduction != "mean":
         return None
-    rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else mask.sum()
+    rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else call(op, mask.sum)
     return rows.float().reciprocal()
 
 
@@ -106,12 +108,13 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
         TypeError: a wrong dtype (float64 among them).
         ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0.
     """
-    _check_labels("distance_softmax", x, codebook, tau)
-    return torch.ops.rqkernels.distance_softmax(x.detach(), codebook.detach(), tau)
+    tau = _check_call(_SOFTMAX, x, codebook, tau)
+    return call(_SOFTMAX, torch.ops.rqkernels.distance_softmax, x.detach(), codebook.detach(), tau)
 
 
 @torch.library.register_fake("rqkernels::distance_softmax")
 def _fake_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
+    check_labels(_SOFTMAX, x, codebook)
     return x.new_empty((*x.shape[:-1], codebook.shape[-2]), dtype=torch.float32)
 
 
@@ -180,31 +183,31 @@ def soft_label_cross_entropy(
             made outside the function that `torch.func` transforms.
         RuntimeError: a second derivative, where it is asked for; with inplace, a second backward.
     """
-    op = "soft_label_cross_entropy"
+    op = _LOSS
     check_tensor(op, "logits", logits, FLOAT_DTYPES)
-    _check_labels(op, x, codebook, tau)
-    _check_loss(op, x, mask, reduction, losses_out)
+    tau = _check_call(op, x, codebook, tau)
+    check_loss(op, mask, reduction)
+    check_losses_out(op, losses_out, x, logits=logits, codebook=codebook, mask=mask)
+    inplace = check_flag(op, "inplace", inplace)
+    if mask is not None:  # whose rows are counted before the operator could check anything
+        check_labels(op, x, codebook)
+        check_logits(op, logits, x, codebook, mask)
     x, codebook = x.detach(), codebook.detach()
-    weight, reduce = _weight(x, mask, reduction), reduction != "none"
+    weight, reduce = _weight(op, x, mask, reduction), reduction != "none"
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         if torch.compiler.is_compiling():
             raise ValueError(f"{op}: inplace cannot be traced by torch.compile, which decides itself what to overwrite")
         if is_transformed([logits]):
             raise ValueError(f"{op}: inplace cannot be used under torch.func or in forward mode, which keep the logits")
-        if logits.is_leaf:
-            raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
+        check_inplace(op, logits)
         total, losses = _InPlace.apply(logits, x, codebook, tau, mask, weight, reduce)
     else:
-        total, losses, _ = torch.ops.rqkernels.soft_label_cross_entropy(
-            logits,
-            x,
-            codebook,
-            tau,
-            mask,
-            weight,
-            reduce,
-            with_gradient and _forms_gradient_early(logits.dtype, reduce),
+        early = with_gradient and _forms_gradient_early(logits.dtype, reduce)
+        total, losses, _ = call(
+            op,
+            torch.ops.rqkernels.soft_label_cross_entropy,
+            *(logits, x, codebook, tau, mask, weight, reduce, early),
         )
     if losses_out is not None:
         _fill(op, losses_out, losses)
@@ -222,6 +225,7 @@ def _fake_cross_entropy(
     reduce: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_fake_loss(logits, x, codebook, mask)
     return (
         logits.new_empty(() if reduce else (0,), dtype=torch.float32),
         logits.new_empty(logits.shape[:-1], dtype=torch.float32),
@@ -239,7 +243,13 @@ def _fake_cross_entropy_(
     weight: Tensor | None,
     with_gradient: bool,
 ) -> Tensor:
+    _check_fake_loss(logits, x, codebook, mask)
     return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+
+
+def _check_fake_loss(logits: Tensor, x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
+    check_labels(_LOSS, x, codebook)
+    check_logits(_LOSS, logits, x, codebook, mask)
 
 
 def _plain(
@@ -272,16 +282,18 @@ def _backward(ctx: Any, grad_total: Tensor | None, grad_losses: Tensor | None, _
         return (None,) * 8
     result, *saved = ctx.saved_tensors
     if ctx.early:
-        return _times(refuse_second_derivative("soft_label_cross_entropy", saved[0], result), grad), *(None,) * 7
+        return _times(refuse_second_derivative(_LOSS, saved[0], result), grad), *(None,) * 7
     logits, x, codebook, mask, weight = saved
     with torch.no_grad():
-        gradient = torch.ops.rqkernels.soft_label_cross_entropy(
-            logits, x, codebook, ctx.tau, mask, _factor(grad, weight), False, True
+        gradient = call(
+            _LOSS,
+            torch.ops.rqkernels.soft_label_cross_entropy,
+            *(logits, x, codebook, ctx.tau, mask, _factor(grad, weight), False, True),
         )[2]
-    return refuse_second_derivative("soft_label_cross_entropy", gradient, result, grad), *(None,) * 7
+    return refuse_second_derivative(_LOSS, gradient, result, grad), *(None,) * 7
 
 
-register_derivative("soft_label_cross_entropy", _plain, _setup_context, _backward)
+register_derivative(_LOSS, _plain, _setup_context, _backward)
 
 
 def _factor(grad: Tensor, weight: Tensor | None) -> Tensor:
@@ -320,7 +332,8 @@ class _InPlace(torch.autograd.Function):
         ctx.tau, ctx.reduce, ctx.is_done = tau, reduce, False
         ctx.early = _forms_gradient_early(logits.dtype, reduce)
         gradient = logits.detach()
-        losses = torch.ops.rqkernels.soft_label_cross_entropy_(gradient, x, codebook, tau, mask, weight, ctx.early)
+        arguments = (gradient, x, codebook, tau, mask, weight, ctx.early)
+        losses = call(_LOSS, torch.ops.rqkernels.soft_label_cross_entropy_, *arguments)
         total = _reduced(losses, weight) if reduce else losses.new_empty(0)
         ctx.mark_non_differentiable(losses if reduce else total)
         ctx.set_materialize_grads(False)
@@ -351,11 +364,10 @@ class _InPlace(torch.autograd.Function):
             logits, x, codebook, mask, weight = saved
             gradient = logits.detach()
             with torch.no_grad():
-                torch.ops.rqkernels.soft_label_cross_entropy_(
-                    gradient, x, codebook, ctx.tau, mask, _factor(grad, weight), True
-                )
+                arguments = (gradient, x, codebook, ctx.tau, mask, _factor(grad, weight), True)
+                call(_LOSS, torch.ops.rqkernels.soft_label_cross_entropy_, *arguments)
             torch.autograd.graph.increment_version(logits)
-        return refuse_second_derivative("soft_label_cross_entropy", gradient, result, grad), *(None,) * 6
+        return refuse_second_derivative(_LOSS, gradient, result, grad), *(None,) * 6
 
 
 def fused_linear_soft_label_cross_entropy(
@@ -392,31 +404,26 @@ def fused_linear_soft_label_cross_entropy(
     Raises:
         As `soft_label_cross_entropy`, and for hidden, weight and bias that do not fit.
     """
-    op = "fused_linear_soft_label_cross_entropy"
+    op = _FUSED
     check_tensor(op, "hidden", hidden, FLOAT_DTYPES)
     check_tensor(op, "weight", weight, FLOAT_DTYPES)
     if bias is not None:
         check_tensor(op, "bias", bias, FLOAT_DTYPES)
-    _check_labels(op, x, codebook, tau)
-    _check_loss(op, x, mask, reduction, losses_out)
-    if hidden.dim() < 1 or hidden.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{op}: hidden {tuple(hidden.shape)} and x {tuple(x.shape)} must agree up to the last dimension"
-        )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{op}: weight must be (K, {hidden.shape[-1]}) for this hidden, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must be ({weight.shape[0]},) for this weight, got {tuple(bias.shape)}")
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    elif any(t is not None and t.dtype != dtype for t in (weight, bias)):
-        raise TypeError(f"{op}: weight and bias must have the dtype of hidden, {dtype}, outside of autocast")
+    tau = _check_call(op, x, codebook, tau)
+    check_loss(op, mask, reduction)
+    check_losses_out(op, losses_out, x, hidden=hidden, weight=weight, bias=bias, codebook=codebook, mask=mask)
+    # Here, for below they come in chunks, to an operator of another name.
+    check_labels(op, x, codebook)
+    check_linear(op, hidden, weight, bias, x, codebook)
+    check_mask(op, "hidden", hidden, x, mask)
+    dtype = check_linear_dtypes(op, hidden, weight, bias)
     x, codebook = x.detach(), codebook.detach()
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    row_weight, reduce = _weight(x, mask, reduction), reduction != "none"
-    total, losses, *_ = torch.ops.rqkernels.fused_linear_soft_label_cross_entropy(
-        hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype
+    row_weight, reduce = _weight(op, x, mask, reduction), reduction != "none"
+    total, losses, *_ = call(
+        op,
+        torch.ops.rqkernels.fused_linear_soft_label_cross_entropy,
+        *(hidden, weight, bias, x, codebook, tau, mask, row_weight, reduce, wanted and reduce, dtype),
     )
     if losses_out is not None:
         _fill(op, losses_out, losses)
@@ -428,6 +435,14 @@ LIBRARY.define(
     " float tau, Tensor? mask, Tensor? factor, bool reduce, bool with_gradient, ScalarType dtype)"
     " -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
+
+
+def _in_chunks(*arguments: object) -> Tensor:
+    """What a chunk's loss has to say is said in the name of the fused one."""
+    try:
+        return torch.ops.rqkernels.soft_label_cross_entropy_(*arguments)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{_LOSS}:", f"{_FUSED}:", 1)) from None
 
 
 def _fused_linear(
@@ -471,7 +486,8 @@ def _fused_linear(
     step = max(1, _LOGITS_BUDGET // (num_codes * (dtype.itemsize + 4 * in_float) * together))
     logits_buffer = h.new_empty((min(step, h.shape[0]) * together, num_codes), dtype=dtype)
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        for begin in range(0, h.shape[0], step):
+        # Once without rows too: a codebook that is not finite is refused whatever comes with it.
+        for begin in range(0, max(h.shape[0], 1), step):
             rows = slice(begin, begin + step)
             part = h[rows].to(dtype).reshape(-1, h.shape[-1])
             logits = logits_buffer[: part.shape[0]]
@@ -479,7 +495,7 @@ def _fused_linear(
                 torch.mm(part, w.t(), out=logits)
             else:
                 torch.addmm(b, part, w.t(), out=logits)
-            losses[rows] = torch.ops.rqkernels.soft_label_cross_entropy_(
+            losses[rows] = _in_chunks(
                 logits.view(*x[rows].shape[:-1], num_codes),
                 x[rows],
                 codebook,
@@ -490,6 +506,9 @@ def _fused_linear(
             )
             if not with_gradient:
                 continue
+            if mask is not None:
+                # Times a gradient of zero, NaN would still be NaN.
+                part = part.masked_fill(~mask[rows].reshape(-1, 1), 0)
             flat = slice(begin * together, begin * together + part.shape[0])
             if in_float:
                 logits, part = logits.float(), part.float()
@@ -578,17 +597,18 @@ def _backward_fused(
     grad = grad_total if ctx.reduce else grad_losses
     if grad is None:
         return (None,) * 11
-    op = "fused_linear_soft_label_cross_entropy"
     result, *saved = ctx.saved_tensors
     if ctx.early:
-        grads = [_times(refuse_second_derivative(op, gradient, result), grad) for gradient in saved]
+        grads = [_times(refuse_second_derivative(_FUSED, gradient, result), grad) for gradient in saved]
     else:
         *inputs, mask, factor = saved
         with torch.no_grad():
-            grads = torch.ops.rqkernels.fused_linear_soft_label_cross_entropy(
-                *inputs, ctx.tau, mask, _factor(grad, factor), False, True, ctx.dtype
+            grads = call(
+                _FUSED,
+                torch.ops.rqkernels.fused_linear_soft_label_cross_entropy,
+                *(*inputs, ctx.tau, mask, _factor(grad, factor), False, True, ctx.dtype),
             )[2:]
-        grads = [refuse_second_derivative(op, gradient, result, grad) for gradient in grads]
+        grads = [refuse_second_derivative(_FUSED, gradient, result, grad) for gradient in grads]
     wanted = (
         gradient.to(dtype) if needed else None
         for gradient, dtype, needed in zip(grads, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
@@ -596,4 +616,4 @@ def _backward_fused(
     return *wanted, *(None,) * 8
 
 
-register_derivative("fused_linear_soft_label_cross_entropy", _plain_fused, _setup_fused, _backward_fused)
+register_derivative(_FUSED, _plain_fused, _setup_fused, _backward_fused)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import FLOAT_DTYPES, check_counter, check_depth, check_number, check_tensor, signed_seed
+from .._arguments import FLOAT_DTYPES, check_flag, check_rows_from, signed_seed
+from .._library import call, check_tensor
 from ..reference.residual_search import ResidualCodes
+from ..reference.stochastic_residual_search import check_settings
 from .residual_search import FrozenCodebook, fake_codes
 
 _OP = "stochastic_residual_search"
@@ -59,7 +61,7 @@ def stochastic_residual_search(
 
     Raises:
         TypeError: x or codebooks of another dtype (float64 among them) or not a tensor (a `FrozenCodebook` among them:
-            pass its `.codebook`), depth, seed or offset not an integer, tau not a number.
+            pass its `.codebook`), depth, seed or offset not an integer, tau not a number, return_residuals not a bool.
         ValueError: shapes or devices that do not fit, an empty codebook, a depth that contradicts the codebooks, tau
             <= 0 or NaN, a seed or an offset out of range; on a CPU a codebook that is not finite (on CUDA its bad codes
             are never drawn).
@@ -68,12 +70,18 @@ def stochastic_residual_search(
     if isinstance(codebooks, FrozenCodebook):
         raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got FrozenCodebook; pass its .codebook")
     check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
-    check_depth(_OP, depth)
-    check_number(_OP, "tau", tau)
-    check_counter(_OP, "seed", seed, 64)
-    check_counter(_OP, "offset", offset, 63)
-    codes, quantized, residual_norms, residuals = torch.ops.rqkernels.stochastic_residual_search(
-        x.detach(), codebooks.detach(), depth, float(tau), signed_seed(seed), offset, return_residuals
+    depth, tau, seed, offset = check_settings(_OP, depth, tau, seed, offset)
+    return_residuals = check_flag(_OP, "return_residuals", return_residuals)
+    codes, quantized, residual_norms, residuals = call(
+        _OP,
+        torch.ops.rqkernels.stochastic_residual_search,
+        x.detach(),
+        codebooks.detach(),
+        depth,
+        tau,
+        signed_seed(seed),
+        offset,
+        return_residuals,
     )
     return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, None)
 
@@ -82,4 +90,8 @@ def stochastic_residual_search(
 def _fake(
     x: Tensor, codebooks: Tensor, depth: int | None, tau: float, seed: int, offset: int, return_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_codes(x, codebooks, depth, return_residuals)
+    codes = fake_codes(_OP, x, codebooks, depth, return_residuals)
+    rows = x.shape[:-1].numel()
+    if isinstance(rows, int) and isinstance(offset, int):
+        check_rows_from(_OP, offset, rows)
+    return codes

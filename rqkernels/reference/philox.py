@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import check_counter, check_tensor
+
 # The fourth counter word: which operation draws. Two operations never share a uniform.
 OP_STOCHASTIC_RESIDUAL_SEARCH = 1
 OP_SAMPLE_LOGITS = 2
@@ -38,11 +40,13 @@ def philox_uniform(rows: Tensor, *, seed: int, stream: int | Tensor, op_id: int)
         TypeError: rows is not int64.
         ValueError: seed, stream or op_id out of range.
     """
-    if rows.dtype != torch.int64:
-        raise TypeError(f"philox_uniform: rows must be int64, got {rows.dtype}")
-    for name, value, bits in (("seed", seed, 64), ("stream", stream, 32), ("op_id", op_id, 32)):
-        if not isinstance(value, Tensor) and not 0 <= value < 1 << bits:
-            raise ValueError(f"philox_uniform: {name} must be in [0, 2^{bits}), got {value}")
+    op = "philox_uniform"
+    check_tensor(op, "rows", rows, (torch.int64,))
+    seed, op_id = check_counter(op, "seed", seed, 64), check_counter(op, "op_id", op_id, 32)
+    if isinstance(stream, Tensor):
+        check_tensor(op, "stream", stream, (torch.int64,))
+    else:
+        stream = check_counter(op, "stream", stream, 32)
     # int64 holds an unsigned 32-bit word; products wrap modulo 2^64, which keeps the bits we need.
     word0, word1 = rows & _MASK32, (rows >> 32) & _MASK32
     word2, word3 = torch.as_tensor(stream, device=rows.device), torch.full_like(rows, op_id)

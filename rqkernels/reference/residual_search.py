@@ -8,6 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import (
+    REFERENCE_DTYPES,
+    check_depth,
+    check_device,
+    check_elements,
+    check_finite,
+    check_flag,
+    check_tensor,
+    differ,
+    is_below,
+    shape_of,
+)
+
 _LANES = 8
 # Rows are taken in chunks, so that the float64 temporaries of one chunk stay near this many elements.
 _CHUNK_ELEMENTS = 1 << 23
@@ -33,9 +46,50 @@ class FrozenCodebook:
     """A shared codebook that later changes of the original do not reach; (K, C), kept in float32."""
 
     def __init__(self, codebook: Tensor) -> None:
-        if codebook.dim() != 2:
-            raise ValueError(f"codebook must be (K, C), got {tuple(codebook.shape)}")
+        check_tensor("FrozenCodebook", "codebook", codebook, REFERENCE_DTYPES)
+        check_frozen("FrozenCodebook", codebook)
+        check_finite("FrozenCodebook", "codebook", codebook)
         self.codebook = codebook.detach().float().clone()
+
+
+def check_frozen(op: str, codebook: Tensor) -> None:
+    if codebook.device.type == "meta":
+        raise ValueError(f"{op}: codebook must be on cpu or cuda, got meta")
+    check_elements(op, "codebook", codebook)
+    if codebook.dim() != 2 or codebook.numel() == 0:
+        raise ValueError(f"{op}: codebook must be (K, C), not empty, got {tuple(codebook.shape)}")
+
+
+def check_shapes(op: str, x: Tensor, codebooks: Tensor, depth: int | None) -> int:
+    """What op.cpp checks of every residual search, in the same words. Returns the depth."""
+    if codebooks.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}: codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; "
+            f"got {shape_of(codebooks)}"
+        )
+    if codebooks.dim() == 2:
+        if depth is None:
+            raise ValueError(f"{op}: depth is required with a shared codebook (K, C)")
+    elif depth is not None and differ(depth, codebooks.shape[0]):
+        raise ValueError(
+            f"{op}: depth is {depth}, but codebooks {shape_of(codebooks)} hold {codebooks.shape[0]} depths; "
+            "leave depth out or slice the codebooks"
+        )
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must be (..., C), got a scalar")
+    check_elements(op, "x", x)
+    check_elements(op, "codebooks", codebooks)
+    channels = x.shape[-1]
+    if differ(codebooks.shape[-1], channels):
+        raise ValueError(
+            f"{op}: x {shape_of(x)} has {channels} channels, codebooks {shape_of(codebooks)} have {codebooks.shape[-1]}"
+        )
+    if any(is_below(size, 1) for size in codebooks.shape):
+        raise ValueError(f"{op}: codebooks must not be empty, got {shape_of(codebooks)}")
+    if isinstance(codebooks.shape[-2], int) and codebooks.shape[-2] >= 1 << 31:
+        raise ValueError(f"{op}: codebooks may hold at most 2^31 - 1 codes, got {shape_of(codebooks)}")
+    check_device(op, "x", x, "codebooks", codebooks)
+    return codebooks.shape[0] if codebooks.dim() == 3 else depth  # type: ignore[return-value]
 
 
 def lane_sum(terms: Tensor) -> Tensor:
@@ -77,18 +131,10 @@ def _codebook_at(codebooks: Tensor, d: int) -> Tensor:
 
 
 def residual_loop(
-    x: Tensor, codebooks: Tensor, depth: int | None, choose: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    op: str, x: Tensor, codebooks: Tensor, depth: int, choose: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 ) -> tuple[ResidualCodes, Tensor]:
     """The residual loop, paper equations (3)-(5). `choose(r_nc, rows_n, codebook_kc, d) -> codes_n` picks k_d."""
-    if codebooks.dim() == 2:
-        if depth is None:
-            raise ValueError("depth is required with a shared codebook (K, C)")
-    elif depth is None:
-        depth = codebooks.shape[0]
-    elif depth != codebooks.shape[0]:
-        raise ValueError(f"depth is {depth}, but there are {codebooks.shape[0]} codebooks")
-    if not bool(torch.isfinite(codebooks).all()):
-        raise ValueError("codebooks must be finite")
+    check_finite(op, "codebooks", codebooks)
     leading, channels = x.shape[:-1], x.shape[-1]
     residual = x.detach().reshape(-1, channels).float().clone()
     n = residual.shape[0]
@@ -132,9 +178,16 @@ def residual_search(
     """
     from .code_statistics import code_statistics
 
+    op = "residual_search"
+    check_tensor(op, "x", x, REFERENCE_DTYPES)
     if isinstance(codebooks, FrozenCodebook):
         codebooks = codebooks.codebook
-    result, residuals = residual_loop(x, codebooks, depth, lambda r, rows, codebook, d: _nearest(r, codebook))
+    check_tensor(op, "codebooks", codebooks, REFERENCE_DTYPES)
+    depth = check_depth(op, depth)
+    return_residuals = check_flag(op, "return_residuals", return_residuals)
+    return_statistics = check_flag(op, "return_statistics", return_statistics)
+    depth = check_shapes(op, x, codebooks, depth)
+    result, residuals = residual_loop(op, x, codebooks, depth, lambda r, rows, codebook, d: _nearest(r, codebook))
     statistics = None
     if return_statistics:
         num_codes = codebooks.shape[-2]

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from .._arguments import (
+    REFERENCE_DTYPES,
+    check_counter,
+    check_device,
+    check_elements,
+    check_temperature,
+    check_tensor,
+    check_top_k,
+    check_top_p,
+    differ,
+    is_below,
+    shape_of,
+)
 from .philox import OP_SAMPLE_LOGITS, inverse_cdf, philox_uniform
+
+_OP = "sample_logits"
+
+
+def check_place(op: str, name: str, value: object, bits: int) -> int | Tensor:
+    """An offset or a stream: an integer, or an int64 tensor that is read where the logits are."""
+    if isinstance(value, Tensor):
+        check_tensor(op, name, value, (torch.int64,))
+        return value
+    return check_counter(op, name, value, bits)
+
+
+def check_shapes(op: str, logits: Tensor, offset: int | Tensor, stream: int | Tensor, streams: int) -> None:
+    """What op.cpp checks, in the same words."""
+    if logits.dim() < 1:
+        raise ValueError(f"{op}: logits must be (..., K), got a scalar")
+    if is_below(logits.shape[-1], 1):
+        raise ValueError(f"{op}: logits must have at least one code, got {shape_of(logits)}")
+    check_elements(op, "logits", logits)
+    rows = logits.shape[:-1].numel()
+    if streams < 1 or (isinstance(rows, int) and differ(rows % streams, 0)):
+        raise ValueError(f"{op}: streams must be >= 1 and divide the number of rows ({rows}), got {streams}")
+    for name, value in (("offset", offset), ("stream", stream)):
+        if isinstance(value, Tensor):
+            if differ(value.numel(), 1):
+                raise ValueError(f"{op}: {name} must be one number, got a tensor {shape_of(value)}")
+            check_device(op, "logits", logits, name, value)
+
+
+def check_counters(op: str, offset: int, stream: int, rows: int, streams: int) -> None:
+    if not 0 <= offset <= (1 << 63) - 1 - rows // streams:
+        raise ValueError(f"{op}: offset must be >= 0, and offset + rows below 2^63; got {offset} with {rows} rows")
+    if not 0 <= stream < 1 << 32:
+        raise ValueError(f"{op}: stream must be in [0, 2^32), got {stream}")
+    if stream > (1 << 32) - streams:
+        raise ValueError(f"{op}: stream + streams must be <= 2^32, got {stream} + {streams}")
 
 
 def sample_logits(
@@ -41,23 +88,22 @@ def sample_logits(
         int64 (...).
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an argument out of range, or a row with NaN, +inf, or nothing but -inf.
     """
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    check_tensor(_OP, "logits", logits, REFERENCE_DTYPES)
+    temperature, top_k, top_p = check_temperature(_OP, temperature), check_top_k(_OP, top_k), check_top_p(_OP, top_p)
+    seed = check_counter(_OP, "seed", seed, 64)
+    offset, stream = check_place(_OP, "offset", offset, 63), check_place(_OP, "stream", stream, 32)
+    streams = check_counter(_OP, "streams", streams, 32)
+    check_shapes(_OP, logits, offset, stream, streams)
     leading, num_codes = logits.shape[:-1], logits.shape[-1]
-    if streams < 1 or leading.numel() % streams:
-        raise ValueError(f"streams must be >= 1 and divide the number of rows ({leading.numel()}), got {streams}")
-    if not 0 <= int(stream) <= (1 << 32) - streams:
-        raise ValueError(f"stream must be in [0, 2^32 - streams], got {int(stream)} with {streams} streams")
+    check_counters(_OP, int(offset), int(stream), leading.numel(), streams)
     scores = logits.detach().reshape(-1, num_codes).double()
     best = scores.amax(dim=-1, keepdim=True)
-    if not bool(torch.isfinite(best).all()):
-        raise ValueError("logits: a row has NaN, +inf, or nothing but -inf")
+    bad = (~torch.isfinite(best[:, 0])).nonzero()
+    if len(bad) > 0:
+        raise ValueError(f"{_OP}: logits: row {int(bad[0])} has NaN, +inf, or nothing but -inf")
     if temperature == 0 or top_k == 1:
         return scores.eq(best).int().argmax(dim=-1).reshape(leading)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)

@@ -5,8 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import (
+    REFERENCE_DTYPES,
+    check_counter,
+    check_depth,
+    check_flag,
+    check_positive,
+    check_rows_from,
+    check_tensor,
+)
 from .philox import OP_STOCHASTIC_RESIDUAL_SEARCH, inverse_cdf, philox_uniform
-from .residual_search import ResidualCodes, choose_by_distances, residual_loop
+from .residual_search import FrozenCodebook, ResidualCodes, check_shapes, choose_by_distances, residual_loop
+
+_OP = "stochastic_residual_search"
+
+
+def check_settings(
+    op: str, depth: object, tau: object, seed: object, offset: object
+) -> tuple[int | None, float, int, int]:
+    return (
+        check_depth(op, depth),
+        check_positive(op, "tau", tau),
+        check_counter(op, "seed", seed, 64),
+        check_counter(op, "offset", offset, 63),
+    )
 
 
 def stochastic_residual_search(
@@ -33,10 +55,14 @@ def stochastic_residual_search(
     Raises:
         ValueError: tau <= 0 or NaN, a seed or an offset out of range, or what `residual_search` raises.
     """
-    if not tau > 0:
-        raise ValueError(f"tau must be > 0, got {tau}")
-    if not 0 <= offset < 1 << 63:
-        raise ValueError(f"offset must be in [0, 2^63), got {offset}")
+    check_tensor(_OP, "x", x, REFERENCE_DTYPES)
+    if isinstance(codebooks, FrozenCodebook):
+        raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got FrozenCodebook; pass its .codebook")
+    check_tensor(_OP, "codebooks", codebooks, REFERENCE_DTYPES)
+    depth, tau, seed, offset = check_settings(_OP, depth, tau, seed, offset)
+    return_residuals = check_flag(_OP, "return_residuals", return_residuals)
+    depth = check_shapes(_OP, x, codebooks, depth)
+    check_rows_from(_OP, offset, x.shape[:-1].numel())
 
     def sample(r_nc: Tensor, rows_n: Tensor, codebook_kc: Tensor, d: int) -> Tensor:
         uniform_n = philox_uniform(rows_n + offset, seed=seed, stream=d, op_id=OP_STOCHASTIC_RESIDUAL_SEARCH)
@@ -48,5 +74,5 @@ def stochastic_residual_search(
 
         return choose_by_distances(r_nc, codebook_kc, draw)
 
-    result, residuals = residual_loop(x, codebooks, depth, sample)
+    result, residuals = residual_loop(_OP, x, codebooks, depth, sample)
     return result._replace(residuals=residuals if return_residuals else None)

@@ -59,7 +59,7 @@ class Stack(NamedTuple):
         kernel = rqkernels.PackedTransformer(blocks, heads, width=width, **options)
         names = (ACTIVATIONS.index(activation), PRECISIONS.index(precision))
         sizes = [layers, kernel.hidden, heads, *names, multiprocessors]
-        return cls(kernel, reference.PackedTransformer(blocks, heads, **options), sizes)
+        return cls(kernel, reference.PackedTransformer(blocks, heads, width=width, **options), sizes)
 
 
 def assert_close(ours: np.ndarray, truth: Tensor, precision: str) -> None:
@@ -108,8 +108,9 @@ def test_step(emulation: Emulation, precision: str) -> None:
 def test_steps_beyond_the_capacity(emulation: Emulation) -> None:
     stack, x = Stack.random("fp32", 4, 8, 1, 1), contexts(2, 4).view(2, 1, 4)
     keys = torch.randn(1, 2, 1, 3, 4)
-    for add in (-1, 3, 1 << 40):
-        y, *caches = step(emulation, stack, x, keys, keys, 0, add)
+    # No sum of these overflows into a place that is there.
+    for length, add in ((0, -1), (0, 3), (0, 1 << 40), (2, -1), (2, 2**63 - 1), (2, 2**63 - 3), (2, -(2**63))):
+        y, *caches = step(emulation, stack, x, keys, keys, length, add)
         assert np.isnan(y).all()
         assert all((cache == keys.numpy()).all() for cache in caches)
 

@@ -1,15 +1,21 @@
 """Settings: typed, nested, with errors that name the key and the nearest right one."""
 
+import dataclasses
+import importlib
 import os
+import pkgutil
+import typing
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rqgen
 from rqgen import config
 
 
@@ -618,3 +624,42 @@ def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
     path.symlink_to(path.name)
     with pytest.raises(FileNotFoundError, match=r"config file not found: .*loop\.yaml"):
         config.load(Settings, path)
+
+
+# --- Numbers that are none
+
+
+def float_settings() -> list[tuple[type, str]]:
+    """Every field of rqgen's settings that holds a float."""
+    found = []
+    for module in pkgutil.walk_packages(rqgen.__path__, "rqgen."):
+        if module.name == "rqgen.__main__":
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            is_settings = isinstance(value, type) and value.__module__ == module.name and "Config" in value.__name__
+            if is_settings and dataclasses.is_dataclass(value):
+                hints = typing.get_type_hints(value)
+                found += [(value, name) for name, hint in hints.items() if float in (hint, *typing.get_args(hint))]
+    return found
+
+
+REQUIRED = {
+    "RQTransformerConfig": {"code_shape": (2, 2, 2), "code_dim": 4, "codebook_size": 8, "embed_dim": 8},
+    "TransformerConfig": {"layers": 1, "heads": 2},
+}
+
+
+def test_floats_of_every_settings_class_are_known() -> None:
+    classes = {cls.__name__ for cls, _ in float_settings()}
+    assert {"OptimizerConfig", "LoopConfig", "PriorConfig", "VARPriorConfig", "RQVAEConfig", "VARConfig"} <= classes
+    assert {"QuantizerConfig", "MultiScaleConfig", "MultiScaleVQVAEConfig", "DataConfig", "SamplingConfig"} <= classes
+    assert {"RQTransformerConfig", "TransformerConfig"} <= classes
+
+
+@pytest.mark.parametrize(("cls", "name"), float_settings(), ids=lambda value: getattr(value, "__name__", value))
+def test_a_float_that_is_nan_or_infinite_is_refused_by_name(cls: type, name: str) -> None:
+    required = REQUIRED.get(cls.__name__, {})
+    cls(**required)
+    for value in (float("nan"), float("inf"), -float("inf"), np.float32("nan")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a finite number, got (nan|-?inf)"):
+            cls(**{**required, name: value})

@@ -220,7 +220,7 @@ def test_nothing_of_rows_times_codes_is_allocated() -> None:
         (torch.zeros(3, 8, 4), ValueError, r"codebook must be \(K, C\), not empty, got \(3, 8, 4\)"),
         (torch.zeros(0, 4), ValueError, r"codebook must be \(K, C\), not empty, got \(0, 4\)"),
         (torch.zeros(8, 4, device="meta"), ValueError, "codebook must be on cpu or cuda, got meta"),
-        (torch.full((8, 4), torch.inf), ValueError, "FrozenCodebook: codebooks must be finite, got inf in code 0"),
+        (torch.full((8, 4), torch.inf), ValueError, "FrozenCodebook: codebook must be finite, got inf in code 0"),
     ],
 )  # fmt: skip
 def test_bad_codebooks_are_named(codebook: object, error: type[Exception], message: str) -> None:

@@ -397,9 +397,9 @@ def test_no_rows(sample: Sample, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(temperature=-1.0), "temperature must be >= 0 and finite, got -1"),
-        (dict(temperature=float("nan")), "temperature must be >= 0"),
-        (dict(temperature=float("inf")), "temperature must be >= 0 and finite, got inf"),
+        (dict(temperature=-1.0), "temperature must be a finite number >= 0, got -1"),
+        (dict(temperature=float("nan")), "temperature must be a finite number >= 0, got nan"),
+        (dict(temperature=float("inf")), "temperature must be a finite number >= 0, got inf"),
         (dict(top_k=0), "top_k must be >= 1, got 0"),
         (dict(top_p=0.0), "top_p must be in"),
         (dict(top_p=1.5), "top_p must be in"),

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 MIB = 2**20
 
 # 8192 x 16384 scores would be 128 MiB at a byte each. The high-water mark is the process's: one of its own.
-_MEASURE = f"""
-import json, sys, torch
-sys.path.insert(0, {str(BENCHMARKS)!r})
-from _harness import peak_memory
+_MEASURE = """
+import json, torch
 import rqkernels as rqk
+from rqkernels._measure import peak_memory
 
-cpu, found = torch.device("cpu"), {{}}
+cpu, found = torch.device("cpu"), {}
 x, e = torch.randn(8192, 256), torch.randn(16384, 256) * (0.2 + 0.8 * torch.rand(16384, 1))
 # The second search of a codebook needs most: it copies and packs it, to keep.
 rqk.residual_search(x[:64], e, 2)

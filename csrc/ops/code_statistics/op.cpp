@@ -12,6 +12,8 @@ constexpr const char* kOp = "code_statistics";
 void check(const Tensor& x, const Tensor& codes, int64_t num_codes, bool by_depth) {
   if (x.dim() < 1) rqk::value_error(kOp, ": x must be (..., C), got a scalar");
   if (num_codes < 1) rqk::value_error(kOp, ": num_codes must be >= 1, got ", num_codes);
+  if (num_codes >= rqk::kMostElements) rqk::value_error(kOp, ": num_codes must be < 2^40, got ", num_codes);
+  rqk::check_elements(kOp, "x", x);
   const std::vector<int64_t> x_sizes = rqk::sizes_of(x);
   if (rqk::sizes_of(codes) != std::vector<int64_t>(x_sizes.begin(), x_sizes.end() - 1)) {
     rqk::value_error(kOp, ": codes must have the shape of x without its last dimension; x is ", rqk::shape_of(x),
@@ -75,12 +77,12 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor codes, int64_t num_c
   rqk::LaunchScope scope(x);
 
   const int64_t channels = x.size(x.dim() - 1), depth = by_depth ? codes.size(codes.dim() - 1) : 1;
-  Tensor x_float = torch::stable::to(x, ScalarType::Float);
-  if (channels > 1 && x_float.strides()[x.dim() - 1] != 1) x_float = torch::stable::contiguous(x_float);
+  Tensor x_float = rqk::to_type(x, ScalarType::Float);
+  if (channels > 1 && x_float.strides()[x.dim() - 1] != 1) x_float = rqk::contiguous(x_float);
   rqk::CodeStatisticsParams params{};
   if (!set_rows(params, x_float, codes, by_depth)) {
-    x_float = torch::stable::contiguous(x_float);
-    codes = torch::stable::contiguous(codes);
+    x_float = rqk::contiguous(x_float);
+    codes = rqk::contiguous(codes);
     set_rows(params, x_float, codes, by_depth);
   }
   const std::vector<int64_t> leading =
@@ -97,12 +99,12 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor codes, int64_t num_c
   params.codebooks = depth;
   params.counts = counts.mutable_data_ptr<float>();
   params.sums = sums.mutable_data_ptr<float>();
+  const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
+  params.workspace = workspace.mutable_data_ptr<uint8_t>();
 #ifndef RQK_CUDA_LIBRARY
   // On a GPU this would have to wait for the device: there a bad code turns the statistics into NaN.
   check_codes(params);
 #endif
-  const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
-  params.workspace = workspace.mutable_data_ptr<uint8_t>();
   rqk::launch(params, scope.stream());
   return {counts, sums};
 }

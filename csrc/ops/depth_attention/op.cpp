@@ -17,7 +17,7 @@ constexpr const char* kInstead = "; larger ones are for torch.nn.functional.scal
 // Itself where its last dimension is contiguous.
 Tensor with_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) == 1 || t.stride(last) == 1 ? t : rqk::contiguous(t);
 }
 
 void check_sizes(const char* op, const char* name, const Tensor& t, const char* layout, int64_t depths,
@@ -34,7 +34,11 @@ void check_sizes(const char* op, const char* name, const Tensor& t, const char* 
 
 float checked_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
   const double value = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
-  if (!std::isfinite(value)) rqk::value_error(op, ": scale must be finite, got ", value);
+  // It is used in float32, where 1e39 is infinite.
+  if (!std::isfinite(static_cast<float>(value))) {
+    rqk::value_error(op, ": scale must be finite", std::isfinite(value) ? " in float32" : "", ", got ",
+                     rqk::number_text(value));
+  }
   return static_cast<float>(value);
 }
 
@@ -64,6 +68,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
   for (const auto& [name, t] : each) {
     if (t->dim() != 4) rqk::value_error(kOp, ": ", name, " must be ", kLayout, ", got ", rqk::shape_of(*t));
     check_sizes(kOp, name, *t, kLayout, t->size(2), t->size(3));
+    rqk::check_elements(kOp, name, *t);
     check_like(kOp, name, *t, "q", q);
     if (t->size(0) != q.size(0) || t->size(1) != q.size(1) || t->size(3) != q.size(3)) {
       rqk::value_error(kOp, ": q, k and v must agree in N, H and head_dim, got q ", rqk::shape_of(q), " and ", name,
@@ -133,6 +138,7 @@ void check_packed(const Tensor& qkv) {
     rqk::value_error(kPacked, ": qkv must be ", kLayout, ", got ", rqk::shape_of(qkv));
   }
   check_sizes(kPacked, "qkv", qkv, kLayout, qkv.size(1), qkv.size(4));
+  rqk::check_elements(kPacked, "qkv", qkv);
 }
 
 // q, k or v of it: part 0, 1 or 2.

@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kThreads) attend_rows(Attention p) {
   const int row = item / p.heads, head = item % p.heads, dim = p.width / p.heads;
   const int sequence = row / p.count, first_new = sequence * p.count;
   // A position that the caches have no room for is not written, and attends to nothing: its row becomes NaN.
-  const int64_t begin_new = p.length + (p.step == nullptr ? 0 : *p.step);
-  const bool fits = begin_new >= 0 && begin_new + row - first_new < p.capacity;
-  const int length = fits ? int(begin_new) : 0, n = fits ? length + row - first_new + 1 : 0;
+  const int64_t step = p.step == nullptr ? 0 : *p.step;
+  const bool fits = step >= 0 && step < p.capacity - p.length - (row - first_new);
+  const int length = fits ? int(p.length + step) : 0, n = fits ? length + row - first_new + 1 : 0;
   const int64_t cache = (int64_t(sequence) * p.heads + head) * p.capacity * dim;
   const float* q = p.qkv + row * p.stride + head * dim;
   float *keys = p.keys + cache, *values = p.values + cache;

@@ -16,6 +16,8 @@ using rqk::Tensor;
 
 constexpr const char* kStep = "transformer_step";
 constexpr const char* kDecode = "depth_decode";
+constexpr const char* kLogits = "depth_logits";
+constexpr int64_t kStreams = int64_t(1) << 32;
 
 rqk::WeightType weight_type(const char* op, const std::string& name) {
   if (name == "fp32") return rqk::WeightType::kFloat32;
@@ -47,12 +49,24 @@ const uint8_t* packed_of(const char* op, const char* name, const Tensor& packed,
   return packed.const_data_ptr<uint8_t>();
 }
 
+// Norms add it in float32.
+void check_eps(const char* op, const char* name, double eps) {
+  if (!(eps >= 0 && std::isfinite(static_cast<float>(eps)))) {
+    rqk::value_error(op, ": ", name, " must be a finite number >= 0, got ", rqk::number_text(eps));
+  }
+}
+
+// Far above every model; a packed stack of so many has a size in int64.
+constexpr int64_t kMostLayers = 4096, kMostWidth = 32768, kMostDepth = 32768;
+
 rqk::PackedStack stack_of(const char* op, const Tensor& blocks, int64_t layers, int64_t width, int64_t hidden,
                           int64_t heads, const std::string& activation, const std::string& precision, double eps) {
-  if (layers < 0 || width < 1 || hidden < 1 || heads < 1 || width % heads != 0 || hidden > 32768 || width > 32768) {
-    rqk::value_error(op, ": layers must be >= 0, width and hidden in [1, 32768], heads a divisor of width; got ",
-                     layers, ", ", width, ", ", hidden, " and ", heads);
+  if (layers < 0 || layers > kMostLayers || width < 1 || width > kMostWidth || hidden < 1 || hidden > kMostWidth ||
+      heads < 1 || width % heads != 0) {
+    rqk::value_error(op, ": layers must be in [0, ", kMostLayers, "], width and hidden in [1, ", kMostWidth,
+                     "], heads a divisor of width; got ", layers, ", ", width, ", ", hidden, " and ", heads);
   }
+  check_eps(op, "eps", eps);
   rqk::PackedStack stack{};
   stack.blocks = blocks.const_data_ptr<uint8_t>();
   stack.layers = layers;
@@ -66,9 +80,9 @@ rqk::PackedStack stack_of(const char* op, const Tensor& blocks, int64_t layers, 
   return stack;
 }
 
-const int64_t* step_of(const char* op, const Tensor& like, const std::optional<Tensor>& step) {
+const int64_t* step_of(const char* op, const char* name, const Tensor& like, const std::optional<Tensor>& step) {
   if (!step.has_value()) return nullptr;
-  rqk::check_same_device(op, "x", like, "step", *step);
+  rqk::check_same_device(op, name, like, "step", *step);
   if (step->scalar_type() != ScalarType::Long || step->numel() != 1) {
     rqk::value_error(op, ": step must be one int64 number, got ", rqk::shape_of(*step));
   }
@@ -79,6 +93,9 @@ Tensor transformer_step(Tensor x, Tensor blocks, Tensor keys, Tensor values, int
                         int64_t layers, int64_t hidden, int64_t heads, std::string activation, std::string precision,
                         double eps) {
   if (x.dim() != 2 && x.dim() != 3) rqk::value_error(kStep, ": x must be (B, W) or (B, n, W), got ", rqk::shape_of(x));
+  for (const auto& [name, tensor] : {std::pair{"x", x}, {"keys", keys}, {"values", values}}) {
+    rqk::check_elements(kStep, name, tensor);
+  }
   const int64_t batch = x.size(0), count = x.dim() == 3 ? x.size(1) : 1, width = x.size(x.dim() - 1);
   rqk::TransformerStepParams params{};
   params.stack = stack_of(kStep, blocks, layers, width, hidden, heads, activation, precision, eps);
@@ -88,19 +105,30 @@ Tensor transformer_step(Tensor x, Tensor blocks, Tensor keys, Tensor values, int
     rqk::value_error(kStep, ": keys and values must be (", layers, ", ", batch, ", ", heads, ", capacity, ",
                      width / heads, "), got ", rqk::shape_of(keys), " and ", rqk::shape_of(values));
   }
-  if (length < 0 || length + count > sizes[3]) {
+  // Neither sum could overflow in this form.
+  if (length < 0 || length > sizes[3] - count) {
     rqk::value_error(kStep, ": length ", length, " and ", count, " new positions do not fit the keys' capacity ",
                      sizes[3]);
   }
+#ifdef RQK_CUDA_LIBRARY
+  if (sizes[3] * (width / heads) > INT32_MAX) {
+    rqk::value_error(kStep, ": keys must have fewer than 2^31 numbers to a head on CUDA, got ", rqk::shape_of(keys));
+  }
+#endif
   for (const auto& [name, tensor] : {std::pair{"blocks", blocks}, {"keys", keys}, {"values", values}}) {
     rqk::check_same_device(kStep, "x", x, name, tensor);
   }
-  params.x = floats_of(kStep, "x", x);
+  const Tensor x_read = rqk::contiguous(x);  // a tensor of zeros without memory comes as one number with strides of 0
+  params.x = floats_of(kStep, "x", x_read);
   floats_of(kStep, "keys", keys);
   floats_of(kStep, "values", values);
-  params.step = step_of(kStep, x, step);
+  if (rqk::may_overlap(keys, values)) rqk::value_error(kStep, ": keys and values must not share memory");
+  if (rqk::may_overlap(x, keys) || rqk::may_overlap(x, values)) {
+    rqk::value_error(kStep, ": x must not share memory with keys or values");
+  }
+  params.step = step_of(kStep, "x", x, step);
 #ifndef RQK_CUDA_LIBRARY
-  if (params.step != nullptr && (*params.step < 0 || length + *params.step + count > sizes[3])) {
+  if (params.step != nullptr && (*params.step < 0 || *params.step > sizes[3] - count - length)) {
     rqk::value_error(kStep, ": length ", length, ", step ", *params.step, " and ", count,
                      " new positions do not fit the keys' capacity ", sizes[3]);
   }
@@ -133,10 +161,12 @@ std::vector<rqk::SampleSettings> settings_of(const std::vector<double>& temperat
   std::vector<rqk::SampleSettings> settings;
   for (size_t d = 0; d < expected; ++d) {
     if (!(temperature[d] >= 0 && std::isfinite(temperature[d]))) {
-      rqk::value_error(kDecode, ": temperature must be a finite number >= 0, got ", temperature[d]);
+      rqk::value_error(kDecode, ": temperature must be a finite number >= 0, got ", rqk::number_text(temperature[d]));
     }
     if (top_k[d] < 1) rqk::value_error(kDecode, ": top_k must be >= 1, got ", top_k[d]);
-    if (!(top_p[d] > 0 && top_p[d] <= 1)) rqk::value_error(kDecode, ": top_p must be in (0, 1], got ", top_p[d]);
+    if (!(top_p[d] > 0 && top_p[d] <= 1)) {
+      rqk::value_error(kDecode, ": top_p must be in (0, 1], got ", rqk::number_text(top_p[d]));
+    }
     settings.push_back({temperature[d], top_k[d], top_p[d]});
   }
   return settings;
@@ -150,74 +180,88 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
                                         std::vector<double> temperature, std::vector<int64_t> top_k,
                                         std::vector<double> top_p, double guidance, int64_t seed, int64_t offset,
                                         int64_t stream, std::optional<Tensor> step, std::optional<Tensor> given) {
+  const char* op = given.has_value() ? kLogits : kDecode;
   if (positions.dim() != 2 || positions.size(0) < 1) {
-    rqk::value_error(kDecode, ": depth_positions must be (D, W), got ", rqk::shape_of(positions));
+    rqk::value_error(op, ": depth_positions must be (D, W), got ", rqk::shape_of(positions));
+  }
+  for (const auto& [name, tensor] :
+       {std::pair{"context", context}, {"depth_positions", positions}, {"vectors", vectors}}) {
+    rqk::check_elements(op, name, tensor);
   }
   const int64_t depth = positions.size(0), width = positions.size(1);
+  if (depth > kMostDepth)
+    rqk::value_error(op, ": depth_positions must have at most ", kMostDepth, " depths, got ", depth);
   if (context.dim() != 2 || context.size(1) != width) {
-    rqk::value_error(kDecode, ": context must be (B, ", width, "), got ", rqk::shape_of(context));
+    rqk::value_error(op, ": context must be (B, ", width, "), got ", rqk::shape_of(context));
   }
   if (num_codes < 1 || num_codes > INT32_MAX) {
-    rqk::value_error(kDecode, ": 1 to 2^31 - 1 codes, got ", num_codes);
+    rqk::value_error(op, ": num_codes must be in [1, 2^31), got ", num_codes);
   }
   if (vectors.dim() != 2 || vectors.size(1) != width ||
       (vectors.size(0) != num_codes && vectors.size(0) != depth * num_codes)) {
-    rqk::value_error(kDecode, ": vectors must be (", num_codes, ", ", width, ") or (", depth * num_codes, ", ", width,
+    rqk::value_error(op, ": vectors must be (", num_codes, ", ", width, ") or (", depth * num_codes, ", ", width,
                      "), got ", rqk::shape_of(vectors));
   }
-  if (!std::isfinite(guidance) || guidance < 0) {
-    rqk::value_error(kDecode, ": guidance must be a finite number >= 0, got ", guidance);
+  // It is used in float32.
+  if (!(guidance >= 0 && std::isfinite(static_cast<float>(1 + guidance)))) {
+    rqk::value_error(op, ": guidance must be a finite number >= 0, got ", rqk::number_text(guidance));
   }
   const int64_t contexts = context.size(0), copies = guidance > 0 ? 2 : 1, rows = contexts / copies;
   if (contexts % copies != 0) {
-    rqk::value_error(kDecode, ": with guidance context must be (2 B, W), got ", rqk::shape_of(context));
+    rqk::value_error(op, ": with guidance context must be (2 B, W), got ", rqk::shape_of(context));
   }
   if (offset < 0 || offset > INT64_MAX - rows) {
-    rqk::value_error(kDecode, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows,
-                     " rows");
+    rqk::value_error(op, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows, " rows");
   }
-  if (stream < 0 || stream + depth > (int64_t(1) << 32)) {
-    rqk::value_error(kDecode, ": stream must be >= 0, and stream + D at most 2^32; got ", stream, " with D = ", depth);
+  if (stream < 0 || stream > kStreams - depth) {
+    rqk::value_error(op, ": stream must be >= 0, and stream + D at most 2^32; got ", stream, " with D = ", depth);
   }
   for (const auto& [name, tensor] : {std::pair{"blocks", blocks},
                                      {"classifier", classifier},
                                      {"depth_positions", positions},
                                      {"vectors", vectors}}) {
-    rqk::check_same_device(kDecode, "context", context, name, tensor);
+    rqk::check_same_device(op, "context", context, name, tensor);
   }
 
   rqk::DepthDecodeParams params{};
-  params.stack = stack_of(kDecode, blocks, layers, width, hidden, heads, activation, precision, eps);
+  check_eps(op, "classifier_eps", classifier_eps);
+  params.stack = stack_of(op, blocks, layers, width, hidden, heads, activation, precision, eps);
   params.classifiers = classifier_per_depth ? depth : 1;
   rqk::PackedClassifier parts(classifier.const_data_ptr<uint8_t>(), params.stack.type, width);
   for (int64_t d = 0; d < params.classifiers; ++d) parts.linears.linear(num_codes, width);
-  params.classifier =
-      packed_of(kDecode, "classifier", classifier, parts.linears.at - classifier.const_data_ptr<uint8_t>());
+  params.classifier = packed_of(op, "classifier", classifier, parts.linears.at - classifier.const_data_ptr<uint8_t>());
   params.classifier_eps = classifier_eps;
-  params.positions = floats_of(kDecode, "depth_positions", positions);
-  params.vectors = floats_of(kDecode, "vectors", vectors);
+  params.positions = floats_of(op, "depth_positions", positions);
+  params.vectors = floats_of(op, "vectors", vectors);
   params.vectors_stride = vectors.size(0) == num_codes ? 0 : num_codes * width;
   params.cumulative = cumulative;
   params.rows = rows;
   params.depth = depth;
   params.num_codes = num_codes;
-  params.context = floats_of(kDecode, "context", context);
+  const Tensor context_read = rqk::contiguous(context);
+  params.context = floats_of(op, "context", context_read);
   params.guidance = guidance;
-  params.step = step_of(kDecode, context, step);
+  params.step = step_of(op, "context", context, step);
+#ifndef RQK_CUDA_LIBRARY
+  if (params.step != nullptr && (*params.step < 0 || *params.step > (kStreams - depth - stream) / depth)) {
+    rqk::value_error(op, ": step must be >= 0, and stream + (step + 1) D at most 2^32; got ", *params.step,
+                     " with stream = ", stream, " and D = ", depth);
+  }
+#endif
   Tensor codes, logits;
   std::vector<rqk::SampleSettings> settings;
   if (given.has_value()) {
-    rqk::check_same_device(kDecode, "context", context, "codes", *given);
-    if (given->scalar_type() != ScalarType::Long || rqk::sizes_of(*given) != std::vector<int64_t>{rows, depth} ||
-        !given->is_contiguous()) {
-      rqk::value_error(kDecode, ": codes must be contiguous int64 (", rows, ", ", depth, "), got ",
-                       rqk::shape_of(*given));
+    rqk::check_same_device(op, "context", context, "codes", *given);
+    rqk::check_elements(op, "codes", *given);
+    if (given->scalar_type() != ScalarType::Long || rqk::sizes_of(*given) != std::vector<int64_t>{rows, depth}) {
+      rqk::value_error(op, ": codes must be contiguous int64 (", rows, ", ", depth, "), got ", rqk::shape_of(*given));
     }
+    given = rqk::contiguous(*given);
     params.given = given->const_data_ptr<int64_t>();
 #ifndef RQK_CUDA_LIBRARY
     for (int64_t i = 0; i < rows * depth; ++i) {
       if (params.given[i] < 0 || params.given[i] >= num_codes) {
-        rqk::index_error(kDecode, ": codes must be in [0, ", num_codes, "), got ", params.given[i]);
+        rqk::index_error(op, ": codes must be in [0, ", num_codes, "), got ", params.given[i]);
       }
     }
 #endif
@@ -244,7 +288,7 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
 #endif
   rqk::launch(params, scope.stream());
   if (bad_row >= 0) {
-    rqk::value_error(kDecode, ": the logits of row ", bad_row, " have NaN, +inf, or nothing but -inf");
+    rqk::value_error(op, ": context: the logits of row ", bad_row, " have NaN, +inf, or nothing but -inf");
   }
   return {codes, logits};
 }

@@ -11,6 +11,8 @@ constexpr const char* kOp = "residual_decode";
 
 int64_t resolve_depth(const Tensor& codes, const Tensor& codebooks, std::optional<int64_t> depth) {
   if (codes.dim() < 1) rqk::value_error(kOp, ": codes must be (..., D), got a scalar");
+  rqk::check_elements(kOp, "codes", codes);
+  rqk::check_elements(kOp, "codebooks", codebooks);
   if (codebooks.dim() != 2 && codebooks.dim() != 3) {
     rqk::value_error(kOp, ": codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; got ",
                      rqk::shape_of(codebooks));
@@ -47,7 +49,7 @@ Tensor residual_decode(Tensor codes, Tensor codebooks, std::optional<int64_t> de
   rqk::check_same_device(kOp, "codes", codes, "codebooks", codebooks);
   rqk::LaunchScope scope(codes);
 
-  const Tensor codes_packed = torch::stable::contiguous(codes);
+  const Tensor codes_packed = rqk::contiguous(codes);
   const Tensor codebooks_float = rqk::as_float(codebooks);
   std::vector<int64_t> sizes = rqk::sizes_of(codes);
   const int64_t code_depth = sizes.back();
@@ -69,7 +71,7 @@ Tensor residual_decode(Tensor codes, Tensor codebooks, std::optional<int64_t> de
   params.any_bad = any_bad.mutable_data_ptr<int32_t>();
   if (params.rows > 0) rqk::launch(params, scope.stream());
   if (check) check_codes(any_bad, codes_packed, depth, params.num_codes);
-  return torch::stable::to(decoded, codebooks.scalar_type());
+  return rqk::to_type(decoded, codebooks.scalar_type());
 }
 
 }  // namespace

@@ -274,7 +274,7 @@ class Search {
 // Into how many shares the codes are cut for each tile of rows, where so many threads have no tile of their own.
 int64_t parts_of_codes(const SearchKernel& kernel, const PackedCodebooks& codebooks, const ResidualSearchParams& p,
                        int64_t threads) {
-  if (!codebooks.int8() || codebooks.gram() || p.rows == 0) return 1;
+  if (!codebooks.int8() || codebooks.gram()) return 1;
   return std::min(
       {threads, kMostParts, p.num_codes / kernel.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
 }
@@ -297,6 +297,7 @@ void launch(const ResidualSearchParams& p, void*) {
                         p.codebook_stride > 0);
     }
   }
+  if (p.rows == 0) return;
   const PackedCodebooks& codebooks = packed != nullptr ? packed->packed : opened;
   // Small batches are cut finer, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
@@ -305,7 +306,7 @@ void launch(const ResidualSearchParams& p, void*) {
   const int64_t chunk = tiles_per_chunk * kernel.row_tile;
   // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
   const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
-  const int64_t parts = parts_of_codes(kernel, codebooks, p, threads / std::max<int64_t>(1, slots));
+  const int64_t parts = parts_of_codes(kernel, codebooks, p, threads / slots);
   if (parts > 1) {
     std::vector<std::vector<Workspace>> groups(static_cast<size_t>(slots));
     for (auto& group : groups) {
@@ -324,7 +325,7 @@ void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
   PackedCodebooks codebooks(RQK_KERNEL(search_kernel), num_codes, channels);
   if (!codebooks.measure(codebook, 1))
-    refuse_not_finite("FrozenCodebook", "codebooks", codebook, 1, num_codes, channels, false);
+    refuse_not_finite("FrozenCodebook", "codebook", codebook, 1, num_codes, channels, false);
   codebooks.set_gram(codebooks.gram_pays());
   codebooks.fill(allocate(codebooks.bytes()));
 }

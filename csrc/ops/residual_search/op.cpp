@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
 #else
   rqk::launch(params, scope.stream());
 #endif
-  return {tensors.codes, torch::stable::to(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
+  return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
 }
 
 #ifndef RQK_CUDA_LIBRARY
@@ -56,6 +56,7 @@ Tensor pack_codebook(Tensor codebook) {
   if (codebook.dim() != 2 || codebook.numel() == 0 || codebook.size(0) > INT32_MAX) {
     rqk::value_error(kPackOp, ": codebook must be (K, C) with 1 to 2^31 - 1 codes, got ", rqk::shape_of(codebook));
   }
+  rqk::check_elements(kPackOp, "codebook", codebook);
   const Tensor codebook_float = rqk::as_float(codebook);
   Tensor packed;
   rqk::pack_codebook(codebook_float.const_data_ptr<float>(), codebook.size(0), codebook.size(1),

@@ -14,11 +14,11 @@ constexpr const char* kOp = "sample_logits";
 rqk::SampleSettings settings_of(int64_t num_codes, double temperature, std::optional<int64_t> top_k,
                                 std::optional<double> top_p) {
   if (!(temperature >= 0 && std::isfinite(temperature))) {
-    rqk::value_error(kOp, ": temperature must be >= 0 and finite, got ", temperature);
+    rqk::value_error(kOp, ": temperature must be a finite number >= 0, got ", rqk::number_text(temperature));
   }
   if (top_k.has_value() && *top_k < 1) rqk::value_error(kOp, ": top_k must be >= 1, got ", *top_k);
   if (top_p.has_value() && !(*top_p > 0 && *top_p <= 1)) {
-    rqk::value_error(kOp, ": top_p must be in (0, 1], got ", *top_p);
+    rqk::value_error(kOp, ": top_p must be in (0, 1], got ", rqk::number_text(*top_p));
   }
   return {temperature, top_k.value_or(num_codes), top_p.value_or(1.0)};
 }
@@ -51,6 +51,7 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
   std::vector<int64_t> sizes = rqk::sizes_of(logits);
   const int64_t num_codes = sizes.back();
   if (num_codes < 1) rqk::value_error(kOp, ": logits must have at least one code, got ", rqk::shape_of(logits));
+  rqk::check_elements(kOp, "logits", logits);
   sizes.pop_back();
   rqk::LaunchScope scope(logits);
 

@@ -36,16 +36,18 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
   const int64_t num_codes = labels.num_codes, channels = labels.channels;
   const int64_t codebooks = labels.codebook_stride == 0 ? 1 : labels.inner;
   const int64_t step = labels.codebook_stride == 0 ? 1 : labels.inner;
-  std::vector<int64_t> rows;
+  const int64_t num_rows = labels.outer * labels.inner;
+  const Buffer<int64_t> rows(divide_up(num_rows, step));
   for (int64_t d = 0; d < codebooks; ++d) {
     const float* codes_kc = labels.codebook + d * labels.codebook_stride;
     const CentredCodebook codebook(kernel.scores, codes_kc, num_codes, channels);
-    if (!codebook.finite()) refuse_not_finite(op, "codebook", codes_kc, 1, num_codes, channels, false);
-    rows.clear();
-    for (int64_t row = d; row < labels.outer * labels.inner; row += step) {
-      if (counted(row)) rows.push_back(row);
+    if (!codebook.finite()) {
+      refuse_not_finite(op, "codebook", labels.codebook, codebooks, num_codes, channels, labels.codebook_stride > 0);
     }
-    const int64_t count = static_cast<int64_t>(rows.size());
+    int64_t count = 0;
+    for (int64_t row = d; row < num_rows; row += step) {
+      if (counted(row)) rows[count++] = row;
+    }
     const TilePlan plan =
         plan_tiles(kernel.scores, count, num_codes, channels, kRowsPerRowOfScores * (kernel.scores.tile_rows + 1));
     // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns a tile.
@@ -64,7 +66,7 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
         for (int i = 0; i < n; ++i) x[i] = labels.x + rows[begin + i] * channels;
         tile.score<FlushDenormals>(codebook.view(), x, n);
         tile.share_rows<FlushDenormals>(n, [&](int64_t part, int first, int last) {
-          work(kernel, codebook.view(), rows.data() + begin, LabelTile{x, first, last, tile.parts(), tile.memory()},
+          work(kernel, codebook.view(), rows + begin, LabelTile{x, first, last, tile.parts(), tile.memory()},
                memory[worker * plan.parts + part]);
         });
       }

@@ -25,9 +25,18 @@ struct LabelTensors {
   rqk::SoftLabels labels;
 };
 
-LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebook, double tau) {
-  if (!(tau > 0)) rqk::value_error(op, ": tau must be > 0, got ", tau);
+// What is read while `written` is written is copied where the two may share memory.
+Tensor as_read(const Tensor& t, ScalarType type, const Tensor* written) {
+  const bool is_safe = t.scalar_type() == type && t.is_contiguous() && !(written && rqk::may_overlap(t, *written));
+  return is_safe ? t : rqk::copy_of(t, type);
+}
+
+LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebook, double tau,
+                           const Tensor* written = nullptr) {
+  if (!(tau > 0)) rqk::value_error(op, ": tau must be > 0, got ", rqk::number_text(tau));
   if (x.dim() < 1) rqk::value_error(op, ": x must be (..., C), got a scalar");
+  rqk::check_elements(op, "x", x);
+  rqk::check_elements(op, "codebook", codebook);
   if (codebook.dim() != 2 && codebook.dim() != 3) {
     rqk::value_error(op, ": codebook must be (K, C), or (D, K, C) for x (..., D, C); got ", rqk::shape_of(codebook));
   }
@@ -49,7 +58,7 @@ LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebo
   }
   rqk::check_same_device(op, "x", x, "codebook", codebook);
 
-  LabelTensors result{rqk::as_float(x), rqk::as_float(codebook), {}, {}};
+  LabelTensors result{as_read(x, ScalarType::Float, written), as_read(codebook, ScalarType::Float, written), {}, {}};
   rqk::SoftLabels& labels = result.labels;
   labels.x = result.x.const_data_ptr<float>();
   labels.codebook = result.codebook.const_data_ptr<float>();
@@ -106,6 +115,7 @@ RowStrides row_strides(const Tensor& t) {
 
 // Whether no two of its elements share memory, as far as sizes and strides tell.
 bool is_apart(const Tensor& t) {
+  if (t.numel() == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < t.dim(); ++d) {
     if (t.size(d) > 1) dims.emplace_back(t.stride(d), t.size(d));
@@ -131,6 +141,7 @@ void check(const Tensor& logits, const Tensor& x, const Tensor& codebook, const 
     rqk::value_error(kCrossEntropy, ": logits have ", sizes.back(), " codes, the codebook has ",
                      codebook.size(codebook.dim() - 2));
   }
+  rqk::check_elements(kCrossEntropy, "logits", logits);
   rqk::check_same_device(kCrossEntropy, "logits", logits, "x", x);
   if (mask.has_value()) {
     rqk::check_same_device(kCrossEntropy, "logits", logits, "mask", *mask);
@@ -154,7 +165,8 @@ void check(const Tensor& logits, const Tensor& x, const Tensor& codebook, const 
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebook, double tau,
                                          const std::optional<Tensor>& mask, const std::optional<Tensor>& weight,
                                          bool reduce, bool in_place, const Tensor* gradient) {
-  LabelTensors from = label_tensors(kCrossEntropy, x, codebook, tau);
+  const Tensor* written = in_place ? &logits : nullptr;
+  LabelTensors from = label_tensors(kCrossEntropy, x, codebook, tau, written);
   check(logits, x, codebook, mask, weight, reduce);
   rqk::LaunchScope scope(logits);
   take_workspace(from);
@@ -168,7 +180,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, 
                        "strides beside, got shape ",
                        rqk::shape_of(logits), "; make them contiguous first");
     }
-    rows = torch::stable::contiguous(logits);
+    rows = rqk::contiguous(logits);
     strides = row_strides(rows);
   }
   std::vector<int64_t> leading = rqk::sizes_of(logits);
@@ -176,8 +188,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, 
   const Tensor losses = rqk::empty(leading, ScalarType::Float, logits);
   const Tensor total = rqk::empty(reduce ? std::vector<int64_t>{} : std::vector<int64_t>{0}, ScalarType::Float, logits);
   // What is not there stands as the logits, and is not looked at.
-  const Tensor mask_packed = mask.has_value() ? torch::stable::contiguous(*mask) : logits;
-  const Tensor weight_packed = weight.has_value() ? torch::stable::contiguous(*weight) : logits;
+  const Tensor mask_packed = mask.has_value() ? as_read(*mask, ScalarType::Bool, written) : logits;
+  const Tensor weight_packed = weight.has_value() ? as_read(*weight, ScalarType::Float, written) : logits;
 
   rqk::SoftLabelCrossEntropyParams params{};
   params.labels = from.labels;

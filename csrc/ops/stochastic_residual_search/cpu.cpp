@@ -85,6 +85,7 @@ void draw_codes(const StochasticResidualSearchParams& p, const SampleKernel& ker
 void launch(const StochasticResidualSearchParams& p, void*) {
   const SampleKernel& kernel = RQK_KERNEL(sample_kernel);
   const std::vector<CentredCodebook> codebooks = prepare(kernel, p);
+  if (p.rows == 0) return;
   const TilePlan plan = plan_tiles(kernel.scores, p.rows, p.num_codes, p.channels, kernel.scores.tile_rows);
   // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one workspace.
   std::vector<Workspace> workspaces;

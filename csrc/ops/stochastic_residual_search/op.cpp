@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, 
   // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
   // the device: there a bad code is never drawn.
   if (rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
-  return {tensors.codes, torch::stable::to(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
+  return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
 }
 
 }  // namespace

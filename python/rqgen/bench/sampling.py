@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.config import check_finite
 from rqgen.files import write_json
 from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from rqgen.models.captured import CapturedSampler
@@ -70,6 +71,7 @@ class SamplingBench:
     seconds: float
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'")

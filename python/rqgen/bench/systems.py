@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.config import check_finite
 from rqgen.files import write_json
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, RQTransformer, RQTransformerConfig, VARConfig
 from rqgen.models.sampler import PRECISIONS, make_sampler
@@ -78,6 +79,7 @@ class SystemsBench:
     seconds: float
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.image_side not in CODES:
             raise ValueError(f"--image-side: expected one of {', '.join(map(str, CODES))}, got {self.image_side}")
         for precision in self.precisions:

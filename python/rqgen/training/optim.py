@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rqgen.config import check_finite
+
 
 @dataclass
 class OptimizerConfig:
@@ -30,6 +32,7 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; None: left alone."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if not 0 <= self.final_lr_fraction <= 1:

@@ -1,0 +1,319 @@
+"""Kernels and references say the same of inputs at the edges: rows that are not finite, none at all, masks, halves,
+and whatever dtype is torch's default. (What both refuse, and how: test_arguments.py.)"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rqkernels as rqk
+from rqkernels.reference.depth_decode import PRECISIONS, rounded_weight
+
+NAN, INF = math.nan, math.inf
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+Arguments = dict[str, Any]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def rows(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, and where there is room rows of NaN, of infinity, of one infinity, zeros and the largest."""
+    x = torch.randn(sizes)
+    flat = x.view(-1, sizes[-1]) if x.numel() else x
+    if len(flat) >= 8:
+        flat[1], flat[2], flat[4, 0], flat[5] = NAN, INF, -INF, 0
+        flat[6] = torch.finfo(dtype).max / 4
+    return x.to(dtype)
+
+
+def search_cases(more: Arguments) -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for sizes in ((9, 5), (2, 4, 1), (0, 5), (5,), (3, 0, 5)):
+            for k in (1, 7):
+                yield {"x": rows(*sizes, dtype=dtype), "codebooks": torch.randn(k, sizes[-1]), "depth": 3, **more}
+                by_depth = torch.randn(2, k, sizes[-1]).to(dtype)
+                yield {"x": rows(*sizes), "codebooks": by_depth, "depth": None, **more}
+
+
+def decode_cases() -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for sizes in ((9, 3), (2, 4, 1), (0, 3), (3, 0, 2), (2,)):
+            codes = torch.randint(7, sizes)
+            shared, by_depth = torch.randn(7, 5).to(dtype), torch.randn(3, 7, 5).to(dtype)
+            shared[2], by_depth[0, 3, 1] = NAN, INF
+            yield {"codes": codes, "codebooks": shared}
+            yield {"codes": codes, "codebooks": by_depth, "depth": 1}
+            bad = codes.clone()
+            if bad.numel():
+                bad.view(-1)[0] = -1
+                bad.view(-1)[-1] = 2**62
+            yield {"codes": bad, "codebooks": shared, "check": False}
+
+
+def statistics_cases() -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for sizes in ((9, 5), (2, 4, 1), (0, 5), (5,), (3, 0, 5)):
+            for k in (1, 300):
+                x = rows(*sizes, dtype=dtype)
+                yield {"x": x, "codes": torch.randint(-1, k, sizes[:-1]), "num_codes": k}
+
+
+def label_cases() -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for tau in (1e-12, 0.5, 1e30, INF):
+            for sizes in ((9, 5), (2, 4, 1), (0, 5), (5,), (3, 0, 5)):
+                x = rows(*sizes, dtype=dtype)
+                x = torch.where(x.float().abs() < 1e3, x, torch.where(x.isfinite(), 8.0, x)).to(dtype)
+                yield {"x": x, "codebook": torch.randn(7, sizes[-1]).to(dtype), "tau": tau}
+                yield {"x": x, "codebook": torch.randn(1, sizes[-1]), "tau": tau}
+    yield {"x": rows(4, 2, 5), "codebook": torch.randn(2, 7, 5), "tau": 0.5}
+
+
+def loss_cases() -> Iterator[Arguments]:
+    for labels in label_cases():
+        x, leading = labels["x"], labels["x"].shape[:-1]
+        logits = torch.randn(*leading, labels["codebook"].shape[-2])
+        flat = logits.view(-1, logits.shape[-1])
+        if len(flat) >= 8 and logits.shape[-1] > 3:
+            flat[0, 1], flat[1, 2], flat[3], flat[7, :2] = NAN, INF, -INF, -INF
+        for reduction in ("mean", "sum", "none"):
+            common = {**labels, "reduction": reduction, "logits": logits.to(x.dtype)}
+            yield common
+            for mask in (torch.rand(leading) < 0.5, torch.zeros(leading, dtype=torch.bool)):
+                yield {**common, "mask": mask}
+            # Rows of NaN, of x and of logits, that do not count.
+            finite = x.isfinite().all(-1) & logits.isfinite().all(-1)
+            yield {**common, "mask": finite, "losses_out": torch.full(leading, 7.0)}
+
+
+def linear_cases() -> Iterator[Arguments]:
+    for labels in label_cases():
+        x, leading, k = labels["x"], labels["x"].shape[:-1], labels["codebook"].shape[-2]
+        if labels["tau"] != 0.5:
+            continue
+        hidden = rows(*leading, 6, dtype=x.dtype)
+        hidden = torch.where(hidden.float().abs() < 1e3, hidden, torch.where(hidden.isfinite(), 1.0, NAN)).to(x.dtype)
+        common = {**labels, "hidden": hidden, "weight": torch.randn(k, 6).to(x.dtype)}
+        finite = x.isfinite().all(-1) & hidden.isfinite().all(-1)
+        for reduction in ("mean", "sum", "none"):
+            yield {**common, "bias": None, "reduction": reduction}
+            yield {**common, "bias": torch.randn(k).to(x.dtype), "reduction": reduction, "mask": finite}
+
+
+def attention_cases() -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for n, h, d, m, dim in ((2, 3, 4, 4, 8), (0, 2, 4, 4, 8), (2, 0, 3, 3, 8), (1, 1, 1, 1, 1), (2, 1, 2, 5, 17)):
+            q, k, v = (torch.randn(n, h, size, dim).to(dtype) for size in (d, m, m))
+            yield {"q": q, "k": k, "v": v}
+            if d > 2 and q.numel():
+                k[0, 0, 2, 1], v[0, 0, 3, 0] = NAN, INF
+                yield {"q": q, "k": k, "v": v, "scale": -0.4}
+                yield {"q": q, "k": k, "v": v, "scale": 0}
+
+
+def packed_attention_cases() -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for sizes in ((2, 4, 3, 3, 8), (0, 4, 3, 2, 8), (1, 1, 3, 1, 1)):
+            yield {"qkv": torch.randn(sizes).to(dtype)}
+
+
+def sample_cases() -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        for sizes in ((40, 7), (2, 3, 1), (0, 7), (7,), (3, 0, 5)):
+            logits = torch.randn(sizes).to(dtype)
+            if len(logits) > 30:
+                logits[:5, 2:], logits[7] = -INF, 0
+            for cut in ({}, {"temperature": 0}, {"top_k": 2, "top_p": 0.5}, {"temperature": 1e-3}, {"top_k": 2**70}):
+                yield {"logits": logits, "seed": 2**64 - 1, "offset": torch.tensor(3), "stream": 2**32 - 1, **cut}
+
+
+CASES: dict[str, Callable[[], Iterator[Arguments]]] = {
+    "residual_search": lambda: search_cases({"return_residuals": True, "return_statistics": True}),
+    "stochastic_residual_search": lambda: search_cases({"tau": 0.5, "seed": 3, "return_residuals": True}),
+    "residual_decode": decode_cases,
+    "code_statistics": statistics_cases,
+    "distance_softmax": label_cases,
+    "soft_label_cross_entropy": loss_cases,
+    "fused_linear_soft_label_cross_entropy": linear_cases,
+    "depth_attention": attention_cases,
+    "depth_attention_packed": packed_attention_cases,
+    "sample_logits": sample_cases,
+}
+GRADIENTS_OF = {
+    "residual_decode": ["codebooks"],
+    "soft_label_cross_entropy": ["logits"],
+    "fused_linear_soft_label_cross_entropy": ["hidden", "weight", "bias"],
+    "depth_attention": ["q", "k", "v"],
+    "depth_attention_packed": ["qkv"],
+}
+EXACT = {"residual_search", "residual_decode", "code_statistics"}
+
+
+def call(package: Any, name: str, arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and the gradients of what has some."""
+    given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    wanted = [key for key in GRADIENTS_OF.get(name, []) if isinstance(given[key], Tensor)]
+    for key in wanted:
+        given[key].requires_grad_()
+    result = getattr(package, name)(**given)
+    gradients = []
+    if wanted:
+        gradients = list(torch.autograd.grad(result, [given[key] for key in wanted], torch.full_like(result, 0.5)))
+    results = [result] if isinstance(result, Tensor) else []
+    for part in result if isinstance(result, tuple) else ():
+        results += part if isinstance(part, tuple) else [] if part is None else [part]
+    if given.get("losses_out") is not None:
+        results.append(given["losses_out"])
+    return [t.detach() for t in results], gradients
+
+
+def tolerance(arguments: Arguments) -> float:
+    dtypes = {value.dtype for value in arguments.values() if isinstance(value, Tensor)}
+    return 2e-2 if torch.bfloat16 in dtypes else 3e-3 if torch.float16 in dtypes else 3e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients_are_those_of_the_reference(name: str) -> None:
+    for number, arguments in enumerate(CASES[name]()):
+        ours, theirs = (call(package, name, arguments) for package in (rqk, rqk.reference))
+        for kind, a, b in zip(("result", "gradient"), ours, theirs, strict=True):
+            assert len(a) == len(b)
+            for mine, other in zip(a, b, strict=True):
+                said = f"{kind} of case {number}: {arguments}"
+                assert mine.dtype == other.dtype, said
+                exact = name in EXACT or not mine.is_floating_point()
+                near = 0.0 if exact and kind == "result" else tolerance(arguments)
+                torch.testing.assert_close(
+                    mine, other, rtol=near, atol=near, equal_nan=True, msg=lambda text, said=said: f"{said}\n{text}"
+                )
+
+
+# --- the transformer -------------------------------------------------------------------------------------
+
+
+def twin_decoders(
+    precision: str = "fp32", depth: int = 3, layers: int = 1, under: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Of random weights, packed where `under` is torch's default dtype."""
+    width, hidden = 6, 8
+    shapes = (
+        *((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)),
+        *((width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)),
+    )
+    blocks = [rqk.BlockWeights(*(0.3 * torch.randn(shape) for shape in shapes)) for _ in range(layers)]
+    weights = {"norm_weight": torch.ones(width), "norm_bias": torch.zeros(width)}
+    weights |= {"classifier_weight": torch.randn(depth, 9, width), "classifier_bias": torch.randn(depth, 9)}
+    inputs = torch.randn(depth, width), torch.randn(depth, 9, width)
+    twins = []
+    with default_dtype(under):
+        for package in (rqk, rqk.reference):
+            stack = package.PackedTransformer(blocks, 2, precision=precision, width=width)
+            twins.append(package.PackedDepthDecoder(stack, *inputs, **weights))
+    return twins[0], twins[1]
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("batch", [0, 1, 4])
+def test_no_rows_and_few(batch: int, layers: int) -> None:
+    ours, theirs = twin_decoders(layers=layers)
+    context, codes = torch.randn(batch, 6), torch.randint(9, (batch, 3))
+    for guidance in (0, 1.5):
+        both = torch.cat([context, context.flip(1)]) if guidance else context
+        drawn = [
+            package.depth_decode(both, decoder, seed=5, guidance=guidance, temperature=[0, 0.5, 1.0])
+            for package, decoder in ((rqk, ours), (rqk.reference, theirs))
+        ]
+        assert drawn[0].shape == (batch, 3)
+        assert torch.equal(*drawn)
+    logits = rqk.depth_logits(context, codes, ours), rqk.reference.depth_logits(context, codes, theirs)
+    assert logits[0].shape == (batch, 3, 9)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    for x in (context, torch.randn(batch, 2, 6), torch.randn(batch, 0, 6)):
+        results = []
+        for package, decoder in ((rqk, ours), (rqk.reference, theirs)):
+            caches = torch.zeros(2, layers, batch, 2, 4, 3)
+            y = package.transformer_step(x, decoder.transformer, *caches, 1, step=torch.tensor([1]))
+            results.append((y, caches))
+        for mine, other in zip(*results, strict=True):
+            assert mine.shape == other.shape
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_not_finite_in_a_step() -> None:
+    ours, theirs = twin_decoders()
+    x = rows(9, 6)
+    x[6] = 1
+    caches = torch.zeros(2, 2, 1, 9, 2, 3, 3)
+    y = rqk.transformer_step(x, ours.transformer, *caches[0], 0)
+    other = rqk.reference.transformer_step(x, theirs.transformer, *caches[1], 0)
+    torch.testing.assert_close(y, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert y.isnan().all(1).tolist() == [False, True, True, False, True, False, False, False, False]
+
+
+# --- what lies around a call -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("package", [rqk, rqk.reference], ids=["kernel", "reference"])
+def test_the_default_dtype_changes_nothing(package: Any, dtype: torch.dtype) -> None:
+    for name, cases in CASES.items():
+        for number, arguments in enumerate(cases()):
+            if number % 7:
+                continue
+            before = call(package, name, arguments)
+            with default_dtype(dtype):
+                under = call(package, name, arguments)
+            for a, b in zip((*before[0], *before[1]), (*under[0], *under[1]), strict=True):
+                assert a.dtype == b.dtype
+                assert torch.equal(a.nan_to_num(7.25), b.nan_to_num(7.25)), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_default_dtype_changes_no_weight(precision: str) -> None:
+    """Quotients in float64 would round to other integers where they are near a half."""
+    weight = torch.randn(300, 300)
+    plain = rounded_weight(weight, precision)
+    decoders = twin_decoders(precision)
+    for dtype in (torch.float64, torch.float16):
+        with default_dtype(dtype):
+            assert torch.equal(rounded_weight(weight, precision), plain)
+        torch.manual_seed(0)
+        torch.randn(300, 300)  # as before the decoders
+        again = twin_decoders(precision, under=dtype)
+        assert torch.equal(again[0].transformer._blocks, decoders[0].transformer._blocks)
+        assert torch.equal(again[0]._classifier, decoders[0]._classifier)
+        for a, b in zip(again[1].classifier_weights, decoders[1].classifier_weights, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("package", [rqk, rqk.reference], ids=["kernel", "reference"])
+def test_autocast_changes_nothing_but_the_matmuls_of_the_fused_loss(package: Any) -> None:
+    for name, cases in CASES.items():
+        if name == "fused_linear_soft_label_cross_entropy":
+            continue
+        for number, arguments in enumerate(cases()):
+            if number % 11:
+                continue
+            given = {key: value.detach() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+            plain = getattr(package, name)(**given)
+            with torch.autocast("cpu", torch.bfloat16):
+                under = getattr(package, name)(**given)
+            pairs = zip(plain, under, strict=True) if isinstance(plain, tuple) else [(plain, under)]
+            for a, b in pairs:
+                if isinstance(a, Tensor):
+                    assert a.dtype == b.dtype
+                    assert torch.equal(a.nan_to_num(7.25), b.nan_to_num(7.25)), name
