@@ -342,7 +342,7 @@ def call_ragged() -> None:
         counted = rqkernels.code_statistics(x, found.codes[..., 0], codebooks.shape[-2])
         results = [*found[:4], *found.statistics, decoded, *counted]
         if codebooks.dim() == 2:
-            results += rqkernels.residual_search(x, rqkernels.FrozenCodebook(codebooks), depth)[:3]
+            results += rqkernels.residual_search(x, rqkernels.PackedCodebook(codebooks), depth)[:3]
         return results
 
     shapes = [(0, 5, 4, 1), (1, 1, 1, 1), (129, 257, 17, 3), (70, 256, 256, 2), (300, 31, 8, 4), (1500, 1, 3, 1)]
@@ -515,7 +515,7 @@ def call_typical(device: str = "cuda") -> None:
         rqkernels.residual_decode(found.codes, codebooks, check=False)
         rqkernels.code_statistics(x, found.codes[..., 0], codebooks.shape[-2])
         if codebooks.dim() == 2:
-            rqkernels.residual_search(x, rqkernels.FrozenCodebook(codebooks), case.depth)
+            rqkernels.residual_search(x, rqkernels.PackedCodebook(codebooks), case.depth)
     # Codes drawn and soft labels, of an RQ-VAE's codes and of a VAR's.
     for rows, channels, k, tau in ((64, 8, 16, 4.0),) if QUICK else ((8192, 256, 16384, 20.0), (65536, 32, 4096, 2.0)):
         x, codebook, logits = random(rows, channels), random(k, channels), random(rows, k).requires_grad_()

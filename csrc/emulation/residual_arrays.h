@@ -30,11 +30,11 @@ struct ResidualArrays {
     params.codebook_stride = codebooks_dkc.shape[0] == 1 ? 0 : params.num_codes * channels;
     params.codes = static_cast<int64_t*>(codes.data());
     params.quantized = static_cast<float*>(quantized.data());
-    params.residual_norms = static_cast<float*>(norms.data());
+    params.residual_sq_norms = static_cast<float*>(norms.data());
     params.residuals = static_cast<float*>(residuals.data());
   }
 
-  // codes, quantized, residual_norms, residuals
+  // codes, quantized, residual_sq_norms, residuals
   std::vector<Array> results() const {
     return {to_host(codes, "<i8", {rows, depth}), to_host(quantized, "<f4", {rows, channels}),
             to_host(norms, "<f4", {rows, depth}), to_host(residuals, "<f4", {rows, depth, channels})};

@@ -85,7 +85,7 @@ def codebooks(rng: Random) -> tuple[dict[str, Any], int, int]:
 def residual_search(rng: Random) -> dict[str, Any]:
     books, channels, _ = codebooks(rng)
     if books["codebooks"].dim() == 2 and rng.random() < 0.3:
-        books["codebooks"] = rqkernels.FrozenCodebook(books["codebooks"])
+        books["codebooks"] = rqkernels.PackedCodebook(books["codebooks"])
     flags = {name: rng.random() < 0.5 for name in ("return_residuals", "return_statistics")}
     return {"x": normal(rng, *leading(rng), channels), **books, **flags}
 
@@ -280,7 +280,7 @@ def depth_logits(rng: Random) -> dict[str, Any]:
     return {"context": torch.randn(rows, twin.kernel.transformer.width), "codes": codes, "decoder": twin}
 
 
-def frozen_codebook(rng: Random) -> dict[str, Any]:
+def packed_codebook(rng: Random) -> dict[str, Any]:
     return {"codebook": normal(rng, rng.choice([1, 9, 200]), rng.choice([1, 17, 40]))}
 
 
@@ -298,7 +298,7 @@ MAKERS: dict[str, Callable[[Random], dict[str, Any]]] = {
     "transformer_step": transformer_step,
     "depth_decode": depth_decode,
     "depth_logits": depth_logits,
-    "FrozenCodebook": frozen_codebook,
+    "PackedCodebook": packed_codebook,
     "PackedTransformer": stack_arguments,
     "PackedDepthDecoder": decoder_arguments,
 }
@@ -476,10 +476,10 @@ def hostile(value: Any, rng: Random) -> Any:
     if isinstance(value, Tensor):
         return hostile_tensor(value, rng)
     if isinstance(value, Twin):
-        others = [value.kernel.__class__, "packed", stack(rng), frozen(rng), *OBJECTS]
+        others = [value.kernel.__class__, "packed", stack(rng), small_packed_codebook(rng), *OBJECTS]
         return rng.choice(others)
-    if isinstance(value, rqkernels.FrozenCodebook):
-        return rng.choice([hostile_tensor(value.codebook, rng), rqkernels.FrozenCodebook, *OBJECTS])
+    if isinstance(value, rqkernels.PackedCodebook):
+        return rng.choice([hostile_tensor(value.codebook, rng), rqkernels.PackedCodebook, *OBJECTS])
     if isinstance(value, list):
         return hostile_list(value, rng)
     if isinstance(value, str):
@@ -490,8 +490,8 @@ def hostile(value: Any, rng: Random) -> Any:
     return rng.choice(SCALARS) if rng.random() < 0.1 else chosen
 
 
-def frozen(rng: Random) -> Any:
-    return rqkernels.FrozenCodebook(torch.randn(5, 4))
+def small_packed_codebook(rng: Random) -> Any:
+    return rqkernels.PackedCodebook(torch.randn(5, 4))
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -582,8 +582,8 @@ def run(call: Call, *, reference: bool = False) -> Any:
     arguments = {name: value[reference] if isinstance(value, Twin) else value for name, value in call.arguments.items()}
     if reference:
         arguments = {
-            name: rqkernels.reference.FrozenCodebook(value.codebook)
-            if isinstance(value, rqkernels.FrozenCodebook)
+            name: rqkernels.reference.PackedCodebook(value.codebook)
+            if isinstance(value, rqkernels.PackedCodebook)
             else value
             for name, value in arguments.items()
         }

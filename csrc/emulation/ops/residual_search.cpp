@@ -7,7 +7,8 @@ namespace rqk::emulation {
 
 // x (n, c), codebooks (1 or depth, k, c), depth, multiprocessors, bytes of shared memory of a block, bits after which
 // an mma errs (0: exact)
-//   -> codes, quantized, residual_norms, residuals, and what the search counted: rows (times depths) that were searched
+//   -> codes, quantized, residual_sq_norms, residuals, and what the search counted: rows (times depths) that were
+//   searched
 //      directly, codes evaluated for the others; -1 where the device or the channels leave no room for a scan
 std::vector<Array> residual_search(const Inputs& inputs) {
   ResidualSearchParams p{};

@@ -4,8 +4,8 @@
 
 namespace rqk::emulation {
 
-// x (n, c), codebooks (1 or depth, k, c), tau (1), depth, seed (64 bits), offset -> codes, quantized, residual_norms,
-// residuals
+// x (n, c), codebooks (1 or depth, k, c), tau (1), depth, seed (64 bits), offset -> codes, quantized,
+// residual_sq_norms, residuals
 std::vector<Array> stochastic_residual_search(const Inputs& inputs) {
   const Array& tau = inputs.array(2, "<f8", 1);
   StochasticResidualSearchParams p{};

@@ -1,4 +1,4 @@
-// Scores that follow the residual: for a shared, frozen codebook, one scan serves several depths. For cpu_simd.cpp,
+// Scores that follow the residual: for a shared, packed codebook, one scan serves several depths. For cpu_simd.cpp,
 // where the instruction set has the int8 scan.
 //
 // With s_j = |e'_j|^2/2 - <r - m, e'_j> and e'_j = e_j - m as in scan_int8.h (both of its forms are this one number),

@@ -26,7 +26,7 @@ struct Int8Panels {
   int64_t outlier_stride;
 };
 
-// Products of a frozen codebook's codes with each other, so that scores of one residual become those of the next
+// Products of a packed codebook's codes with each other, so that scores of one residual become those of the next
 // (gram.h). Places are those of PackedCodebook::order, in blocks of kBlock codes; every block has a size N that scores
 // of its codes are divided by.
 struct GramRows {

@@ -33,7 +33,7 @@ def evaluate_reconstruction(
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     vae.eval()
     stacks = isinstance(vae, RQVAE)
-    encode = functools.partial(vae.encode, frozen=vae.freeze(len(images))) if stacks else vae.encode
+    encode = functools.partial(vae.encode, packed=vae.pack_codebook(len(images))) if stacks else vae.encode
     squared_error, pixels = 0.0, 0
     counts_dk = torch.zeros(vae.depth if stacks else len(vae.scales), vae.codebook_size, dtype=torch.int64)
     for start in range(0, len(images), batch_size):

@@ -271,17 +271,17 @@ class RQVAE(PretrainedModel):
         return self.decoder(self.from_latents(latents_bchw.to(self.dtype)))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
-        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `frozen`, see `freeze`. Errors
-        as `encode_latents`. Images whose latents are not finite get codes -1, which `decode` refuses."""
+    def encode(self, images: Tensor, packed: rqkernels.PackedCodebook | None = None) -> Tensor:
+        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `packed`, see `pack_codebook`.
+        Errors as `encode_latents`. Images whose latents are not finite get codes -1, which `decode` refuses."""
         with eval_mode(self):
-            return self.quantizer.encode(self.encode_latents(images), frozen)
+            return self.quantizer.encode(self.encode_latents(images), packed)
 
-    def freeze(self, num_images: int) -> rqkernels.FrozenCodebook | None:
-        """What `encode` takes to encode about so many images with the codebook as it is now; None where preparing it
-        is not repaid (see `ResidualQuantizer.freeze`)."""
+    def pack_codebook(self, num_images: int) -> rqkernels.PackedCodebook | None:
+        """Packs the current codebook for encoding about `num_images` images; None if packing would not pay off (see
+        `ResidualQuantizer.pack_codebook`)."""
         h, w, _ = self.code_shape
-        return self.quantizer.freeze(num_images * h * w)
+        return self.quantizer.pack_codebook(num_images * h * w)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

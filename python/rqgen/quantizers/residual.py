@@ -188,7 +188,7 @@ class ResidualQuantizer(nn.Module):
                 return_residuals=wanted,
                 return_statistics=self.training,
             )
-            quantized, codes, norms = found.quantized, found.codes, found.residual_norms
+            quantized, codes, norms = found.quantized, found.codes, found.residual_sq_norms
             mean_residual = None
             if wanted:
                 last = vectors - quantized
@@ -208,27 +208,27 @@ class ResidualQuantizer(nn.Module):
         return QuantizerOutput(straight_through, codes, loss)
 
     @torch.no_grad()
-    def encode(self, z: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
-        """Codes int64 (..., D) of vectors (..., C), searched in `frozen` (see `freeze`) where given. Changes no state
-        in any mode."""
+    def encode(self, z: Tensor, packed: rqkernels.PackedCodebook | None = None) -> Tensor:
+        """Codes int64 (..., D) of vectors (..., C), searched in `packed` (see `pack_codebook`) where given. Changes no
+        state in any mode."""
         self._check_vectors(z)
         return rqkernels.residual_search(
-            z.float(), self.codebook if frozen is None else frozen, self.config.depth
+            z.float(), self.codebook if packed is None else packed, self.config.depth
         ).codes
 
-    def freeze(self, count: int) -> rqkernels.FrozenCodebook | None:
+    def pack_codebook(self, count: int) -> rqkernels.PackedCodebook | None:
         """The codebook as it is now, prepared for encoding about `count` vectors (the codes are the same).
 
         None where that would not pay: few vectors, one depth, a codebook per depth, on a GPU, or where
-        `rqkernels.FrozenCodebook` has no products to offer.
+        `rqkernels.PackedCodebook` has no products to offer.
         """
         config = self.config
         if not config.shared_codebook or self.codebook.device.type != "cpu":
             return None
         if count * (config.depth - 1) < _REPAID_AFTER * config.codebook_size:
             return None
-        frozen = rqkernels.FrozenCodebook(self.codebook)
-        return frozen if frozen.has_gram else None
+        packed = rqkernels.PackedCodebook(self.codebook)
+        return packed if packed.has_gram else None
 
     def code_tensors(self) -> list[Tensor]:
         """All that decides what codes stand for."""
@@ -347,7 +347,7 @@ class ResidualQuantizer(nn.Module):
             quantized = quantized + found.quantized
             residual_sum = residual_sum + residual
             codes.append(found.codes)
-            norms.append(found.residual_norms)
+            norms.append(found.residual_sq_norms)
         return quantized, torch.cat(codes, -1), torch.cat(norms, -1), residual_sum / self.config.depth
 
     def _update_book(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor, counts: Tensor, sums: Tensor) -> None:

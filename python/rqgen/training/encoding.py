@@ -40,8 +40,8 @@ def encode_dataset(
     vae.eval()
     count = len(images) if count is None else count
     encode = vae.encode if codes else lambda images_nchw: vae.encode_latents(images_nchw).float()
-    if codes and isinstance(vae, RQVAE):  # a scale's search is one of depth 1, which a frozen codebook does not help
-        encode = functools.partial(vae.encode, frozen=vae.freeze(count))
+    if codes and isinstance(vae, RQVAE):  # a scale's search is one of depth 1, which a packed codebook does not help
+        encode = functools.partial(vae.encode, packed=vae.pack_codebook(count))
     parts, labels = [], []
     began = time.perf_counter()
     with RunProgress(console, "encoding", count) as progress:

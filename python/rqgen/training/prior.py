@@ -159,9 +159,9 @@ def prior_data(
 def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
     """Half the mean of |r_D|^2: labels then spread over the codes that quantization itself can hardly tell
     apart, whatever the scale of the latents."""
-    frozen = vae.freeze(len(latents_nhwc))
-    codebooks = vae.codebooks if frozen is None else frozen
-    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_norms
+    packed = vae.pack_codebook(len(latents_nhwc))
+    codebooks = vae.codebooks if packed is None else packed
+    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_sq_norms
     tau = 0.5 * norms[..., -1].mean().item()
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau: cannot be measured, half the mean of |r_D|^2 is {tau}; give a number")
