@@ -29,7 +29,7 @@ from typing import Any
 import _harness
 import torch
 
-from rqgen.cli.demo import DemoConfig, digits, draw_classes, load_demo
+from rqgen.cli.demo import digits, load_demo
 from rqgen.cli.runs import fit_prior, fit_tokenizer
 from rqgen.config import to_dict
 from rqgen.data import DigitImages
@@ -37,6 +37,7 @@ from rqgen.evaluation import ImageClassifier
 from rqgen.files import write_json
 from rqgen.models.rqtransformer import RQTransformer, prior_loss
 from rqgen.models.rqvae import RQVAE
+from rqgen.systems.system import DemoConfig, sample_classes
 from rqgen.training import latest_checkpoint
 from rqkernels import _measure
 
@@ -80,7 +81,7 @@ def judged(config: DemoConfig, vae: RQVAE, prior: RQTransformer, judge: ImageCla
     held_out = digits(config, "held_out")
 
     def accuracy(**changes: Any) -> float:
-        samples, labels = draw_classes(prior, vae, replace(config.sampling, **changes), len(held_out.class_names))
+        samples, labels = sample_classes(prior, vae, replace(config.sampling, **changes), len(held_out.class_names))
         return judge.accuracy(samples, labels)
 
     per_depth = hard_label_nll(prior, vae, held_out)

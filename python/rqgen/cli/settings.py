@@ -11,7 +11,7 @@ from typing import Any
 
 from rqgen.config import Given, find_file, from_dict, given, to_dict
 from rqgen.data import DataConfig
-from rqgen.models import RQVAE, MultiScaleVQVAE
+from rqgen.models import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,7 @@ def find_config(name: str | None) -> Path | None:
     return None if name is None else find_file(name, RECIPES)
 
 
-def load_encoding(
-    vae: RQVAE | MultiScaleVQVAE, folder: Path, config: Path | None, overrides: Sequence[str] = ()
-) -> DataConfig:
+def load_encoding(vae: Tokenizer, folder: Path, config: Path | None, overrides: Sequence[str] = ()) -> DataConfig:
     """The images to encode: those that the tokenizer learnt from, where none are named (then a line is logged), and
     what is not said of them as in `data_of_tokenizer`."""
     settings = given(DataConfig, config, overrides, recipes=RECIPES)
@@ -40,7 +38,7 @@ def load_encoding(
     return data
 
 
-def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix: str, folder: Path) -> dict[str, Any]:
+def data_of_tokenizer(vae: Tokenizer, settings: Given[Any], prefix: str, folder: Path) -> dict[str, Any]:
     """What a tokenizer says of the images where nothing else does: their size and channels, and, if they are those
     that it learnt from, all but how they are varied.
 
@@ -61,7 +59,7 @@ def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix
     return {**kept, **size}
 
 
-def warn_of_other_split(data: DataConfig, vae: RQVAE | MultiScaleVQVAE, folder: Path) -> None:
+def warn_of_other_split(data: DataConfig, vae: Tokenizer, folder: Path) -> None:
     """Logs where a stage reads the images that its tokenizer learnt from, but holds out others."""
     known = _remembered(vae, folder)
     if known is None or _place(data.source, data.folder) != _place(known.source, known.folder):
@@ -90,5 +88,5 @@ def _place(source: Any, folder: Any) -> tuple[Any, Path | None]:
     return source, None if folder is None else Path(os.path.realpath(folder))
 
 
-def _remembered(vae: RQVAE | MultiScaleVQVAE, folder: Path) -> DataConfig | None:
+def _remembered(vae: Tokenizer, folder: Path) -> DataConfig | None:
     return None if vae.data is None else from_dict(DataConfig, vae.data, where=f"{folder}/config.json: data")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rqgen.checks import DIGIT_NAMES, find_name
 from rqgen.config import Given, check_bounds, check_seeds, did_you_mean
 
 from .pictures import Picture, PictureError, open_picture, parse_colour
@@ -137,14 +138,14 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: S
 
 
 class DigitImages(ImageDataset):
-    """scikit-learn's 1,797 handwritten digits (8x8, values 0..16), enlarged (Lanczos); kept in memory."""
+    """scikit-learn's 1,797 handwritten digits (8x8, values 0..16), enlarged (Lanczos); kept in memory. Classes are
+    called "zero" to "nine"; numerals name them too."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        names = [str(digit) for digit in range(10)]
-        self.class_names, chosen = _choose_classes(names, config.classes, "digits")
+        self.class_names, chosen = _choose_classes(list(DIGIT_NAMES), config.classes, "digits")
         indices = [index for index, label in enumerate(digits.target) if int(label) in chosen]
         labels = [chosen[int(digits.target[index])] for index in indices]
         keep = stratified_split(labels, config.held_out_fraction, config.split_seed, split)
@@ -410,12 +411,14 @@ def _choose_classes(names: list[str], wanted: list[str] | None, where: str) -> t
     """The class names in use, and for each used position in ``names`` the label it gets."""
     if wanted is None:
         return tuple(names), {position: position for position in range(len(names))}
-    if len(set(wanted)) != len(wanted) or not wanted:
-        raise ValueError(f"classes: expected a list of different class names, got {wanted}")
-    for name in wanted:
-        if name not in names:
+    positions = {name: find_name(name, names) for name in wanted}
+    for name, position in positions.items():
+        if position is None:
             raise ValueError(f"classes: unknown class '{name}' in {where}; {did_you_mean(name, names)}")
-    return tuple(wanted), {names.index(name): label for label, name in enumerate(wanted)}
+    chosen = {position: label for label, position in enumerate(positions.values()) if position is not None}
+    if len(chosen) != len(wanted) or not wanted:
+        raise ValueError(f"classes: expected a list of different class names, got {wanted}")
+    return tuple(names[position] for position in chosen), chosen
 
 
 def _item_generator(seed: int, epoch: int, index: int, *, stream: int) -> np.random.Generator:

@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import rqkernels
 from rqgen.config import check_bounds
 
 from .convolution import Convolution
+from .layout import CodeLayout
 from .seeding import draw_vectors
 from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
@@ -143,15 +144,13 @@ class MultiScaleDecoder(nn.Module):
         code_dim: C.
     """
 
-    # What figures and logs call the places that an image's token maps stand at.
-    axis: ClassVar[str] = "scale"
-
     def __init__(self, config: MultiScaleConfig, code_dim: int) -> None:
         super().__init__()
         if code_dim < 1:
             raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
         self.config = config
         self.code_dim = code_dim
+        self.layout = CodeLayout.maps(config.scales, config.codebook_size)
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim, dtype=torch.float32))
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
@@ -188,13 +187,13 @@ class MultiScaleDecoder(nn.Module):
     def combine(self, vectors: Sequence[Tensor]) -> Tensor:
         """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
         with torch.autocast(self.codebook.device.type, enabled=False):
-            return functools.reduce(torch.add, (self.added(k, some) for k, some in enumerate(vectors)))
+            return functools.reduce(torch.add, (self.contribution(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
-                yield self.shrink(total, k + 1)
+                yield self.downsample(total, k + 1)
 
     def steps(
         self, tokens_of: TokensOf, features: Tensor | None = None, scales: int | None = None
@@ -204,10 +203,10 @@ class MultiScaleDecoder(nn.Module):
         total, rest = None, features
         for k in range(self.num_scales if scales is None else scales):
             codes = tokens_of(k, rest)
-            added = self.added(k, self.embed(codes))
-            total = added if total is None else total + added
+            contribution = self.contribution(k, self.embed(codes))
+            total = contribution if total is None else total + contribution
             if rest is not None:
-                rest = rest - added.detach()
+                rest = rest - contribution.detach()
             yield ScaleStep(codes, total)
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -215,7 +214,7 @@ class MultiScaleDecoder(nn.Module):
         vectors = F.embedding(codes.clamp(min=0), self.codebook.float())
         return torch.where((codes < 0).unsqueeze(-1), torch.nan, vectors)
 
-    def added(self, k: int, vectors_bhwc: Tensor) -> Tensor:
+    def contribution(self, k: int, vectors_bhwc: Tensor) -> Tensor:
         """a_k, (B, C, H, W), of vectors (B, h_k, w_k, C): enlarged (bicubic) and refined."""
         h = vectors_bhwc.permute(0, 3, 1, 2)
         if self.config.scales[k] != self.config.scales[-1]:
@@ -223,36 +222,18 @@ class MultiScaleDecoder(nn.Module):
         refinement = self._refinement(k)
         return h.contiguous() if refinement is None else refinement(h)
 
-    def shrink(self, features: Tensor, k: int) -> Tensor:
+    def downsample(self, features: Tensor, k: int) -> Tensor:
         """Features (B, C, H, W) averaged to scale k: (B, h_k, w_k, C)."""
         if self.config.scales[k] != self.config.scales[-1]:
             features = F.interpolate(features, size=self.config.scales[k], mode="area")
         return features.permute(0, 2, 3, 1)
 
-    def check_codes(self, codes: Sequence[Tensor], name: str = "codes") -> None:
+    def check_codes(self, codes: Sequence[Tensor]) -> None:
         """Raises unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
 
         TypeError (not a list of int64 tensors), ValueError (number, shapes, device), IndexError (a code out of range).
         """
-        if isinstance(codes, Tensor) or not isinstance(codes, Sequence):
-            raise TypeError(f"{name}: expected a list of token maps, got {type(codes).__name__}")
-        if len(codes) != self.num_scales:
-            raise ValueError(f"{name}: expected {self.num_scales} token maps, got {len(codes)}")
-        size = self.config.codebook_size
-        for k, (tokens, (h, w)) in enumerate(zip(codes, self.config.scales, strict=True)):
-            if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-                got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-                raise TypeError(f"{name}[{k}]: expected an int64 tensor, got {got}")
-            if tokens.ndim != 3 or tuple(tokens.shape) != (codes[0].shape[0], h, w):
-                raise ValueError(f"{name}[{k}]: expected shape (B, {h}, {w}), got {tuple(tokens.shape)}")
-            if tokens.device != self.codebook.device:
-                raise ValueError(f"{name}[{k}]: expected on {self.codebook.device}, got {tokens.device}")
-            # On a GPU reading back would stall every training step, in a compiled graph it would break the graph.
-            if tokens.is_cuda or torch.compiler.is_compiling() or not tokens.numel():
-                continue
-            lowest, highest = (int(value) for value in tokens.aminmax())
-            if lowest < 0 or highest >= size:
-                raise IndexError(f"{name}[{k}]: expected 0 <= code < {size}, got {lowest}..{highest}")
+        self.layout.check(codes, device=self.codebook.device, owner="codebook")
 
     def _refinement(self, k: int) -> nn.Module | None:
         """phi of scale k, which stands at (k - 1) / (K - 1) of [0, 1]: the nearest of R that stand at even distances
@@ -384,21 +365,21 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         codebook = self.codebook.detach()
         for k in range(scales):
             start, stop = size * k // scales, size * (k + 1) // scales
-            vectors_nc = self.shrink(rest, k).reshape(-1, self.code_dim)
+            vectors_nc = self.downsample(rest, k).reshape(-1, self.code_dim)
             vectors_nc = vectors_nc[vectors_nc.isfinite().all(dim=1)]
             if stop == start:
                 continue
             codes = draw_vectors(vectors_nc, stop - start)
             codebook[start:stop] = codes
-            found = rqkernels.residual_search(self.shrink(rest, k), codes, 1)
-            rest = rest - self.added(k, found.quantized)
+            found = rqkernels.residual_search(self.downsample(rest, k), codes, 1)
+            rest = rest - self.contribution(k, found.quantized)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(codebook, 0)
         self.usage.reset()
         self.initialized.fill_(True)
 
     def _nearest_of_rest(self, k: int, rest: Tensor) -> Tensor:
-        return self.nearest(self.shrink(rest, k))
+        return self.nearest(self.downsample(rest, k))
 
     def _check_features(self, features: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():

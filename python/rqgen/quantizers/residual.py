@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +129,6 @@ class ResidualQuantizer(nn.Module):
     Buffers: `codebook` float32 (K, C) shared, or (D, K, C); `ema_count` and `ema_sum`, the moving averages
     of how many vectors chose a code in a step, and of their sum; `initialized`, a bool.
     """
-
-    # What figures and logs call the places that one position's codes stand at.
-    axis: ClassVar[str] = "depth"
 
     codebook: Tensor
     ema_count: Tensor

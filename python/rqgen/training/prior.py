@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rqkernels
 from rqgen.config import check_bounds
-from rqgen.data.codes import EncodedImages, code_fingerprint
+from rqgen.data.codes import EncodedImages
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
 from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, SoftLabels, prior_loss
@@ -127,7 +127,7 @@ def prior_data(
     for cached latents of varying images.
     """
     if isinstance(source, EncodedImages):
-        source.check_tokenizer(list(vae.code_shape), code_fingerprint(*vae.quantizer.code_tensors()))
+        source.check_tokenizer(vae.layout, vae.fingerprint())
         if config.condition == "class":
             check_labels(source.labels, source.class_names)
         if config.soft_labels or config.stochastic_codes:
@@ -235,7 +235,7 @@ class PriorStage:
     def usage(self) -> dict[str, Tensor]:
         return {}
 
-    def pictures(self, model: RQTransformer) -> dict[str, Tensor]:
+    def previews(self, model: RQTransformer) -> dict[str, Tensor]:
         if self._preview is None:
             return {}
         return self._preview(model, self._vae)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rqgen.checks import DIGIT_NAMES
 from rqgen.cli.app import main
 from rqgen.cli.demo import load_demo
 from rqgen.data import DataConfig, open_dataset
@@ -37,11 +38,11 @@ def demo(metrics_of):
 
 def test_every_file_is_written(demo):
     out, _ = demo
-    assert {path.name for path in out.iterdir()} == {*FIGURES, "metrics.json", "tokenizer", "prior"}
+    assert {path.name for path in out.iterdir()} == {*FIGURES, "metrics.json", "tokenizer", "prior", "pipeline.json"}
     for name in FIGURES:
         assert np.asarray(Image.open(out / name)).std() > 1
     # Ten of each class: ten rows of ten images of 32 pixels, and their names before them.
-    height, width = grid_size(100, 10, (32, 32), row_labels="0123456789")
+    height, width = grid_size(100, 10, (32, 32), row_labels=DIGIT_NAMES)
     assert height == 10 * 34 + 2 and width > 10 * 34 + 2
     assert Image.open(out / "samples.png").size == (2 * width, 2 * height)
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rqgen.checks import DIGIT_NAMES
 from rqgen.cli.app import main
 from rqgen.data import DataConfig, image_grid, open_dataset, read_codes, save_image
 from rqgen.data.grid import grid_size
@@ -47,7 +48,7 @@ def test_both_stages_train_and_the_prior_draws(rqgen, trained, tmp_path):
     vae, prior = MultiScaleVQVAE.from_pretrained(trained[0]), VAR.from_pretrained(trained[1])
     assert torch.equal(vae.codebooks, prior.quantizer.codebook) and prior.config.num_classes == 10
     models = ["--tokenizer", trained[0], "--prior", trained[1]]
-    code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg", 1.5, "--out", tmp_path / "s.png")
+    code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg-scale", 1.5, "--out", tmp_path / "s.png")
     assert code == 0, err
     height, width = grid_size(3, 3, (32, 32), row_labels=("4",))
     assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * width, 2 * height)
@@ -65,7 +66,7 @@ def test_encode_writes_token_maps(rqgen, trained, tmp_path):
     expected = MultiScaleVQVAE.from_pretrained(trained[0]).encode(images.images[:70])
     assert len(encoded.codes) == 4
     assert all(torch.equal(maps[:70], first) for maps, first in zip(encoded.codes, expected, strict=True))
-    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == tuple("0123456789")
+    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == DIGIT_NAMES
 
 
 def test_a_prior_learns_from_token_maps_on_disk_as_from_images(rqgen, trained, tmp_path):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rqkernels
-from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_reconstruction
+from rqgen.inference.kv_cache import scale_cache, stack_caches
 from rqgen.models import (
     RQVAE,
     VAR,
@@ -34,7 +34,7 @@ from rqgen.models import (
     var_loss,
 )
 from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer, QuantizerConfig, ResidualQuantizer
+from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer, QuantizerConfig, ResidualQuantizer, code_fingerprint
 from rqgen.sampling import edit, generate
 
 K, C, CLASSES = 16, 8, 3
@@ -454,7 +454,7 @@ def test_models_do_not_follow_the_default_dtype(kind: str, dtype: torch.dtype, t
             assert torch.equal(prior(codes, LABELS).logits, logits)
             out = generate(prior, vae, LABELS, cfg_scale=0.5, top_p=0.9)
             assert same_codes(out.codes, drawn.codes) and torch.equal(out.images, decoded)
-            caches = prior.new_caches(2) if isinstance(prior, RQTransformer) else [prior.new_cache(2)]
+            caches = stack_caches(prior, 2) if isinstance(prior, RQTransformer) else [scale_cache(prior, 2)]
             assert {cache.keys.dtype for cache in caches} == {torch.float32}
     assert torch.get_default_dtype() == torch.float32
 

@@ -7,11 +7,11 @@ import torch
 
 import rqkernels
 from rqgen.data import Batch, EncodedImages, TensorItems
-from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models import SoftLabels, prior_loss
 from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
+from rqgen.quantizers import code_fingerprint
 from rqgen.training import PriorConfig, PriorStage, encode_dataset, measure_tau, prior_data
 
 
