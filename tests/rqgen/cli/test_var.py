@@ -50,7 +50,7 @@ def test_both_stages_train_and_the_prior_draws(rqgen, trained, tmp_path):
     models = ["--tokenizer", trained[0], "--prior", trained[1]]
     code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg-scale", 1.5, "--out", tmp_path / "s.png")
     assert code == 0, err
-    height, width = grid_size(3, 3, (32, 32), row_labels=("4",))
+    height, width = grid_size(3, 3, (32, 32), row_labels=("four",))
     assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * width, 2 * height)
     assert height == 34 + 2 and width > 3 * 34 + 2
     code, _, err = rqgen("sample", "--tokenizer", trained[0], "--prior", trained[0])
@@ -107,7 +107,7 @@ def test_sample_writes_the_token_maps_it_drew(rqgen, trained, tmp_path):
     # What the file holds is what the sheet shows.
     vae = MultiScaleVQVAE.from_pretrained(trained[0])
     images = torch.cat([vae.decode([maps[i : i + 1] for maps in drawn.codes]) for i in range(4)])
-    save_image(image_grid(images, columns=2, row_labels=("4", "1")), tmp_path / "again.png", scale=2)
+    save_image(image_grid(images, columns=2, row_labels=("four", "one")), tmp_path / "again.png", scale=2)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(tmp_path / "s.png")))
 
 
@@ -234,7 +234,7 @@ def test_convert(rqgen, published_var, tmp_path):
 
 
 def test_demo(rqgen, tmp_path, monkeypatch):
-    monkeypatch.setattr("rqgen.cli.demo.INPAINTED", 12)
+    monkeypatch.setattr("rqgen.systems.var.INPAINTED", 12)
     out = tmp_path / "demo"
     overrides = [*(f"tokenizer.{s}" for s in TOKENIZER), *(f"prior.{s}" for s in PRIOR)]
     steps = ["tokenizer.loop.steps=8", "prior.loop.steps=4", "sampling.count=100"]
@@ -246,6 +246,7 @@ def test_demo(rqgen, tmp_path, monkeypatch):
         "metrics.json",
         "tokenizer",
         "prior",
+        "pipeline.json",
     }
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["codes_used"]) == 4 and metrics["seed"] == 2
