@@ -1,9 +1,9 @@
 """The published sampling loop's formulation, written anew on the weights of an `RQTransformer`: a benchmark's peer.
 
 What the published sampler does (kakaobrain/rq-vae-transformer, `RQTransformer.sample`), and this does likewise: code
-after code it embeds all positions drawn so far, every depth of each, for the spatial stack and again for the depth
+after code it embeds all positions sampled so far, every depth of each, for the spatial stack and again for the depth
 stack; keys and values grow by concatenation, and are stacked anew at every layer of every step; queries, keys and
-values come from three linear layers; and a code is drawn by `topk` over all K logits, a look at the device for NaN,
+values come from three linear layers; and a code is sampled by `topk` over all K logits, a host sync for NaN,
 softmax, a full sort for top-p and `torch.multinomial`, whether or not anything is cut off.
 """
 

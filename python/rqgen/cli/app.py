@@ -326,13 +326,13 @@ def edit(
         str,
         typer.Argument(
             metavar="inpaint|outpaint|class",
-            help="Draw the white part of the mask anew; keep it and draw around it; draw it as another class.",
+            help="Resample the white part of the mask; keep it and resample the rest; resample it as another class.",
         ),
     ],
     image: Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")],
     mask: Annotated[Path, typer.Option(help="An image of the same size, black and white.")],
     label: Annotated[
-        str | None, typer.Option(help="Class to draw, by name or by number. Default: the null condition.")
+        str | None, typer.Option(help="Class to sample, by name or by number. Default: the null condition.")
     ] = None,
     prior: PriorFolder = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
@@ -347,7 +347,7 @@ def edit(
     cfg_scale: CfgScale = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw a part of an image anew."""
+    """Resample a part of an image."""
     from rqgen.sampling import SamplingParams
 
     from .edit import EditRequest, edit_image
@@ -408,7 +408,7 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for figures, metrics.json and both models.")] = Path("runs/demo"),
 ) -> None:
-    """Train both stages on handwritten digits and draw what they learned (a few minutes on two cores)."""
+    """Train both stages on handwritten digits and sample what they learned (a few minutes on two cores)."""
     from rich.console import Console
 
     from .demo import load_demo, run_demo
@@ -418,7 +418,7 @@ def demo(
     metrics = run_demo(loaded, out, console=Console())
     typer.echo(
         f"held-out reconstruction error {metrics['reconstruction_mse']:.4f}; "
-        f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the drawn ones "
+        f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the sampled ones "
         f"and {metrics['classifier_test_accuracy']:.1%} of real held-out ones; "
         f"{metrics['seconds']['total']:.0f} s. Look at {out / 'samples.png'}"
     )

@@ -40,7 +40,7 @@ def edit_image(request: EditRequest) -> None:
     if request.kind not in KINDS:
         raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
     if request.kind == "class" and request.label is None:
-        raise ValueError("--label: edit class needs the class to draw")
+        raise ValueError("--label: edit class needs the class to sample")
     check_image_name(request.out, name="--out")
     with claim_file(request.out):
         _edit_image(request)
@@ -53,7 +53,7 @@ def _edit_image(request: EditRequest) -> None:
     if request.kind == "outpaint":
         mask = ~mask
     if not bool(mask.any()):
-        raise ValueError(f"--mask: {request.mask} leaves nothing to draw")
+        raise ValueError(f"--mask: {request.mask} leaves nothing to sample")
     label = None if request.label is None else _label(request.label, prior)
     images = image.unsqueeze(0)
     edited = edit(

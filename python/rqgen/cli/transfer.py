@@ -112,7 +112,7 @@ def sample_images(models: ModelFolders, request: SampleRequest, out: Path, codes
             rows = tuple(names[label] for label in classes)
         height, width = grid_size(max(1, len(rows)) * request.num, request.num, vae.image_shape, row_labels=rows)
         check_image_name(out, size=(_SHEET_SCALE * height, _SHEET_SCALE * width), name="--out")
-        drawn = generate(
+        sampled = generate(
             prior,
             vae,
             labels,
@@ -122,11 +122,11 @@ def sample_images(models: ModelFolders, request: SampleRequest, out: Path, codes
             precision=request.engine,
             progress=True,
         )
-        save_image(image_grid(drawn.images, columns=request.num, row_labels=rows), out, scale=_SHEET_SCALE)
+        save_image(image_grid(sampled.images, columns=request.num, row_labels=rows), out, scale=_SHEET_SCALE)
         if codes_file is not None:
-            unlabelled = torch.full((len(drawn.images),), -1)
+            unlabelled = torch.full((len(sampled.images),), -1)
             encoded = EncodedImages(
-                drawn.codes,
+                sampled.codes,
                 unlabelled if labels is None else labels.cpu(),
                 vae.codebook_size,
                 vae.fingerprint(),
@@ -134,7 +134,7 @@ def sample_images(models: ModelFolders, request: SampleRequest, out: Path, codes
                 {"prior": str(models.prior), "tokenizer": str(models.tokenizer), "seed": request.params.seed},
             )
             write_codes(codes_file, encoded)
-        return len(drawn.images)
+        return len(sampled.images)
 
 
 def convert_published(source: Path, destination: Path, tokenizer: Path | None) -> str:

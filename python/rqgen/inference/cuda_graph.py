@@ -141,7 +141,7 @@ class _Batch:
     def begin(self, condition_bl: Tensor, known_btd: Tensor, offset: int) -> None:
         """The context of the first position that is not known."""
         known = known_btd.shape[1]
-        if self.settings.params.guidance:
+        if self.settings.params.cfg_scale:
             condition_bl = torch.cat([condition_bl, self.prior.condition_ids(None, self.settings.batch)])
         self.spatial.reset()
         known_bnd = known_btd.repeat(self.copies, 1, 1)

@@ -75,7 +75,7 @@ class PackedPrior:
         known_btd = known_stacks(condition_ids, known, self.config.code_shape[2])
         (batch, given, depth), copies = known_btd.shape, params.copies
         condition_bl = condition_ids
-        if params.guidance:
+        if params.cfg_scale:
             condition_bl = torch.cat([condition_bl, torch.full_like(condition_bl, self.config.condition_vocab_size)])
         cache = self._new_cache(len(condition_bl))
         codes_btd = known_btd.new_empty(batch, self.positions, depth)
@@ -90,7 +90,7 @@ class PackedPrior:
                 temperature=list(params.temperature),
                 top_k=list(params.top_k),
                 top_p=list(params.top_p),
-                guidance=params.guidance[0] if params.guidance else 0.0,
+                guidance=params.cfg_scale[0] if params.cfg_scale else 0.0,
                 seed=params.seed,
                 offset=first_image,
                 stream=position * depth,

@@ -108,8 +108,8 @@ class SamplingParams:
         if scale > 0 and condition is None:
             raise ValueError("cfg_scale: guidance needs a condition, got None")
         lists = {name: _per_level(getattr(self, name), name, prior) for name in ("temperature", "top_k", "top_p")}
-        guidance = tuple(prior.guidance_at(scale)) if scale > 0 else ()
-        return LevelParams(**lists, guidance=guidance, seed=self.seed, smooth=self.smooth)
+        scales = tuple(prior.cfg_scale_per_level(scale)) if scale > 0 else ()
+        return LevelParams(**lists, cfg_scale=scales, seed=self.seed, smooth=self.smooth)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class LevelParams:
     temperature: tuple[float, ...]
     top_k: tuple[int | None, ...]
     top_p: tuple[float | None, ...]
-    guidance: tuple[float, ...] = ()
+    cfg_scale: tuple[float, ...] = ()
     """g of each level; empty without guidance."""
     seed: int = 0
     smooth: bool = False
@@ -127,13 +127,13 @@ class LevelParams:
     @property
     def copies(self) -> int:
         """Rows of each image: with guidance the null condition follows the condition, in a second half."""
-        return 2 if self.guidance else 1
+        return 2 if self.cfg_scale else 1
 
     def guide(self, logits: Tensor, level: int) -> Tensor:
         """(copies * B, ..., K) to (B, ..., K): `(1 + g) conditional - g null`, with guidance."""
-        if not self.guidance:
+        if not self.cfg_scale:
             return logits
-        strength = self.guidance[level]
+        strength = self.cfg_scale[level]
         conditional, null = logits.chunk(2)
         return (1 + strength) * conditional - strength * null
 

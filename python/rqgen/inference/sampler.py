@@ -147,7 +147,7 @@ class StepSampler:
                 if places.start < given:
                     continue
                 logits = step_logits(prior, codes_bl, condition_ids, places)
-                if params.guidance:
+                if params.cfg_scale:
                     nulls = prior.condition_ids(None, batch)
                     logits = params.guide(torch.cat([logits, step_logits(prior, codes_bl, nulls, places)]), level)
                 drawn = params.sample(logits, level, first_image=first_image, first_stream=places.start)

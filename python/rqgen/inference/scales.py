@@ -131,7 +131,7 @@ class _Scales:
         self._prior, self._params, self._first_image, self._region = prior, params, first_image, region
         self._batch, self._whole = len(condition_ids), whole
         self._ids = condition_ids
-        if params.guidance:
+        if params.cfg_scale:
             self._ids = torch.cat([condition_ids, prior.condition_ids(None, self._batch)])
         if not whole:
             self._modulation, self._cache = prior.modulation(self._ids[:, 0]), scale_cache(prior, len(self._ids))

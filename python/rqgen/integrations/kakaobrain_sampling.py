@@ -1,20 +1,20 @@
 """The published RQ-Transformer's `sample` (kakaobrain/rq-vae-transformer) on our operators.
 
-The published loop embeds all codes drawn so far for every code, grows keys and values by concatenation, and sorts all K
-logits and waits for the device at each code. After `rqgen.accelerate(transformer)` the same call
+The published loop embeds all codes sampled so far for every code, grows keys and values by concatenation, and sorts
+all K logits and waits for the device at each code. After `rqgen.accelerate(transformer)` the same call
 
     codes = transformer.sample(partial_sample, model_aux=vae, cond=labels, top_k=2048, top_p=0.95)
 
-draws a position in two calls (on a GPU in one CUDA graph), from the transformer's own weights, see
+samples a position in two calls (on a GPU in one CUDA graph), from the transformer's own weights, see
 `rqgen.inference`. What is the same as before, and what is not:
 
-- The likeliest codes (top_k=1) are the same, but where two logits agree within rounding. Other draws come from the same
-  distributions, with numbers of our own generator: its seed is one number of torch's global CPU generator, so
+- The likeliest codes (top_k=1) are the same, but where two logits agree within rounding. Other samples come from the
+  same distributions, with numbers of our own generator: its seed is one number of torch's global CPU generator, so
   `torch.manual_seed` fixes them. Of codes with equal logits at the edge of top_k, the lower ones are kept.
 - On the CPU the attribute `sampling_precision` of the transformer may be set to "bf16" or "int8" in place of "fp32".
   On a GPU `amp=True` computes in bfloat16 (published: float16).
 - `cached`, `fast` and `desc` are accepted and change nothing; with `is_tqdm` there is a progress bar, of rich.
-- A transformer whose weights do not tell all (hooks, parametrizations, modules and methods replaced) draws by the
+- A transformer whose weights do not tell all (hooks, parametrizations, modules and methods replaced) samples by the
   published loop, said once by a warning; at a shorter `sampling_precision` that is an error.
 - On the CPU packed weights, and copies that tell whether the weights have changed since, are kept between calls; on
   a GPU each call reads the weights anew.
@@ -84,7 +84,7 @@ def _parts(transformer: nn.Module) -> dict[str, str]:
 
 
 class Sampling(Accelerated):
-    """`RQTransformer`, with our way of drawing."""
+    """`RQTransformer`, with our samplers."""
 
     sampling_precision = "fp32"
 

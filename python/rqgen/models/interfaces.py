@@ -195,7 +195,7 @@ class Prior(PretrainedModel, ABC):
         """Names of the classes, in the order of their labels; empty where unknown."""
         return self.config.class_names
 
-    def guidance_at(self, cfg_scale: float) -> list[float]:
+    def cfg_scale_per_level(self, cfg_scale: float) -> list[float]:
         """Guidance of each level for this `cfg_scale`; here the same for all."""
         return [cfg_scale] * self.levels
 

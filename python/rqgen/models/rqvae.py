@@ -337,7 +337,7 @@ class RQVAE(Tokenizer):
         Args:
             images: (B, channels, H, W) in [-1, 1].
             tau: temperature, > 0.
-            stochastic: draw the codes from the distributions (by `seed`, and `offset`, the index of the first
+            stochastic: sample the codes from the distributions (by `seed`, and `offset`, the index of the first
                 position) instead of taking the nearest.
 
         Returns:

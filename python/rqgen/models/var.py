@@ -238,7 +238,7 @@ class VAR(Prior):
 
     Scale k's tokens see f_hat_{k-1}, what the scales before stand for, shrunken to (h_k, w_k): every place gets its
     vector through a linear layer, plus embeddings of level and place. The first scale sees the class. All tokens of
-    a scale are drawn at once.
+    a scale are sampled at once.
 
     Args:
         config: sizes and layout.
@@ -343,7 +343,7 @@ class VAR(Prior):
         """Whether the prior learnt the unconditional distribution too."""
         return self.config.has_null_condition
 
-    def guidance_at(self, cfg_scale: float) -> list[float]:
+    def cfg_scale_per_level(self, cfg_scale: float) -> list[float]:
         """`cfg_scale * k / (K - 1)` at scale k = 0 .. K - 1, as published: the coarse scales are guided less."""
         last = max(self.levels - 1, 1)
         return [cfg_scale * k / last for k in range(self.levels)]

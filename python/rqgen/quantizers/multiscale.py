@@ -20,7 +20,7 @@ from rqgen.config import check_bounds
 
 from .convolution import Convolution
 from .layout import CodeLayout
-from .seeding import draw_vectors
+from .seeding import sample_vectors
 from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
@@ -45,7 +45,7 @@ class MultiScaleConfig:
         refinements: R, how many 3x3 convolutions phi refine what is enlarged: 0 none, 1 for all scales, a number
             between shares them among neighbouring scales, one per scale where it is the number of scales.
         refinement_ratio: r of `phi(h) = (1 - r) h + r conv(h)`.
-        init: "data": the codebook is drawn from the first training batch; "random": normal numbers.
+        init: "data": the codebook is sampled from the first training batch; "random": normal numbers.
         usage_window: tokens of a scale over which codes_used and perplexity are taken (see `CodeUsage`).
     """
 
@@ -311,7 +311,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         self.usage = ScaleUsage(self.num_scales, config.codebook_size, config.usage_window)
 
     def forward(self, features: Tensor) -> MultiScaleOutput:
-        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time draws the codebook.
+        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time samples the codebook.
 
         Raises:
             TypeError, ValueError: features that are not floating-point numbers (B, C, H, W); in train mode no features,
@@ -352,14 +352,14 @@ class MultiScaleQuantizer(MultiScaleDecoder):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
-        """Draws the codebook from features (B, C, H, W); `forward` does so with the first training batch.
+        """Samples the codebook from features (B, C, H, W); `forward` does so with the first training batch.
 
-        Every scale gets an equal share of the codes, drawn from the rest that it meets with the shares before it.
-        In a process group all processes take what the first one drew.
+        Every scale gets an equal share of the codes, sampled from the rest that it meets with the shares before it.
+        In a process group all processes take what the first one sampled.
         """
         self._check_features(features)
         if parametrize.is_parametrized(self, "codebook"):
-            raise ValueError("quantizer: its codebook is parametrized and cannot be drawn from data: do so before")
+            raise ValueError("quantizer: its codebook is parametrized and cannot be sampled from data: do so before")
         rest = features.detach().float()
         size, scales = self.config.codebook_size, self.num_scales
         codebook = self.codebook.detach()
@@ -369,7 +369,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
             vectors_nc = vectors_nc[vectors_nc.isfinite().all(dim=1)]
             if stop == start:
                 continue
-            codes = draw_vectors(vectors_nc, stop - start)
+            codes = sample_vectors(vectors_nc, stop - start)
             codebook[start:stop] = codes
             found = rqkernels.residual_search(self.downsample(rest, k), codes, 1)
             rest = rest - self.contribution(k, found.quantized)

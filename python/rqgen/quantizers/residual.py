@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import rqkernels
 from rqgen.config import check_bounds
 
-from .seeding import draw_vectors, kmeans
+from .seeding import kmeans, sample_vectors
 from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
@@ -50,7 +50,7 @@ class QuantizerConfig:
         ema_update: "after_all_depths": one update per training step, from all depths together.
             "per_depth": compatibility with the published training code, which updates after each depth, so
             that with a shared codebook a depth searches what the depth before has just moved.
-        init: "data": codes drawn from the first training batch; "kmeans": clustered from it; "random": normal
+        init: "data": codes sampled from the first training batch; "kmeans": clustered from it; "random": normal
             numbers, no look at data.
         kmeans_iterations: rounds of Lloyd's algorithm for init="kmeans".
         usage_window: positions over which codes_used and perplexity are taken (see `CodeUsage`).
@@ -119,7 +119,7 @@ class ResidualQuantizer(nn.Module):
 
     Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. So it must not be run
     again by `torch.utils.checkpoint`, which would find other codes. In eval mode no state ever changes. All state
-    (codebooks, averages, usage) lies in buffers; restarts and initialisation draw from torch's global generator (see
+    (codebooks, averages, usage) lies in buffers; restarts and initialisation sample by torch's global generator (see
     `rqgen.quantizers.seeding`), so that buffers and generator together resume a run bit for bit.
 
     Args:
@@ -265,8 +265,8 @@ class ResidualQuantizer(nn.Module):
     def initialize(self, z: Tensor) -> None:
         """Sets codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
 
-        A codebook per depth is drawn (or clustered) from that depth's residuals. A shared one has an equal
-        share of its codes drawn from the residuals of every depth, each after quantization with the shares
+        A codebook per depth is sampled (or clustered) from that depth's residuals. A shared one has an equal
+        share of its codes sampled from the residuals of every depth, each after quantization with the shares
         before it: later depths meet much smaller vectors than the first, and need codes of their size.
         """
         self._check_vectors(z)
@@ -286,7 +286,7 @@ class ResidualQuantizer(nn.Module):
                 codes = (
                     kmeans(residual, count, config.kmeans_iterations)
                     if config.init == "kmeans"
-                    else draw_vectors(residual, count)
+                    else sample_vectors(residual, count)
                 )
                 book.codes[start:stop] = codes
                 book.sum[start:stop] = codes * self._first_count
@@ -302,7 +302,7 @@ class ResidualQuantizer(nn.Module):
         With `n_k` vectors of sum `s_k` assigned to code k: `N_k = decay N_k + (1 - decay) n_k`,
         `S_k = decay S_k + (1 - decay) s_k`, `e(k) = S_k / N'_k` with
         `N'_k = (N_k + epsilon) sum(N) / (sum(N) + K epsilon)` (van den Oord et al. 2017, appendix A.1). With
-        restarts, a code with `N_k < dead_code_threshold` is placed on a drawn vector v: `e(k) = v`,
+        restarts, a code with `N_k < dead_code_threshold` is placed on a sampled vector v: `e(k) = v`,
         `N_k = max(1, dead_code_threshold)`, `S_k = N_k v`.
 
         By this formula a code without vectors stays where it is as long as `N_k` is far above epsilon, and then
@@ -380,7 +380,7 @@ class ResidualQuantizer(nn.Module):
         finite = vectors_nc[codes_n >= 0] if num_dead else vectors_nc
         if num_dead == 0 or finite.shape[0] == 0:
             return None
-        vectors = draw_vectors(finite, num_dead)
+        vectors = sample_vectors(finite, num_dead)
         # The averages restart with the code: stale ones would pull it back to where it died.
         book.count[dead] = self._first_count
         book.sum[dead] = vectors * self._first_count

@@ -74,7 +74,7 @@ class LoopConfig:
     log_every: int = 10
     """Steps between two entries of the history."""
     image_every: int = 500
-    """Draw image grids into TensorBoard; 0: never."""
+    """Steps between two sheets of images in TensorBoard; 0: none."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; 0: never."""
     keep_checkpoints: int = 2
@@ -128,7 +128,7 @@ class Stage(Protocol[ModelT]):
         """Values per depth (D,), or per scale, over the running window, such as codes used and perplexity."""
 
     def previews(self, model: ModelT) -> dict[str, Tensor]:
-        """Sheets of images, bytes (channels, H, W), drawn with ``model`` (the averaged weights, if any)."""
+        """Sheets of images, bytes (channels, H, W), made with ``model`` (the averaged weights, if any)."""
 
 
 @dataclass
@@ -319,7 +319,7 @@ class _Run:
         self.window.extend(state["window"])
         for key, before, now in changed:
             logger.info("%s: '%s' was %s and is %s from now on", path.name, key, before, now)
-        # Last: nothing above may draw.
+        # Last: nothing above may take random numbers.
         restore_random_states(state["random"])
 
     def save(self) -> None:

@@ -56,7 +56,7 @@ class PriorConfig:
     soft_labels: bool = True
     """Learn Q_tau(k | r_{d-1}) of every depth's residual (equation 15) and not its one nearest code."""
     stochastic_codes: bool = True
-    """Draw the codes from Q_tau, anew each time an image is seen."""
+    """Sample the codes from Q_tau, anew each time an image is seen."""
     tau: float | None = None
     """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of what is left
     after the last depth, measured on the training images."""
@@ -172,7 +172,7 @@ class PriorStage:
     """Cross-entropy over all codes, with soft labels or hard ones, from stochastic codes or nearest ones.
 
     ``kind`` says what a batch holds. The codes of a batch and the residuals of its soft labels come from one
-    search. Every draw has its own counter (seed, position in the run), so a resumed run draws the same codes.
+    search. Every sample has its own counter (seed, position in the run), so a resumed run samples the same codes.
     """
 
     name = "prior"

@@ -207,7 +207,7 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
     for change, words in (
         (["--label", 10], "--label: expected 0..9, got 10"),
         (["--mask", tmp_path / "small.png"], "expected 32x32 pixels, got 16x32"),
-        (["--mask", tmp_path / "black.png"], "leaves nothing to draw"),
+        (["--mask", tmp_path / "black.png"], "leaves nothing to sample"),
         (["--image", tmp_path / "none.png"], "image file not found"),
         (["--image", tmp_path / "text.png"], "not a readable image"),
         (["--prior", trained[0]], "--prior: "),

@@ -46,7 +46,7 @@ def draw(
     device = sampler.prior.device
     labels = (torch.arange(4) + first_label) % CLASSES
     known_btd = (torch.arange(4 * known * DEPTH).view(4, known, DEPTH) % K).to(device)
-    params = replace(PARAMS, guidance=(guidance,) * DEPTH if guidance else (), **params)
+    params = replace(PARAMS, cfg_scale=(guidance,) * DEPTH if guidance else (), **params)
     sampled = sampler.sample(labels[:, None].to(device), params, first_image=offset, known=known_btd.flatten(1))
     return sampled.codes.flatten(1, 2)
 

@@ -68,8 +68,8 @@ def test_every_level_has_an_entry(system):
     with pytest.raises(ValueError, match=rf"top_p: expected one value, or 3 \(one per {axis}\), got 2"):
         SamplingParams(top_p=[0.5, 0.5]).resolve(prior, None)
     guided = SamplingParams(cfg_scale=1.5).resolve(prior, torch.tensor([[0]]))
-    assert guided.guidance == {"rq": (1.5, 1.5, 1.5), "var": (0.0, 0.75, 1.5)}[system] and guided.copies == 2
-    assert SamplingParams(cfg_scale=0).resolve(prior, None).guidance == ()
+    assert guided.cfg_scale == {"rq": (1.5, 1.5, 1.5), "var": (0.0, 0.75, 1.5)}[system] and guided.copies == 2
+    assert SamplingParams(cfg_scale=0).resolve(prior, None).cfg_scale == ()
     with pytest.raises(ValueError, match="cfg_scale: guidance needs a condition"):
         SamplingParams(cfg_scale=1).resolve(prior, None)
 

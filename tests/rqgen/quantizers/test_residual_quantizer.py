@@ -352,13 +352,13 @@ class Restarts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.drawn = 0
-        draw = residual.draw_vectors
+        draw = residual.sample_vectors
 
         def counted(vectors_nc: Tensor, count: int) -> Tensor:
             self.drawn += count
             return draw(vectors_nc, count)
 
-        monkeypatch.setattr(residual, "draw_vectors", counted)
+        monkeypatch.setattr(residual, "sample_vectors", counted)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -268,7 +268,7 @@ def test_the_step_that_a_gpu_captures_draws_the_same(
         temperature=(1.0, 0.5, 1.0),
         top_k=(None, 5, None),
         top_p=(None, None, 0.9),
-        guidance=(settings["cfg_scale"],) * 3 if "cfg_scale" in settings else (),
+        cfg_scale=(settings["cfg_scale"],) * 3 if "cfg_scale" in settings else (),
         seed=13,
     )
     steps, chosen = CapturedSampler(prior, capture=False), make_sampler(prior, Engine())
