@@ -20,6 +20,7 @@ from _harness import QUICK, Contender, Work
 from torch import Tensor, nn
 
 import rqkernels as rqk
+from rqgen.inference.kv_cache import stack_caches
 from rqgen.models import RQTransformer, RQTransformerConfig
 from rqgen.models.transformer import Transformer, TransformerConfig
 
@@ -64,7 +65,7 @@ def prior_of(case: Case, device: torch.device) -> RQTransformer:
     return prior
 
 
-def draw_in_torch(logits: Tensor) -> Tensor:
+def sample_in_torch(logits: Tensor) -> Tensor:
     """Top-k, top-p and multinomial, as published code has them (on a GPU what that does, without waiting for it)."""
     if logits.shape[1] > TOP_K:
         logits = logits.masked_fill(logits < logits.topk(TOP_K)[0][:, -1:], -torch.inf)
@@ -103,11 +104,11 @@ Position = Callable[[bool], Tensor]  # greedy or drawn, to codes (B, D)
 
 def eager(prior: RQTransformer, history: tuple[Tensor, Tensor], codes_bd: Tensor) -> Position:
     """A position of this model with these keys and values of what came before, after the codes."""
-    spatial, depths = prior.new_caches(codes_bd.shape[0])
+    spatial, depths = stack_caches(prior, codes_bd.shape[0])
     spatial.keys[:, :, :, :SEEN], spatial.values[:, :, :, :SEEN] = history
 
     def draw(logits: Tensor, d: int) -> Tensor:
-        return draw_in_torch(logits)
+        return sample_in_torch(logits)
 
     def position(greedy: bool) -> Tensor:
         spatial.length = SEEN
@@ -139,7 +140,7 @@ def ours(case: Case, prior: RQTransformer, history: tuple[Tensor, Tensor], codes
     )
     vectors = nn.functional.linear(prior.codebooks, prior.spatial_projection.weight)
     place = prior.spatial_positions[SEEN - 1] + prior.spatial_projection.bias
-    cache = prior.new_caches(codes_bd.shape[0])[0]
+    cache = stack_caches(prior, codes_bd.shape[0])[0]
     cache.keys[:, :, :, :SEEN], cache.values[:, :, :, :SEEN] = history
 
     def position(greedy: bool) -> Tensor:
