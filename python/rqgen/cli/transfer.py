@@ -48,12 +48,12 @@ def encode_images(
         codes, labels = encode_dataset(vae, images, batch_size=batch_size, codes=True, console=Console(stderr=True))
         info = {"tokenizer": str(tokenizer), "split": split, "data": to_dict(data)}
         encoded = EncodedImages(
-            codes,
-            labels,
-            vae.codebook_size,
-            vae.fingerprint(),
-            images.class_names,
-            info,
+            codes=codes,
+            labels=labels,
+            codebook_size=vae.codebook_size,
+            codebook_id=vae.fingerprint(),
+            class_names=images.class_names,
+            info=info,
         )
         write_codes(out, encoded)
         return encoded
@@ -126,12 +126,12 @@ def sample_images(models: ModelFolders, request: SampleRequest, out: Path, codes
         if codes_file is not None:
             unlabelled = torch.full((len(sampled.images),), -1)
             encoded = EncodedImages(
-                sampled.codes,
-                unlabelled if labels is None else labels.cpu(),
-                vae.codebook_size,
-                vae.fingerprint(),
-                names,
-                {"prior": str(models.prior), "tokenizer": str(models.tokenizer), "seed": request.params.seed},
+                codes=sampled.codes,
+                labels=unlabelled if labels is None else labels.cpu(),
+                codebook_size=vae.codebook_size,
+                codebook_id=vae.fingerprint(),
+                class_names=names,
+                info={"prior": str(models.prior), "tokenizer": str(models.tokenizer), "seed": request.params.seed},
             )
             write_codes(codes_file, encoded)
         return len(sampled.images)

@@ -101,8 +101,10 @@ class ScaleSampler:
         for start in range(0, count, step):
             rows = slice(start, start + step)
             some = None if region is None else region.of(rows)
-            run = _Scales(prior, params, condition_ids[rows], first_image + start, some, whole)
-            parts.append(run.sample(advance))
+            scales = _Scales(
+                prior, params, condition_ids[rows], first_image=first_image + start, region=some, whole=whole
+            )
+            parts.append(scales.sample(advance))
         vectors = None
         if params.smooth:
             vectors = [torch.cat(same) for same in zip(*(part.vectors for part in parts), strict=True)]
@@ -124,6 +126,7 @@ class _Scales:
         prior: VAR,
         params: LevelParams,
         condition_ids: Tensor,
+        *,
         first_image: int,
         region: KnownRegion | None,
         whole: bool,

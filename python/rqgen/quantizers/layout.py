@@ -104,7 +104,7 @@ class CodeLayout:
         return [self.shape] if self.kind == "stacks" else list(self.shape)  # type: ignore[list-item, arg-type]
 
     def _parts(self, codes: Codes) -> list[Tensor]:
-        return [codes] if isinstance(codes, Tensor) else list(codes)
+        return [codes] if self.kind == "stacks" else list(codes)  # type: ignore[list-item]
 
     def _whole(self, parts: list[Tensor]) -> Codes:
         return parts[0] if self.kind == "stacks" else parts
@@ -136,7 +136,7 @@ class CodeLayout:
 
     def by_level(self, codes: Codes) -> list[Tensor]:
         """The codes of each level: (N, h, w) for each depth, or the token maps."""
-        return list(codes.unbind(-1)) if isinstance(codes, Tensor) else list(codes)
+        return list(codes.unbind(-1)) if self.kind == "stacks" else list(codes)  # type: ignore[union-attr]
 
     def in_words(self) -> str:
         """Such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""

@@ -84,33 +84,29 @@ def edit(
         condition = check_condition(condition, prior)
         if len(condition) != len(images):
             raise ValueError(f"condition: expected one per image ({len(images)}), got {len(condition)}")
-    return _edit(prior, vae, images, known, condition, params, engine)
+    return _edit(prior, vae, _Job(images=images, known=known, condition=condition, params=params, engine=engine))
+
+
+class _Job(NamedTuple):
+    """Checked arguments of `edit`."""
+
+    images: Tensor
+    known: Tensor
+    """bool (N, 1, H, W): the pixels that are kept."""
+    condition: Tensor | None
+    params: SamplingParams
+    engine: Engine
 
 
 @functools.singledispatch
-def _edit(
-    prior: Prior,
-    vae: Tokenizer,
-    images: Tensor,
-    known: Tensor,
-    condition: Tensor | None,
-    params: SamplingParams,
-    engine: Engine,
-) -> EditOutput:
-    """Edits images of which the pixels `known`, bool (N, 1, H, W), are kept, with the priors that are registered."""
+def _edit(prior: Prior, vae: Tokenizer, job: _Job) -> EditOutput:
+    """Edits images by the function that is registered for the prior's class."""
     raise TypeError(f"prior: a {type(prior).__name__} cannot edit images; expected a VAR or an RQTransformer")
 
 
 @_edit.register
-def _edit_scales(
-    prior: VAR,
-    vae: MultiScaleVQVAE,
-    images: Tensor,
-    known: Tensor,
-    condition: Tensor | None,
-    params: SamplingParams,
-    engine: Engine,
-) -> EditOutput:
+def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
+    images, known, condition, params, engine = job
     resolved, sampler = params.resolve(prior, condition), make_sampler(prior, engine)
     condition_nl = prior.condition_ids(condition, len(images))
     with torch.no_grad(), eval_mode(prior, vae):
@@ -153,15 +149,8 @@ def _refine_by_reencoding(
 
 
 @_edit.register
-def _complete_rows(
-    prior: RQTransformer,
-    vae: Tokenizer,
-    images: Tensor,
-    known: Tensor,
-    condition: Tensor | None,
-    params: SamplingParams,
-    engine: Engine,
-) -> EditOutput:
+def _complete_rows(prior: RQTransformer, vae: Tokenizer, job: _Job) -> EditOutput:
+    images, known, condition, params, engine = job
     height = images.shape[2]
     rows = known[:, 0].all(dim=2)
     first = int(rows[0].long().sum())
