@@ -201,6 +201,22 @@ CASES = {
         tiff(1, bytes([0, 128, 255]), t258=[8] * 3, t262=[2], t277=[3], t284=[2], t279=[1] * 3),
         [(0, 128 / 255, 1)],
     ),
+    "16 bits, colour in planes, TIFF": (
+        tiff(1, shorts(0, 255, 65535, order="<"), t258=[16] * 3, t262=[2], t277=[3], t284=[2], t279=[2] * 3),
+        [(0, 255 / 65535, 1)],
+    ),
+    "16 bits, colour in planes, TIFF, big-endian": (
+        tiff(1, shorts(0, 255, 65535), ">", t258=[16] * 3, t262=[2], t277=[3], t284=[2], t279=[2] * 3),
+        [(0, 255 / 65535, 1)],
+    ),
+    "16 bits, colour with alpha in planes, TIFF": (
+        tiff(
+            2,
+            shorts(0, 0, 0, 13107, 0, 0, 32768, 65535, order="<"),
+            **{"t258": [16] * 4, "t262": [2], "t277": [4], "t284": [2], "t279": [4] * 4, "t338": [2]},
+        ),
+        [32767 / 65535, (0, 0.2, 0)],
+    ),
     "a channel that is no alpha": (
         tiff(2, bytes([51, 0, 0, 51, 51, 0, 0, 255]), t258=[8] * 4, t262=[2], t277=[4], t338=[0]),
         [(0.2, 0, 0), (0.2, 0, 0)],
@@ -498,6 +514,10 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(write, tmp_path, c
         (tiff(1, struct.pack("<h", -3), t258=[16], t339=[2]), "signed integers: expected none below 0, got -3"),
         (tiff(1, struct.pack("<b", -3), t258=[8], t339=[2]), "signed integers: expected none below 0, got -3"),
         (tiff(2, bytes(2), t258=[8], t257=[3]), "its strips hold less than 2x3 pixels"),
+        (
+            tiff(1, bytes(8), t258=[16] * 4, t262=[5], t277=[4], t284=[2], t279=[2] * 4),
+            "16-bit channels, one after the other, are read only of uncompressed RGB",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused_by_name(write, tmp_path, content, words):
