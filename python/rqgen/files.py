@@ -37,6 +37,8 @@ _SCRATCH = re.compile(r"\.rqgen-\d+-[0-9a-f]{8}\.tmp")
 _OURS = re.compile(r"/\.rqgen[^/]*\.(tmp|lock)")
 _LOCK_NAME = ".rqgen.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# Between two attempts another process may remove a folder or a lock; not that often.
+_TRIES = 1000
 # Errors of a write, which the system reports without the file's name.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -203,12 +205,19 @@ def _scratch(parent: Path) -> Iterator[tuple[Path, int]]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     _sweep(parent)
-    lock = None
-    while lock is None:
+    for _ in range(_TRIES):
         scratch = parent / f".rqgen-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         scratch.mkdir()
-        # None: another process took the folder, still without its lock, for a dead one's.
-        lock = _lock(scratch / _LOCK_NAME)
+        try:
+            lock = _lock(scratch / _LOCK_NAME)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        if lock is not None:
+            break
+        # Another process took the folder, still without its lock, for a dead one's.
+    else:
+        raise _error(errno.ENOENT, "no file can be made in its folder", parent)
     try:
         yield scratch, stat.S_IMODE(os.fstat(lock).st_mode)
     finally:
@@ -313,17 +322,13 @@ def claim_file(path: Path) -> Iterator[None]:
 def _claimed(path: Path, folder: Path, name: str) -> Iterator[None]:
     made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
     try:
-        lock = None
         with errors_name(path):
-            while lock is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = _lock(folder / name)
-                if lock is None and (other := _owner(folder / name)):
-                    raise _error(errno.EWOULDBLOCK, f"in use by {other}: wait for it, or write elsewhere", path)
-            host, command = socket.gethostname(), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            os.ftruncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {host} ({command[:200]})".encode())
+            lock = _lock_of(path, folder, name)
         try:
+            with errors_name(path):
+                host, command = socket.gethostname(), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+                os.ftruncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {host} ({command[:200]})".encode(errors="replace"))
             yield
         finally:
             (folder / name).unlink(missing_ok=True)
@@ -332,6 +337,19 @@ def _claimed(path: Path, folder: Path, name: str) -> Iterator[None]:
         for empty in made:
             with contextlib.suppress(OSError):
                 empty.rmdir()
+
+
+def _lock_of(path: Path, folder: Path, name: str) -> int:
+    """Descriptor of the lock ``name`` in ``folder``, made where it is missing, for whoever writes ``path``."""
+    for _ in range(_TRIES):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / name)
+        if lock is not None:
+            return lock
+        if other := _owner(folder / name):
+            raise _error(errno.EWOULDBLOCK, f"in use by {other}: wait for it, or write elsewhere", path)
+    # Some file systems have folders without new files, such as /proc.
+    raise _error(errno.ENOENT, "no file can be made in its folder", path)
 
 
 def _owner(lock: Path) -> str:
