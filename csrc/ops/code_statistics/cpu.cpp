@@ -14,7 +14,7 @@
 
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
-#include "ops/code_statistics/cpu_simd.h"
+#include "ops/code_statistics/kernel_table.h"
 
 namespace rqk {
 

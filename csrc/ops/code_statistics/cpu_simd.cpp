@@ -2,7 +2,7 @@
 //
 // Plain loops of fixed length over blocks of channels, which the compiler turns into vectors. No sum here is fused or
 // reordered, so the instruction set changes no bit.
-#include "ops/code_statistics/cpu_simd.h"
+#include "ops/code_statistics/kernel_table.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

@@ -7,7 +7,7 @@
 
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
-#include "ops/depth_attention/heads.h"
+#include "ops/depth_attention/kernel_table.h"
 #include "ops/depth_attention/params.h"
 
 namespace rqk {

@@ -16,8 +16,8 @@
 //
 // Moves 4 rows of head_dim per depth forward and 7 backward; computes 4 head_dim operations for each pair of a query
 // and a key that it sees, and 10 backward. At 4 depths the first is the limit.
-#include "ops/depth_attention/fours.h"
-#include "ops/depth_attention/heads.h"
+#include "ops/depth_attention/kernel_table.h"
+#include "ops/depth_attention/lane_groups.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

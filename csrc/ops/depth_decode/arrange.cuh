@@ -18,8 +18,8 @@
 
 #include "common/device.h"
 #include "common/ptx.cuh"
-#include "common/sample_row.cuh"
 #include "ops/depth_decode/params.h"
+#include "shared/sample_row.cuh"
 
 namespace rqk {
 namespace depth_decode {

@@ -15,7 +15,7 @@
 #include "common/denormals.h"
 #include "common/parallel.h"
 #include "common/philox.h"
-#include "ops/depth_decode/cpu_simd.h"
+#include "ops/depth_decode/kernel_table.h"
 #include "ops/depth_decode/params.h"
 
 namespace rqk {

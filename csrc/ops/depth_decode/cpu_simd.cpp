@@ -1,10 +1,10 @@
 // Decoding with a transformer on the CPU, what one thread does at a time: norms, rows in the order of the products, the
 // products (multiply.h), attention of one head, the draw. cpu.cpp puts them in order.
-#include "ops/depth_decode/cpu_simd.h"
+#include "ops/depth_decode/kernel_table.h"
 
-#include "common/sample_row.h"
 #include "common/simd.h"
 #include "ops/depth_decode/multiply.h"
+#include "shared/sample_row.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

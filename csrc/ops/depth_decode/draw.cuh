@@ -1,6 +1,6 @@
 // The code of a row from its logits, and what goes in at the next depth. A block per row.
 //
-// It reads a row of logits a few times, from L2 (common/sample_row.cuh), and one row of the vectors. A row that has no
+// It reads a row of logits a few times, from L2 (shared/sample_row.cuh), and one row of the vectors. A row that has no
 // code, -1 or one that was given out of range, goes on with NaN, so that none of its later codes passes for one.
 #pragma once
 
@@ -8,8 +8,8 @@
 
 #include "common/device.h"
 #include "common/philox.h"
-#include "common/sample_row.cuh"
 #include "ops/depth_decode/params.h"
+#include "shared/sample_row.cuh"
 
 namespace rqk {
 namespace depth_decode {

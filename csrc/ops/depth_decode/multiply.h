@@ -12,7 +12,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "ops/depth_decode/cpu_simd.h"
+#include "ops/depth_decode/kernel_table.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

@@ -19,7 +19,7 @@
 
 #include <cstdint>
 
-#include "common/sampling.h"
+#include "shared/sample_settings.h"
 
 #ifdef __CUDACC__
 #define RQK_DEPTH_DECODE_FUNCTION __host__ __device__ inline

@@ -5,7 +5,7 @@
 
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
-#include "ops/residual_decode/cpu_simd.h"
+#include "ops/residual_decode/kernel_table.h"
 
 namespace rqk {
 namespace {

@@ -2,7 +2,7 @@
 //
 // Short rows go in groups, so that one row's chain of additions does not wait for itself. Where the codebooks are
 // larger than a core's own cache, the codebook rows of a later row are asked for early.
-#include "ops/residual_decode/cpu_simd.h"
+#include "ops/residual_decode/kernel_table.h"
 
 #include "common/simd.h"
 

@@ -7,14 +7,14 @@
 #include <cmath>
 #include <vector>
 
-#include "common/codebooks.h"
 #include "common/cpu_capability.h"
-#include "common/residual_rows.h"
 #include "common/tensors.h"
 #include "ops/residual_search/codebook_cache.h"
+#include "ops/residual_search/kernel_table.h"
 #include "ops/residual_search/packed_codebook.h"
 #include "ops/residual_search/params.h"
-#include "ops/residual_search/scan.h"
+#include "shared/codebooks.h"
+#include "shared/residual_rows.h"
 
 namespace rqk {
 

@@ -4,12 +4,12 @@
 // float64 decides among them, so the codes depend neither on the instruction set nor on how rows are grouped:
 //
 //   scan_int8.h    products of bytes with a bound, where the instruction set has them; what it cannot tell apart goes
-//   to scan_float.h   float32 with a bound; what it cannot tell apart goes to exact.h        float64, the definition
+//   to scan_float.h   float32 with a bound; what it cannot tell apart goes to decide.h       float64, the definition
 //   itself.
 //   gram.h         scores that serve several depths, for a codebook prepared once.
 //
 // Nothing of size rows x codes is kept.
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/gram.h"
 #include "ops/residual_search/scan_float.h"
 #include "ops/residual_search/scan_int8.h"

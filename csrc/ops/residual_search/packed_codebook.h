@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/codebooks.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
-#include "ops/residual_search/scan.h"
+#include "ops/residual_search/kernel_table.h"
+#include "shared/codebooks.h"
 
 namespace rqk {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/middle.cuh"
 #include "ops/residual_search/bound.cuh"
+#include "shared/center.cuh"
 
 namespace rqk {
 namespace residual_search {

@@ -16,7 +16,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/panels.h"
 
 namespace rqk {

@@ -33,7 +33,7 @@
 // candidates, or numbers near float's range: the row is left to the float scan.
 #pragma once
 
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/scan_float.h"
 
 #if defined(__AVX2__)

@@ -7,8 +7,8 @@
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "ops/sample_logits/kernel_table.h"
 #include "ops/sample_logits/params.h"
-#include "ops/sample_logits/sample.h"
 
 namespace rqk {
 

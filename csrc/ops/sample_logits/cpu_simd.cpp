@@ -1,6 +1,6 @@
 // One code from a row of logits, compiled once per instruction set.
-#include "common/sample_row.h"
-#include "ops/sample_logits/sample.h"
+#include "ops/sample_logits/kernel_table.h"
+#include "shared/sample_row.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

@@ -1,4 +1,4 @@
-// Codes drawn from logits on a GPU: a block to a row, by common/sample_row.cuh. Nothing but the codes is written: a row
+// Codes drawn from logits on a GPU: a block to a row, by shared/sample_row.cuh. Nothing but the codes is written: a row
 // moves K*4 bytes from memory and, with both cuts, six times as many from L1 and L2.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 #include "common/device.h"
 #include "common/philox.h"
-#include "common/sample_row.cuh"
 #include "ops/sample_logits/params.h"
+#include "shared/sample_row.cuh"
 
 namespace rqk {
 namespace sample_logits {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/sampling.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 

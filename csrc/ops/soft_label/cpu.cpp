@@ -10,12 +10,12 @@
 #include <cstring>
 #include <vector>
 
-#include "common/centred_codebook.h"
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
 #include "common/parallel.h"
+#include "ops/soft_label/kernel_table.h"
 #include "ops/soft_label/params.h"
-#include "ops/soft_label/rows.h"
+#include "shared/centered_codebook.h"
 
 namespace rqk {
 

@@ -1,9 +1,9 @@
 // Soft labels on a CPU, compiled once per instruction set.
 //
-//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(-2 t_k / tau),   t_k the scores of common/code_scores.h.
+//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(-2 t_k / tau),   t_k the scores of shared/code_scores.h.
 //
 // A tile of rows goes through three steps:
-//   scan     the scores of all codes (common/code_scores.h): 2 C operations per row and code, the codebook read once
+//   scan     the scores of all codes (shared/code_scores.h): 2 C operations per row and code, the codebook read once
 //            per tile.
 //   refine   where rounding could be seen in Q, float64 for the codes that matter (below).
 //   row      the exponentials of both softmaxes, each computed once, and all sums: logits are read once for their
@@ -23,8 +23,8 @@
 //                         the certified code.
 //   above kSeldom         r = 6, where they are at most kFew: rounding errors have signs and stay far below their
 //                         bound, and a Q of more codes averages them; it is as good as one from any float32 products.
-#include "common/code_scores.h"
-#include "ops/soft_label/rows.h"
+#include "ops/soft_label/kernel_table.h"
+#include "shared/code_scores.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

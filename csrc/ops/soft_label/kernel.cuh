@@ -4,7 +4,7 @@
 //
 //   tiles.cuh    half scores h by tensor cores, and the bound E of their error; the codebooks in two parts of float16
 //   direct.cuh   the direct way, for rows that they cannot serve
-//   row.cuh, halves.cuh, plan.h   a row's pointers; logits of each type; tile shapes and the workspace
+//   row.cuh, logit_dtypes.cuh, plan.h   a row's pointers; logits of each type; tile shapes and the workspace
 //
 //   first pass   nearest code, largest logit and the sums below them, online: a sum is scaled where its reference
 //                moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that reference adds

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
 #include "ops/soft_label/plan.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {

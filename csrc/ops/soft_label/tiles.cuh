@@ -34,11 +34,11 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
-#include "common/middle.cuh"
 #include "common/ptx.cuh"
-#include "ops/soft_label/halves.cuh"
+#include "ops/soft_label/logit_dtypes.cuh"
 #include "ops/soft_label/row.cuh"
+#include "shared/center.cuh"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {

@@ -5,13 +5,13 @@
 #include <atomic>
 #include <vector>
 
-#include "common/centred_codebook.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
 #include "common/philox.h"
-#include "common/residual_rows.h"
+#include "ops/stochastic_residual_search/kernel_table.h"
 #include "ops/stochastic_residual_search/params.h"
-#include "ops/stochastic_residual_search/sample.h"
+#include "shared/centered_codebook.h"
+#include "shared/residual_rows.h"
 
 namespace rqk {
 

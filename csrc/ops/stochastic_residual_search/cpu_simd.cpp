@@ -3,7 +3,7 @@
 // The definition draws the first code, in code order, whose cumulative weight exceeds u times the total, with weights
 // W_k = exp(-D_k / tau) of the float64 distances D_k. Two steps:
 //
-//   by float32   scores of all codes (common/code_scores.h: 2 C operations per row and code, a score written once and
+//   by float32   scores of all codes (shared/code_scores.h: 2 C operations per row and code, a score written once and
 //                read twice from the cache), one exponential each, sums of blocks in float64.
 //                A bound on the error of every weight says whether u could fall to another code.
 //   by float64   where it could: distances of the codes near enough to have any weight, by the definition. These are
@@ -15,7 +15,7 @@
 //
 // A tile of rows keeps its scores of all codes; nothing of size rows x codes is kept.
 //
-// Scores t_k are those of common/code_scores.h, |t_k - s_k| <= E(q) of a code with |e'_k| <= q, where s_k is half of
+// Scores t_k are those of shared/code_scores.h, |t_k - s_k| <= E(q) of a code with |e'_k| <= q, where s_k is half of
 // D_k - |r'|^2: what is said there and C 2^-148 where products underflow. The definition's own sums are off by a
 // relative (C/8 + 8) 2^-53 at most, which E(q) is made to include.
 //
@@ -27,8 +27,8 @@
 //
 // Test. With relative errors of at most `eta`, S the sum of the w up to and including code j and T the sum of those
 // behind, S (1 - eta) (1 - u) > T (1 + eta) u says that the exact sums are on the same side.
-#include "common/code_scores.h"
-#include "ops/stochastic_residual_search/sample.h"
+#include "ops/stochastic_residual_search/kernel_table.h"
+#include "shared/code_scores.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

@@ -12,9 +12,9 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
 #include "common/philox.h"
 #include "ops/stochastic_residual_search/params.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace stochastic_residual_search {

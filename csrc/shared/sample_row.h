@@ -19,8 +19,8 @@
 // and cuts among them fall where the definition has them.
 #pragma once
 
-#include "common/sampling.h"
 #include "common/simd.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

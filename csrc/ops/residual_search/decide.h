@@ -1,8 +1,8 @@
 // The decision between candidates, in the definition's arithmetic. For cpu_simd.cpp.
 #pragma once
 
-#include "common/exact.h"
-#include "ops/residual_search/scan.h"
+#include "ops/residual_search/kernel_table.h"
+#include "shared/exact.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

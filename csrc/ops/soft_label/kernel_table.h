@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/centred_codes.h"
 #include "ops/soft_label/params.h"
+#include "shared/centered_codes.h"
 
 namespace rqk {
 

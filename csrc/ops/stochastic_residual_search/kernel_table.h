@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/centred_codes.h"
+#include "shared/centered_codes.h"
 
 namespace rqk {
 

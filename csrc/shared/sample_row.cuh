@@ -1,4 +1,4 @@
-// Draws one code from one row of logits on a GPU, by one block: the definition of common/sample_row.h.
+// Draws one code from one row of logits on a GPU, by one block: the definition of shared/sample_row.h.
 //
 // Both cuts are thresholds on the bits of a float, found digit by digit (11, 11 and 10 bits): a histogram in shared
 // memory of what the codes measure, one or their weight, and the bin in which the target lies. Weights are integers,
@@ -13,7 +13,7 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/sampling.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 

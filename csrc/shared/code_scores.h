@@ -18,9 +18,9 @@
 
 #include <cstddef>
 
-#include "common/centred_codes.h"
-#include "common/exact.h"
 #include "common/simd.h"
+#include "shared/centered_codes.h"
+#include "shared/exact.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {

@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
-#include "common/centred_codes.h"
-#include "common/codebooks.h"
 #include "common/parallel.h"
+#include "shared/centered_codes.h"
+#include "shared/codebooks.h"
 
 namespace rqk {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/sampling.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 
