@@ -126,8 +126,10 @@ void add_sorted(const CodeStatisticsParams& p, Slice slice, const int64_t* place
 
 }  // namespace
 
-extern const code_statistics::Kernels statistics_kernels;
-const code_statistics::Kernels statistics_kernels{add_direct, add_sorted};
+constexpr CodeStatisticsKernels code_statistics_kernels = {
+    .add_direct = add_direct,
+    .add_sorted = add_sorted,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -18,16 +18,14 @@
 
 #include "common/device.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "ops/depth_decode/params.h"
-#include "shared/sample_row.cuh"
 
 namespace rqk {
 namespace depth_decode {
 
 constexpr int kRowGroup = 8;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 template <WeightType kType>
 constexpr int kStepInputs = kType == WeightType::kFloat32    ? 2
                             : kType == WeightType::kBFloat16 ? 16

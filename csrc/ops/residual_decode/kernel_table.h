@@ -1,23 +1,18 @@
-// The part of the CPU decode that is compiled once per instruction set, as cpu.cpp calls it.
+// CPU kernels of residual_decode, one table per instruction set.
 #pragma once
 
 #include <cstdint>
 
+#include "common/cpu_capability.h"
 #include "ops/residual_decode/params.h"
 
 namespace rqk {
 
-// Decodes rows [begin, end); returns whether all their codes were good.
-using DecodeRows = bool (*)(const ResidualDecodeParams&, int64_t begin, int64_t end);
+struct ResidualDecodeKernels {
+  // Decodes rows [begin, end); returns whether all their codes are in range.
+  bool (*decode_rows)(const ResidualDecodeParams& params, int64_t begin, int64_t end);
+};
 
-namespace default_ {
-bool decode_rows(const ResidualDecodeParams&, int64_t begin, int64_t end);
-}
-namespace avx2 {
-bool decode_rows(const ResidualDecodeParams&, int64_t begin, int64_t end);
-}
-namespace avx512 {
-bool decode_rows(const ResidualDecodeParams&, int64_t begin, int64_t end);
-}
+RQK_DECLARE_KERNEL_TABLE(ResidualDecodeKernels, residual_decode_kernels)
 
 }  // namespace rqk

@@ -5,8 +5,10 @@
 namespace rqk {
 namespace RQK_CAPABILITY {
 
-extern const SampleLogitsKernel sample_logits_kernel;
-const SampleLogitsKernel sample_logits_kernel = {sample_scratch_bytes, sample_row};
+constexpr SampleLogitsKernels sample_logits_kernels = {
+    .scratch_bytes = sample_scratch_bytes,
+    .sample_row = sample_row,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

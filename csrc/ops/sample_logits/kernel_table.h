@@ -4,16 +4,19 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cpu_capability.h"
 #include "shared/sample_settings.h"
 
 namespace rqk {
 
-struct SampleLogitsKernel {
-  // Bytes of scratch that `draw` needs.
+struct SampleLogitsKernels {
+  // Bytes of scratch that `sample_row` needs.
   size_t (*scratch_bytes)(int64_t num_codes);
   // The code of one row, -1 where it has NaN, +inf, or nothing but -inf.
-  int64_t (*draw)(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
-                  void* scratch);
+  int64_t (*sample_row)(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
+                        void* scratch);
 };
+
+RQK_DECLARE_KERNEL_TABLE(SampleLogitsKernels, sample_logits_kernels)
 
 }  // namespace rqk
