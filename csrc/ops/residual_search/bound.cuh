@@ -22,7 +22,7 @@ __device__ inline uint32_t bf16_bits(float x) {
 // A float at least as large as `value`, which must not be negative; 1e-44 covers what denormals lose.
 __device__ inline float round_up(double value) { return float(value + 1.2e-7 * value + 1e-44); }
 
-// What flushing denormals can cost a sum over all channels, or a norm.
+// An upper bound of what flushing denormals costs a sum over all channels, or a norm.
 __device__ inline double denormal_loss(int64_t channels) { return 2.4e-38 * double(channels); }
 
 // G of B5: the error of all mma of a sum, relative to the sum of magnitudes.

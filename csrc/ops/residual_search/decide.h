@@ -9,8 +9,8 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-// How far two exact half distances can differ while the definition still orders them the other way round. `extent` is
-// r| + max|e|. Bound B1 (docs/bounds.md).
+// The largest difference of two exact half distances that the definition may order the other way round. `extent` is
+// |r| + max|e|. Bound B1 (docs/bounds.md).
 inline double decision_slack(double extent, int64_t channels) {
   return 1.1 * (double(channels) / 8 + 8) * 0x1p-53 * extent * extent;
 }
