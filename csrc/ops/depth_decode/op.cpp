@@ -112,7 +112,7 @@ Tensor transformer_step(Tensor x, Tensor blocks, Tensor keys, Tensor values, int
   }
 #ifdef RQK_CUDA_LIBRARY
   if (sizes[3] * (width / heads) > INT32_MAX) {
-    rqk::value_error(kStep, ": keys must have fewer than 2^31 numbers to a head on CUDA, got ", rqk::shape_of(keys));
+    rqk::value_error(kStep, ": keys must have fewer than 2^31 elements per head on CUDA, got ", rqk::shape_of(keys));
   }
 #endif
   for (const auto& [name, tensor] : {std::pair{"blocks", blocks}, {"keys", keys}, {"values", values}}) {
