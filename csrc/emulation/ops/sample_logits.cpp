@@ -20,8 +20,8 @@ std::vector<Array> sample_logits(const Inputs& inputs) {
   const DeviceBuffer on_device(sizeof(counters), counters), logits_nk = to_device(logits);
   DeviceBuffer codes = device_array("<i8", {p.rows});
   if (inputs.number(6) != 0) {
-    p.offset_there = static_cast<const int64_t*>(on_device.data());
-    p.stream_there = p.offset_there + 1;
+    p.offset_ptr = static_cast<const int64_t*>(on_device.data());
+    p.stream_ptr = p.offset_ptr + 1;
   } else {
     p.offset = counters[0];
     p.stream = counters[1];
