@@ -223,35 +223,18 @@ def public_functions(path: Path) -> set[str]:
 
 
 def cases_of(path: Path) -> list[str]:
-    """The functions of an operator's emulation file that are cases, to be run by name."""
+    """The cases that an operator's emulation file registers, to be run by name."""
     text = path.read_text() if path.exists() else ""
-    return re.findall(r"^std::vector<Array> (\w+)\(const Inputs& inputs\)", text, re.MULTILINE)
-
-
-def built_slugs(cmake_lists: Path) -> list[str]:
-    """What CMakeLists.txt compiles: the names in RQK_OPS."""
-    (names,) = re.findall(r"^set\(RQK_OPS\s+([\w\s]*)\)", cmake_lists.read_text(), re.MULTILINE)
-    return names.split()
+    return re.findall(r"^RQK_CASE\((\w+)\)", text, re.MULTILINE)
 
 
 def table_violations(root: Path) -> list[str]:
-    """Every slug stands in the tables: what CMake builds, what the emulation runs by name, what a GPU is tried on."""
+    """Every slug can be run by name in the emulation, and is tried on a GPU."""
     found = []
-    built = built_slugs(root / "CMakeLists.txt")
-    emulation = root / "csrc" / "emulation"
-    header, table = ((emulation / name).read_text() for name in ("cases.h", "cases.cpp"))
     gpu_check = (root / "benchmarks" / "gpu_check.py").read_text()
     for slug in slugs_of(root):
-        if slug not in built:
-            found.append(f"{slug}: RQK_OPS in CMakeLists.txt does not name it")
-        cases = cases_of(emulation / "ops" / f"{slug}.cpp")
-        if not cases:
+        if not cases_of(root / "csrc" / "emulation" / "ops" / f"{slug}.cpp"):
             found.append(f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case")
-        for case in cases:
-            if f" {case}(const Inputs& inputs);" not in header:
-                found.append(f"{slug}: csrc/emulation/cases.h does not declare {case}")
-            if f'{{"{case}", {case}}}' not in table:
-                found.append(f"{slug}: kOperators in csrc/emulation/cases.cpp does not name {case}")
         public = public_functions(root / "rqkernels" / "ops" / f"{slug}.py")
         if not any(f"rqkernels.{name}(" in gpu_check for name in public):
             found.append(f"{slug}: benchmarks/gpu_check.py does not call it")
@@ -325,12 +308,8 @@ GOOD_TREE: dict[str, str] = {
     "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/device.h"\n',
     "csrc/emulation/device.h": '#include "emulation/runtime.h"\n',
     "csrc/emulation/CMakeLists.txt": "add_library(x OBJECT x.cpp)  # install()s nothing\n",
-    "csrc/emulation/ops/search.cpp": (
-        '#include "ops/search/params.h"\nstd::vector<Array> search(const Inputs& inputs) {\n'
-    ),
-    "csrc/emulation/cases.h": "std::vector<Array> search(const Inputs& inputs);\n",
-    "csrc/emulation/cases.cpp": '    {"search", search},\n',
-    "CMakeLists.txt": "set(RQK_OPS search)\n",
+    "csrc/emulation/ops/search.cpp": '#include "ops/search/params.h"\nRQK_CASE(search) {\n',
+    "CMakeLists.txt": "file(GLOB op_sources CONFIGURE_DEPENDS csrc/ops/*/op.cpp)\n",
     "benchmarks/gpu_check.py": "    rqkernels.search(x)\n",
     "csrc/ops/search/params.h": "#include <cstdint>\n",
     "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
@@ -459,10 +438,7 @@ def test_a_broken_inventory_is_found(tmp_path: Path, files: dict[str, str], mess
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("CMakeLists.txt", "set(RQK_OPS other\n    another)\n", "search: RQK_OPS in CMakeLists.txt does not name it"),
         ("csrc/emulation/ops/search.cpp", "", "search: csrc/emulation/ops/search.cpp defines no case"),
-        ("csrc/emulation/cases.h", "", "search: csrc/emulation/cases.h does not declare search"),
-        ("csrc/emulation/cases.cpp", "", "search: kOperators in csrc/emulation/cases.cpp does not name search"),
         ("benchmarks/gpu_check.py", "", "search: benchmarks/gpu_check.py does not call it"),
     ],
 )
