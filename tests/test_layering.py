@@ -49,6 +49,7 @@ FILES_OF_A_SLUG = (
     "csrc/ops/{slug}/op.cpp",
     "csrc/ops/{slug}/cpu.cpp",
     "csrc/ops/{slug}/cpu_simd.cpp",
+    "csrc/ops/{slug}/kernel_table.h",
     "csrc/ops/{slug}/kernel.cuh",
     "csrc/ops/{slug}/cuda.cu",
     "csrc/emulation/ops/{slug}.cpp",
@@ -163,7 +164,7 @@ def kernel_package_violations(root: Path) -> list[str]:
 
 
 def include_violations(root: Path) -> list[str]:
-    """No operator's folder includes another's, common/ includes none, and device code sees no torch."""
+    """No operator's folder includes another's, shared/ none of them, common/ neither; device code sees no torch."""
     found = []
     csrc = root / "csrc"
     slugs = slugs_of(root)
@@ -177,11 +178,50 @@ def include_violations(root: Path) -> list[str]:
             target = posixpath.normpath(match.group(1))
             at = where(path, root, number)
             for other in set(target.split("/")[:-1]) & (set(slugs) - {here}):
-                if here in slugs or here == "common":
+                if here in slugs or here in ("common", "shared"):
                     found.append(f"{at}: {here} includes {other}")
+            if here == "common" and "shared" in target.split("/")[:-1]:
+                found.append(f"{at}: common includes shared")
             if (path.name == "params.h" or path.suffix == ".cuh") and target.split("/")[0] in ("torch", "ATen", "c10"):
                 found.append(f"{at}: {path.name} includes {target}")
     return found
+
+
+def csrc_includes(path: Path, csrc: Path) -> Iterator[Path]:
+    """The headers of csrc that a file includes itself."""
+    for found in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+        for target in (csrc / found, path.parent / found):
+            if target.is_file():
+                yield target.resolve()
+
+
+def shared_violations(root: Path) -> list[str]:
+    """Every header of csrc/shared serves two operators: what one alone includes belongs in that one's folder."""
+    csrc = (root / "csrc").resolve()
+    users: dict[Path, set[str]] = {path: set() for path in sorted((csrc / "shared").glob("*"))}
+    for slug in slugs_of(root):
+        pending = [p for p in (csrc / "ops" / slug).iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+        reached: set[Path] = set()
+        while pending:
+            reached.add(path := pending.pop())
+            pending += [p for p in csrc_includes(path, csrc) if p not in reached]
+        for path in users.keys() & reached:
+            users[path].add(slug)
+    return [
+        f"{path.relative_to(csrc.parent).as_posix()}: included by {', '.join(sorted(slugs)) or 'no operator'} alone"
+        for path, slugs in users.items()
+        if len(slugs) < 2
+    ]
+
+
+def build_violations(root: Path) -> list[str]:
+    """CMake builds the folders of csrc/ops as they stand: no list of operators is kept beside them."""
+    return [
+        f"{path.relative_to(root).as_posix()}: names {slug}"
+        for path in (root / "CMakeLists.txt", root / "csrc" / "emulation" / "CMakeLists.txt")
+        for slug in slugs_of(root)
+        if re.search(rf"\b{slug}\b", path.read_text())
+    ]
 
 
 def emulation_violations(root: Path) -> list[str]:
@@ -266,6 +306,8 @@ RULES = (
     room_violations,
     kernel_package_violations,
     include_violations,
+    shared_violations,
+    build_violations,
     emulation_violations,
     inventory_violations,
     case_violations,
@@ -310,7 +352,8 @@ GOOD_TREE: dict[str, str] = {
     "csrc/ops/search/params.h": "#include <cstdint>\n",
     "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
     "csrc/ops/search/cpu.cpp": '#include "params.h"\n',
-    "csrc/ops/search/cpu_simd.cpp": '#include "params.h"\n',
+    "csrc/ops/search/cpu_simd.cpp": '#include "kernel_table.h"\n',
+    "csrc/ops/search/kernel_table.h": '#include "params.h"\n',
     "csrc/ops/search/kernel.cuh": '#include "../../common/philox.h"\n#include "params.h"\n',
     "csrc/ops/search/cuda.cu": '#include "kernel.cuh"\n',
     "tests/support/op_calls/search.py": "",
@@ -387,6 +430,9 @@ def test_a_broken_kernel_package_is_found(tmp_path: Path, file: str, text: str, 
         ("ops/search/cpu.cpp", "<ops/decode/params.h>", "search includes decode"),
         ("ops/decode/kernel.cuh", '"search/kernel.cuh"', "decode includes search"),
         ("common/checks.h", '"ops/search/params.h"', "csrc/common/checks.h:1: common includes search"),
+        ("common/checks.h", '"shared/rows.h"', "csrc/common/checks.h:1: common includes shared"),
+        ("common/checks.h", '"../shared/rows.h"', "common includes shared"),
+        ("shared/rows.h", '"ops/search/params.h"', "csrc/shared/rows.h:1: shared includes search"),
         ("ops/search/kernel.cuh", "<torch/csrc/stable/tensor.h>", "kernel.cuh includes torch/csrc"),
         ("ops/search/scan.cuh", "<torch/csrc/stable/tensor.h>", "scan.cuh includes torch/csrc"),
         ("ops/search/params.h", "<torch/csrc/stable/tensor.h>", "params.h includes torch/csrc"),
@@ -396,6 +442,35 @@ def test_a_broken_include_is_found(tmp_path: Path, file: str, include: str, mess
     files = {"csrc/ops/decode/params.h": "", f"csrc/{file}": f"  #  include {include}\n"}
     (violation,) = include_violations(plant(tmp_path, files))
     assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("includes", "message"),
+    [
+        ({}, "csrc/shared/rows.h: included by no operator alone"),
+        ({"search/cpu.cpp": '"shared/rows.h"'}, "csrc/shared/rows.h: included by search alone"),
+        ({"search/cpu.cpp": '"tile.h"', "search/tile.h": '"../../shared/rows.h"'}, "included by search alone"),
+    ],
+)
+def test_a_shared_header_of_one_operator_is_found(tmp_path: Path, includes: dict[str, str], message: str) -> None:
+    files = {f"csrc/ops/{name}": f"#include {header}\n" for name, header in includes.items()}
+    (violation,) = shared_violations(plant(tmp_path, {"csrc/shared/rows.h": "", **files}))
+    assert message in violation
+
+
+def test_a_shared_header_may_be_reached_through_another(tmp_path: Path) -> None:
+    files = {
+        "csrc/shared/rows.h": "",
+        "csrc/shared/tile.h": '#include "shared/rows.h"\n',
+        "csrc/ops/search/cpu.cpp": '#include "shared/tile.h"\n',
+        "csrc/ops/decode/cpu.cpp": '#include "shared/tile.h"\n',
+    }
+    assert shared_violations(plant(tmp_path, files)) == []
+
+
+@pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/emulation/CMakeLists.txt"])
+def test_a_list_of_operators_in_cmake_is_found(tmp_path: Path, file: str) -> None:
+    assert build_violations(plant(tmp_path, {file: "set(OPS search)\n"})) == [f"{file}: names search"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 // torch.set_flush_denormal would otherwise decide, thread by thread.
 #pragma once
 
-#ifdef RQK_X86
+#if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
@@ -10,7 +10,7 @@ namespace rqk {
 
 template <bool kFlush>
 class DenormalResults {
-#ifdef RQK_X86
+#if defined(__x86_64__)
  public:
   DenormalResults() : saved_(_mm_getcsr()) {
     _mm_setcsr((saved_ & ~(kFlushToZero | kDenormalsAreZero)) | (kFlush ? kFlushToZero : 0));

@@ -45,13 +45,13 @@ inline unsigned grid_for(int64_t items) {
 
 // What every launch may use of shared memory, static and dynamic. More must be asked for, which takes time: it is done
 // where the dynamic part alone is above 36 KiB, and a kernel that has a smaller one may declare 12 KiB.
-constexpr size_t kFreeShared = 48 * 1024, kUnaskedShared = 36 * 1024;
+constexpr size_t kDefaultShared = 48 * 1024, kDefaultDynamicShared = 36 * 1024;
 
 #ifdef __CUDACC__
 // Asks for all that the device has, once for a kernel and device: were it for `shared` bytes, then another thread could
 // ask for less before this one launches.
 template <class Kernel>
-cudaError_t ask_for_shared(const char* op, Kernel* kernel, size_t shared) {
+cudaError_t raise_shared_limit(const char* op, Kernel* kernel, size_t shared) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
@@ -68,7 +68,7 @@ void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 bl
                    const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-  cudaError_t error = shared > kUnaskedShared ? ask_for_shared(op, kernel, shared) : cudaSuccess;
+  cudaError_t error = shared > kDefaultDynamicShared ? raise_shared_limit(op, kernel, shared) : cudaSuccess;
   if (error == cudaSuccess) kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(args...);
   // A launch reports a bad configuration here, and an error of an earlier kernel too. What failed before it is
   // forgotten, or the next launch would find it.
@@ -77,7 +77,8 @@ void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 bl
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
 #else
   static_cast<void>(stream);
-  const size_t most = shared > kUnaskedShared ? static_cast<size_t>(emulation::device().shared_bytes) : kFreeShared;
+  const size_t most =
+      shared > kDefaultDynamicShared ? static_cast<size_t>(emulation::device().shared_bytes) : kDefaultShared;
   emulation::launch(op, grid, block, shared, most, [&] { kernel(args...); });
 #endif
 }

@@ -18,7 +18,7 @@ namespace {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialised memory, aligned to a cache line.
+// Uninitialized memory, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
@@ -85,7 +85,7 @@ class Phases {
  private:
   static constexpr int kTurns = 2000;
   static void relax() {
-#ifdef RQK_X86
+#if defined(__x86_64__)
     _mm_pause();
 #endif
   }

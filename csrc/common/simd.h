@@ -21,11 +21,9 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  // Past the caches, to an aligned address; finish_streams() before another thread may read it.
-  void stream(float* p) const { _mm512_stream_ps(p, v); }
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-  void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  static Vec load_partial(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store_partial(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -36,10 +34,10 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline float smallest_of(Vec a) { return _mm512_reduce_min_ps(a.v); }
-inline float largest_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
-inline uint32_t at_most(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LE_OQ); }
+inline uint32_t cmp_le_mask(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LE_OQ); }
 
 struct VecInt {
   __m512i v;
@@ -62,14 +60,13 @@ inline Vec times_power_of_two(Vec a, Vec n) {
 }
 inline VecInt nearest_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline Vec to_float(VecInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline int32_t sum_of(VecInt a) { return _mm512_reduce_add_epi32(a.v); }
+inline int32_t reduce_add(VecInt a) { return _mm512_reduce_add_epi32(a.v); }
 inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(a.v));
 }
 
-// Past the caches, to an address that is a multiple of the vector's size; in order after end_streams.
+// Non-temporal store; see stream_fence().
 inline void stream(Vec a, float* p) { _mm512_stream_ps(p, a.v); }
-inline void end_streams() { _mm_sfence(); }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -122,7 +119,7 @@ struct Lanes8 {
   __m512d v;
   static Lanes8 zero() { return {_mm512_setzero_pd()}; }
   static Lanes8 load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
-  static Lanes8 load_first(const float* p, int64_t n) {
+  static Lanes8 load_partial(const float* p, int64_t n) {
     return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p))};
   }
   static Lanes8 fill(double a) { return {_mm512_set1_pd(a)}; }
@@ -169,11 +166,9 @@ struct Vec {
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec fill(float a) { return {_mm256_set1_ps(a)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  // Past the caches, to an aligned address; finish_streams() before another thread may read it.
-  void stream(float* p) const { _mm256_stream_ps(p, v); }
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
-  void store_first(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  static Vec load_partial(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store_partial(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -186,14 +181,14 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline float smallest_of(Vec a) {
+inline float reduce_min(Vec a) {
   const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
 }
-inline float largest_of(Vec a) { return -smallest_of(Vec::zero() - a); }
+inline float reduce_max(Vec a) { return -reduce_min(Vec::zero() - a); }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
-inline uint32_t at_most(Vec a, Vec limit) {
+inline uint32_t cmp_le_mask(Vec a, Vec limit) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, limit.v, _CMP_LE_OQ)));
 }
 
@@ -212,7 +207,7 @@ inline Vec times_power_of_two(Vec a, Vec n) {
 }
 inline VecInt nearest_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline Vec to_float(VecInt a) { return {_mm256_cvtepi32_ps(a.v)}; }
-inline int32_t sum_of(VecInt a) {
+inline int32_t reduce_add(VecInt a) {
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
   return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
@@ -224,9 +219,8 @@ inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(words, words));
 }
 
-// Past the caches, to an address that is a multiple of the vector's size; in order after end_streams.
+// Non-temporal store; see stream_fence().
 inline void stream(Vec a, float* p) { _mm256_stream_ps(p, a.v); }
-inline void end_streams() { _mm_sfence(); }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -285,7 +279,7 @@ struct Lanes8 {
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))};
   }
   static Lanes8 load(const float* p) { return of(Vec::load(p)); }
-  static Lanes8 load_first(const float* p, int64_t n) { return of(Vec::load_first(p, n)); }
+  static Lanes8 load_partial(const float* p, int64_t n) { return of(Vec::load_partial(p, n)); }
   static Lanes8 fill(double a) { return {_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
   static Lanes8 load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
   void store(double* p) const {
@@ -373,15 +367,9 @@ struct Vec {
   }
   static Vec fill(float a) { return {Lanes{a, a, a, a}}; }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
-  // Past the caches where the processor can, to an aligned address; finish_streams() before another thread may read it.
-#if defined(__SSE2__)
-  void stream(float* p) const { _mm_stream_ps(p, (__m128)v); }
-#else
-  void stream(float* p) const { store(p); }
-#endif
   // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int64_t n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
-  void store_first(float* p, int64_t n) const {
+  static Vec load_partial(const float* p, int64_t n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
+  void store_partial(float* p, int64_t n) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 };
@@ -389,7 +377,7 @@ inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
-inline uint32_t at_most(Vec a, Vec limit) {
+inline uint32_t cmp_le_mask(Vec a, Vec limit) {
 #if defined(__SSE2__)
   return uint32_t(_mm_movemask_ps(_mm_cmple_ps((__m128)a.v, (__m128)limit.v)));
 #else
@@ -402,11 +390,11 @@ inline uint32_t at_most(Vec a, Vec limit) {
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-inline float smallest_of(Vec a) {
+inline float reduce_min(Vec a) {
   const float x = a.v[0] < a.v[1] ? a.v[0] : a.v[1], y = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
   return x < y ? x : y;
 }
-inline float largest_of(Vec a) { return -smallest_of(Vec::zero() - a); }
+inline float reduce_max(Vec a) { return -reduce_min(Vec::zero() - a); }
 inline Vec rounded(Vec a) {
   for (int j = 0; j < Vec::kSize; ++j) a.v[j] = __builtin_rintf(a.v[j]);
   return a;
@@ -426,9 +414,14 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   return a;
 }
 
-// Past the caches, where the instruction set can.
-inline void stream(Vec a, float* p) { a.store(p); }
-inline void end_streams() {}
+// Non-temporal store where the instruction set has one; see stream_fence().
+inline void stream(Vec a, float* p) {
+#if defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)a.v);
+#else
+  a.store(p);
+#endif
+}
 inline float bits_to_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
@@ -494,8 +487,8 @@ struct Lanes8 {
     return lanes;
   }
   void store(double* p) const { __builtin_memcpy(p, v, sizeof v); }
-  static Lanes8 load(const float* p) { return load_first(p, 8); }
-  static Lanes8 load_first(const float* p, int64_t n) {
+  static Lanes8 load(const float* p) { return load_partial(p, 8); }
+  static Lanes8 load_partial(const float* p, int64_t n) {
     Lanes8 lanes{};
     for (int64_t j = 0; j < n; ++j) lanes.v[j] = double(p[j]);
     return lanes;
@@ -576,7 +569,7 @@ struct BFloat16 {
 
 // The first n of a vector, fewer than there are, then `rest`.
 template <class F>
-inline Vec load_first(const typename F::T* p, int64_t n, float rest) {
+inline Vec load_partial(const typename F::T* p, int64_t n, float rest) {
   typename F::T raw[Vec::kSize] = {};
   float values[Vec::kSize];
   __builtin_memcpy(raw, p, size_t(n) * sizeof(*p));
@@ -586,7 +579,7 @@ inline Vec load_first(const typename F::T* p, int64_t n, float rest) {
 }
 
 template <class F>
-inline void store_first(Vec a, typename F::T* p, int64_t n) {
+inline void store_partial(Vec a, typename F::T* p, int64_t n) {
   typename F::T raw[Vec::kSize];
   F::store(a, raw);
   __builtin_memcpy(p, raw, size_t(n) * sizeof(*p));
@@ -623,7 +616,9 @@ inline Lanes8 exp(Lanes8 x) {
   return series * low_bits_as_exponent(shifted);
 }
 
-inline void finish_streams() {
+// Orders earlier calls of stream(), whose address must be aligned to the vector, before whatever follows: call it
+// before another thread may read what they wrote.
+inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif

@@ -234,7 +234,7 @@ __global__ void too_much_static_shared(SelfTestParams p) {
 #endif
 
 // Together more than every launch may use, and the dynamic part is too small for launch_kernel to ask for more.
-__global__ void too_much_unasked_shared(SelfTestParams p) {
+__global__ void too_much_default_shared(SelfTestParams p) {
   CU_SHARED(int32_t, large, [5 * 1024]);
   CU_DYN_SMEM(int32_t, tile);
   large[threadIdx.x] = tile[threadIdx.x] = p.in[threadIdx.x];
@@ -432,7 +432,7 @@ const SelfTest self_tests[] = {
 #ifndef __CUDACC__
     {"too_much_static_shared", run<too_much_static_shared>},
 #endif
-    {"too_much_unasked_shared", run<too_much_unasked_shared, 1, 64, 30 * 1024>},
+    {"too_much_default_shared", run<too_much_default_shared, 1, 64, 30 * 1024>},
     {"too_much_dynamic_shared", run<copy, 1, 64, 227 * 1024 + 1>},
     {"too_many_threads", run<copy, 1, 1025>},
     {"read_past_global", run<read_past_global>},

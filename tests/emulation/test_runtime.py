@@ -333,7 +333,7 @@ def test_a_broken_pipeline_fails(emulation: Emulation, mistake: str) -> None:
         ("missing_lanes", r"thread 48 of the mask is beyond the block"),
         ("bad_width", r"shuffle width must be a power of two up to 32, got 12 at self_test.cpp"),
         ("too_much_static_shared", r"limited to 49152 bytes; with large the kernel declares 49156"),
-        ("too_much_unasked_shared", r"at most 49152 bytes of shared memory; with large the kernel uses 51200"),
+        ("too_much_default_shared", r"at most 49152 bytes of shared memory; with large the kernel uses 51200"),
         ("too_much_dynamic_shared", r"at most 232448 bytes of shared memory; the launch asks for 232449"),
         ("too_many_threads", r"1 to 1024 threads, at most 64 in z; got \(1025, 1, 1\)"),
         ("copy_never_awaited", r"thread 0 returned without waiting for its cp.async at self_test.cpp:\d+"),

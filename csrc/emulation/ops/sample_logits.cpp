@@ -18,8 +18,8 @@ RQK_CASE(sample_logits) {
   p.seed = inputs.bits("seed");
   p.streams = inputs.integer("streams");
   if (inputs.flag("on_device")) {
-    p.offset_there = counters_device.as<const int64_t>();
-    p.stream_there = p.offset_there + 1;
+    p.offset_ptr = counters_device.as<const int64_t>();
+    p.stream_ptr = p.offset_ptr + 1;
   } else {
     p.offset = counters[0];
     p.stream = counters[1];

@@ -14,12 +14,9 @@
 
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
-#include "ops/code_statistics/cpu_simd.h"
+#include "ops/code_statistics/kernel_table.h"
 
 namespace rqk {
-
-RQK_DECLARE_KERNEL(code_statistics::Kernels, statistics_kernels)
-
 namespace {
 
 using code_statistics::Accumulators;
@@ -97,7 +94,7 @@ void launch_direct(const CodeStatisticsParams& p, const Plan& plan) {
       for (int64_t task = worker; task < plan.groups * plan.slices; task += plan.workers) {
         const int64_t first = task % plan.slices * plan.slice, codebook = task / plan.slices * plan.group;
         const int64_t codebooks = std::min(plan.group, p.codebooks - codebook);
-        RQK_KERNEL(statistics_kernels)
+        RQK_KERNEL_TABLE(code_statistics_kernels)
             .add_direct(p, {codebook, codebooks, first, std::min(plan.slice, p.channels - first)}, own);
       }
     }
@@ -138,7 +135,7 @@ void launch_sorted(const CodeStatisticsParams& p, const Plan& plan) {
       for (int64_t worker = first_worker; worker < last_worker; ++worker) {
         for (int64_t task = worker; task < tasks; task += plan.workers) {
           const int64_t first = task % plan.slices * plan.slice, begin = task / plan.slices * codes_per_task;
-          RQK_KERNEL(statistics_kernels)
+          RQK_KERNEL_TABLE(code_statistics_kernels)
               .add_sorted(p, {b, 1, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
                           begin, std::min(begin + codes_per_task, p.num_codes));
         }

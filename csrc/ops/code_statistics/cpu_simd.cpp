@@ -2,7 +2,7 @@
 //
 // Plain loops of fixed length over blocks of channels, which the compiler turns into vectors. No sum here is fused or
 // reordered, so the instruction set changes no bit.
-#include "ops/code_statistics/cpu_simd.h"
+#include "ops/code_statistics/kernel_table.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -126,8 +126,10 @@ void add_sorted(const CodeStatisticsParams& p, Slice slice, const int64_t* place
 
 }  // namespace
 
-extern const code_statistics::Kernels statistics_kernels;
-const code_statistics::Kernels statistics_kernels{add_direct, add_sorted};
+constexpr CodeStatisticsKernels code_statistics_kernels = {
+    .add_direct = add_direct,
+    .add_sorted = add_sorted,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

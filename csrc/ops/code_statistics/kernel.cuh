@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/warp.cuh"
 #include "ops/code_statistics/params.h"
 
 namespace rqk {
@@ -58,15 +59,6 @@ __device__ inline uint32_t key_of(const CodeStatisticsParams& p, int64_t i, bool
   return static_cast<uint32_t>(code + (p.codebooks > 1 ? d * p.num_codes : 0));
 }
 
-// The sum of the values of this lane and all before it.
-__device__ inline uint32_t scan_warp(uint32_t value) {
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, value, distance);
-    if (static_cast<int>(threadIdx.x) % 32 >= distance) value += other;
-  }
-  return value;
-}
-
 // Grid: chunks.
 __global__ void __launch_bounds__(kThreads) count_digits(CodeStatisticsParams p, Workspace w) {
   CU_SHARED(uint32_t, count, [kDigits]);
@@ -94,14 +86,14 @@ __global__ void __launch_bounds__(kThreads) scan_chunks(Workspace w) {
   for (int first = 0; first < w.chunks; first += 32) {
     const int chunk = first + lane;
     const uint32_t count = chunk < w.chunks ? places[chunk] : 0;
-    const uint32_t inclusive = scan_warp(count);
+    const uint32_t inclusive = scan_of_warp(count);
     if (chunk < w.chunks) places[chunk] = total + inclusive - count;
-    total += __shfl_sync(0xffffffffu, inclusive, 31);
+    total += __shfl_sync(kFullWarp, inclusive, 31);
     bad |= w.pass == 0 && digit == 0 && chunk < w.chunks && w.bad_in_chunk[chunk] != 0;
   }
   if (lane == 0) w.totals[digit] = total;
   if (w.pass > 0 || digit > 0) return;
-  const int any_bad = __any_sync(0xffffffffu, bad);
+  const int any_bad = __any_sync(kFullWarp, bad);
   if (lane == 0) *w.bad = any_bad != 0;
 }
 
@@ -116,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) place_items(CodeStatisticsParams p, 
 
   // Thread d knows where the next item of digit d goes.
   uint32_t next = w.totals[threadIdx.x], valid = 0;
-  const uint32_t inclusive = scan_warp(next);
+  const uint32_t inclusive = scan_of_warp(next);
   if (lane == 31) warp_totals[warp] = inclusive;
   __syncthreads();
   next = inclusive - next + w.places[int64_t(threadIdx.x) * w.chunks + blockIdx.x];
@@ -137,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) place_items(CodeStatisticsParams p, 
       key[j] = i >= end ? kDropped : w.pass == 0 ? key_of(p, i, bad) : w.keys_in[i];
       number[j] = w.pass == 0 || i >= end ? static_cast<uint32_t>(i) : w.items_in[i];
       const uint32_t digit = key[j] == kDropped ? kDigits : (key[j] >> shift) % kDigits;
-      const unsigned same = __match_any_sync(0xffffffffu, digit);
+      const unsigned same = __match_any_sync(kFullWarp, digit);
       const unsigned before = same & ((1u << lane) - 1);
       rank[j] = digit == kDigits ? 0 : place[warp][digit] + __popc(before);
       __syncwarp();

@@ -7,13 +7,10 @@
 
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
-#include "ops/depth_attention/heads.h"
+#include "ops/depth_attention/kernel_table.h"
 #include "ops/depth_attention/params.h"
 
 namespace rqk {
-
-RQK_DECLARE_KERNEL(DepthAttentionKernel, depth_attention_kernel)
-
 namespace {
 
 // Of what a thread takes at a time.
@@ -39,15 +36,15 @@ void for_each_chunk(const DepthAttentionParams& p, int64_t scratch_floats, Work 
 }  // namespace
 
 void launch(const DepthAttentionParams& p, void*) {
-  const DepthAttentionKernel& kernel = RQK_KERNEL(depth_attention_kernel);
-  for_each_chunk(p, kernel.scratch(p, false),
-                 [&](int64_t begin, int64_t end, float* scratch) { kernel.forward(p, begin, end, scratch); });
+  const DepthAttentionKernels& kernels = RQK_KERNEL_TABLE(depth_attention_kernels);
+  for_each_chunk(p, kernels.scratch(p, false),
+                 [&](int64_t begin, int64_t end, float* scratch) { kernels.forward(p, begin, end, scratch); });
 }
 
 void launch(const DepthAttentionBackwardParams& p, void*) {
-  const DepthAttentionKernel& kernel = RQK_KERNEL(depth_attention_kernel);
-  for_each_chunk(p.forward, kernel.scratch(p.forward, true),
-                 [&](int64_t begin, int64_t end, float* scratch) { kernel.backward(p, begin, end, scratch); });
+  const DepthAttentionKernels& kernels = RQK_KERNEL_TABLE(depth_attention_kernels);
+  for_each_chunk(p.forward, kernels.scratch(p.forward, true),
+                 [&](int64_t begin, int64_t end, float* scratch) { kernels.backward(p, begin, end, scratch); });
 }
 
 }  // namespace rqk

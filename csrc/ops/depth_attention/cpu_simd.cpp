@@ -2,7 +2,8 @@
 //
 // A head of a stack is at most 32 rows: small enough to stay in the first-level cache, too small for anybody's tiles.
 // So a head goes from its q, k and v to its result in one piece:
-//   products  a tile of kGroups queries x 4 keys is one accumulator per pair, along the channels; sums() then folds
+//   products  a tile of kGroups queries x 4 keys is one accumulator per pair, along the channels; reduce_add_each()
+//   then folds
 //             them into one vector, a lane per pair.
 //   softmax   on such vectors: a query's keys are four lanes of each of its tiles, so that maximum and sum cost two
 //             shuffles for all queries of the tile.
@@ -16,8 +17,8 @@
 //
 // Moves 4 rows of head_dim per depth forward and 7 backward; computes 4 head_dim operations for each pair of a query
 // and a key that it sees, and 10 backward. At 4 depths the first is the limit.
-#include "ops/depth_attention/fours.h"
-#include "ops/depth_attention/heads.h"
+#include "ops/depth_attention/kernel_table.h"
+#include "ops/depth_attention/lane_groups.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -61,7 +62,7 @@ using Weights = float[kMostDepths][kMostDepths];
       for (int j = 0; j < 4; ++j) sum[4 * r + j] = fma(of_a, of_b[j], sum[4 * r + j]);
     }
   }
-  return sums(sum);
+  return reduce_add_each(sum);
 }
 
 // Tiles of the keys that some of kGroups queries from i0 on see.
@@ -76,7 +77,7 @@ alignas(64) constexpr float kKeyLessQuery[16] = {0, 1, 2, 3, -1, 0, 1, 2, -2, -1
 // a where the query sees the key, elsewhere b.
 [[gnu::always_inline]] inline Vec seen_or(const Head& head, int i0, int tile, Vec a, float b) {
   const int limit = i0 + head.offset - 4 * tile;
-  return limit >= 3 ? a : at_most_or(Vec::load(kKeyLessQuery), Vec::fill(float(limit)), a, Vec::fill(b));
+  return limit >= 3 ? a : select_le(Vec::load(kKeyLessQuery), Vec::fill(float(limit)), a, Vec::fill(b));
 }
 
 // Probabilities of kGroups queries from i0 on.
@@ -88,13 +89,13 @@ alignas(64) constexpr float kKeyLessQuery[16] = {0, 1, 2, 3, -1, 0, 1, 2, -2, -1
     p[t] = seen_or(head, i0, t, scores, -__builtin_inff());
     most = max(most, p[t]);
   }
-  most = max_of_four(most);
+  most = reduce_max_groups(most);
   Vec total = Vec::zero();
   for (int t = 0; t < tiles; ++t) {
     p[t] = exp((p[t] - most) * Vec::fill(head.exponents.factor));
     total = total + p[t];
   }
-  const Vec factor = Vec::fill(1) / sum_of_four(total);
+  const Vec factor = Vec::fill(1) / reduce_add_groups(total);
   for (int t = 0; t < tiles; ++t) p[t] = p[t] * factor;
 }
 
@@ -181,7 +182,7 @@ void attend_backward(const Head& head, Rows q, Rows k, Rows v, Rows grad, const 
       of_dp[t] = seen_or(head, i, t, dp, 0);
       total = fma(of_p[t], of_dp[t], total);
     }
-    total = sum_of_four(total);
+    total = reduce_add_groups(total);
     for (int t = 0; t < tiles; ++t) {
       store_groups(of_p[t], &p[i][4 * t], kMostDepths);
       store_groups(of_p[t] * (of_dp[t] - total) * Vec::fill(head.scale), &ds[i][4 * t], kMostDepths);
@@ -200,6 +201,15 @@ inline int64_t whole_vectors(int64_t head_dim) { return (head_dim + Vec::kSize -
 
 inline bool is_direct(const DepthAttentionParams& p) {
   return p.type == FloatType::kFloat32 && p.head_dim % Vec::kSize == 0;
+}
+
+inline Head head_of(const DepthAttentionParams& p) {
+  return {.queries = p.queries,
+          .keys = p.keys,
+          .offset = p.keys - p.queries,
+          .width = whole_vectors(p.head_dim),
+          .scale = p.scale,
+          .exponents = exponents_of(p.scale)};
 }
 
 template <class F, class T>
@@ -235,7 +245,7 @@ inline Rows read(const DepthAttentionParams& p, const HeadsIn& all, int64_t stac
     float* to = scratch.take(rows * width);
     for (int i = 0; i < rows; ++i, from += all.row_stride) {
       for (int64_t c = 0; c < whole; c += Vec::kSize) F::load(from + c).store(to + i * width + c);
-      if (whole < width) load_first<F>(from + whole, p.head_dim - whole, 0).store(to + i * width + whole);
+      if (whole < width) load_partial<F>(from + whole, p.head_dim - whole, 0).store(to + i * width + whole);
     }
     return {to, width};
   }
@@ -266,7 +276,7 @@ struct Result {
       for (int i = 0; i < count; ++i) {
         typename F::T* row = to + i * all.row_stride;
         for (int64_t c = 0; c < whole; c += Vec::kSize) F::store(Vec::load(rows + i * stride + c), row + c);
-        if (whole < stride) store_first<F>(Vec::load(rows + i * stride + whole), row + whole, p.head_dim - whole);
+        if (whole < stride) store_partial<F>(Vec::load(rows + i * stride + whole), row + whole, p.head_dim - whole);
       }
     }
   }
@@ -274,7 +284,7 @@ struct Result {
 
 template <class F, bool kDirect>
 void forward_of(const DepthAttentionParams& p, int64_t begin, int64_t end, float* memory) {
-  const Head head{p.queries, p.keys, p.keys - p.queries, whole_vectors(p.head_dim), p.scale, exponents_of(p.scale)};
+  const Head head = head_of(p);
   int64_t n = begin / p.heads, h = begin % p.heads;
   for (int64_t i = begin; i < end; ++i) {
     Scratch scratch{memory};
@@ -294,7 +304,7 @@ void forward_of(const DepthAttentionParams& p, int64_t begin, int64_t end, float
 template <class F, bool kDirect>
 void backward_of(const DepthAttentionBackwardParams& b, int64_t begin, int64_t end, float* memory) {
   const DepthAttentionParams& p = b.forward;
-  const Head head{p.queries, p.keys, p.keys - p.queries, whole_vectors(p.head_dim), p.scale, exponents_of(p.scale)};
+  const Head head = head_of(p);
   int64_t n = begin / p.heads, h = begin % p.heads;
   for (int64_t i = begin; i < end; ++i) {
     Scratch scratch{memory};
@@ -304,7 +314,13 @@ void backward_of(const DepthAttentionBackwardParams& b, int64_t begin, int64_t e
     const Rows grad = read<F, kDirect>(p, b.grad, n, h, p.queries, scratch);
     const Result<F, kDirect> dq(p, b.grad_q, n, h, p.queries, scratch), dk(p, b.grad_k, n, h, p.keys, scratch),
         dv(p, b.grad_v, n, h, p.keys, scratch);
-    attend_backward(head, q, k, v, grad, {dq.rows, dk.rows, dv.rows, dq.stride, dk.stride, dv.stride});
+    attend_backward(head, q, k, v, grad,
+                    {.q = dq.rows,
+                     .k = dk.rows,
+                     .v = dv.rows,
+                     .q_stride = dq.stride,
+                     .k_stride = dk.stride,
+                     .v_stride = dv.stride});
     dq.finish(p, p.queries);
     dk.finish(p, p.keys);
     dv.finish(p, p.keys);
@@ -337,8 +353,11 @@ void backward(const DepthAttentionBackwardParams& p, int64_t begin, int64_t end,
 
 }  // namespace
 
-extern const DepthAttentionKernel depth_attention_kernel;
-const DepthAttentionKernel depth_attention_kernel = {scratch, forward, backward};
+constexpr DepthAttentionKernels depth_attention_kernels = {
+    .scratch = scratch,
+    .forward = forward,
+    .backward = backward,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -20,6 +20,7 @@
 #include "common/device.h"
 #include "common/half.cuh"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "ops/depth_attention/params.h"
 
 namespace rqk {
@@ -27,8 +28,6 @@ namespace depth_attention {
 
 constexpr int kMostThreads = 128;
 constexpr int kLeastLanes = 4;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 // How the work is divided, the same for all warps.
 struct Division {
   int lanes;          // of a head: a power of two, at least kLeastLanes

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/float_type.h"
+#include "common/host_device.h"
 
 namespace rqk {
 
@@ -37,7 +38,7 @@ struct DepthAttentionParams {
 struct Exponents {
   float sign, factor;
 };
-inline Exponents exponents_of(float scale) {
+RQK_HD Exponents exponents_of(float scale) {
   return {scale < 0 ? -1.0f : 1.0f, scale == 0 ? 0x1p-149f : scale < 0 ? -scale : scale};
 }
 

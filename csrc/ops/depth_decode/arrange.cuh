@@ -18,7 +18,7 @@
 
 #include "common/device.h"
 #include "common/ptx.cuh"
-#include "common/sample_row.cuh"
+#include "common/warp.cuh"
 #include "ops/depth_decode/params.h"
 
 namespace rqk {
@@ -26,8 +26,6 @@ namespace depth_decode {
 
 constexpr int kRowGroup = 8;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 template <WeightType kType>
 constexpr int kStepInputs = kType == WeightType::kFloat32    ? 2
                             : kType == WeightType::kBFloat16 ? 16

@@ -1,10 +1,10 @@
 // Decoding with a transformer on the CPU, what one thread does at a time: norms, rows in the order of the products, the
 // products (multiply.h), attention of one head, the draw. cpu.cpp puts them in order.
-#include "ops/depth_decode/cpu_simd.h"
+#include "ops/depth_decode/kernel_table.h"
 
-#include "common/sample_row.h"
 #include "common/simd.h"
 #include "ops/depth_decode/multiply.h"
+#include "shared/sample_row.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -33,9 +33,9 @@ inline float most(Vec a) {
   return lanes[0];
 }
 
-inline Vec load_up_to(const float* p, int64_t n) { return n >= Vec::kSize ? Vec::load(p) : Vec::load_first(p, n); }
+inline Vec load_up_to(const float* p, int64_t n) { return n >= Vec::kSize ? Vec::load(p) : Vec::load_partial(p, n); }
 
-void normalise(const float* x, const float* weight, const float* bias, int64_t width, double eps, float* y) {
+void normalize(const float* x, const float* weight, const float* bias, int64_t width, double eps, float* y) {
   Vec sum = Vec::zero(), squares = Vec::zero();
   for (int64_t c = 0; c < width; c += Vec::kSize) sum = sum + load_up_to(x + c, width - c);
   const Vec mean = Vec::fill(total(sum) / float(width));
@@ -44,7 +44,7 @@ void normalise(const float* x, const float* weight, const float* bias, int64_t w
     if (width - c < Vec::kSize) {  // behind the last one there is no difference
       float lanes[Vec::kSize];
       d.store(lanes);
-      d = Vec::load_first(lanes, width - c);
+      d = Vec::load_partial(lanes, width - c);
     }
     squares = fma(d, d, squares);
   }
@@ -135,7 +135,7 @@ void arrange(const float* rows, int64_t stride, WeightType type, const RowGroups
 
 int64_t rows_at_once(WeightType type) { return type == WeightType::kInt8 ? kByteRows : kFloatRows; }
 
-void multiply(const LinearRows& task, WeightType type, int64_t first_panel, int64_t last_panel) {
+void multiply(const LinearTask& task, WeightType type, int64_t first_panel, int64_t last_panel) {
   switch (type) {
     case WeightType::kFloat32:
       return multiply_panels<FloatWeights>(task, first_panel, last_panel);
@@ -161,7 +161,7 @@ inline void weigh(const float* values, int64_t stride, const float* weights, int
   for (int v = 0; v < kVecs; ++v) (sum[v] * Vec::fill(factor)).store(out + v * Vec::kSize);
 }
 
-void attend(const HeadRows& head) {
+void attend(const HeadTask& head) {
   const int64_t dim = head.head_dim;
   const Vec scale = Vec::fill(1.0f / __builtin_sqrtf(float(dim)));
   for (int64_t i = 0; i < head.count; ++i) {
@@ -195,20 +195,26 @@ void attend(const HeadRows& head) {
     }
     for (; c + Vec::kSize <= dim; c += Vec::kSize) weigh<1>(head.values + c, dim, head.scores, n, factor, out + c);
     if (c < dim) {
-      Vec sum = Vec::zero();
+      Vec rest = Vec::zero();
       for (int64_t j = 0; j < n; ++j) {
-        sum = fma(Vec::fill(head.scores[j]), Vec::load_first(head.values + j * dim + c, dim - c), sum);
+        rest = fma(Vec::fill(head.scores[j]), Vec::load_partial(head.values + j * dim + c, dim - c), rest);
       }
-      (sum * Vec::fill(factor)).store_first(out + c, dim - c);
+      (rest * Vec::fill(factor)).store_partial(out + c, dim - c);
     }
   }
 }
 
 }  // namespace
 
-extern const DepthDecodeKernel depth_decode_kernel;
-const DepthDecodeKernel depth_decode_kernel = {rows_at_once,         normalise, arrange, multiply, attend,
-                                               sample_scratch_bytes, sample_row};
+constexpr DepthDecodeKernels depth_decode_kernels = {
+    .rows_at_once = rows_at_once,
+    .normalize = normalize,
+    .arrange = arrange,
+    .multiply = multiply,
+    .attend = attend,
+    .sample_scratch_bytes = sample_scratch_bytes,
+    .sample_row = sample_row,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

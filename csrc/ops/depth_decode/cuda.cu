@@ -76,7 +76,14 @@ class Launches {
       : op_(op), stack_(stack), w_(w), x_(x), rows_(rows), stream_(stream), device_(device_limits(op)) {}
 
   void begin(const float* from, const float* addend) const {
-    const Begin task{from, addend, rows_, stack_.width, x_, narrow(), wide()};
+    Begin task{};
+    task.from = from;
+    task.addend = addend;
+    task.rows = rows_;
+    task.width = stack_.width;
+    task.x = x_;
+    task.narrow = narrow();
+    task.wide = wide();
     launch_kernel(op_, begin_rows<kType>, blocks(divide_up(rows_, kRowGroup) * kRowGroup), kThreads, 0, stream_, task);
   }
 
@@ -140,7 +147,14 @@ class Launches {
 
   void arrange(const float* from, int64_t width, const float* weight, const float* bias, double eps,
                const Activations& to) const {
-    const Arrange task{from, width, weight, bias, static_cast<float>(eps), to, w_.scales};
+    Arrange task{};
+    task.from = from;
+    task.width = width;
+    task.norm_weight = weight;
+    task.norm_bias = bias;
+    task.eps = static_cast<float>(eps);
+    task.to = to;
+    task.scales = w_.scales;
     launch_kernel(op_, arrange_rows<kType>, blocks(rows_), kThreads, 0, stream_, task);
   }
 
@@ -205,7 +219,7 @@ void launch_decode(const DepthDecodeParams& p, void* stream) {
     } else {
       launches.multiply(linear, launches.narrow(), Epilogue::kStore, w.logits, p.num_codes);
     }
-    Draw task{};
+    SampleTask task{};
     task.logits = p.given == nullptr ? w.logits : nullptr;
     task.rows = p.rows;
     task.num_codes = p.num_codes;
@@ -227,7 +241,7 @@ void launch_decode(const DepthDecodeParams& p, void* stream) {
     task.sums = w.sums;
     task.next_position = d + 1 < p.depth ? p.positions + (d + 1) * width : nullptr;
     task.x = w.x;
-    launch_kernel(kOp, draw_rows, static_cast<unsigned>(p.rows), kDrawThreads, 0, stream, task);
+    launch_kernel(kOp, sample_rows, static_cast<unsigned>(p.rows), kSampleThreads, 0, stream, task);
   }
 }
 

@@ -21,5 +21,5 @@
 
 #include "ops/depth_decode/arrange.cuh"
 #include "ops/depth_decode/attend.cuh"
-#include "ops/depth_decode/draw.cuh"
 #include "ops/depth_decode/multiply.cuh"
+#include "ops/depth_decode/sample.cuh"

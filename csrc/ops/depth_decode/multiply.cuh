@@ -41,8 +41,6 @@ constexpr int kSlices = kWarps;
 constexpr int kMostPanels = 4;          // of a block
 constexpr int kSumStride = kPanel + 4;  // spreads the rows over the banks
 
-enum class Epilogue { kStore, kAdd, kGelu, kQuickGelu };
-
 struct Product {
   PackedLinear layer;
   Activations from;
@@ -94,12 +92,12 @@ __device__ inline void load_step(const uint8_t* panel, const Activations& from, 
       to.weights[4 * i + 3] = four.w;
     }
   }
-  constexpr int kLanes = kType == WeightType::kFloat32 ? 4 : 32;
+  constexpr int kStepLanes = kType == WeightType::kFloat32 ? 4 : 32;
   const int64_t steps = from.inputs / kStepInputs<kType>;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     if (n >= groups) break;
-    const int64_t at = ((first_group + n) * steps + step) * kLanes + (kType == WeightType::kFloat32 ? t : lane);
+    const int64_t at = ((first_group + n) * steps + step) * kStepLanes + (kType == WeightType::kFloat32 ? t : lane);
     to.x[n] = reinterpret_cast<const uint4*>(from.at)[at];
   }
 }

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "ops/depth_decode/cpu_simd.h"
+#include "ops/depth_decode/kernel_table.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -36,7 +36,7 @@ struct Fetcher {
   const uint8_t* at;
   int64_t step;
 
-  Fetcher(const LinearRows& task, const uint8_t* panel, int64_t panel_bytes, int64_t bytes, int64_t begin) {
+  Fetcher(const LinearTask& task, const uint8_t* panel, int64_t panel_bytes, int64_t bytes, int64_t begin) {
     const int64_t groups = task.rows->groups;
     step = (bytes + groups - 1) / groups;
     at = groups == 1 ? panel + kAhead : panel + panel_bytes + begin * panel_bytes / task.rows->rows;
@@ -88,7 +88,7 @@ struct BFloatWeights {
 
 // Of one strip of a panel with one group of kRows rows.
 template <class Weights, int kRows>
-[[gnu::always_inline]] inline void products(const LinearRows& task, int64_t panel, int64_t strip, int64_t begin,
+[[gnu::always_inline]] inline void products(const LinearTask& task, int64_t panel, int64_t strip, int64_t begin,
                                             Products<kRows>& dot) {
   const RowGroups& rows = *task.rows;
   const float* x = reinterpret_cast<const float*>(rows.values) + begin * rows.inputs;
@@ -136,7 +136,7 @@ inline __m512i broadcast(const uint8_t* four) {
 #endif
 
 template <int kRows>
-[[gnu::always_inline]] inline void byte_products(const LinearRows& task, int64_t panel, int64_t strip, int64_t begin,
+[[gnu::always_inline]] inline void byte_products(const LinearTask& task, int64_t panel, int64_t strip, int64_t begin,
                                                  Products<kRows>& dot) {
   const RowGroups& rows = *task.rows;
   const uint8_t* x = rows.values + begin * rows.inputs * 2;
@@ -276,7 +276,7 @@ inline Vec quick_gelu(Vec x) {
 }
 
 template <class Weights, int kRows>
-inline void multiply_group(const LinearRows& task, int64_t panel, int64_t begin) {
+inline void multiply_group(const LinearTask& task, int64_t panel, int64_t begin) {
   for (int64_t strip = 0; strip < kStrips; ++strip) {
     Products<kRows> dot;
     if constexpr (Weights::kMostRows == kByteRows) {
@@ -296,7 +296,7 @@ inline void multiply_group(const LinearRows& task, int64_t panel, int64_t begin)
 
 // Calls the one compiled for as many rows.
 template <class Weights, int kRows = Weights::kMostRows>
-inline void multiply_rows(const LinearRows& task, int64_t panel, int64_t begin, int64_t count) {
+inline void multiply_rows(const LinearTask& task, int64_t panel, int64_t begin, int64_t count) {
   if constexpr (kRows > 0) {
     if (count == kRows) return multiply_group<Weights, kRows>(task, panel, begin);
     multiply_rows<Weights, kRows - 1>(task, panel, begin, count);
@@ -304,7 +304,7 @@ inline void multiply_rows(const LinearRows& task, int64_t panel, int64_t begin, 
 }
 
 template <class Weights>
-inline void multiply_panels(const LinearRows& task, int64_t first_panel, int64_t last_panel) {
+inline void multiply_panels(const LinearTask& task, int64_t first_panel, int64_t last_panel) {
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     for (int64_t group = 0; group < task.rows->groups; ++group) {
       const int64_t begin = task.rows->begin(group);

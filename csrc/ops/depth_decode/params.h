@@ -19,23 +19,20 @@
 
 #include <cstdint>
 
-#include "common/sampling.h"
-
-#ifdef __CUDACC__
-#define RQK_DEPTH_DECODE_FUNCTION __host__ __device__ inline
-#else
-#define RQK_DEPTH_DECODE_FUNCTION inline
-#endif
+#include "common/host_device.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 
 enum class WeightType : int32_t { kFloat32, kBFloat16, kInt8 };
 enum class Activation : int32_t { kGelu, kQuickGelu };
+// Applied to the outputs of a product; kAdd adds them to what is there.
+enum class Epilogue : int32_t { kStore, kAdd, kGelu, kQuickGelu };
 
 // Outputs of a panel; vectors and inputs are padded to as many.
 constexpr int64_t kOutputPanel = 32;
 
-RQK_DEPTH_DECODE_FUNCTION int64_t padded(int64_t n) { return (n + kOutputPanel - 1) / kOutputPanel * kOutputPanel; }
+RQK_HD int64_t padded(int64_t n) { return (n + kOutputPanel - 1) / kOutputPanel * kOutputPanel; }
 
 // Where the parts of a linear layer lie.
 struct PackedLinear {
@@ -57,12 +54,12 @@ struct PackedReader {
   const uint8_t* at;
   WeightType type;
 
-  RQK_DEPTH_DECODE_FUNCTION const float* vector(int64_t n) {
+  RQK_HD const float* vector(int64_t n) {
     const float* values = reinterpret_cast<const float*>(at);
     at += padded(n) * static_cast<int64_t>(sizeof(float));
     return values;
   }
-  RQK_DEPTH_DECODE_FUNCTION PackedLinear linear(int64_t outputs, int64_t inputs) {
+  RQK_HD PackedLinear linear(int64_t outputs, int64_t inputs) {
     PackedLinear layer{};
     layer.weights = at;
     layer.inputs = inputs;
@@ -83,7 +80,7 @@ struct PackedStack {
   Activation activation;
   double eps;  // of the norms
 
-  RQK_DEPTH_DECODE_FUNCTION PackedBlock block_at(const uint8_t* at, const uint8_t** end) const {
+  RQK_HD PackedBlock block_at(const uint8_t* at, const uint8_t** end) const {
     PackedReader reader{at, type};
     PackedBlock block;
     block.attention_norm_weight = reader.vector(width);
@@ -97,12 +94,12 @@ struct PackedStack {
     *end = reader.at;
     return block;
   }
-  RQK_DEPTH_DECODE_FUNCTION int64_t block_bytes() const {
+  RQK_HD int64_t block_bytes() const {
     const uint8_t* end;
     block_at(blocks, &end);
     return end - blocks;
   }
-  RQK_DEPTH_DECODE_FUNCTION PackedBlock block(int64_t layer) const {
+  RQK_HD PackedBlock block(int64_t layer) const {
     const uint8_t* end;
     return block_at(blocks + layer * block_bytes(), &end);
   }
@@ -156,8 +153,7 @@ struct PackedClassifier {
   const float *norm_weight, *norm_bias;
   PackedReader linears;  // the first one comes next
 
-  RQK_DEPTH_DECODE_FUNCTION PackedClassifier(const uint8_t* packed, WeightType type, int64_t width)
-      : linears{packed, type} {
+  RQK_HD PackedClassifier(const uint8_t* packed, WeightType type, int64_t width) : linears{packed, type} {
     norm_weight = linears.vector(width);
     norm_bias = linears.vector(width);
   }

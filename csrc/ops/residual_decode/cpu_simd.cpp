@@ -2,7 +2,7 @@
 //
 // Short rows go in groups, so that one row's chain of additions does not wait for itself. Where the codebooks are
 // larger than a core's own cache, the codebook rows of a later row are asked for early.
-#include "ops/residual_decode/cpu_simd.h"
+#include "ops/residual_decode/kernel_table.h"
 
 #include "common/simd.h"
 
@@ -49,7 +49,7 @@ inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64
     for (int v = 0; v < kCount; ++v) {
       float* at = out + r * p.channels + c + v * Vec::kSize;
       if (is_streamed) {
-        sum[r][v].stream(at);
+        stream(sum[r][v], at);
       } else {
         sum[r][v].store(at);
       }
@@ -67,11 +67,11 @@ inline void add_last_channels(const ResidualDecodeParams& p, const int64_t* code
   for (int64_t d = 0; d < p.depth; ++d) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r] = sum[r] + Vec::load_first(codebook_row(p, d, codes[r * p.code_depth + d]) + c, count);
+      sum[r] = sum[r] + Vec::load_partial(codebook_row(p, d, codes[r * p.code_depth + d]) + c, count);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sum[r].store_first(out + r * p.channels + c, count);
+  for (int r = 0; r < kRows; ++r) sum[r].store_partial(out + r * p.channels + c, count);
 }
 
 // kRows rows whose codes are good.
@@ -102,8 +102,6 @@ inline void prefetch(const ResidualDecodeParams& p, const int64_t* codes) {
   }
 }
 
-}  // namespace
-
 bool decode_rows(const ResidualDecodeParams& p, int64_t begin, int64_t end) {
   const int64_t codebooks = p.codebook_stride == 0 ? 1 : p.depth;
   const bool is_large = codebooks * p.num_codes * p.channels * int64_t(sizeof(float)) > kCacheBytes;
@@ -133,9 +131,15 @@ bool decode_rows(const ResidualDecodeParams& p, int64_t begin, int64_t end) {
     }
     ++row;
   }
-  if (is_streamed) finish_streams();
+  if (is_streamed) stream_fence();
   return good;
 }
+
+}  // namespace
+
+constexpr ResidualDecodeKernels residual_decode_kernels = {
+    .decode_rows = decode_rows,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

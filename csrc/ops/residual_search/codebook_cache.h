@@ -29,8 +29,8 @@ namespace {
 
 // A packed form with the memory it lies in.
 struct OwnedCodebooks {
-  OwnedCodebooks(const SearchKernel& kernel, int64_t num_codes, int64_t channels)
-      : packed(kernel, num_codes, channels) {}
+  OwnedCodebooks(const ResidualSearchKernels& kernels, int64_t num_codes, int64_t channels)
+      : packed(kernels, num_codes, channels) {}
   Buffer<float> values;  // a copy of the codebooks, in an entry
   Buffer<uint8_t> memory;
   PackedCodebooks packed;
@@ -49,10 +49,11 @@ class CodebookCache {
   }
 
   // `count` codebooks (num_codes, channels), one after another, packed. Null where one of them is not finite.
-  Codebooks pack(const SearchKernel& kernel, const float* values, int64_t count, int64_t num_codes, int64_t channels) {
+  Codebooks pack(const ResidualSearchKernels& kernels, const float* values, int64_t count, int64_t num_codes,
+                 int64_t channels) {
     const Shape shape{count, num_codes, channels};
     if (Codebooks found = find(shape, values)) return found;
-    auto made = std::make_shared<OwnedCodebooks>(kernel, num_codes, channels);
+    auto made = std::make_shared<OwnedCodebooks>(kernels, num_codes, channels);
     if (!made->packed.measure(values, count)) return nullptr;
     const int64_t bytes =
         shape.values() * static_cast<int64_t>(sizeof(float)) + count * made->packed.bytes() + made->packed.lazy_bytes();

@@ -7,19 +7,16 @@
 #include <cmath>
 #include <vector>
 
-#include "common/codebooks.h"
 #include "common/cpu_capability.h"
-#include "common/residual_rows.h"
 #include "common/tensors.h"
 #include "ops/residual_search/codebook_cache.h"
+#include "ops/residual_search/kernel_table.h"
 #include "ops/residual_search/packed_codebook.h"
 #include "ops/residual_search/params.h"
-#include "ops/residual_search/scan.h"
+#include "shared/codebooks.h"
+#include "shared/residual_rows.h"
 
 namespace rqk {
-
-RQK_DECLARE_KERNEL(SearchKernel, search_kernel)
-
 namespace {
 
 // Rows that one thread takes at a time: enough that a panel read from memory is used many times, few enough that the
@@ -37,7 +34,7 @@ constexpr int64_t kElementsPerPart = 1 << 18;
 constexpr int64_t kMostParts = 64;
 
 // Whether the int8 scan pays at a depth: not where it left most rows to the float scan so far.
-class Worthwhile {
+class Int8ScanHeuristic {
  public:
   bool operator()() const { return tried_ < kEnough || 2 * left_ < tried_; }
   void record(int64_t tried, int64_t left) {
@@ -52,11 +49,11 @@ class Worthwhile {
 
 // What one thread works with, for `rows` rows at a time.
 struct Workspace {
-  Workspace(const SearchKernel& kernel, const PackedCodebooks& codebooks, int64_t rows, int64_t channels)
+  Workspace(const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks, int64_t rows, int64_t channels)
       : residuals(rows * channels),
         squared(rows),
         codes(rows),
-        scratch(static_cast<int64_t>(kernel.scratch_bytes(rows, channels))) {
+        scratch(static_cast<int64_t>(kernels.scratch_bytes(rows, channels))) {
     if (!codebooks.gram()) return;
     for (Buffer<int64_t>* part : {&row, &depth, &left}) *part = Buffer<int64_t>(rows);
     left_residuals = Buffer<float>(rows * channels);
@@ -84,8 +81,9 @@ struct Workspace {
 
 class Search {
  public:
-  Search(const ResidualSearchParams& p, const SearchKernel& kernel, const PackedCodebooks& codebooks, int64_t chunk)
-      : p_(p), kernel_(kernel), codebooks_(codebooks), chunk_(chunk), int8_pays_(static_cast<size_t>(p.depth)) {}
+  Search(const ResidualSearchParams& p, const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks,
+         int64_t chunk)
+      : p_(p), kernels_(kernels), codebooks_(codebooks), chunk_(chunk), int8_pays_(static_cast<size_t>(p.depth)) {}
 
   // One thread's share: chunks are handed out one by one, as some rows take longer than others.
   void work(Workspace& at) {
@@ -115,8 +113,8 @@ class Search {
         for_each_task(tiles * parts, [&](int64_t task) {
           const int64_t tile = task / parts, part = task % parts;
           const Workspace& at = groups[tile][0];
-          kernel_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows_of(tile), part, parts,
-                            groups[tile][part].scratch);
+          kernels_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows_of(tile), part, parts,
+                             groups[tile][part].scratch);
         });
       }
       for_each_task(tiles, [&](int64_t tile) {
@@ -126,8 +124,8 @@ class Search {
           for (int64_t part = 0; part < parts; ++part) scratches[part] = groups[tile][part].scratch;
           decide(at, d, rows_of(tile), scratches.data(), parts);
         } else {
-          kernel_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows_of(tile), at.scratch,
-                          at.codes);
+          kernels_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows_of(tile), at.scratch,
+                           at.codes);
         }
         take_all(at, tile * chunk_, d, rows_of(tile));
       });
@@ -136,10 +134,10 @@ class Search {
 
  private:
   double begin_row(int64_t row, float* residual) const {
-    return rqk::begin_row(p_, row, residual, kernel_.squared_norm);
+    return rqk::begin_row(p_, row, residual, kernels_.squared_norm);
   }
   double take(int64_t row, int64_t depth, int64_t code, float* residual) const {
-    return take_code(p_, row, depth, code, codebooks_.at(depth).codes_kc, residual, kernel_.squared_norm);
+    return take_code(p_, row, depth, code, codebooks_.at(depth).codes_kc, residual, kernels_.squared_norm);
   }
 
   // Rows [begin, end), depth by depth, each with a scan of its own.
@@ -149,10 +147,10 @@ class Search {
     for (int64_t d = 0; d < p_.depth; ++d) {
       if (codebooks_.int8() && int8_pays_[d]()) {
         void* scratch = at.scratch;
-        kernel_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows, 0, 1, scratch);
+        kernels_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows, 0, 1, scratch);
         decide(at, d, rows, &scratch, 1);
       } else {
-        kernel_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows, at.scratch, at.codes);
+        kernels_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows, at.scratch, at.codes);
       }
       take_all(at, begin, d, rows);
     }
@@ -160,7 +158,7 @@ class Search {
 
   void decide(Workspace& at, int64_t depth, int64_t rows, void* const* scratches, int64_t parts) {
     const int64_t left =
-        kernel_.decide_parts(codebooks_.at(depth), at.residuals, at.squared, rows, scratches, parts, at.codes);
+        kernels_.decide_parts(codebooks_.at(depth), at.residuals, at.squared, rows, scratches, parts, at.codes);
     int8_pays_[depth].record(rows, left);
   }
 
@@ -182,7 +180,8 @@ class Search {
       }
       if (count == 0) return;
       const bool try_scores = int8_pays_[0]();
-      if (try_scores) kernel_.scan_scores(codebooks_.at(0), at.residuals, at.squared, count, at.scratch, at.score_rows);
+      if (try_scores)
+        kernels_.scan_scores(codebooks_.at(0), at.residuals, at.squared, count, at.scratch, at.score_rows);
       const int64_t left = try_scores ? follow_scores(at, count) : all(at, count);
       // Rows that are not finite say nothing of the scan.
       const int64_t finite =
@@ -225,7 +224,7 @@ class Search {
   bool step(Workspace& at, int64_t i, const int8_t* ahead) {
     ScoreRow& scores = at.score_rows[i];
     float* residual = at.residuals + i * p_.channels;
-    const int64_t code = kernel_.nearest_by_scores(codebooks_.at(0), residual, at.squared[i], scores, ahead);
+    const int64_t code = kernels_.nearest_by_scores(codebooks_.at(0), residual, at.squared[i], scores, ahead);
     if (code < 0) return false;
     at.squared[i] = take(at.row[i], at.depth[i]++, code, residual);
     scores.taken = code;
@@ -236,7 +235,7 @@ class Search {
   void without_scores(Workspace& at, int64_t left) {
     if (left == 0) return;
     for (int64_t j = 0; j < left; ++j) copy_residual(at, at.left[j], at.left_residuals, at.left_squared, j);
-    kernel_.nearest(codebooks_.with_float_panels(0), at.left_residuals, at.left_squared, left, at.scratch, at.codes);
+    kernels_.nearest(codebooks_.with_float_panels(0), at.left_residuals, at.left_squared, left, at.scratch, at.codes);
     for (int64_t j = 0; j < left; ++j) {
       const int64_t i = at.left[j];
       at.squared[i] = take(at.row[i], at.depth[i]++, at.codes[j], at.residuals + i * p_.channels);
@@ -264,26 +263,26 @@ class Search {
   }
 
   const ResidualSearchParams& p_;
-  const SearchKernel& kernel_;
+  const ResidualSearchKernels& kernels_;
   const PackedCodebooks& codebooks_;
   const int64_t chunk_;
-  std::vector<Worthwhile> int8_pays_;
+  std::vector<Int8ScanHeuristic> int8_pays_;
   std::atomic<int64_t> next_{0};
 };
 
 // Into how many shares the codes are cut for each tile of rows, where so many threads have no tile of their own.
-int64_t parts_of_codes(const SearchKernel& kernel, const PackedCodebooks& codebooks, const ResidualSearchParams& p,
-                       int64_t threads) {
+int64_t parts_of_codes(const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks,
+                       const ResidualSearchParams& p, int64_t threads) {
   if (!codebooks.int8() || codebooks.gram()) return 1;
   return std::min(
-      {threads, kMostParts, p.num_codes / kernel.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
+      {threads, kMostParts, p.num_codes / kernels.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
 }
 
 }  // namespace
 
 void launch(const ResidualSearchParams& p, void*) {
-  const SearchKernel& kernel = RQK_KERNEL(search_kernel);
-  PackedCodebooks opened(kernel, p.num_codes, p.channels);
+  const ResidualSearchKernels& kernels = RQK_KERNEL_TABLE(residual_search_kernels);
+  PackedCodebooks opened(kernels, p.num_codes, p.channels);
   CodebookCache::Codebooks packed;
   if (p.packed != nullptr) {
     if (!opened.open(p.packed, p.packed_bytes, p.codebooks)) {
@@ -291,7 +290,7 @@ void launch(const ResidualSearchParams& p, void*) {
     }
   } else {
     const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
-    packed = CodebookCache::of_this_process().pack(kernel, p.codebooks, count, p.num_codes, p.channels);
+    packed = CodebookCache::of_this_process().pack(kernels, p.codebooks, count, p.num_codes, p.channels);
     if (packed == nullptr) {
       refuse_not_finite("residual_search", "codebooks", p.codebooks, count, p.num_codes, p.channels,
                         p.codebook_stride > 0);
@@ -302,28 +301,28 @@ void launch(const ResidualSearchParams& p, void*) {
   // Small batches are cut finer, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t tiles_per_chunk =
-      std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernel.row_tile), 1, kTilesPerChunk);
-  const int64_t chunk = tiles_per_chunk * kernel.row_tile;
+      std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernels.row_tile), 1, kTilesPerChunk);
+  const int64_t chunk = tiles_per_chunk * kernels.row_tile;
   // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
   const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
-  const int64_t parts = parts_of_codes(kernel, codebooks, p, threads / slots);
+  const int64_t parts = parts_of_codes(kernels, codebooks, p, threads / slots);
   if (parts > 1) {
     std::vector<std::vector<Workspace>> groups(static_cast<size_t>(slots));
     for (auto& group : groups) {
-      for (int64_t part = 0; part < parts; ++part) group.emplace_back(kernel, codebooks, chunk, p.channels);
+      for (int64_t part = 0; part < parts; ++part) group.emplace_back(kernels, codebooks, chunk, p.channels);
     }
-    Search(p, kernel, codebooks, chunk).by_parts(groups);
+    Search(p, kernels, codebooks, chunk).by_parts(groups);
     return;
   }
   std::vector<Workspace> workspaces;
-  for (int64_t i = 0; i < slots; ++i) workspaces.emplace_back(kernel, codebooks, chunk, p.channels);
-  Search search(p, kernel, codebooks, chunk);
+  for (int64_t i = 0; i < slots; ++i) workspaces.emplace_back(kernels, codebooks, chunk, p.channels);
+  Search search(p, kernels, codebooks, chunk);
   for_each_task(slots, [&](int64_t slot) { search.work(workspaces[slot]); });
 }
 
 void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
-  PackedCodebooks codebooks(RQK_KERNEL(search_kernel), num_codes, channels);
+  PackedCodebooks codebooks(RQK_KERNEL_TABLE(residual_search_kernels), num_codes, channels);
   if (!codebooks.measure(codebook, 1))
     refuse_not_finite("FrozenCodebook", "codebook", codebook, 1, num_codes, channels, false);
   codebooks.set_gram(codebooks.gram_pays());

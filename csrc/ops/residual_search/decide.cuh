@@ -6,35 +6,31 @@
 
 #include "common/device.h"
 #include "ops/residual_search/groups.cuh"
+#include "ops/residual_search/nearest.h"
 
 namespace rqk {
 namespace residual_search {
 
-// The nearest of the codes seen so far, which come in any order: an equal distance goes to the lower index. A first
-// code is not evaluated before there is a second.
-struct Nearest {
-  int64_t code = -1;
-  double distance = 0;
+// Chooses among candidates. A first one is not evaluated before there is a second.
+struct Decision {
+  Nearest nearest;
   int seen = 0;
 
   __device__ void see(const float* r, const float* codebook, int64_t channels, int64_t k) {
     if (seen++ == 0) {
-      code = k;
+      nearest.code = k;
       return;
     }
-    if (seen == 2) distance = squared_distance(r, codebook + code * channels, channels);
-    const double other = squared_distance(r, codebook + k * channels, channels);
-    if (other < distance || (other == distance && k < code)) {
-      distance = other;
-      code = k;
-    }
+    if (seen == 2) nearest.distance = squared_distance(r, codebook + nearest.code * channels, channels);
+    nearest.update(k, squared_distance(r, codebook + k * channels, channels));
   }
 };
 
 // Row number `row` of the block of rows whose lists start at `slot`, `rows_of_block` to each split, and whose summaries
 // these are. Returns its state; the code where that is kScanned.
 __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, const float* r, const float* codebook,
-                                 int64_t slot, const Summary* summaries, int rows_of_block, int row, Nearest& nearest) {
+                                 int64_t slot, const Summary* summaries, int rows_of_block, int row,
+                                 Decision& decision) {
   const int j = lane_of_group();
   const unsigned mask = group_mask();
   int state = kScanned, codes = 0, code = -1;
@@ -60,7 +56,7 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
     code = max(code, __shfl_xor_sync(mask, code, lanes, kLanes));
   }
   if (codes <= 1) {
-    nearest.code = code;
+    decision.nearest.code = code;
     return state;
   }
 
@@ -83,15 +79,15 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
       for (; left != 0; left &= left - 1) {
         const int from = __ffs(int(left)) - 1;
         const int32_t tile = __shfl_sync(mask, mine.tile, from, kLanes);
-        for (uint32_t codes = __shfl_sync(mask, mine.mask, from, kLanes); codes != 0; codes &= codes - 1) {
-          const int bit = __ffs(int(codes)) - 1;
-          nearest.see(r, codebook, p.channels, code_of(tile, bit, from % kQuad));
+        for (uint32_t rest = __shfl_sync(mask, mine.mask, from, kLanes); rest != 0; rest &= rest - 1) {
+          const int bit = __ffs(int(rest)) - 1;
+          decision.see(r, codebook, p.channels, code_of(tile, bit, from % kQuad));
         }
       }
     }
   }
-  if (nearest.seen > 1 && j == 0)
-    atomicAdd(&w.counters->evaluated_codes, static_cast<unsigned long long>(nearest.seen));
+  if (decision.seen > 1 && j == 0)
+    atomicAdd(&w.counters->evaluated_codes, static_cast<unsigned long long>(decision.seen));
   return state;
 }
 
@@ -105,12 +101,12 @@ __device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w,
   __syncthreads();
   for (int i = threadIdx.x / kLanes; i < num_rows; i += blockDim.x / kLanes) {
     const int64_t row = first_row + i;
-    Nearest nearest;
+    Decision decision;
     const int state = w.warps == 0 ? kDirect
                                    : decide_row(p, w, residual_at(p, w, d, row), codebook, slot, summaries,
-                                                w.warps * kWarpRows, first + i, nearest);
+                                                w.warps * kWarpRows, first + i, decision);
     if (state != kDirect) {
-      take_code(p, w, d, row, state == kScanned ? nearest.code : -1);
+      take_code(p, w, d, row, state == kScanned ? decision.nearest.code : -1);
     } else if (lane_of_group() == 0) {
       shared.row[atomicAdd(&shared.count, 1)] = i;
     }

@@ -49,7 +49,7 @@ constexpr int kGramRowsAtOnce = kGramTiles * kRowTile;
 
 inline int64_t num_blocks(const PackedCodebook& codebook) { return (codebook.num_codes + kBlock - 1) / kBlock; }
 
-void pack_centred(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) {
+void pack_centered(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) {
   const int64_t channels = codebook.channels;
   for (int64_t place = begin * kPanelWidth; place < end * kPanelWidth; ++place) {
     const int32_t k = codebook.order[place];

@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
 #include "ops/residual_search/plan.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace residual_search {

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     for (int64_t d = first_depth; d < last_depth; ++d) {
       load_rows<kWarps>(p, w, d, first_row, rows, table);
       const uint8_t* packed = w.packed + (p.codebook_stride == 0 ? 0 : d) * w.tiles * w.tile_bytes;
-      scan<kWarps>(w, packed, first_tile, last_tile, is_centred(d), rows, ring, table, slot,
+      scan<kWarps>(w, packed, first_tile, last_tile, is_centered(d), rows, ring, table, slot,
                    w.splits > 1 ? w.summaries + slot * kRows : table.summary);
       __syncthreads();
       if (w.splits > 1) continue;

@@ -1,9 +1,9 @@
 // rqkernels::residual_search: schema, argument checks, tensors to params.
 #include <cstring>
 
-#include "common/residual_arguments.h"
 #include "common/tensors.h"
 #include "ops/residual_search/params.h"
+#include "shared/residual_arguments.h"
 
 namespace {
 

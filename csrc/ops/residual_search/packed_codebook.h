@@ -11,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "common/codebooks.h"
 #include "common/cpu_capability.h"
 #include "common/parallel.h"
-#include "ops/residual_search/scan.h"
+#include "ops/residual_search/kernel_table.h"
+#include "shared/codebooks.h"
 
 namespace rqk {
 namespace {
@@ -51,13 +51,13 @@ void order_by_size(const double* squared_norms, int64_t num_codes, int64_t padde
 // worth filling.
 class PackedCodebooks {
  public:
-  PackedCodebooks(const SearchKernel& kernel, int64_t num_codes, int64_t channels)
-      : kernel_(kernel),
+  PackedCodebooks(const ResidualSearchKernels& kernels, int64_t num_codes, int64_t channels)
+      : kernels_(kernels),
         num_codes_(num_codes),
         channels_(channels),
-        num_panels_(divide_up(num_codes, kernel.panel_width)),
+        num_panels_(divide_up(num_codes, kernels.panel_width)),
         num_blocks_(divide_up(num_codes, GramRows::kBlock)),
-        int8_(kernel.int8 && num_codes >= kInt8MinCodes) {
+        int8_(kernels.has_int8 && num_codes >= kInt8MinCodes) {
     set_gram(false);
   }
 
@@ -75,7 +75,7 @@ class PackedCodebooks {
     LazyPanels& lazy = float_panels_[index(depth)];
     std::call_once(lazy.once, [&] {
       lazy.memory = Buffer<float>::if_available(padded() * channels_);
-      if (lazy.memory != nullptr) kernel_.pack_float(view, 0, num_panels_, lazy.memory);
+      if (lazy.memory != nullptr) kernels_.pack_float(view, 0, num_panels_, lazy.memory);
     });
     view.panels = lazy.memory;
     return view;
@@ -93,16 +93,16 @@ class PackedCodebooks {
     KeepDenormals keep;
     set_count(count);
     squared_norms_ = Buffer<double>(count * num_codes_);
-    centred_norms_ = Buffer<double>(count * num_codes_);
-    middles_.clear();
+    centered_norms_ = Buffer<double>(count * num_codes_);
+    centers_.clear();
     for (int64_t d = 0; d < count; ++d) {
       const float* codes_kc = codebooks + d * num_codes_ * channels_;
       views_[d].codes_kc = codes_kc;
-      if (int8_) middles_.push_back(middle_of(codes_kc, num_codes_, channels_));
-      const float* mean = int8_ && middles_.back().norm > 0 ? middles_.back().values.data() : nullptr;
+      if (int8_) centers_.push_back(codebook_center(codes_kc, num_codes_, channels_));
+      const float* mean = int8_ && centers_.back().norm > 0 ? centers_.back().values.data() : nullptr;
       for_panels([&](int64_t begin, int64_t end) {
-        kernel_.measure(codes_kc, channels_, mean, begin * kernel_.panel_width,
-                        std::min(end * kernel_.panel_width, num_codes_), squared_norms(d), centred_norms(d));
+        kernels_.measure(codes_kc, channels_, mean, begin * kernels_.panel_width,
+                         std::min(end * kernels_.panel_width, num_codes_), squared_norms(d), centered_norms(d));
       });
     }
     // Squares of floats cannot overflow float64, so a norm is finite where the code is.
@@ -123,8 +123,8 @@ class PackedCodebooks {
 
   // Whether Gram rows would serve the one codebook that was measured.
   bool gram_pays() const {
-    const double norm = std::sqrt(*std::max_element(centred_norms(0), centred_norms(1)));
-    return kernel_.pack_gram != nullptr && int8_ && channels_ >= kGramMinChannels && gram_bytes() <= kGramMaxBytes &&
+    const double norm = std::sqrt(*std::max_element(centered_norms(0), centered_norms(1)));
+    return kernels_.pack_gram != nullptr && int8_ && channels_ >= kGramMinChannels && gram_bytes() <= kGramMaxBytes &&
            norm > kGramMinNorm && norm < kGramMaxNorm;
   }
   void set_gram(bool gram) {
@@ -147,7 +147,7 @@ class PackedCodebooks {
       std::memcpy(memory + static_cast<int64_t>(d) * bytes_, &header, sizeof header);
     }
     squared_norms_ = Buffer<double>();
-    centred_norms_ = Buffer<double>();
+    centered_norms_ = Buffer<double>();
   }
 
   // Takes up what an earlier `fill` made of one codebook. False where the memory holds something else.
@@ -190,16 +190,18 @@ class PackedCodebooks {
   }
 
   Header header_of(const PackedCodebook& view) const {
-    return {static_cast<int64_t>(cpu_capability()),
-            num_codes_,
-            channels_,
-            gram_,
-            view.int8.num_outliers,
-            view.max_norm,
-            view.int8.mean_norm,
-            view.gram.max_norm,
-            view.gram.min_norm,
-            view.gram.relative_error};
+    Header header{};
+    header.capability = static_cast<int64_t>(cpu_capability());
+    header.num_codes = num_codes_;
+    header.channels = channels_;
+    header.gram = gram_;
+    header.num_outliers = view.int8.num_outliers;
+    header.max_norm = view.max_norm;
+    header.mean_norm = view.int8.mean_norm;
+    header.gram_max_norm = view.gram.max_norm;
+    header.gram_min_norm = view.gram.min_norm;
+    header.gram_relative_error = view.gram.relative_error;
+    return header;
   }
 
   struct LazyPanels {
@@ -213,9 +215,9 @@ class PackedCodebooks {
     float_panels_ = std::vector<LazyPanels>(static_cast<size_t>(count));
   }
   int64_t gram_bytes() const { return num_codes_ * num_blocks_ * GramRows::kBlock; }
-  int64_t padded() const { return num_panels_ * kernel_.panel_width; }
+  int64_t padded() const { return num_panels_ * kernels_.panel_width; }
   double* squared_norms(size_t depth) const { return squared_norms_ + static_cast<int64_t>(depth) * num_codes_; }
-  double* centred_norms(size_t depth) const { return centred_norms_ + static_cast<int64_t>(depth) * num_codes_; }
+  double* centered_norms(size_t depth) const { return centered_norms_ + static_cast<int64_t>(depth) * num_codes_; }
 
   // Points the parts of a codebook into the memory, and returns how much they take.
   int64_t place(uint8_t* memory, PackedCodebook& view) const {
@@ -239,7 +241,7 @@ class PackedCodebooks {
     take(view.int8.bytes, padded() * divide_up(channels_, 8) * 8);
     take(view.int8.scale, padded());
     take(view.int8.offset, padded());
-    take(view.int8.offset_centred, padded());
+    take(view.int8.offset_centered, padded());
     take(view.int8.max_norm, num_panels_);
     take(view.int8.max_kept, num_panels_);
     take(view.int8.max_error, num_panels_);
@@ -261,7 +263,7 @@ class PackedCodebooks {
   // Channels in which the codes' root mean square is kOutlierRatio times that over all others.
   void find_outliers(PackedCodebook& view) const {
     Int8Panels& int8 = view.int8;
-    const int64_t step = divide_up(num_codes_, kMiddleSample);
+    const int64_t step = divide_up(num_codes_, kCenterSample);
     std::vector<double> squared(static_cast<size_t>(channels_), 0.0);
     for (int64_t k = 0; k < num_codes_; k += step) {
       for (int64_t c = 0; c < channels_; ++c) {
@@ -292,18 +294,18 @@ class PackedCodebooks {
   }
 
   void pack(PackedCodebook& view, size_t depth) const {
-    const double *squared = squared_norms(depth), *centred = centred_norms(depth);
+    const double *squared = squared_norms(depth), *centered = centered_norms(depth);
     view.max_norm = std::sqrt(*std::max_element(squared, squared + num_codes_));
     if (int8_) {
-      std::copy(middles_[depth].values.begin(), middles_[depth].values.end(), view.int8.mean);
-      view.int8.mean_norm = middles_[depth].norm;
+      std::copy(centers_[depth].values.begin(), centers_[depth].values.end(), view.int8.mean);
+      view.int8.mean_norm = centers_[depth].norm;
       find_outliers(view);
     }
-    order_by_size(centred, num_codes_, padded(), view.order);
-    for_panels([&](int64_t begin, int64_t end) { kernel_.pack(view, squared, centred, begin, end); });
+    order_by_size(centered, num_codes_, padded(), view.order);
+    for_panels([&](int64_t begin, int64_t end) { kernels_.pack(view, squared, centered, begin, end); });
     if (view.panels == nullptr) return;
     for_panels(
-        [&](int64_t begin, int64_t end) { kernel_.pack_float(view, begin, end, const_cast<float*>(view.panels)); });
+        [&](int64_t begin, int64_t end) { kernels_.pack_float(view, begin, end, const_cast<float*>(view.panels)); });
   }
 
   // Sizes of the blocks, where there are any, and of them all.
@@ -313,7 +315,7 @@ class PackedCodebooks {
     gram.max_norm = *std::max_element(panel_norm, panel_norm + num_panels_);
     gram.min_norm = gram.max_norm;
     if (!gram_) return;
-    const int64_t panels = GramRows::kBlock / kernel_.panel_width;
+    const int64_t panels = GramRows::kBlock / kernels_.panel_width;
     for (int64_t b = 0; b < num_blocks_ + 8; ++b) {
       const int64_t begin = std::min(b * panels, num_panels_), end = std::min((b + 1) * panels, num_panels_);
       const float least = static_cast<float>(kGramNormSpread * gram.max_norm);
@@ -330,28 +332,28 @@ class PackedCodebooks {
   void fill_gram(PackedCodebook& view) const {
     for (int64_t place = 0; place < num_codes_; ++place) view.gram.place[view.order[place]] = place;
     Buffer<float> panels(padded() * channels_);
-    for_panels([&](int64_t begin, int64_t end) { kernel_.pack_centred(view, begin, end, panels); });
+    for_panels([&](int64_t begin, int64_t end) { kernels_.pack_centered(view, begin, end, panels); });
     // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
-    const int64_t tasks = divide_up(num_codes_, kernel_.gram_rows_at_once);
+    const int64_t tasks = divide_up(num_codes_, kernels_.gram_rows_at_once);
     const int64_t slots = std::min<int64_t>(std::max<int64_t>(1, torch::stable::get_num_threads()), tasks);
-    const int64_t scratch_size = kernel_.gram_rows_at_once * (channels_ + num_blocks_ * GramRows::kBlock);
+    const int64_t scratch_size = kernels_.gram_rows_at_once * (channels_ + num_blocks_ * GramRows::kBlock);
     Buffer<float> scratch(slots * scratch_size);
     for_each_task(slots, [&](int64_t slot) {
       for (int64_t task = slot; task < tasks; task += slots) {
-        const int64_t first = task * kernel_.gram_rows_at_once;
-        kernel_.pack_gram(view, panels, first, std::min(first + kernel_.gram_rows_at_once, num_codes_),
-                          scratch + slot * scratch_size);
+        const int64_t first = task * kernels_.gram_rows_at_once;
+        kernels_.pack_gram(view, panels, first, std::min(first + kernels_.gram_rows_at_once, num_codes_),
+                           scratch + slot * scratch_size);
       }
     });
   }
 
-  const SearchKernel& kernel_;
+  const ResidualSearchKernels& kernels_;
   int64_t num_codes_, channels_, num_panels_, num_blocks_, bytes_;
   bool int8_, gram_;
   std::vector<PackedCodebook> views_;
   // Of all codes of all codebooks, from `measure` to `fill`.
-  Buffer<double> squared_norms_, centred_norms_;
-  std::vector<Middle> middles_;
+  Buffer<double> squared_norms_, centered_norms_;
+  std::vector<CodebookCenter> centers_;
   mutable std::vector<LazyPanels> float_panels_;
 };
 

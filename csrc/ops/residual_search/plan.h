@@ -50,8 +50,8 @@ struct Summary {
 
 // Bits of floats that are not negative, so that they compare as integers.
 struct Extent {
-  int32_t norm;          // no |e| of a codebook is above
-  int32_t centred_norm;  // no |e - middle|
+  int32_t norm;           // no |e| of a codebook is above
+  int32_t centered_norm;  // no |e - middle|
 };
 
 struct Counters {
@@ -84,7 +84,7 @@ struct Work {
   int64_t codebooks, tiles, tiles_per_split, chunks;
   int64_t tile_bytes, scan_shared_bytes;
 
-  float* middles;   // (codebooks, chunks * kChunk)
+  float* centers;   // (codebooks, chunks * kChunk)
   Extent* extents;  // (codebooks)
   Counters* counters;
   uint8_t* packed;     // (codebooks, tiles): a TileHeader for rows from which the codebook's middle is taken away, one
@@ -141,7 +141,7 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   w->blocks = w->splits > 1 ? w->row_blocks : std::min(w->row_blocks, 2 * at_once);
   const int64_t lists = w->blocks * w->splits * rows_of_block;
 
-  take(&w->middles, w->codebooks * w->chunks * kChunk);
+  take(&w->centers, w->codebooks * w->chunks * kChunk);
   take(&w->extents, w->codebooks);
   take(&w->counters, 1);
   take(&w->packed, w->codebooks * w->tiles * w->tile_bytes);

@@ -1,6 +1,6 @@
 // The scan: scores of all codes by tensor cores in bf16, and a bound that says which codes it cannot rule out.
 //
-// With m the middle of a codebook, e'_k = e_k - m, and v = r - m at the first depth, v = r at the later ones, where
+// With m the center of a codebook, e'_k = e_k - m, and v = r - m at the first depth, v = r at the later ones, where
 // residuals lie around zero wherever the data does:
 //   half distance = constant of the row - s_k,  s_k = <v, e'_k> - g_k,  g_k = |e'_k|^2/2 (v = r - m) or
 //                                                                             |e'_k|^2/2 + <m, e'_k> (v = r)
@@ -44,15 +44,14 @@
 
 #include "common/device.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "ops/residual_search/bound.cuh"
 
 namespace rqk {
 namespace residual_search {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
-
-// Whether a depth's rows have the middle taken away.
-__device__ inline bool is_centred(int64_t d) { return d == 0; }
+// Whether a depth's rows have the center taken away.
+__device__ inline bool is_centered(int64_t d) { return d == 0; }
 
 // The rows of a block in bf16 (chunks, rows, kChunk), and the table of their numbers. The whole block calls; others see
 // both behind a barrier.
@@ -61,18 +60,18 @@ __device__ inline void load_rows(const ResidualSearchParams& p, const Work& w, i
                                  uint8_t* rows, RowTable<kWarps * kWarpRows>& table) {
   constexpr int kRows = kWarps * kWarpRows, kGroups = kRows / kLanes;
   const int64_t q = p.codebook_stride == 0 ? 0 : d;
-  const float* middle = w.middles + q * w.chunks * kChunk;
-  const double max_norm = __int_as_float(w.extents[q].norm), max_centred = __int_as_float(w.extents[q].centred_norm);
+  const float* center = w.centers + q * w.chunks * kChunk;
+  const double max_norm = __int_as_float(w.extents[q].norm), max_centered = __int_as_float(w.extents[q].centered_norm);
   for (int row = threadIdx.x / kLanes; row < kRows; row += kGroups) {
     const float* r = first_row + row < p.rows ? residual_at(p, w, d, first_row + row) : nullptr;
     const Rounded rounded =
-        round_row(r, is_centred(d) ? middle : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
+        round_row(r, is_centered(d) ? center : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
     if (lane_of_group() != 0) continue;
     const double norm = rounded_norm(rounded, p.channels), error = rounded_error(rounded, p.channels);
     const double reach = 1.0001 * max(norm + error, 1024 * error);
-    // |r| + max|e|: the middle is no longer than |e| + |e - middle|.
-    const double extent = norm + (is_centred(d) ? max_norm + max_centred : 0.0) + max_norm;
-    const bool scanned = reach < kLargest && max_centred < kLargest;
+    // |r| + max|e|: the center is no longer than |e| + |e - center|.
+    const double extent = norm + (is_centered(d) ? max_norm + max_centered : 0.0) + max_norm;
+    const bool scanned = reach < kLargest && max_centered < kLargest;
     table.state[row] = !rounded.finite ? kNotFinite : scanned ? kScanned : kDirect;
     table.reach[row] = scanned ? round_up(reach) : 0.0f;
     table.slack[row] = round_up(1.1 * (double(p.channels) / 8 + 8) * 0x1p-53 * extent * extent);
@@ -238,7 +237,7 @@ __device__ inline void settle(const RowScan (&row)[4], Candidate* lists, int32_t
 // Scans tiles [first_tile, last_tile) for the block's rows; writes its lists as number `slot`, and the rows' summaries.
 // The whole block calls, and again only behind a barrier.
 template <int kWarps>
-__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, bool centred,
+__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, bool centered,
                             const uint8_t* rows, uint8_t* ring, const RowTable<kWarps * kWarpRows>& table, int64_t slot,
                             Summary* summaries) {
   constexpr int kRows = kWarps * kWarpRows, kThreads = kWarps * 32;
@@ -259,7 +258,7 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
 #pragma unroll
         for (int i = 0; i < int(sizeof(TileHeader)); i += kBytes) {
           if (i + 16 * int(threadIdx.x) >= int(sizeof(TileHeader))) break;
-          ptx::cp_async_16(to + i, from + (centred ? 0 : sizeof(TileHeader)) + i);
+          ptx::cp_async_16(to + i, from + (centered ? 0 : sizeof(TileHeader)) + i);
         }
         from += 2 * sizeof(TileHeader);
         header_stage = header_stage + 1 == kStages ? 0 : header_stage + 1;

@@ -16,7 +16,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/panels.h"
 
 namespace rqk {
@@ -96,7 +96,7 @@ inline void scan_panel(const PackedCodebook& codebook, const float* tile, const 
     bool any = false;
     for (int v = 0; v < kPanelVecs; ++v) {
       score[v] = Vec::load(codebook.half_norms + first + v * Vec::kSize) - dot[i][v];
-      any = any || at_most(score[v], Vec::fill(limits[i])) != 0;
+      any = any || cmp_le_mask(score[v], Vec::fill(limits[i])) != 0;
     }
     if (__builtin_expect(any, 0)) {
       float scores[kPanelWidth];
@@ -159,7 +159,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
                    const float* r = residuals + which[t * kRowTile + i] * channels;
                    for (int w = 0; w < kPanelWidth; ++w) {
                      if (order[w] < 0 || least_of(scores[w], error) > rows[t].keep[i]) continue;
-                     rows[t].nearest[i].see(codebook, r, order[w]);
+                     see(rows[t].nearest[i], codebook, r, order[w]);
                    }
                  });
     }

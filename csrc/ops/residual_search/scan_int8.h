@@ -33,7 +33,7 @@
 // candidates, or numbers near float's range: the row is left to the float scan.
 #pragma once
 
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/scan_float.h"
 
 #if defined(__AVX2__)
@@ -64,7 +64,7 @@ struct Int8Rows {
   double half_reach[kRowTile];      // |r - m|^2/2 ...
   double reach_rounding[kRowTile];  // ... but for at most that
   int32_t start[kRowTile];          // -kBias sum(p): undoes the bias of the codes' bytes
-  bool centred[kRowTile];
+  bool centered[kRowTile];
   float outlier[Int8Panels::kMaxOutliers][kRowTile];  // v there
   Candidates candidates[kRowTile];
 };
@@ -73,7 +73,7 @@ struct Int8Rows {
 inline int64_t quads(int64_t channels) { return (channels + 7) / 8 * 2; }
 
 // Which vector is quantized: x, less m unless that is null, and zero where `kept` is unless that is null.
-struct Centred {
+struct Centered {
   const float *x, *m, *kept;
 
   float at(int64_t c) const {
@@ -86,7 +86,7 @@ struct Centred {
     for (int64_t c = 0; c < channels; c += Vec::kSize) {
       const int64_t left = channels - c;
       auto load = [c, left](const float* p) {
-        return left >= Vec::kSize ? Vec::load(p + c) : Vec::load_first(p + c, left);
+        return left >= Vec::kSize ? Vec::load(p + c) : Vec::load_partial(p + c, left);
       };
       Vec value = load(x);
       if (m != nullptr) value = value - load(m);
@@ -97,16 +97,16 @@ struct Centred {
 };
 
 // max_c |v_c|.
-inline float largest(const Centred& v, int64_t channels) {
+inline float largest(const Centered& v, int64_t channels) {
   Vec top = Vec::zero();
   v.for_each(channels, [&top](int64_t, Vec value) { top = max(top, abs(value)); });
-  return largest_of(top);
+  return reduce_max(top);
 }
 
 // Quantizes v into bytes (`stride` bytes apart from one four of channels to the next), adding `bias`; channels missing
 // in the last fours are zero. Returns the squared norm of the error, in float64; `sum` is the sum of the quantized
 // channels.
-inline double quantize(const Centred& v, int64_t channels, float scale, int bias, uint8_t* bytes, int64_t stride,
+inline double quantize(const Centered& v, int64_t channels, float scale, int bias, uint8_t* bytes, int64_t stride,
                        int32_t* sum) {
   const Vec inverse = Vec::fill(scale > 0 ? 1.0f / scale : 0.0f), step = Vec::fill(scale);
   const Vec most = Vec::fill(kByteMax), least = Vec::fill(-kByteMax);
@@ -125,12 +125,12 @@ inline double quantize(const Centred& v, int64_t channels, float scale, int bias
   });
   const int64_t written = (channels + Vec::kSize - 1) / Vec::kSize * (Vec::kSize / 4);
   for (int64_t four = written; four < quads(channels); ++four) __builtin_memset(bytes + four * stride, bias, 4);
-  *sum = sum_of(total);
+  *sum = reduce_add(total);
   return error.total();
 }
 
 // |v| in float64.
-inline double norm_of(const Centred& v, int64_t channels) {
+inline double norm_of(const Centered& v, int64_t channels) {
   SquareSum squares;
   v.for_each(channels, [&squares](int64_t, Vec value) { squares.add(value); });
   return __builtin_sqrt(squares.total());
@@ -153,16 +153,16 @@ inline void pack_int8_panel(const PackedCodebook& codebook, const double* square
     const int32_t k = codebook.order[place];
     for (int o = 0; o < int8.num_outliers; ++o) {
       int8.outliers[o * int8.outlier_stride + place] =
-          k < 0 ? 0.0f : Centred{codebook.codes_kc + k * channels, m, nullptr}.at(int8.outlier_channel[o]);
+          k < 0 ? 0.0f : Centered{codebook.codes_kc + k * channels, m, nullptr}.at(int8.outlier_channel[o]);
     }
     if (k < 0) {
       for (int64_t four = 0; four < quads(channels); ++four) __builtin_memset(bytes + four * kPanelWidth * 4, kBias, 4);
       int8.scale[place] = 0;
-      int8.offset[place] = int8.offset_centred[place] = __builtin_inff();
+      int8.offset[place] = int8.offset_centered[place] = __builtin_inff();
       continue;
     }
     const float* e = codebook.codes_kc + k * channels;
-    const Centred kept{e, m, kept_channels(int8)};
+    const Centered kept{e, m, kept_channels(int8)};
     const float scale = largest(kept, channels) / kByteMax;
     int32_t sum;
     const double error = __builtin_sqrt(quantize(kept, channels, scale, kBias, bytes, kPanelWidth * 4, &sum));
@@ -170,7 +170,7 @@ inline void pack_int8_panel(const PackedCodebook& codebook, const double* square
     const double shift =
         m == nullptr ? 0 : lane_sum(channels, [e, m](auto load) { return load(m) * (load(e) - load(m)); });
     int8.scale[place] = scale;
-    int8.offset_centred[place] = float(squared / 2);
+    int8.offset_centered[place] = float(squared / 2);
     int8.offset[place] = float(squared / 2 + shift);
     max_norm = norm > max_norm ? norm : max_norm;
     const double kept_norm = int8.num_outliers > 0 ? norm_of(kept, channels) : norm;
@@ -190,14 +190,14 @@ inline bool begin_int8_row(const PackedCodebook& codebook, const float* r, doubl
   const Int8Panels& int8 = codebook.int8;
   const int64_t channels = codebook.channels;
   const double u = 0x1p-24, raw = __builtin_sqrt(squared);
-  const double centred = int8.mean_norm > 0 ? norm_of({r, int8.mean, nullptr}, channels) : raw;
-  rows.centred[i] = centred < raw;
-  const float* m = rows.centred[i] ? int8.mean : nullptr;
-  const double norm = (rows.centred[i] ? centred : raw) * kNormMargin;
+  const double centered = int8.mean_norm > 0 ? norm_of({r, int8.mean, nullptr}, channels) : raw;
+  rows.centered[i] = centered < raw;
+  const float* m = rows.centered[i] ? int8.mean : nullptr;
+  const double norm = (rows.centered[i] ? centered : raw) * kNormMargin;
   const double extent = raw + codebook.max_norm, reach = norm + int8.mean_norm + codebook.max_norm;
   // The products add up to 255 * 127 * C in int32; the negated comparison also leaves NaN to the float scan.
   if (!(extent * extent < kHuge && reach * reach < kHuge && channels < 65536)) return false;
-  const Centred kept{r, m, kept_channels(int8)};
+  const Centered kept{r, m, kept_channels(int8)};
   const double kept_norm = int8.num_outliers > 0 ? norm_of(kept, channels) * kNormMargin : norm;
   const float scale = largest(kept, channels) / kByteMax;
   int32_t sum;
@@ -209,11 +209,11 @@ inline bool begin_int8_row(const PackedCodebook& codebook, const float* r, doubl
   rows.factor_error[i] = round_up(kept_norm + z + 10 * u * (norm + z));
   rows.slack[i] = round_up(decision_slack(extent, channels));
   rows.upper[i] = __builtin_inff();
-  rows.half_reach[i] = centred * centred / 2;
+  rows.half_reach[i] = centered * centered / 2;
   // Differences rounded to float, and their squares' sum to float64: 2 u and less than u more.
   rows.reach_rounding[i] = int8.mean_norm > 0 ? 3 * u * rows.half_reach[i] : 0;
   rows.start[i] = -kBias * sum;
-  for (int o = 0; o < int8.num_outliers; ++o) rows.outlier[o][i] = Centred{r, m, nullptr}.at(int8.outlier_channel[o]);
+  for (int o = 0; o < int8.num_outliers; ++o) rows.outlier[o][i] = Centered{r, m, nullptr}.at(int8.outlier_channel[o]);
   rows.candidates[i].count = 0;
   return true;
 }
@@ -223,7 +223,7 @@ inline void skip_int8_row(Int8Rows& rows, int i, uint8_t* tile, int64_t channels
   rows.scale[i] = rows.factor_kept[i] = rows.factor_norm[i] = rows.factor_error[i] = rows.slack[i] = rows.upper[i] = 0;
   for (int o = 0; o < Int8Panels::kMaxOutliers; ++o) rows.outlier[o][i] = 0;
   rows.start[i] = 0;
-  rows.centred[i] = true;
+  rows.centered[i] = true;
   rows.candidates[i].count = -1;
 }
 
@@ -285,7 +285,7 @@ template <class Finish>
   for (int v = 0; v < kPanelVecs; ++v) scale[v] = Vec::load(int8.scale + first + v * Vec::kSize);
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
-    const float* offset = (rows.centred[i] ? int8.offset_centred : int8.offset) + first;
+    const float* offset = (rows.centered[i] ? int8.offset_centered : int8.offset) + first;
     const Vec a = Vec::fill(rows.scale[i]);
     for (int v = 0; v < kPanelVecs; ++v) {
       finish(i, v, negated_fma(a, to_float(dot[i][v]) * scale[v], Vec::load(offset + v * Vec::kSize)));
@@ -359,7 +359,8 @@ inline void take_group(const PackedCodebook& codebook, int64_t begin, int64_t en
   for (int64_t p = g * kGroupPanels; p < (g + 1) * kGroupPanels && begin + p < end; ++p) {
     const float* scores = block.scores[p][i];
     const Vec at = Vec::fill(limit);
-    uint32_t within = at_most(Vec::load(scores), at) | at_most(Vec::load(scores + Vec::kSize), at) << Vec::kSize;
+    uint32_t within = cmp_le_mask(Vec::load(scores), at) | cmp_le_mask(Vec::load(scores + Vec::kSize), at)
+                                                               << Vec::kSize;
     for (; within != 0; within &= within - 1) {
       const int w = __builtin_ctz(within);
       const int32_t k = codebook.order[(begin + p) * kPanelWidth + w];
@@ -388,7 +389,7 @@ inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t e
   for (int i = 0; i < kRowTile; ++i) {
     Vec low = Vec::load(block.least[0][i]) + Vec::fill(errors[0][i]);
     for (int g = 1; g < groups; ++g) low = min(low, Vec::load(block.least[g][i]) + Vec::fill(errors[g][i]));
-    lowest[i] = smallest_of(low);
+    lowest[i] = reduce_min(low);
   }
   const Vec low = Vec::load(lowest), upper = min(fma(abs(low), rounding, low), Vec::load(rows.upper));
   upper.store(rows.upper);
@@ -401,7 +402,7 @@ inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t e
   for (int i = 0; i < kRowTile; ++i) {
     uint32_t found = 0;
     for (int g = 0; g < groups; ++g) {
-      found |= uint32_t(at_most(Vec::load(block.least[g][i]), Vec::fill(limits[g][i])) != 0) << g;
+      found |= uint32_t(cmp_le_mask(Vec::load(block.least[g][i]), Vec::fill(limits[g][i])) != 0) << g;
     }
     Candidates& candidates = rows.candidates[i];
     for (; found != 0 && candidates.count >= 0; found &= found - 1) {
@@ -424,11 +425,11 @@ inline int64_t nearest_candidate(const PackedCodebook& codebook, const float* r,
     if (candidates.least[j] < candidates.least[likeliest]) likeliest = j;
   }
   Nearest nearest;
-  nearest.see(codebook, r, candidates.code[likeliest]);
+  see(nearest, codebook, r, candidates.code[likeliest]);
   // One slack for the distance measured here, one for that of the code that could be nearer.
   const double limit = nearest.distance / 2 - rows.half_reach[i] + rows.reach_rounding[i] + 2 * double(rows.slack[i]);
   for (int j = 0; j < candidates.count; ++j) {
-    if (j != likeliest && candidates.least[j] <= limit) nearest.see(codebook, r, candidates.code[j]);
+    if (j != likeliest && candidates.least[j] <= limit) see(nearest, codebook, r, candidates.code[j]);
   }
   return nearest.code;
 }

@@ -5,7 +5,7 @@
 namespace rqk {
 
 void launch(const SampleLogitsParams& p, void* stream) {
-  launch_kernel("sample_logits", sample_logits::draw_rows, grid_for(p.rows), sample_logits::kThreads,
+  launch_kernel("sample_logits", sample_logits::sample_rows, grid_for(p.rows), sample_logits::kThreads,
                 sizeof(SampleShared<sample_logits::kThreads>), stream, p);
 }
 

@@ -45,8 +45,8 @@ void check_counters(int64_t offset, int64_t stream, int64_t rows, int64_t stream
 
 // `seed` holds the 64 bits of an unsigned one; a tensor stands in place of the number of its name.
 Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
-                     int64_t seed, int64_t offset, int64_t stream, std::optional<Tensor> offset_there,
-                     std::optional<Tensor> stream_there, int64_t streams) {
+                     int64_t seed, int64_t offset, int64_t stream, std::optional<Tensor> offset_tensor,
+                     std::optional<Tensor> stream_tensor, int64_t streams) {
   if (logits.dim() < 1) rqk::value_error(kOp, ": logits must be (..., K), got a scalar");
   std::vector<int64_t> sizes = rqk::sizes_of(logits);
   const int64_t num_codes = sizes.back();
@@ -66,13 +66,13 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
   params.seed = static_cast<uint64_t>(seed);
   params.offset = offset;
   params.stream = stream;
-  params.offset_there = check_counter("offset", offset_there, logits);
-  params.stream_there = check_counter("stream", stream_there, logits);
+  params.offset_ptr = check_counter("offset", offset_tensor, logits);
+  params.stream_ptr = check_counter("stream", stream_tensor, logits);
 #ifdef RQK_CUDA_LIBRARY
   check_counters(offset, stream, params.rows, streams);
 #else
-  check_counters(params.offset_there != nullptr ? *params.offset_there : offset,
-                 params.stream_there != nullptr ? *params.stream_there : stream, params.rows, streams);
+  check_counters(params.offset_ptr != nullptr ? *params.offset_ptr : offset,
+                 params.stream_ptr != nullptr ? *params.stream_ptr : stream, params.rows, streams);
 #endif
   const Tensor logits_float = rqk::as_float(logits);
   const Tensor codes = rqk::empty(sizes, ScalarType::Long, logits);
@@ -92,5 +92,5 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
 
 RQK_REGISTER("sample_logits",
              "sample_logits(Tensor logits, float temperature, int? top_k, float? top_p, SymInt seed, SymInt offset,"
-             " SymInt stream, Tensor? offset_there=None, Tensor? stream_there=None, SymInt streams=1) -> Tensor",
+             " SymInt stream, Tensor? offset_tensor=None, Tensor? stream_tensor=None, SymInt streams=1) -> Tensor",
              sample_logits)

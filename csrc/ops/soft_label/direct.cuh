@@ -3,7 +3,7 @@
 // 32 rows through all codes, 128 at a time.
 //
 // Distances are sums of squared differences in float32: twice the operations of a dot product, but nothing cancels, so
-// that small distances keep their digits and nothing has to be centred or measured beforehand. Per tile of 32 rows x
+// that small distances keep their digits and nothing has to be centered or measured beforehand. Per tile of 32 rows x
 // 128 codes, chunks of 32 channels of both go through two stages of shared memory: while a warp works on one, the next
 // is on its way into registers. A warp has four rows to itself, a lane every 32nd code of them, in registers 4 x 4
 // distances: neighbouring lanes read neighbouring logits, and all that is summed up per row stays within the warp.
@@ -24,7 +24,7 @@
 // Rounding. With u = 2^-24 a distance d is off by at most relative * d + absolute: two roundings of a difference, each
 // twice in its square, min(C, 32) of additions within a chunk and C / 32 beyond make relative = (min(C, 32) + C/32 + 5)
 // u; what lies below the floats is far less than absolute = C 2^-120. Where (relative * nearest + absolute) / tau is at
-// most kSeen the distances serve as they are. Elsewhere a code is a candidate unless its distance is above
+// most kDirectNeverRefine the distances serve as they are. Elsewhere a code is a candidate unless its distance is above
 //   limit = ((1 + 2 relative) nearest + 2 absolute + 40 tau) (1 + relative) + absolute:
 // then it is in truth more than 40 tau above the nearest one, and its label below e^-40 of the largest, as it also is
 // by float32 distances. Candidates get their distances in the definition's float64: as tau -> 0, Q tends to the
@@ -35,9 +35,9 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
-#include "ops/soft_label/halves.cuh"
+#include "ops/soft_label/logit_dtypes.cuh"
 #include "ops/soft_label/row.cuh"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {
@@ -45,15 +45,15 @@ namespace direct {
 
 constexpr int kRowsPerWarp = 4, kRows = kWarps * kRowsPerWarp;
 constexpr int kCodesPerLane = 4, kCodes = 32 * kCodesPerLane;
-constexpr int kChunk = 32;  // channels: a lane's each on their way to shared memory
-constexpr int kUnroll = 8;  // channels; what is computed is a multiple of that
-constexpr double kSeen = 1e-3;
+constexpr int kStageChannels = 32;  // channels: a lane's each on their way to shared memory
+constexpr int kUnroll = 8;          // channels; what is computed is a multiple of that
+constexpr double kDirectNeverRefine = 1e-3;
 constexpr unsigned kAllRows = (1u << kRowsPerWarp) - 1;
 
 // Channels apart. The padding puts the 32 channels that a warp stores into 32 banks.
 struct __align__(16) Stage {
-  float x[kChunk][kRows + 4];
-  float codes[kChunk][kCodes + 1];
+  float x[kStageChannels][kRows + 4];
+  float codes[kStageChannels][kCodes + 1];
 };
 
 __device__ inline int first_row_of_warp() { return threadIdx.x / 32 * kRowsPerWarp; }
@@ -91,13 +91,13 @@ __device__ inline void scan(const Row* rows, const float* codebook, int64_t num_
   int at = 0;
   for (int64_t tile = 0; tile < num_codes; tile += kCodes) {
     float distance[kRowsPerWarp][kCodesPerLane] = {};
-    for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
-      const bool last_chunk = chunk + kChunk >= channels, last = last_chunk && tile + kCodes >= num_codes;
-      if (!last) fetch(last_chunk ? tile + kCodes : tile, last_chunk ? 0 : chunk + kChunk);
+    for (int64_t chunk = 0; chunk < channels; chunk += kStageChannels) {
+      const bool last_chunk = chunk + kStageChannels >= channels, last = last_chunk && tile + kCodes >= num_codes;
+      if (!last) fetch(last_chunk ? tile + kCodes : tile, last_chunk ? 0 : chunk + kStageChannels);
       const Stage& stage = stages[at];
       float sum[kRowsPerWarp][kCodesPerLane] = {};
       // Past the last channel there are zeros in both.
-      const int end = last_chunk ? int(channels - chunk) : kChunk;
+      const int end = last_chunk ? int(channels - chunk) : kStageChannels;
       for (int c = 0; c < end; c += kUnroll) {
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
@@ -214,7 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
   const int64_t num_codes = p.labels.num_codes, channels = p.labels.channels;
   const double tau = p.labels.tau, wanted = 1 / tau;
   const double relative =
-      (double(min(channels, int64_t(kChunk))) + double((channels + kChunk - 1) / kChunk) + 5) * 0x1p-24;
+      (double(min(channels, int64_t(kStageChannels))) + double((channels + kStageChannels - 1) / kStageChannels) + 5) *
+      0x1p-24;
   const double absolute = double(channels) * 0x1p-120;
 
   const int64_t per_codebook = (w.rows + kRows - 1) / kRows;
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
     const double limit =
         ((1 + 2 * relative) * double(state.nearest) + 2 * absolute + 40 * tau) * (1 + relative) + absolute;
     state.limit = float(1.000001 * limit);  // rounded to float not below it
-    unsigned refined = far | __ballot_sync(kFullWarp, mine[row].x != nullptr && !(error <= kSeen * tau));
+    unsigned refined = far | __ballot_sync(kFullWarp, mine[row].x != nullptr && !(error <= kDirectNeverRefine * tau));
     unsigned bad = 0;  // rows or codes that are not finite
     for (int r = 0; r < kRowsPerWarp; ++r) {
       if ((refined >> r & 1) == 0) continue;

@@ -4,7 +4,7 @@
 //
 //   tiles.cuh    half scores h by tensor cores, and the bound E of their error; the codebooks in two parts of float16
 //   direct.cuh   the direct way, for rows that they cannot serve
-//   row.cuh, halves.cuh, plan.h   a row's pointers; logits of each type; tile shapes and the workspace
+//   row.cuh, logit_dtypes.cuh, plan.h   a row's pointers; logits of each type; tile shapes and the workspace
 //
 //   first pass   nearest code, largest logit and the sums below them, online: a sum is scaled where its reference
 //                moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that reference adds
@@ -35,12 +35,15 @@
 // block would halve the reads of the codes, but leave one block per multiprocessor at C = 256, whose exponentials then
 // wait for its products; two blocks hide each other's. None of this has been measured.
 //
-// Refining. A difference of two half scores is off by 2 E, an exponent by 4 E / tau. Where that is at most kSeldom, the
-// half scores serve as they are. Above, codes that could have the most of Q get their exponents from distances in the
-// definition's float64: a code with h_k < max h - 2 E - r tau / 2 has Q_k < e^-r of the largest and stays out.
-//   4 E / tau > kSeen    r = 40: Q beyond is nothing, and the sums are those of the listed codes. As tau -> 0, Q tends
+// Refining. A difference of two half scores is off by 2 E, an exponent by 4 E / tau. Where that is at most
+// kNeverRefine, the half scores serve as they are. Above, codes that could have the most of Q get their exponents from
+// distances in the definition's float64: a code with h_k < max h - 2 E - r tau / 2 has Q_k < e^-r of the largest and
+// stays out.
+//   4 E / tau > kAlwaysRefine    r = 40: Q beyond is nothing, and the sums are those of the listed codes. As tau -> 0,
+//   Q tends
 //                        to the certified code. Where a list overflows, the row goes the direct way.
-//   above kSeldom        r = 12, and the sums are corrected. Where a list overflows (more than kCapacity codes of a
+//   above kNeverRefine        r = 12, and the sums are corrected. Where a list overflows (more than kCapacity codes of
+//   a
 //                        column), the half scores serve after all: rounding errors have signs and stay far below their
 //                        bound, and a Q of that many codes averages them.
 // A list is filled with what comes within reach of the largest h so far, and weeded where it is full.
@@ -63,9 +66,9 @@ constexpr int kBlocksAtOnce = 1;
 constexpr int kBlocksAtOnce = 2;
 #endif
 
-constexpr double kSeen = 1.0 / 16, kSeldom = 1.0 / 4096;
+constexpr double kAlwaysRefine = 1.0 / 16, kNeverRefine = 1.0 / 4096;
 
-enum Way : int32_t { kAbsent, kMasked, kTiled, kDirect };
+enum RowPath : int32_t { kAbsent, kMasked, kTiled, kDirect };
 
 // What a column of warps has seen of a row. Sums are of exponentials below the references.
 struct Sums {
@@ -79,13 +82,13 @@ struct RowTables {
   int64_t codebook, first;  // whose rows they are, and the first of them
   PackedCodes codes;        // of that codebook
   Row row[kTileRows];
-  Way way[kTileRows];
+  RowPath path[kTileRows];
   float scale[kTileRows];  // of its parts
   float error[kTileRows];  // 4 E / tau
   float reach[kTileRows];  // a code this far below the largest half score needs no look; -inf: none does
   Sums sums[kColumns][kTileRows];
   // What the second pass needs.
-  Way decided[kTileRows];
+  RowPath decided[kTileRows];
   int32_t corrected[kColumns][kTileRows];  // candidates
   float nearest[kTileRows], largest[kTileRows], label_factor[kTileRows], logit_factor[kTileRows];
 };
@@ -130,20 +133,20 @@ __device__ inline void set_rows(const SoftLabelCrossEntropyParams& p, const Work
   for (int i = lane_of_warp() / kLanes; i < kOwnRows; i += 32 / kLanes) {
     const int place = first_own_row() + i;
     const Row row = first + place < w.rows ? row_at(p, q, first + place) : Row{};
-    const SplitVector split = split_vector(row.x, w.middles + q * w.chunks * kChunk, channels, w.chunks, place, parts,
+    const SplitVector split = split_vector(row.x, w.centers + q * w.chunks * kChunk, channels, w.chunks, place, parts,
                                            kTileRows * kVectorBytes);
     if (threadIdx.x % kLanes != 0) continue;
     const double a = sqrt(split.squared), error = 4 * half_score_error(a, n, channels, w.chunks) / tau;
     const bool is_usual = split.finite && a < kHuge && n < kHuge;
-    Way way = row.x != nullptr ? (is_usual ? kTiled : kDirect) : kMasked;
-    if (row.x == nullptr && row.gradient == nullptr && row.loss == nullptr) way = kAbsent;
+    RowPath path = row.x != nullptr ? (is_usual ? kTiled : kDirect) : kMasked;
+    if (row.x == nullptr && row.gradient == nullptr && row.loss == nullptr) path = kAbsent;
     tables.row[place] = row;
-    tables.way[place] = way;
+    tables.path[place] = path;
     tables.scale[place] = split.scale;
     for (Sums(&sums)[kTileRows] : tables.sums) sums[place] = {-inf, -inf, 0, 0, 0, 0, 0};
     tables.error[place] = float(error);
-    const double reach = tau / 2 * (error + (error > kSeen ? 40 : 12)) * 1.00001;
-    tables.reach[place] = way == kTiled && error > kSeldom ? float(reach) : -inf;
+    const double reach = tau / 2 * (error + (error > kAlwaysRefine ? 40 : 12)) * 1.00001;
+    tables.reach[place] = path == kTiled && error > kNeverRefine ? float(reach) : -inf;
   }
 }
 
@@ -225,11 +228,11 @@ __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const W
     const Sums &left = tables.sums[0][place], &right = tables.sums[1][place];
     Sums all = add_columns(left, right, w.factor);
     const float error = tables.error[place];
-    const bool is_tiled = tables.way[place] == kTiled, is_all = error > kSeen;
+    const bool is_tiled = tables.path[place] == kTiled, is_all = error > kAlwaysRefine;
     // A label that could count stands at a logit of -inf, or so far down, or something is NaN.
     const bool is_odd = kLoss && !(fabs(all.product) < double(inf));
-    const bool is_listed = error > kSeldom && left.listed >= 0 && right.listed >= 0;
-    const bool is_direct = tables.way[place] == kDirect || (is_tiled && (is_odd || (is_all && !is_listed)));
+    const bool is_listed = error > kNeverRefine && left.listed >= 0 && right.listed >= 0;
+    const bool is_direct = tables.path[place] == kDirect || (is_tiled && (is_odd || (is_all && !is_listed)));
     const bool is_refined = is_tiled && is_listed && !is_direct;
 
     Candidate mine[kColumns];
@@ -277,7 +280,7 @@ __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const W
       }
     }
     if (lane != 0) continue;
-    tables.decided[place] = is_direct ? kDirect : tables.way[place];
+    tables.decided[place] = is_direct ? kDirect : tables.path[place];
     tables.corrected[0][place] = is_refined ? left.listed : 0;
     tables.corrected[1][place] = is_refined ? right.listed : 0;
     tables.nearest[place] = all.nearest;
@@ -384,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
          for (int r = 0; r < 2; ++r) {
            const float nearest = of_row(sums.nearest, r);
            if constexpr (kLoss) {
-             const bool is_counted = tables.way[seen_row + 8 * r] == kTiled;
+             const bool is_counted = tables.path[seen_row + 8 * r] == kTiled;
              float logits[16], largest = of_row(sums.largest, r);
              load_logits<kType>(tables.row[seen_row + 8 * r].logits, k, is_counted ? num_codes : 0, logits);
 #pragma unroll
@@ -429,17 +432,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
 #pragma unroll
          for (int r = 0; r < 2; ++r) {
            const int place = seen_row + 8 * r;
-           const Way way = tables.decided[place];
-           if (way == kAbsent || way == kDirect) continue;
+           const RowPath path = tables.decided[place];
+           if (path == kAbsent || path == kDirect) continue;
            const float nearest = tables.nearest[place], of_labels = tables.label_factor[place];
            float values[16];
            if constexpr (kLoss) {
              const float largest = tables.largest[place], of_logits = tables.logit_factor[place];
-             load_logits<kType>(tables.row[place].logits, k, way == kTiled ? num_codes : 0, values);
+             load_logits<kType>(tables.row[place].logits, k, path == kTiled ? num_codes : 0, values);
 #pragma unroll
              for (int i = 0; i < 16; ++i) {
                const float label = expf((h[i / 2][2 * r + i % 2] - nearest) * w.factor);
-               values[i] = way == kTiled ? __fmaf_rn(expf(values[i] - largest), of_logits, label * of_labels) : 0.0f;
+               values[i] = path == kTiled ? __fmaf_rn(expf(values[i] - largest), of_logits, label * of_labels) : 0.0f;
              }
            } else {
 #pragma unroll

@@ -42,7 +42,7 @@ struct Work {
   int64_t shared_bytes;
   float factor;  // 2 / tau, within float: of half scores in exponents
 
-  float* middles;   // (codebooks, chunks * kChunk)
+  float* centers;   // (codebooks, chunks * kChunk)
   int32_t* norms;   // (codebooks): bits of a float that no |e_k - middle| is above; of infinity where a code is not
                     // finite
   Term* terms;      // (codebooks, tiles, kTileCodes)
@@ -73,7 +73,7 @@ inline int64_t plan(const SoftLabels& labels, int64_t shared_bytes, uint8_t* bas
     *piece = reinterpret_cast<std::remove_reference_t<decltype(*piece)>>(reinterpret_cast<uintptr_t>(base) + bytes);
     bytes += divide_up(count * int64_t(sizeof(**piece)), 256) * 256;
   };
-  take(&w->middles, w->codebooks * w->chunks * kChunk);
+  take(&w->centers, w->codebooks * w->chunks * kChunk);
   take(&w->norms, w->codebooks);
   take(&w->terms, w->codebooks * w->tiles * kTileCodes);
   take(&w->packed, w->codebooks * w->tiles * w->chunks * kTileCodes * kVectorBytes);

@@ -4,13 +4,12 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
+#include "common/warp.cuh"
 #include "ops/soft_label/plan.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {
-
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 __device__ inline int lane_of_warp() { return threadIdx.x % 32; }
 
@@ -58,11 +57,6 @@ __device__ inline double exact_distance(unsigned mask, const float* x, const flo
     for (int i = 0; i < 32 / kLanes; ++i) mask &= mask - 1;
   }
   return mine;
-}
-
-__device__ inline double sum_of_warp(double value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kFullWarp, value, lanes);
-  return value;
 }
 
 }  // namespace soft_label

@@ -34,11 +34,11 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
-#include "common/middle.cuh"
 #include "common/ptx.cuh"
-#include "ops/soft_label/halves.cuh"
+#include "ops/soft_label/logit_dtypes.cuh"
 #include "ops/soft_label/row.cuh"
+#include "shared/center.cuh"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {
@@ -106,14 +106,14 @@ __device__ inline SplitVector split_vector(const float* a, const float* origin, 
 // --- once per call: the codebooks in two parts --------------------------------------------------------------
 
 // Also zeroes what pack_codes and label_rows add to.
-__global__ void __launch_bounds__(kThreads) find_middles(SoftLabels labels, Work w) {
+__global__ void __launch_bounds__(kThreads) find_centers(SoftLabels labels, Work w) {
   const int64_t padded = w.chunks * kChunk;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < w.codebooks * padded;
        i += int64_t(gridDim.x) * kThreads) {
     const int64_t q = i / padded, c = i % padded;
     if (c == 0) w.norms[q] = w.direct_counts[q] = 0;
     const float* codebook = labels.codebook + q * labels.codebook_stride;
-    w.middles[i] = c < labels.channels ? middle_of_codes(codebook, labels.num_codes, labels.channels, c) : 0.0f;
+    w.centers[i] = c < labels.channels ? codebook_center(codebook, labels.num_codes, labels.channels, c) : 0.0f;
   }
 }
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) pack_codes(SoftLabels labels, Work w
     for (int place = threadIdx.x / kLanes; place < kTileCodes; place += kThreads / kLanes) {
       const bool is_code = first + place < labels.num_codes;
       const float* e = is_code ? codebook + (first + place) * labels.channels : nullptr;
-      const SplitVector split = split_vector(e, w.middles + q * w.chunks * kChunk, labels.channels, w.chunks, place,
+      const SplitVector split = split_vector(e, w.centers + q * w.chunks * kChunk, labels.channels, w.chunks, place,
                                              w.packed + i * w.chunks * kChunkBytes, kChunkBytes);
       if (threadIdx.x % kLanes != 0) continue;
       w.terms[i * kTileCodes + place] = is_code ? Term{split.scale, float(split.squared / 2)} : Term{0, inf};

@@ -3,7 +3,7 @@
 // The definition draws the first code, in code order, whose cumulative weight exceeds u times the total, with weights
 // W_k = exp(-D_k / tau) of the float64 distances D_k. Two steps:
 //
-//   by float32   scores of all codes (common/code_scores.h: 2 C operations per row and code, a score written once and
+//   by float32   scores of all codes (shared/code_scores.h: 2 C operations per row and code, a score written once and
 //                read twice from the cache), one exponential each, sums of blocks in float64.
 //                A bound on the error of every weight says whether u could fall to another code.
 //   by float64   where it could: distances of the codes near enough to have any weight, by the definition. These are
@@ -15,7 +15,7 @@
 //
 // A tile of rows keeps its scores of all codes; nothing of size rows x codes is kept.
 //
-// Scores t_k are those of common/code_scores.h, |t_k - s_k| <= E(q) of a code with |e'_k| <= q, where s_k is half of
+// Scores t_k are those of shared/code_scores.h, |t_k - s_k| <= E(q) of a code with |e'_k| <= q, where s_k is half of
 // D_k - |r'|^2: what is said there and C 2^-148 where products underflow. The definition's own sums are off by a
 // relative (C/8 + 8) 2^-53 at most, which E(q) is made to include.
 //
@@ -27,8 +27,8 @@
 //
 // Test. With relative errors of at most `eta`, S the sum of the w up to and including code j and T the sum of those
 // behind, S (1 - eta) (1 - u) > T (1 + eta) u says that the exact sums are on the same side.
-#include "common/code_scores.h"
-#include "ops/stochastic_residual_search/sample.h"
+#include "ops/stochastic_residual_search/kernel_table.h"
+#include "shared/code_scores.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -79,14 +79,14 @@ inline double sum_of_lanes(Vec a) {
   return sum;
 }
 
-struct Draw {
+struct Sampled {
   int64_t code;
   bool certain;  // the definition's
 };
 
 // The code by float32 weights. `eta` as above.
-Draw draw_by_scores(const CentredCodes& codebook, const float* scores, float lowest, double two_over_tau,
-                    double uniform, double eta, double* blocks) {
+Sampled sample_by_scores(const CenteredCodes& codebook, const float* scores, float lowest, double two_over_tau,
+                         double uniform, double eta, double* blocks) {
   const int64_t num_blocks = round_to(kBlock, codebook.num_codes) / kBlock;
   // Never zero, so that the +inf past the last code stays infinite.
   const float factor = two_over_tau > double(kLeastFactor) ? float(two_over_tau) : kLeastFactor;
@@ -146,9 +146,9 @@ inline void squared_distances(const float* r, const float* codes_kc, int64_t cha
     }
   }
   if (const int64_t left = channels - c; left > 0) {
-    const Lanes8 row = Lanes8::load_first(r + c, left);
+    const Lanes8 row = Lanes8::load_partial(r + c, left);
     for (int i = 0; i < 4; ++i) {
-      const Lanes8 difference = row - Lanes8::load_first(e[i] + c, left);
+      const Lanes8 difference = row - Lanes8::load_partial(e[i] + c, left);
       sum[i] = sum[i] + difference * difference;
     }
   }
@@ -156,8 +156,8 @@ inline void squared_distances(const float* r, const float* codes_kc, int64_t cha
 }
 
 // The code by the definition, among those whose score is at most `limit`; all where it is infinite.
-int64_t draw_by_distances(const CentredCodes& codebook, const float* r, const float* scores, float limit, double tau,
-                          double uniform, const Scratch& scratch) {
+int64_t sample_by_distances(const CenteredCodes& codebook, const float* r, const float* scores, float limit, double tau,
+                            double uniform, const Scratch& scratch) {
   int64_t count = 0;
   if (__builtin_isinf(limit)) {
     for (; count < codebook.num_codes; ++count) scratch.near[count] = int32_t(count);
@@ -197,13 +197,13 @@ inline double score_error(double r_norm, double q, int64_t channels) {
   return 1.001 * (dot + 1.05 * kRoundoff * q * q + definition) + double(channels) * 0x1p-148;
 }
 
-int64_t draw(const CentredCodes& codebook, const float* r, double r_squared, const float* scores, float lowest,
-             double tau, double uniform, const Scratch& scratch) {
+int64_t sample_row(const CenteredCodes& codebook, const float* r, double r_squared, const float* scores, float lowest,
+                   double tau, double uniform, const Scratch& scratch) {
   const double r_norm = __builtin_sqrt(r_squared);
   const double extent = r_norm + codebook.max_norm;
   // Where a score could overflow, or has too many terms for the bound, all codes go to float64.
   if (!(extent * extent < kHuge) || codebook.channels > (1 << 24)) {
-    return draw_by_distances(codebook, r, scores, __builtin_inff(), tau, uniform, scratch);
+    return sample_by_distances(codebook, r, scores, __builtin_inff(), tau, uniform, scratch);
   }
   const double error = score_error(r_norm, codebook.max_norm, codebook.channels);
   const float limit = round_up(double(lowest) + 2 * error + kReach / 2 * tau);
@@ -215,16 +215,16 @@ int64_t draw(const CentredCodes& codebook, const float* r, double r_squared, con
     const double farthest = extent * extent / tau, x = farthest < kReach ? farthest : kReach + 1;
     const double a = 2 * score_error(r_norm, q, codebook.channels) / tau + 3.1 * kRoundoff * (x + 1);
     const double eta = 1.01 * (a * (1 + a) + (5 + kAdditions) * kRoundoff);
-    const Draw draw = draw_by_scores(codebook, scores, lowest, 2 / tau, uniform, eta, scratch.blocks);
-    if (draw.certain ||
+    const Sampled sampled = sample_by_scores(codebook, scores, lowest, 2 / tau, uniform, eta, scratch.blocks);
+    if (sampled.certain ||
         (eta <= kTolerated && !few_are_near(scores, codebook.num_codes, limit, few(codebook.num_codes)))) {
-      return draw.code;
+      return sampled.code;
     }
   }
-  return draw_by_distances(codebook, r, scores, limit, tau, uniform, scratch);
+  return sample_by_distances(codebook, r, scores, limit, tau, uniform, scratch);
 }
 
-void sample(const CentredCodes& codebook, const SampleRows& rows, double tau, void* memory, int64_t* codes) {
+void sample(const CenteredCodes& codebook, const SampleRows& rows, double tau, void* memory, int64_t* codes) {
   const int64_t channels = codebook.channels, num_codes = codebook.num_codes;
   const RowTile tile = row_tile(rows.tile, num_codes, channels, rows.parts);
   const Scratch scratch = divide(memory, num_codes);
@@ -234,15 +234,18 @@ void sample(const CentredCodes& codebook, const SampleRows& rows, double tau, vo
     for (int64_t k = padded_codes(num_codes); k < round_to(kBlock, num_codes); ++k) scores[k] = __builtin_inff();
     codes[i] = !__builtin_isfinite(tile.squared[i])
                    ? -1
-                   : draw(codebook, rows.residuals + i * channels, tile.squared[i], scores,
-                          lowest_of_row(tile, rows.parts, i), tau, rows.uniforms[i], scratch);
+                   : sample_row(codebook, rows.residuals + i * channels, tile.squared[i], scores,
+                                lowest_of_row(tile, rows.parts, i), tau, rows.uniforms[i], scratch);
   }
 }
 
 }  // namespace
 
-extern const SampleKernel sample_kernel;
-const SampleKernel sample_kernel = {kCodeScores, scratch_bytes, sample};
+constexpr StochasticResidualSearchKernels stochastic_residual_search_kernels = {
+    .scores = kCodeScores,
+    .scratch_bytes = scratch_bytes,
+    .sample = sample,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

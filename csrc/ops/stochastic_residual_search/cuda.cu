@@ -11,7 +11,7 @@ void launch(const StochasticResidualSearchParams& p, void* stream) {
                                 std::to_string(stochastic_residual_search::kMaxChannels) + " channels, got " +
                                 std::to_string(p.channels));
   }
-  launch_kernel("stochastic_residual_search", stochastic_residual_search::draw_rows, grid_for(p.rows),
+  launch_kernel("stochastic_residual_search", stochastic_residual_search::sample_rows, grid_for(p.rows),
                 stochastic_residual_search::kThreads, shared, stream, p);
 }
 

@@ -12,9 +12,9 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
 #include "common/philox.h"
 #include "ops/stochastic_residual_search/params.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace stochastic_residual_search {
@@ -56,7 +56,7 @@ __device__ inline double sum_again(const StochasticResidualSearchParams& p, cons
 }
 
 // At least 3 blocks per multiprocessor, 80 registers.
-__global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearchParams p) {
+__global__ void __launch_bounds__(kThreads, 3) sample_rows(StochasticResidualSearchParams p) {
   CU_DYN_SMEM(float, residual);  // (channels)
   CU_SHARED(double, part_nearest, [kParts]);
   CU_SHARED(double, part_sum, [kParts]);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearc
               total += part_sum[i];
             }
             const uint64_t counter = static_cast<uint64_t>(p.offset + row);
-            target = total * philox_uniform(p.seed, counter, static_cast<uint32_t>(d), kDrawStochasticResidualSearch);
+            target = total * philox_uniform(p.seed, counter, static_cast<uint32_t>(d), kPhiloxStochasticResidualSearch);
           }
           // Sums of other parts round otherwise, and the target may be left over: then the last with any weight.
           int64_t found = -1;

@@ -1,7 +1,7 @@
 // rqkernels::stochastic_residual_search: schema, argument checks, tensors to params.
-#include "common/residual_arguments.h"
 #include "common/tensors.h"
 #include "ops/stochastic_residual_search/params.h"
+#include "shared/residual_arguments.h"
 
 namespace {
 

@@ -4,7 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/centred_codes.h"
+#include "common/cpu_capability.h"
+#include "shared/centered_codes.h"
 
 namespace rqk {
 
@@ -17,12 +18,14 @@ struct SampleRows {
   void* tile;
 };
 
-struct SampleKernel {
-  CodeScoresKernel scores;
+struct StochasticResidualSearchKernels {
+  CodeScoresKernels scores;
   // Bytes of scratch that `sample` needs.
   size_t (*scratch_bytes)(int64_t num_codes);
   // codes[i]: drawn by uniforms[i] from Q_tau of row i; -1 where the row is not finite.
-  void (*sample)(const CentredCodes& codebook, const SampleRows& rows, double tau, void* scratch, int64_t* codes);
+  void (*sample)(const CenteredCodes& codebook, const SampleRows& rows, double tau, void* scratch, int64_t* codes);
 };
+
+RQK_DECLARE_KERNEL_TABLE(StochasticResidualSearchKernels, stochastic_residual_search_kernels)
 
 }  // namespace rqk

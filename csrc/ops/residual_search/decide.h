@@ -1,8 +1,9 @@
 // The decision between candidates, in the definition's arithmetic. For cpu_simd.cpp.
 #pragma once
 
-#include "common/exact.h"
-#include "ops/residual_search/scan.h"
+#include "ops/residual_search/kernel_table.h"
+#include "ops/residual_search/nearest.h"
+#include "shared/exact.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -17,29 +18,20 @@ inline double decision_slack(double extent, int64_t channels) {
 // A float that is not below `value`; 1e-44 stands for what denormals lose.
 inline float round_up(double value) { return float(value + 1.2e-7 * __builtin_fabs(value) + 1e-44); }
 
-// The nearest of the codes seen so far, which come in any order: an equal distance goes to the lower index.
-struct Nearest {
-  int64_t code = -1;
-  double distance = 0;
-
-  void see(const PackedCodebook& codebook, const float* r, int64_t k) {
-    const double d = squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels);
-    if (code >= 0 && !(d < distance || (d == distance && k < code))) return;
-    distance = d;
-    code = k;
-  }
-};
+inline void see(Nearest& nearest, const PackedCodebook& codebook, const float* r, int64_t k) {
+  nearest.update(k, squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels));
+}
 
 inline int64_t nearest_of_all(const PackedCodebook& codebook, const float* r) {
   Nearest nearest;
-  for (int64_t k = 0; k < codebook.num_codes; ++k) nearest.see(codebook, r, k);
+  for (int64_t k = 0; k < codebook.num_codes; ++k) see(nearest, codebook, r, k);
   return nearest.code;
 }
 
 inline int64_t nearest_of(const PackedCodebook& codebook, const float* r, const int32_t* codes, int64_t count) {
   if (count == 1) return codes[0];
   Nearest nearest;
-  for (int64_t i = 0; i < count; ++i) nearest.see(codebook, r, codes[i]);
+  for (int64_t i = 0; i < count; ++i) see(nearest, codebook, r, codes[i]);
   return nearest.code;
 }
 

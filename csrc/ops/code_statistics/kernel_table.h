@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cpu_capability.h"
 #include "ops/code_statistics/params.h"
 
 namespace rqk {
@@ -24,15 +25,17 @@ struct Accumulators {
   int64_t* counts;  // (slice's codebooks, num_codes)
 };
 
-struct Kernels {
+}  // namespace code_statistics
+
+struct CodeStatisticsKernels {
   // Reads the rows in their order and adds each where its code's accumulators are.
-  void (*add_direct)(const CodeStatisticsParams&, Slice, const Accumulators&);
+  void (*add_direct)(const CodeStatisticsParams&, code_statistics::Slice, const code_statistics::Accumulators&);
   // For codes [begin, end) of a slice of one codebook: adds the rows of places[k] .. places[k + 1], given as offsets in
   // x, with one more (of any row) behind the last.
-  void (*add_sorted)(const CodeStatisticsParams&, Slice, const int64_t* places, const int64_t* offsets, int64_t begin,
-                     int64_t end);
+  void (*add_sorted)(const CodeStatisticsParams&, code_statistics::Slice, const int64_t* places, const int64_t* offsets,
+                     int64_t begin, int64_t end);
 };
 
-}  // namespace code_statistics
+RQK_DECLARE_KERNEL_TABLE(CodeStatisticsKernels, code_statistics_kernels)
 
 }  // namespace rqk

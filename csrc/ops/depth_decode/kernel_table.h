@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "common/cpu_capability.h"
 #include "ops/depth_decode/params.h"
 
 namespace rqk {
@@ -20,10 +21,8 @@ struct RowGroups {
   int64_t begin(int64_t group) const { return group * rows / groups; }
 };
 
-enum class Epilogue { kStore, kGelu, kQuickGelu, kAdd };
-
 // out = epilogue(linear(rows)) for some panels of outputs.
-struct LinearRows {
+struct LinearTask {
   PackedLinear layer;
   const RowGroups* rows;
   float* out;  // (rows, stride), stride at least the padded outputs
@@ -32,7 +31,7 @@ struct LinearRows {
 };
 
 // One head of one sequence of `count` new positions.
-struct HeadRows {
+struct HeadTask {
   const float* qkv;  // (count, stride) of this sequence: its queries at `query`, keys and values at their places
   int64_t stride, width, head, head_dim, count;
   float *keys, *values;  // (capacity, head_dim); written at length .. + count
@@ -42,17 +41,19 @@ struct HeadRows {
   float* scores;  // scratch: (length + count), up to a multiple of 16
 };
 
-struct DepthDecodeKernel {
+struct DepthDecodeKernels {
   int64_t (*rows_at_once)(WeightType type);
   // y = (x - mean) / sqrt(variance + eps) * weight + bias; zeros up to the padded width.
-  void (*normalise)(const float* x, const float* weight, const float* bias, int64_t width, double eps, float* y);
+  void (*normalize)(const float* x, const float* weight, const float* bias, int64_t width, double eps, float* y);
   // One group from rows (rows, stride), `stride` and zeros as the group's inputs have them.
   void (*arrange)(const float* rows, int64_t stride, WeightType type, const RowGroups& groups, int64_t group);
-  void (*multiply)(const LinearRows& task, WeightType type, int64_t first_panel, int64_t last_panel);
-  void (*attend)(const HeadRows& head);
+  void (*multiply)(const LinearTask& task, WeightType type, int64_t first_panel, int64_t last_panel);
+  void (*attend)(const HeadTask& head);
   size_t (*sample_scratch_bytes)(int64_t num_codes);
-  int64_t (*sample)(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
-                    void* scratch);
+  int64_t (*sample_row)(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
+                        void* scratch);
 };
+
+RQK_DECLARE_KERNEL_TABLE(DepthDecodeKernels, depth_decode_kernels)
 
 }  // namespace rqk

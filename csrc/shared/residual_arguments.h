@@ -59,13 +59,14 @@ ResidualTensors residual_tensors(const Tensor& x, const Tensor& codebooks, int64
     sizes.insert(sizes.end(), more);
     return empty(sizes, type, x);
   };
-  const ResidualTensors tensors{
-      as_float(x),
-      as_float(codebooks),
-      result({depth}, ScalarType::Long),
-      result({channels}, ScalarType::Float),
-      result({depth}, ScalarType::Float),
-      return_residuals ? result({depth, channels}, ScalarType::Float) : empty({0}, ScalarType::Float, x)};
+  ResidualTensors tensors;
+  tensors.x = as_float(x);
+  tensors.codebooks = as_float(codebooks);
+  tensors.codes = result({depth}, ScalarType::Long);
+  tensors.quantized = result({channels}, ScalarType::Float);
+  tensors.norms = result({depth}, ScalarType::Float);
+  tensors.residuals =
+      return_residuals ? result({depth, channels}, ScalarType::Float) : empty({0}, ScalarType::Float, x);
   params.x = tensors.x.template const_data_ptr<float>();
   params.codebooks = tensors.codebooks.template const_data_ptr<float>();
   params.rows = x.numel() / channels;

@@ -12,20 +12,20 @@
 namespace rqk {
 namespace {
 
-// The vector in the middle of the codes is the mean of about so many of them: any vector serves.
-constexpr int64_t kMiddleSample = 256;
+// The vector in the center of the codes is the mean of about so many of them: any vector serves.
+constexpr int64_t kCenterSample = 256;
 constexpr double kSmallOffset = 0.1;  // |mean|^2 over the mean of |e|^2
 
 // Numbers are seen from there, so that an offset of the data costs no digits.
-struct Middle {
+struct CodebookCenter {
   std::vector<float> values;
   double norm;
 };
 
 // Of codes (num_codes, channels). Zero where the offset is small, for it is not worth a second look at every vector,
 // and where a code is not finite.
-inline Middle middle_of(const float* codes_kc, int64_t num_codes, int64_t channels) {
-  const int64_t step = (num_codes + kMiddleSample - 1) / kMiddleSample, sampled = (num_codes + step - 1) / step;
+inline CodebookCenter codebook_center(const float* codes_kc, int64_t num_codes, int64_t channels) {
+  const int64_t step = (num_codes + kCenterSample - 1) / kCenterSample, sampled = (num_codes + step - 1) / step;
   double squared = 0, spread = 0;
   std::vector<double> sum(static_cast<size_t>(channels), 0.0);
   for (int64_t k = 0; k < num_codes; k += step) {
@@ -35,18 +35,18 @@ inline Middle middle_of(const float* codes_kc, int64_t num_codes, int64_t channe
       spread += e * e / static_cast<double>(sampled);
     }
   }
-  Middle middle{std::vector<float>(sum.size()), 0};
+  CodebookCenter center{std::vector<float>(sum.size()), 0};
   for (size_t c = 0; c < sum.size(); ++c) {
-    middle.values[c] = static_cast<float>(sum[c] / static_cast<double>(sampled));
-    squared += double(middle.values[c]) * double(middle.values[c]);
+    center.values[c] = static_cast<float>(sum[c] / static_cast<double>(sampled));
+    squared += double(center.values[c]) * double(center.values[c]);
   }
   // The negated comparison catches NaN.
   if (!(squared >= kSmallOffset * spread && std::isfinite(squared))) {
-    std::fill(middle.values.begin(), middle.values.end(), 0.0f);
+    std::fill(center.values.begin(), center.values.end(), 0.0f);
     squared = 0;
   }
-  middle.norm = std::sqrt(squared);
-  return middle;
+  center.norm = std::sqrt(squared);
+  return center;
 }
 
 // The error for `count` codebooks (num_codes, channels) that are not finite; `name` is the argument's.

@@ -1,6 +1,6 @@
 // The code of a row from its logits, and what goes in at the next depth. A block per row.
 //
-// It reads a row of logits a few times, from L2 (common/sample_row.cuh), and one row of the vectors. A row that has no
+// It reads a row of logits a few times, from L2 (shared/sample_row.cuh), and one row of the vectors. A row that has no
 // code, -1 or one that was given out of range, goes on with NaN, so that none of its later codes passes for one.
 #pragma once
 
@@ -8,15 +8,15 @@
 
 #include "common/device.h"
 #include "common/philox.h"
-#include "common/sample_row.cuh"
 #include "ops/depth_decode/params.h"
+#include "shared/sample_row.cuh"
 
 namespace rqk {
 namespace depth_decode {
 
-constexpr int kDrawThreads = 512;
+constexpr int kSampleThreads = 512;
 
-struct Draw {
+struct SampleTask {
   float* logits;  // (rows, num_codes), of one depth; with guidance (2, rows, num_codes). Null: codes are given
   int64_t rows, num_codes, width;
   bool guided;
@@ -35,8 +35,8 @@ struct Draw {
   float* x;                    // (rows, width), guided (2, rows, width)
 };
 
-__global__ void __launch_bounds__(kDrawThreads) draw_rows(Draw p) {
-  CU_SHARED(SampleShared<kDrawThreads>, shared);
+__global__ void __launch_bounds__(kSampleThreads) sample_rows(SampleTask p) {
+  CU_SHARED(SampleShared<kSampleThreads>, shared);
   const int64_t row = blockIdx.x;
   int64_t code;
   if (p.logits == nullptr) {
@@ -45,20 +45,20 @@ __global__ void __launch_bounds__(kDrawThreads) draw_rows(Draw p) {
     float* logits = p.logits + row * p.num_codes;
     if (p.guided) {
       const float* null = logits + p.rows * p.num_codes;
-      for (int64_t k = threadIdx.x; k < p.num_codes; k += kDrawThreads) {
+      for (int64_t k = threadIdx.x; k < p.num_codes; k += kSampleThreads) {
         logits[k] = __fsub_rn(__fmul_rn(p.more, logits[k]), __fmul_rn(p.less, null[k]));
       }
       // No barrier: the sampler begins with a pass over the same logits per thread, and a barrier behind it.
     }
     const int64_t stream = p.stream + p.d + (p.step == nullptr ? 0 : *p.step * p.depth);
-    const double uniform =
-        philox_uniform(p.seed, static_cast<uint64_t>(p.offset + row), static_cast<uint32_t>(stream), kDrawSampleLogits);
+    const double uniform = philox_uniform(p.seed, static_cast<uint64_t>(p.offset + row), static_cast<uint32_t>(stream),
+                                          kPhiloxSampleLogits);
     code = sample_row(logits, p.num_codes, p.settings, uniform, shared);
     if (threadIdx.x == 0) p.codes[row * p.depth + p.d] = code;
   }
   if (p.next_position == nullptr) return;
   const bool known = code >= 0 && code < p.num_codes;
-  for (int64_t c = threadIdx.x; c < p.width; c += kDrawThreads) {
+  for (int64_t c = threadIdx.x; c < p.width; c += kSampleThreads) {
     const float vector = known ? p.vectors[code * p.width + c] : __int_as_float(0x7fc00000);
     float& sum = p.sums[row * p.width + c];
     sum = p.accumulate ? sum + vector : vector;

@@ -4,20 +4,22 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cpu_capability.h"
+
 namespace rqk {
 
 // A codebook as the int8 scan reads it.
 struct Int8Panels {
   static constexpr int kMaxOutliers = 4;
-  uint8_t* bytes;         // (num_panels, fours of channels up to a multiple of 8, panel_width, 4): quantized, biased
-  float* scale;           // (num_panels, panel_width)
-  float* offset;          // (num_panels, panel_width): |e - m|^2/2 + <m, e - m>; +inf past the last code
-  float* offset_centred;  // (num_panels, panel_width): |e - m|^2/2; +inf past the last code
-  float* max_norm;        // (num_panels): no |e - m| of the panel is above
-  float* max_kept;        // (num_panels): no |e - m| without the outlier channels is above
-  float* max_error;       // (num_panels): no |e - m - scale * quantized| without them is above
-  float* mean;            // (channels): m, a vector in the middle of the codes, or zero where that is as good
-  double mean_norm;       // |m|
+  uint8_t* bytes;          // (num_panels, fours of channels up to a multiple of 8, panel_width, 4): quantized, biased
+  float* scale;            // (num_panels, panel_width)
+  float* offset;           // (num_panels, panel_width): |e - m|^2/2 + <m, e - m>; +inf past the last code
+  float* offset_centered;  // (num_panels, panel_width): |e - m|^2/2; +inf past the last code
+  float* max_norm;         // (num_panels): no |e - m| of the panel is above
+  float* max_kept;         // (num_panels): no |e - m| without the outlier channels is above
+  float* max_error;        // (num_panels): no |e - m - scale * quantized| without them is above
+  float* mean;             // (channels): m, a vector in the middle of the codes, or zero where that is as good
+  double mean_norm;        // |m|
   // Channels in which the codes are far larger than in the others: not among the bytes.
   int64_t num_outliers;
   int64_t* outlier_channel;  // (kMaxOutliers)
@@ -73,48 +75,52 @@ struct ScoreRow {
   int64_t decided;  // candidates that went to the float64 decision since the scan
 };
 
-struct SearchKernel {
+struct ResidualSearchKernels {
   int row_tile, panel_width;
-  bool int8;  // whether this instruction set has the int8 scan
   // |e_k|^2 and |e_k - m|^2 (m: `mean`, null for zero) of codes [begin, end).
   void (*measure)(const float* codes_kc, int64_t channels, const float* mean, int64_t begin, int64_t end,
-                  double* squared_norms, double* centred_norms);
-  // Fills what belongs to panels [begin, end), but for float panels; order, int8.mean and what `measure` gives are
-  // there.
-  void (*pack)(const PackedCodebook& codebook, const double* squared_norms, const double* centred_norms, int64_t begin,
+                  double* squared_norms, double* centered_norms);
+  // Fills panels [begin, end) of a codebook, except for the float panels. `order`, int8.mean and what `measure` gives
+  // must be set.
+  void (*pack)(const PackedCodebook& codebook, const double* squared_norms, const double* centered_norms, int64_t begin,
                int64_t end);
   // The float panels [begin, end).
   void (*pack_float)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels);
-  // Bytes of scratch that the searches need for this many rows, a multiple of 64.
+  // Scratch bytes that a search of this many rows needs, a multiple of 64.
   size_t (*scratch_bytes)(int64_t rows, int64_t channels);
-  // codes[i] = certified nearest code of row i of residuals (rows, channels), given its |r|^2; -1 where the row is not
-  // finite. By the float scan.
+  // codes[i] = certified nearest code of row i of residuals (rows, channels), given its |r|^2; -1 for a row that is not
+  // finite. Uses the float scan.
   void (*nearest)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
                   void* scratch, int64_t* codes);
-  // The same by the int8 scan, null without it, in two steps: the candidates among a share of the codes, in whole
-  // blocks of `codes_per_block`, each share with a scratch of its own; and the codes, from the scratches of all shares.
-  // The second returns how many rows the int8 scan had to leave to the float scan.
-  int codes_per_block;
-  void (*scan_part)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
-                    int64_t part, int64_t parts, void* scratch);
-  int64_t (*decide_parts)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
-                          int64_t rows, void* const* scratches, int64_t parts, int64_t* codes);
-  // Gram rows, null without int8. pack_centred: e - m in float panels. pack_gram: rows of codes [begin, end), at most
-  // `gram_rows_at_once`, from these panels and a scratch of tiles (gram_rows_at_once, channels) and products
-  // (gram_rows_at_once, num_blocks * kBlock).
-  int gram_rows_at_once;
-  void (*pack_centred)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels);
-  void (*pack_gram)(const PackedCodebook& codebook, const float* panels, int64_t begin, int64_t end, float* scratch);
-  // The scores of all codes for each row of residuals (rows, channels).
-  void (*scan_scores)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
-                      void* scratch, ScoreRow* score_rows);
-  // The certified nearest code of residual r, which is the scanned one less the codes taken since. -1 where these
-  // scores leave too many codes, or do not reach that far. `ahead`: the Gram row wanted next (or null), fetched
-  // meanwhile.
-  int64_t (*nearest_by_scores)(const PackedCodebook& codebook, const float* r, double squared_norm, ScoreRow& row,
-                               const int8_t* ahead);
   // |r|^2 in float64, in the fixed summation order.
   double (*squared_norm)(const float* r, int64_t channels);
+
+  // The int8 scan; null where the instruction set lacks it. It has two steps: `scan_part` finds the candidates in one
+  // share of the codes (in whole blocks of `codes_per_block`), each share with its own scratch; `decide_parts` reads
+  // the scratches of all shares and writes the codes. It returns how many rows it left to the float scan.
+  bool has_int8 = false;
+  int codes_per_block = 0;
+  void (*scan_part)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                    int64_t part, int64_t parts, void* scratch) = nullptr;
+  int64_t (*decide_parts)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
+                          int64_t rows, void* const* scratches, int64_t parts, int64_t* codes) = nullptr;
+
+  // Gram rows; null where the instruction set lacks them. pack_centered writes e - m as float panels. pack_gram writes
+  // the rows of codes [begin, end), at most `gram_rows_at_once`, from these panels; its scratch holds tiles
+  // (gram_rows_at_once, channels) and products (gram_rows_at_once, num_blocks * kBlock).
+  int gram_rows_at_once = 0;
+  void (*pack_centered)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) = nullptr;
+  void (*pack_gram)(const PackedCodebook& codebook, const float* panels, int64_t begin, int64_t end,
+                    float* scratch) = nullptr;
+  // The scores of all codes for each row of residuals (rows, channels).
+  void (*scan_scores)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms, int64_t rows,
+                      void* scratch, ScoreRow* score_rows) = nullptr;
+  // The certified nearest code of residual r: the scanned residual minus the codes taken since. Returns -1 if these
+  // scores leave too many candidates or no longer bound the distances. `ahead`: the Gram row to prefetch, or null.
+  int64_t (*nearest_by_scores)(const PackedCodebook& codebook, const float* r, double squared_norm, ScoreRow& row,
+                               const int8_t* ahead) = nullptr;
 };
+
+RQK_DECLARE_KERNEL_TABLE(ResidualSearchKernels, residual_search_kernels)
 
 }  // namespace rqk

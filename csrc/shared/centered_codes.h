@@ -1,4 +1,4 @@
-// What code_scores.h, compiled once per instruction set, and centred_codebook.h, around it, see of one another.
+// What code_scores.h, compiled once per instruction set, and centered_codebook.h, around it, see of one another.
 #pragma once
 
 #include <cstddef>
@@ -8,24 +8,24 @@ namespace rqk {
 
 // Seen from a vector m in the middle of its codes, where they lie off the origin: an offset of the data costs no
 // digits.
-struct CentredCodes {
-  const float* codes_kc;    // the original, which decides
-  const float* centred_kc;  // e_k - m; the original where mean is null
-  const float* mean;        // m; null: zero, where that is as good
-  const float* half_norms;  // |e_k - m|^2 / 2; +inf past the last code, up to a whole block of the scan
-  double max_norm;          // no |e_k - m| is above
+struct CenteredCodes {
+  const float* codes_kc;     // the original, which decides
+  const float* centered_kc;  // e_k - m; the original where mean is null
+  const float* mean;         // m; null: zero, where that is as good
+  const float* half_norms;   // |e_k - m|^2 / 2; +inf past the last code, up to a whole block of the scan
+  double max_norm;           // no |e_k - m| is above
   int64_t num_codes, channels;
 };
 
 // Memory is 64-byte aligned; a tile's is of tile_bytes for these `parts`.
-struct CodeScoresKernel {
+struct CodeScoresKernels {
   int tile_rows;
   int64_t (*padded)(int64_t num_codes);
   size_t (*tile_bytes)(int64_t num_codes, int64_t channels, int64_t parts);
   // Takes up the rows x[0] .. x[count - 1], at most tile_rows.
-  void (*pack_rows)(const CentredCodes& codes, const float* const* x, int count, int64_t parts, void* tile);
+  void (*pack_rows)(const CenteredCodes& codes, const float* const* x, int count, int64_t parts, void* tile);
   // Their scores, one share of `parts` of the codes.
-  void (*scan)(const CentredCodes& codes, int count, int64_t part, int64_t parts, void* tile);
+  void (*scan)(const CenteredCodes& codes, int count, int64_t part, int64_t parts, void* tile);
   // In float64, in the fixed summation order.
   double (*squared_distance)(const float* a, const float* b, int64_t channels);
   double (*squared_norm)(const float* a, int64_t channels);

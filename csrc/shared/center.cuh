@@ -8,7 +8,7 @@
 namespace rqk {
 
 // Channel c: the mean of some codes. Any number would be right.
-__device__ inline float middle_of_codes(const float* codes_kc, int64_t num_codes, int64_t channels, int64_t c) {
+__device__ inline float codebook_center(const float* codes_kc, int64_t num_codes, int64_t channels, int64_t c) {
   constexpr int kSample = 32;
   float values[kSample];  // all reads under way at once
 #pragma unroll

@@ -18,9 +18,9 @@
 
 #include <cstddef>
 
-#include "common/centred_codes.h"
-#include "common/exact.h"
 #include "common/simd.h"
+#include "shared/centered_codes.h"
+#include "shared/exact.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -90,7 +90,7 @@ inline size_t row_tile_bytes(int64_t num_codes, int64_t channels, int64_t parts)
 }
 
 // Takes up the rows x[0] .. x[count - 1].
-inline void pack_rows(const CentredCodes& codes, const float* const* x, int count, int64_t parts, void* memory) {
+inline void pack_rows(const CenteredCodes& codes, const float* const* x, int count, int64_t parts, void* memory) {
   const RowTile tile = row_tile(memory, codes.num_codes, codes.channels, parts);
   for (int row = 0; row < kTileRows; ++row) {
     if (row < count) {
@@ -147,7 +147,7 @@ template <int V>
 
 // Scores of the block of codes that starts with `first`, which lies at `codes`.
 template <int V>
-void score_block(const CentredCodes& codebook, const RowTile& tile, const float* codes, int64_t first,
+void score_block(const CenteredCodes& codebook, const RowTile& tile, const float* codes, int64_t first,
                  Vec (&lowest)[V]) {
   const int64_t channels = codebook.channels;
   alignas(64) float products[kCodeTile * kTileRows];
@@ -173,13 +173,13 @@ void score_block(const CentredCodes& codebook, const RowTile& tile, const float*
 }
 
 template <int V>
-void score_blocks(const CentredCodes& codebook, const RowTile& tile, int64_t begin, int64_t end,
+void score_blocks(const CenteredCodes& codebook, const RowTile& tile, int64_t begin, int64_t end,
                   float* lowest_of_part) {
   const int64_t channels = codebook.channels;
   Vec lowest[V];
   for (int v = 0; v < V; ++v) lowest[v] = Vec::fill(__builtin_inff());
   for (int64_t first = begin; first < end; first += kBlockCodes) {
-    const float* codes = codebook.centred_kc + first * channels;
+    const float* codes = codebook.centered_kc + first * channels;
     const int64_t left = codebook.num_codes - first;
     if (left < kBlockCodes) {
       for (int64_t i = 0; i < kBlockCodes * channels; ++i) tile.last_codes[i] = i < left * channels ? codes[i] : 0.0f;
@@ -191,7 +191,7 @@ void score_blocks(const CentredCodes& codebook, const RowTile& tile, int64_t beg
 }
 
 // One share of `parts` of the codes' scores, for the first `count` rows of a tile.
-inline void scan_codes(const CentredCodes& codebook, int count, int64_t part, int64_t parts, void* memory) {
+inline void scan_codes(const CenteredCodes& codebook, int count, int64_t part, int64_t parts, void* memory) {
   const RowTile tile = row_tile(memory, codebook.num_codes, codebook.channels, parts);
   const int64_t blocks = padded_codes(codebook.num_codes) / kBlockCodes;
   const int64_t begin = blocks * part / parts * kBlockCodes, end = blocks * (part + 1) / parts * kBlockCodes;
@@ -202,8 +202,15 @@ inline void scan_codes(const CentredCodes& codebook, int count, int64_t part, in
   }
 }
 
-constexpr CodeScoresKernel kCodeScores = {kTileRows,  padded_codes,     row_tile_bytes, pack_rows,
-                                          scan_codes, squared_distance, squared_norm};
+constexpr CodeScoresKernels kCodeScores = {
+    .tile_rows = kTileRows,
+    .padded = padded_codes,
+    .tile_bytes = row_tile_bytes,
+    .pack_rows = pack_rows,
+    .scan = scan_codes,
+    .squared_distance = squared_distance,
+    .squared_norm = squared_norm,
+};
 
 inline float lowest_of_row(const RowTile& tile, int64_t parts, int row) {
   float lowest = tile.lowest[row];
@@ -219,7 +226,7 @@ template <class Visit>
 inline void for_each_near(const float* scores, int64_t num_codes, float limit, Visit visit) {
   const Vec limits = Vec::fill(limit);
   for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
-    for (uint32_t near = at_most(Vec::load(scores + k), limits); near != 0; near &= near - 1) {
+    for (uint32_t near = cmp_le_mask(Vec::load(scores + k), limits); near != 0; near &= near - 1) {
       const int64_t found = k + __builtin_ctz(near);
       if (found < num_codes) visit(found);  // past the last code stands +inf, which an infinite limit admits
     }
@@ -230,7 +237,7 @@ inline bool few_are_near(const float* scores, int64_t num_codes, float limit, in
   const Vec limits = Vec::fill(limit);
   int64_t count = 0;
   for (int64_t k = 0; k < num_codes && count <= few; k += Vec::kSize) {
-    count += __builtin_popcount(at_most(Vec::load(scores + k), limits));
+    count += __builtin_popcount(cmp_le_mask(Vec::load(scores + k), limits));
   }
   return count <= few;
 }

@@ -1,4 +1,4 @@
-// Draws one code from one row of logits on a GPU, by one block: the definition of common/sample_row.h.
+// Draws one code from one row of logits on a GPU, by one block: the definition of shared/sample_row.h.
 //
 // Both cuts are thresholds on the bits of a float, found digit by digit (11, 11 and 10 bits): a histogram in shared
 // memory of what the codes measure, one or their weight, and the bin in which the target lies. Weights are integers,
@@ -13,7 +13,8 @@
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/sampling.h"
+#include "common/warp.cuh"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 
@@ -30,7 +31,7 @@ struct SampleShared {
   uint32_t ties[kWarps];
   double target;
   uint64_t above;
-  int64_t first, drawn;
+  int64_t first, sampled;
   uint32_t digit;
 };
 
@@ -62,22 +63,6 @@ struct SampleStayers {
   uint32_t key;
   uint32_t ties;
 };
-
-template <class T>
-__device__ inline T sum_of_warp(T value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-  return value;
-}
-
-// The sum of this lane's value and those of the lanes before it.
-__device__ inline uint64_t scan_of_warp(uint64_t value) {
-  const int lane = threadIdx.x % 32;
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const uint64_t before = __shfl_up_sync(0xffffffffu, value, lanes);
-    if (lane >= lanes) value += before;
-  }
-  return value;
-}
 
 __device__ inline void add_to_bin(uint32_t* low, uint32_t* high, uint64_t measure) {
   const uint32_t part = static_cast<uint32_t>(measure);
@@ -124,7 +109,7 @@ __device__ inline SampleStayers sample_threshold(const float* logits, int64_t nu
       }
       uint64_t up_to = scan_of_warp(sum);
       if (pass == 0) {
-        const uint64_t total = __shfl_sync(0xffffffffu, up_to, 31);
+        const uint64_t total = __shfl_sync(kFullWarp, up_to, 31);
         if (lane == 0) {
           at.target = kWeighted ? settings.top_p * double(total) : double(settings.top_k);
           at.above = 0;
@@ -134,7 +119,7 @@ __device__ inline SampleStayers sample_threshold(const float* logits, int64_t nu
       const double target = at.target;
       up_to += at.above;
       __syncwarp();
-      const unsigned reached = __ballot_sync(0xffffffffu, double(up_to) >= target);
+      const unsigned reached = __ballot_sync(kFullWarp, double(up_to) >= target);
       if (lane == __ffs(reached) - 1) {
         uint64_t above = up_to - sum;
         int bin = last;
@@ -180,8 +165,8 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
     if (x > largest) largest = x, index = c;
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, largest, lanes);
-    const int64_t other_index = __shfl_xor_sync(0xffffffffu, index, lanes);
+    const float other = __shfl_xor_sync(kFullWarp, largest, lanes);
+    const int64_t other_index = __shfl_xor_sync(kFullWarp, index, lanes);
     if (other > largest || (other == largest && other_index < index)) largest = other, index = other_index;
   }
   if (lane == 0) {
@@ -267,20 +252,20 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
     const float x = first + lane < last ? logits[first + lane] : -inf;
     const uint32_t key = sample_key(x);
     const bool is_tie = first + lane < last && key == stayers.key;
-    const unsigned tied = __ballot_sync(0xffffffffu, is_tie);
-    left = __shfl_sync(0xffffffffu, left, 0);
+    const unsigned tied = __ballot_sync(kFullWarp, is_tie);
+    left = __shfl_sync(kFullWarp, left, 0);
     const bool stays =
         (first + lane < last && key > stayers.key) || (is_tie && uint32_t(__popc(tied & ((1u << lane) - 1))) < left);
     const uint64_t mine = stays ? weight(x) : 0;
-    const uint64_t up_to = scan_of_warp(mine) + __shfl_sync(0xffffffffu, before, 0);
-    target = __shfl_sync(0xffffffffu, target, 0);
-    if (target < 0) target = uniform * double(__shfl_sync(0xffffffffu, up_to, 31));
-    const unsigned over = __ballot_sync(0xffffffffu, double(up_to) > target && mine > 0);
-    const unsigned any = __ballot_sync(0xffffffffu, mine > 0);
-    if (lane == 0) at.drawn = first + (over != 0 ? __ffs(int(over)) - 1 : 31 - __clz(int(any)));
+    const uint64_t up_to = scan_of_warp(mine) + __shfl_sync(kFullWarp, before, 0);
+    target = __shfl_sync(kFullWarp, target, 0);
+    if (target < 0) target = uniform * double(__shfl_sync(kFullWarp, up_to, 31));
+    const unsigned over = __ballot_sync(kFullWarp, double(up_to) > target && mine > 0);
+    const unsigned any = __ballot_sync(kFullWarp, mine > 0);
+    if (lane == 0) at.sampled = first + (over != 0 ? __ffs(int(over)) - 1 : 31 - __clz(int(any)));
   }
   __syncthreads();
-  return at.drawn;
+  return at.sampled;
 }
 
 }  // namespace rqk

@@ -6,24 +6,27 @@
 #include <limits>
 #include <vector>
 
-#include "common/centred_codes.h"
-#include "common/codebooks.h"
 #include "common/parallel.h"
+#include "shared/centered_codes.h"
+#include "shared/codebooks.h"
 
 namespace rqk {
 namespace {
 
-// One codebook (num_codes, channels), measured, and where it helps centred: that takes a copy of the codes.
-class CentredCodebook {
+// One codebook (num_codes, channels), measured, and where it helps centered: that takes a copy of the codes.
+class CenteredCodebook {
  public:
-  CentredCodebook(const CodeScoresKernel& kernel, const float* codes_kc, int64_t num_codes, int64_t channels)
-      : half_norms_(static_cast<size_t>(kernel.padded(num_codes)), std::numeric_limits<float>::infinity()),
-        middle_(middle_of(codes_kc, num_codes, channels)) {
-    view_ = {codes_kc, codes_kc, nullptr, half_norms_.data(), 0, num_codes, channels};
-    if (middle_.norm > 0) {
-      centred_ = Buffer<float>(num_codes * channels);
-      view_.mean = middle_.values.data();
-      view_.centred_kc = centred_;
+  CenteredCodebook(const CodeScoresKernels& kernels, const float* codes_kc, int64_t num_codes, int64_t channels)
+      : half_norms_(static_cast<size_t>(kernels.padded(num_codes)), std::numeric_limits<float>::infinity()),
+        center_(codebook_center(codes_kc, num_codes, channels)) {
+    view_.codes_kc = view_.centered_kc = codes_kc;
+    view_.half_norms = half_norms_.data();
+    view_.num_codes = num_codes;
+    view_.channels = channels;
+    if (center_.norm > 0) {
+      centered_ = Buffer<float>(num_codes * channels);
+      view_.mean = center_.values.data();
+      view_.centered_kc = centered_;
     }
     std::vector<double> largest(static_cast<size_t>(divide_up(num_codes, kCodesPerTask)));
     for_each_task(static_cast<int64_t>(largest.size()), [&](int64_t task) {
@@ -31,14 +34,14 @@ class CentredCodebook {
       double most = 0;
       for (int64_t k = task * kCodesPerTask; k < end; ++k) {
         const float* e = codes_kc + k * channels;
-        const double squared =
-            view_.mean == nullptr ? kernel.squared_norm(e, channels) : kernel.squared_distance(e, view_.mean, channels);
+        const double squared = view_.mean == nullptr ? kernels.squared_norm(e, channels)
+                                                     : kernels.squared_distance(e, view_.mean, channels);
         half_norms_[k] = static_cast<float>(squared / 2);
         // Squares of floats do not overflow float64: this is NaN or infinite where a code is.
         most = squared <= most ? most : squared;
         if (!std::isfinite(squared)) break;
-        if (centred_ == nullptr) continue;
-        for (int64_t c = 0; c < channels; ++c) centred_[k * channels + c] = e[c] - view_.mean[c];
+        if (centered_ == nullptr) continue;
+        for (int64_t c = 0; c < channels; ++c) centered_[k * channels + c] = e[c] - view_.mean[c];
       }
       largest[task] = most;
     });
@@ -48,16 +51,16 @@ class CentredCodebook {
   }
 
   bool finite() const { return finite_; }
-  const CentredCodes& view() const { return view_; }
+  const CenteredCodes& view() const { return view_; }
 
  private:
   static constexpr int64_t kCodesPerTask = 256;
 
   // Moving leaves the memory of these where it is, which the view points to.
   std::vector<float> half_norms_;
-  Middle middle_;
-  Buffer<float> centred_;
-  CentredCodes view_;
+  CodebookCenter center_;
+  Buffer<float> centered_;
+  CenteredCodes view_{};
   bool finite_;
 };
 
@@ -68,34 +71,34 @@ struct TilePlan {
   int64_t rows, parts, workers;
 };
 
-inline TilePlan plan_tiles(const CodeScoresKernel& kernel, int64_t rows, int64_t num_codes, int64_t channels,
+inline TilePlan plan_tiles(const CodeScoresKernels& kernels, int64_t rows, int64_t num_codes, int64_t channels,
                            int64_t rows_to_pay_a_tile) {
   // Threads share codes where each has at least so many numbers to read: fewer would be done before they have met.
   constexpr int64_t kElementsPerPart = 1 << 18, kMostParts = 64;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t parts = std::min({threads, kMostParts, num_codes * channels / kElementsPerPart});
-  if (parts > 1 && rows < threads * rows_to_pay_a_tile) return {kernel.tile_rows, parts, 1};
+  if (parts > 1 && rows < threads * rows_to_pay_a_tile) return {kernels.tile_rows, parts, 1};
   // Half a tile takes little more than half the time.
-  const int64_t half = kernel.tile_rows / 2, tile = divide_up(rows, threads) <= half ? half : kernel.tile_rows;
+  const int64_t half = kernels.tile_rows / 2, tile = divide_up(rows, threads) <= half ? half : kernels.tile_rows;
   return {tile, 1, std::min(threads, divide_up(rows, tile))};
 }
 
 // Some rows at a time and their scores.
 class ScoredRows {
  public:
-  ScoredRows(const CodeScoresKernel& kernel, const TilePlan& plan, int64_t num_codes, int64_t channels)
-      : kernel_(kernel),
+  ScoredRows(const CodeScoresKernels& kernels, const TilePlan& plan, int64_t num_codes, int64_t channels)
+      : kernels_(kernels),
         parts_(plan.parts),
-        memory_(static_cast<int64_t>(kernel.tile_bytes(num_codes, channels, plan.parts))) {}
+        memory_(static_cast<int64_t>(kernels.tile_bytes(num_codes, channels, plan.parts))) {}
 
   void* memory() const { return memory_; }
   int64_t parts() const { return parts_; }
 
   template <class Denormals>
-  void score(const CentredCodes& codes, const float* const* x, int count) const {
+  void score(const CenteredCodes& codes, const float* const* x, int count) const {
     const Denormals denormals;
-    kernel_.pack_rows(codes, x, count, parts_, memory_);
-    for_each_part<Denormals>([&](int64_t part) { kernel_.scan(codes, count, part, parts_, memory_); });
+    kernels_.pack_rows(codes, x, count, parts_, memory_);
+    for_each_part<Denormals>([&](int64_t part) { kernels_.scan(codes, count, part, parts_, memory_); });
   }
 
   // body(part, first, last) for each part's share of `count` rows.
@@ -117,7 +120,7 @@ class ScoredRows {
     }
   }
 
-  const CodeScoresKernel& kernel_;
+  const CodeScoresKernels& kernels_;
   int64_t parts_;
   Buffer<char> memory_;
 };

@@ -19,8 +19,8 @@
 // and cuts among them fall where the definition has them.
 #pragma once
 
-#include "common/sampling.h"
 #include "common/simd.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -29,7 +29,7 @@ namespace {
 constexpr int64_t kSampleGroup = 16;   // codes whose comparisons make one word of bits
 constexpr int64_t kSampleBlock = 256;  // codes whose weights are summed in one, a multiple of the group
 constexpr int64_t kSampleGuess = 256;  // codes that a threshold is guessed from, and so few that each is tried
-constexpr float kNothing = -__builtin_inff();
+constexpr float kNegInf = -__builtin_inff();
 
 inline int64_t padded_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -44,7 +44,7 @@ struct SampleCodes {
 
 // Of memory that is padded already.
 inline SampleCodes padded_codes(float* x, int64_t n) {
-  for (int64_t i = n; i < padded_to(kSampleBlock, n); ++i) x[i] = kNothing;
+  for (int64_t i = n; i < padded_to(kSampleBlock, n); ++i) x[i] = kNegInf;
   return {x, n, x + n / kSampleBlock * kSampleBlock};
 }
 
@@ -93,7 +93,7 @@ inline float float_of_order(int32_t order) {
 inline uint32_t larger(const float* x, float limit) {
   uint32_t bits = 0;
   for (int64_t j = 0; j < kSampleGroup; j += Vec::kSize) {
-    bits |= (at_most(Vec::load(x + j), Vec::fill(limit)) ^ ((1u << Vec::kSize) - 1)) << j;
+    bits |= (cmp_le_mask(Vec::load(x + j), Vec::fill(limit)) ^ ((1u << Vec::kSize) - 1)) << j;
   }
   return bits;
 }
@@ -101,7 +101,7 @@ inline uint32_t larger(const float* x, float limit) {
 inline uint32_t at_least(const float* x, float limit) {
   uint32_t bits = 0;
   for (int64_t j = 0; j < kSampleGroup; j += Vec::kSize) {
-    bits |= at_most(Vec::fill(limit), Vec::load(x + j)) << j;
+    bits |= cmp_le_mask(Vec::fill(limit), Vec::load(x + j)) << j;
   }
   return bits;
 }
@@ -290,7 +290,7 @@ inline double measure_above(const SampleCodes& codes, const Real* weights, float
 inline float largest_or_nan(const SampleCodes& codes) {
   constexpr uint32_t kAll = (1u << Vec::kSize) - 1;
   const Vec inf = Vec::fill(__builtin_inff());
-  Vec even = Vec::fill(kNothing), odd = even;
+  Vec even = Vec::fill(kNegInf), odd = even;
   uint32_t numbers = kAll;
   for (int64_t b = 0; b < codes.blocks(); ++b) {
     const float* x = codes.block(b);
@@ -299,11 +299,11 @@ inline float largest_or_nan(const SampleCodes& codes) {
       const Vec first = Vec::load(x + j), second = Vec::load(x + j + Vec::kSize);
       even = max(even, first);
       odd = max(odd, second);
-      here &= at_most(first, inf) & at_most(second, inf);
+      here &= cmp_le_mask(first, inf) & cmp_le_mask(second, inf);
     }
     numbers &= here;
   }
-  return numbers == kAll ? largest_of(max(even, odd)) : __builtin_nanf("");
+  return numbers == kAll ? reduce_max(max(even, odd)) : __builtin_nanf("");
 }
 
 struct Extent {
@@ -311,13 +311,13 @@ struct Extent {
 };
 
 inline Extent extent_of(const float* x, int64_t n) {
-  Vec low = Vec::fill(-kNothing), high = Vec::fill(kNothing);
+  Vec low = Vec::fill(-kNegInf), high = Vec::fill(kNegInf);
   int64_t i = 0;
   for (; i + Vec::kSize <= n; i += Vec::kSize) {
     low = min(low, Vec::load(x + i));
     high = max(high, Vec::load(x + i));
   }
-  Extent extent{smallest_of(low), largest_of(high)};
+  Extent extent{reduce_min(low), reduce_max(high)};
   for (; i < n; ++i) {
     extent.smallest = x[i] < extent.smallest ? x[i] : extent.smallest;
     extent.largest = x[i] > extent.largest ? x[i] : extent.largest;
@@ -349,12 +349,12 @@ Bracket guess_bracket(const SampleCodes& codes, const Real* weights, double tota
   // What is forbidden says nothing of where the others are.
   int64_t left = 0;
   for (int64_t i = 0; i < kSampleGuess; i += kSampleGroup) {
-    const uint32_t bits = larger(x + i, kNothing);
+    const uint32_t bits = larger(x + i, kNegInf);
     compress_group(w + i, bits, w + left);
     left += compress_group(x + i, bits, x + left);
   }
   const Extent extent = extent_of(x, left);
-  for (int64_t i = left; i < kSampleGuess; ++i) x[i] = kNothing;
+  for (int64_t i = left; i < kSampleGuess; ++i) x[i] = kNegInf;
   const double scale = double(codes.n) / double(kSampleGuess);
   Bracket ends[2] = {{extent.smallest, extent.largest}, {extent.smallest, extent.largest}};
   for (int step = 0; step < kSteps; ++step) {
@@ -379,8 +379,8 @@ Bracket guess_bracket(const SampleCodes& codes, const Real* weights, double tota
     }
   }
   Bracket bracket{ends[0].low, ends[1].high};
-  if (bracket.low == extent.smallest) bracket.low = kNothing;
-  if (bracket.high == extent.largest) bracket.high = -kNothing;
+  if (bracket.low == extent.smallest) bracket.low = kNegInf;
+  if (bracket.high == extent.largest) bracket.high = -kNegInf;
   return bracket;
 }
 
@@ -498,8 +498,8 @@ constexpr int64_t kUndecided = -2;
 // The place among the codes of the one drawn, or kUndecided where rounding may have moved it; `top_k` are those of them
 // that top_k keeps.
 template <class Real>
-int64_t draw_place(const SampleCodes& codes, const Stayers& top_k, const SampleSettings& settings, float largest,
-                   double uniform, const SampleScratch& scratch) {
+int64_t sample_place(const SampleCodes& codes, const Stayers& top_k, const SampleSettings& settings, float largest,
+                     double uniform, const SampleScratch& scratch) {
   const Weigh<Real> weigh(settings.temperature, largest);
   Real* const weights = reinterpret_cast<Real*>(scratch.weights);
   double total = 0;
@@ -625,9 +625,9 @@ inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSe
   }
   int64_t place = kUndecided;
   if (Weigh<float>::possible(settings.temperature)) {
-    place = draw_place<float>(codes, top_k, settings, largest, uniform, scratch);
+    place = sample_place<float>(codes, top_k, settings, largest, uniform, scratch);
   }
-  if (place == kUndecided) place = draw_place<double>(codes, top_k, settings, largest, uniform, scratch);
+  if (place == kUndecided) place = sample_place<double>(codes, top_k, settings, largest, uniform, scratch);
   if (codes.x == logits) return place;
   // The code of that candidate.
   int64_t b = row.blocks() - 1;

@@ -16,7 +16,7 @@ inline double lane_sum(int64_t channels, Term term) {
   int64_t c = 0;
   for (; c + 8 <= channels; c += 8) sum = sum + term([c](const float* p) { return Lanes8::load(p + c); });
   const int64_t left = channels - c;
-  if (left > 0) sum = sum + term([c, left](const float* p) { return Lanes8::load_first(p + c, left); });
+  if (left > 0) sum = sum + term([c, left](const float* p) { return Lanes8::load_partial(p + c, left); });
   return sum.sum();
 }
 
