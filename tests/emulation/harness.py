@@ -26,11 +26,11 @@ Argument = np.ndarray | np.generic | bool | int | float | str | None
 
 
 class KernelError(Exception):
-    """What a build found wrong with a kernel."""
+    """A rule that a kernel broke, or a wrong argument of a case."""
 
 
 class Device(NamedTuple):
-    """What launches keep to, and what their arithmetic errs by. The default is an H100."""
+    """Limits that launches keep to, and errors of matrix products. The default is an H100."""
 
     multiprocessors: int = 132
     shared_kib: int = 227  # of a block

@@ -28,7 +28,7 @@ FUNCTIONS = functions()
 
 
 def arguments_of(name: str, package: Any) -> dict[str, Any]:
-    """Of a valid call of `package.<name>`, the same numbers for both packages."""
+    """Arguments of a valid call of `package.<name>`, the same numbers for both packages."""
     torch.manual_seed(3)
     return FUNCTIONS[name].arguments(package)
 

@@ -5,7 +5,7 @@
 namespace rqk::emulation {
 namespace {
 
-// How an array (n, h, d, stride) lies in memory, or with `swapped` one (n, d, h, stride): (n, h, d) seen from `offset`
+// Layout of an array (n, h, d, stride) in memory, or with `swapped` one (n, d, h, stride): (n, h, d) seen from `offset`
 // on.
 struct Layout {
   FloatType type;

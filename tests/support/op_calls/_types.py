@@ -1,4 +1,4 @@
-"""What the module of an operator consists of."""
+"""Types that the operators' modules are made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Arguments = dict[str, Any]
 
 
 class Agreement(NamedTuple):
-    """How far results on two devices may be apart. The default is not at all; NaN equals NaN."""
+    """Tolerance between the results of two devices. The default is none; NaN equals NaN."""
 
     rtol: float = 0.0
     atol: float = 0.0

@@ -59,7 +59,7 @@ def _train(qkv: Tensor) -> list[Tensor]:
 
 
 def typical(device: torch.device, quick: bool) -> Iterator[Call]:
-    """What training the 1.4B prior takes for 256 images."""
+    """Training of the 1.4B prior on 256 images."""
     heads, head_dim = (2, 8) if quick else (24, 64)
     for depth in (4, 8, 16):
         n = 8 if quick else 65536 // depth

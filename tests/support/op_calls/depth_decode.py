@@ -127,7 +127,7 @@ def _sample(sizes: Sizes, x: Tensor, keys: Tensor, values: Tensor) -> list[Tenso
 
 
 def typical(device: torch.device, quick: bool) -> Iterator[Call]:
-    """What sampling 500 images of the 1.4B prior takes: a position of one block in each stack, and the codes."""
+    """Sampling of 500 images of the 1.4B prior: a position of one block in each stack, and its codes."""
     rows, width, heads, k = (4, 16, 2, 32) if quick else (500, 1536, 24, 16384)
     sizes = Sizes(width, 4 * width, heads, k, layers=1, depth=4, per_depth=False, gain=5.0, seed=0)
     for batch in (1, rows):
