@@ -214,6 +214,28 @@ def shared_violations(root: Path) -> list[str]:
     ]
 
 
+def constant_violations(root: Path) -> list[str]:
+    """No constant of an operator has the name of another that its files see: one would hide the other in silence."""
+    found = []
+    csrc = (root / "csrc").resolve()
+    for slug in slugs_of(root):
+        pending = [p for p in (csrc / "ops" / slug).iterdir() if p.suffix in (".h", ".cuh")]
+        seen: dict[str, Path] = {}
+        reached: set[Path] = set()
+        while pending:
+            reached.add(path := pending.pop())
+            pending += [p for p in csrc_includes(path, csrc) if p not in reached]
+        for path in sorted(p for p in reached if "emulation" not in p.parts):
+            declarations = re.findall(r"^constexpr ([^;]*);", path.read_text(), re.MULTILINE)
+            # Several in one file are the branches of an #if.
+            for name in set(re.findall(r"\b(k[A-Z]\w*)(?:\[[^=]*\])? ?=(?!=)", "\n".join(declarations))):
+                other = seen.setdefault(name, path)
+                if other != path:
+                    here, there = (p.relative_to(csrc).as_posix() for p in (path, other))
+                    found.append(f"{slug}: {name} is defined in {there} and {here}")
+    return found
+
+
 def build_violations(root: Path) -> list[str]:
     """CMake builds the folders of csrc/ops as they stand: no list of operators is kept beside them."""
     return [
@@ -307,6 +329,7 @@ RULES = (
     kernel_package_violations,
     include_violations,
     shared_violations,
+    constant_violations,
     build_violations,
     emulation_violations,
     inventory_violations,
@@ -466,6 +489,16 @@ def test_a_shared_header_may_be_reached_through_another(tmp_path: Path) -> None:
         "csrc/ops/decode/cpu.cpp": '#include "shared/tile.h"\n',
     }
     assert shared_violations(plant(tmp_path, files)) == []
+
+
+def test_a_constant_that_hides_another_is_found(tmp_path: Path) -> None:
+    files = {
+        "csrc/ops/search/scan.cuh": "namespace scan {\nconstexpr int kChunk = 32, kOther = 1;\n",
+        "csrc/ops/search/kernel.cuh": '#include "../../common/tile.h"\nconstexpr double kSeldom = 1;\n',
+        "csrc/common/tile.h": "#if X\nconstexpr int kA = 1, kChunk = 16;\n#else\nconstexpr int kChunk = 8;\n#endif\n",
+    }
+    found = constant_violations(plant(tmp_path, files))
+    assert found == ["search: kChunk is defined in common/tile.h and ops/search/scan.cuh"]
 
 
 @pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/emulation/CMakeLists.txt"])

@@ -12,7 +12,7 @@
   LEVEL(kAvx2, avx2, "avx2", __VA_ARGS__)           \
   LEVEL(kAvx512, avx512, "avx512", __VA_ARGS__)
 
-// Those that this machine's compiler builds.
+// The levels that are compiled for this machine's architecture.
 #if defined(__x86_64__)
 #define RQK_BUILT_LEVELS(LEVEL, ...) RQK_ALL_LEVELS(LEVEL, __VA_ARGS__)
 #else

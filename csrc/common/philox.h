@@ -1,7 +1,7 @@
 // Counter-based uniforms: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One
-// source for the CPU and the GPU: integers only, so both draw the same numbers.
+// source for CPU and GPU. It uses integers only, so both give the same numbers.
 //
-// A draw is a pure function of (seed, row, stream, op): key = seed, counter = (row low, row high, stream, op).
+// A uniform is a pure function of (seed, row, stream, op): key = seed, counter = (row low, row high, stream, op).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace rqk {
 
-// The fourth counter word: which operation draws. Two operations never share a uniform.
+// The fourth word of the counter: the operator that samples. Two operators never share a uniform.
 constexpr uint32_t kPhiloxStochasticResidualSearch = 1;
 constexpr uint32_t kPhiloxSampleLogits = 2;
 

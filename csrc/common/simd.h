@@ -1,6 +1,6 @@
-// One vector of floats for whichever instruction set this file is compiled for. For cpu_simd.cpp files alone: they
-// are compiled once per level, so they include nothing of the standard library that has inline functions (the linker
-// would keep one level's copy of those for all).
+// A vector of floats for the instruction set that this file is compiled for. For cpu_simd.cpp files only: they are
+// compiled once per level, so they must not include standard headers with inline functions (the linker would keep one
+// level's copy for all).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
+  // The first n floats, 0 < n < kSize; the other lanes are loaded as zeros.
   static Vec load_partial(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store_partial(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -46,14 +46,14 @@ struct VecInt {
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
 #if defined(__AVX512VNNI__)
-// sum += the four products of each lane, unsigned bytes times signed bytes. Assembly, because GCC 12 copies the sums of
-// its intrinsic to memory and back: half the speed.
+// sum += the four products of each lane, unsigned bytes times signed bytes. In assembly, because GCC 12 spills the sums
+// of its intrinsic to memory, at half the speed.
 inline void multiply_add(VecInt& sum, __m512i bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes), "v"(signed_bytes));
 }
 #endif
 inline Vec rounded(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a 2^n for an integral n; what falls below the normal floats becomes zero.
+// a 2^n for an integral n; results below the normal range become zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
   const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
@@ -102,7 +102,7 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
   }
 }
 
-// Adds squares of floats in float64.
+// Accumulates squares of floats in float64.
 struct SquareSum {
   __m512d sum = _mm512_setzero_pd();
   void add(Vec a) {
@@ -114,7 +114,7 @@ struct SquareSum {
   double total() const { return _mm512_reduce_add_pd(sum); }
 };
 
-// Eight numbers of float64.
+// Eight float64 lanes.
 struct Lanes8 {
   __m512d v;
   static Lanes8 zero() { return {_mm512_setzero_pd()}; }
@@ -125,7 +125,7 @@ struct Lanes8 {
   static Lanes8 fill(double a) { return {_mm512_set1_pd(a)}; }
   static Lanes8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
-  // By halves: lane j + lane j + 4, and so on.
+  // Adds lane j and lane j + 4, and so on: the fixed summation order.
   double sum() const {
     const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -136,12 +136,12 @@ inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm512_add_pd(a.v, b.v)}; 
 inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm512_max_pd(a.v, b.v)}; }
-// Fused where the instruction set can.
+// Fused if the instruction set has it.
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 // a[j] where bit j is set, else zero.
 inline Lanes8 keep(Lanes8 a, uint32_t bits) { return {_mm512_maskz_mov_pd(__mmask8(bits), a.v)}; }
 inline Vec keep(Vec a, uint32_t bits) { return {_mm512_maskz_mov_ps(__mmask16(bits), a.v)}; }
-// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+// Moves the lowest bits of a (nine of a float, twelve of a float64) into the place of sign and exponent.
 inline Vec low_bits_as_exponent(Vec a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
@@ -149,7 +149,7 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a.v), 52))};
 }
 
-// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+// Stores the lanes whose bits are set next to each other; may overwrite a whole vector from p on.
 inline void compress(Vec a, uint32_t bits, float* p) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(bits), a.v));
 }
@@ -166,7 +166,7 @@ struct Vec {
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec fill(float a) { return {_mm256_set1_ps(a)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
+  // The first n floats, 0 < n < kSize; the other lanes are loaded as zeros.
   static Vec load_partial(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
   void store_partial(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   static __m256i first(int64_t n) {
@@ -199,7 +199,7 @@ struct VecInt {
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Vec rounded(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a 2^n for an integral n <= 127; what falls below the normal floats becomes zero.
+// a 2^n for an integral n <= 127; results below the normal range become zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126), _CMP_NLT_UQ);
@@ -255,7 +255,7 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
   }
 }
 
-// Adds squares of floats in float64.
+// Accumulates squares of floats in float64.
 struct SquareSum {
   __m256d sum = _mm256_setzero_pd();
   void add(Vec a) {
@@ -271,7 +271,7 @@ struct SquareSum {
   }
 };
 
-// Eight numbers of float64.
+// Eight float64 lanes.
 struct Lanes8 {
   __m256d low, high;
   static Lanes8 zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
@@ -286,7 +286,7 @@ struct Lanes8 {
     _mm256_storeu_pd(p, low);
     _mm256_storeu_pd(p + 4, high);
   }
-  // By halves: lane j + lane j + 4, and so on.
+  // Adds lane j and lane j + 4, and so on: the fixed summation order.
   double sum() const {
     const __m256d four = _mm256_add_pd(low, high);
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -297,7 +297,7 @@ inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm256_add_pd(a.low, b.low
 inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
 inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)}; }
 inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm256_max_pd(a.low, b.low), _mm256_max_pd(a.high, b.high)}; }
-// Fused where the instruction set can.
+// Fused if the instruction set has it.
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) {
   return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
 }
@@ -314,7 +314,7 @@ inline Vec keep(Vec a, uint32_t bits) {
   const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes), lanes);
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(kept))};
 }
-// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+// Moves the lowest bits of a (nine of a float, twelve of a float64) into the place of sign and exponent.
 inline Vec low_bits_as_exponent(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
@@ -323,7 +323,7 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
           _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.high), 52))};
 }
 
-// For each set of bits, where they are.
+// For each mask, the positions of its set bits.
 struct BitPlaces {
   uint8_t at[256][8] = {};
   constexpr BitPlaces() {
@@ -340,10 +340,10 @@ inline __m256 compressed(__m256 a, uint32_t bits) {
   return _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(places));
 }
 
-// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+// Stores the lanes whose bits are set next to each other; may overwrite a whole vector from p on.
 inline void compress(Vec a, uint32_t bits, float* p) { _mm256_storeu_ps(p, compressed(a.v, bits)); }
 inline void compress(Lanes8 a, uint32_t bits, double* p) {
-  // Each bit twice, for the two halves of a number.
+  // Each bit doubled, for the two 32-bit halves of a float64.
   constexpr uint8_t kTwice[16] = {0,   3,   12,  15,  48,  51,  60,  63,  //
                                   192, 195, 204, 207, 240, 243, 252, 255};
   const __m256 low = compressed(_mm256_castpd_ps(a.low), kTwice[bits & 15]);
@@ -354,7 +354,7 @@ inline void compress(Lanes8 a, uint32_t bits, double* p) {
 
 #else
 
-// GCC's and Clang's generic vectors: SSE2 on x86-64, NEON on aarch64.
+// Generic vectors of GCC and Clang: SSE2 on x86-64, NEON on aarch64.
 struct Vec {
   static constexpr int kSize = 4;
   typedef float Lanes __attribute__((vector_size(16)));
@@ -367,7 +367,7 @@ struct Vec {
   }
   static Vec fill(float a) { return {Lanes{a, a, a, a}}; }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
-  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
+  // The first n floats, 0 < n < kSize; the other lanes are loaded as zeros.
   static Vec load_partial(const float* p, int64_t n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
   void store_partial(float* p, int64_t n) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
@@ -399,7 +399,7 @@ inline Vec rounded(Vec a) {
   for (int j = 0; j < Vec::kSize; ++j) a.v[j] = __builtin_rintf(a.v[j]);
   return a;
 }
-// a 2^n for an integral n <= 127; what falls below the normal floats becomes zero.
+// a 2^n for an integral n <= 127; results below the normal range become zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
   for (int j = 0; j < Vec::kSize; ++j) {
     if (n.v[j] < -126) {
@@ -447,7 +447,7 @@ inline Vec load_float16(const uint16_t* p) {
   Vec a;
   for (int j = 0; j < Vec::kSize; ++j) {
     const uint32_t sign = uint32_t(p[j] & 0x8000) << 16, rest = p[j] & 0x7fff;
-    // Below the normal ones a multiple of 2^-24; infinity and NaN keep the largest exponent.
+    // Below the normal range a multiple of 2^-24; infinity and NaN keep the largest exponent.
     const float size = rest < 0x400    ? float(rest) * 0x1p-24f
                        : rest < 0x7c00 ? bits_to_float((rest << 13) + (112u << 23))
                                        : bits_to_float((rest << 13) + (224u << 23));
@@ -461,7 +461,7 @@ inline void store_float16(Vec a, uint16_t* p) {
     uint32_t half;
     if (bits > 0x7f800000) {
       half = 0x7e00;
-    } else if (bits >= 0x477ff000) {  // 65520, from where on it rounds to infinity
+    } else if (bits >= 0x477ff000) {  // 65520, the smallest value that rounds to infinity
       half = 0x7c00;
     } else if (bits >= 0x38800000) {  // 2^-14
       half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
@@ -476,7 +476,7 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
   for (int j = 0; j < Vec::kSize; ++j) Vec{Vec::Lanes{a.v[j], b.v[j], c.v[j], d.v[j]}}.store(rows + j * stride);
 }
 
-// Eight numbers of float64.
+// Eight float64 lanes.
 struct Lanes8 {
   double v[8];
   static Lanes8 zero() { return {}; }
@@ -493,7 +493,7 @@ struct Lanes8 {
     for (int64_t j = 0; j < n; ++j) lanes.v[j] = double(p[j]);
     return lanes;
   }
-  // By halves: lane j + lane j + 4, and so on.
+  // Adds lane j and lane j + 4, and so on: the fixed summation order.
   double sum() const {
     const double four[4] = {v[0] + v[4], v[1] + v[5], v[2] + v[6], v[3] + v[7]};
     return (four[0] + four[2]) + (four[1] + four[3]);
@@ -512,13 +512,13 @@ inline Lanes8 max(Lanes8 a, Lanes8 b) {
   for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] > b.v[j] ? a.v[j] : b.v[j];
   return a;
 }
-// Fused where the instruction set can.
+// Fused if the instruction set has it.
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return a * b + c; }
 // a[j] where bit j is set, else zero.
 inline Lanes8 keep(Lanes8 a, uint32_t bits) {
   uint64_t lanes[8];
   __builtin_memcpy(lanes, a.v, sizeof lanes);
-  for (int j = 0; j < 8; ++j) lanes[j] &= -uint64_t(bits >> j & 1);  // no branch: bits are as good as random
+  for (int j = 0; j < 8; ++j) lanes[j] &= -uint64_t(bits >> j & 1);  // branch-free: the bits are unpredictable
   __builtin_memcpy(a.v, lanes, sizeof lanes);
   return a;
 }
@@ -527,7 +527,7 @@ inline Vec keep(Vec a, uint32_t bits) {
   const IntLanes lanes = {1, 2, 4, 8}, all = IntLanes{} + int32_t(bits);
   return {(Vec::Lanes)((IntLanes)a.v & ((all & lanes) == lanes))};
 }
-// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+// Moves the lowest bits of a (nine of a float, twelve of a float64) into the place of sign and exponent.
 inline Vec low_bits_as_exponent(Vec a) { return {(Vec::Lanes)((IntLanes)a.v << 23)}; }
 inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   uint64_t bits[8];
@@ -537,7 +537,7 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return a;
 }
 
-// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+// Stores the lanes whose bits are set next to each other; may overwrite a whole vector from p on.
 template <class Lanes, class T>
 inline void compress(Lanes a, uint32_t bits, T* p) {
   T lanes[sizeof(Lanes) / sizeof(T)];
@@ -547,7 +547,7 @@ inline void compress(Lanes a, uint32_t bits, T* p) {
 
 #endif
 
-// How numbers of each type become vectors of float, and back.
+// Conversion of each dtype to vectors of float, and back.
 struct Float32 {
   using T = float;
   static constexpr bool kStreams = true;
@@ -567,7 +567,7 @@ struct BFloat16 {
   static void store(Vec a, T* p) { store_bfloat16(a, p); }
 };
 
-// The first n of a vector, fewer than there are, then `rest`.
+// Loads the first n elements, n < kSize; the other lanes get `rest`.
 template <class F>
 inline Vec load_partial(const typename F::T* p, int64_t n, float rest) {
   typename F::T raw[Vec::kSize] = {};
@@ -585,27 +585,26 @@ inline void store_partial(Vec a, typename F::T* p, int64_t n) {
   __builtin_memcpy(p, raw, size_t(n) * sizeof(*p));
 }
 
-// Nearest in relative error to e^r for |r| <= ln 2 / 2 among polynomials of this degree: off by less than 2e-8.
+// Polynomial for e^r, |r| <= ln 2 / 2, with the least relative error for its degree: below 2e-8.
 constexpr float kExpSeries[] = {
     1.38367701e-3f, 8.37485678e-3f, 4.16682288e-2f, 1.66664198e-1f, 4.99999911e-1f, 1.0f, 1.0f};
 
-// e^x for x <= 88, off by less than 2 units in the last place; below -87.3 zero, NaN where x is. x = n ln 2 + r with
-// |r| <= ln 2 / 2 (ln 2 in two parts, so that r is as good as x).
+// e^x for x <= 88, off by less than 2 units in the last place; zero below -87.3, NaN for NaN. Bound B16
+// (docs/bounds.md).
 inline Vec exp(Vec x) {
   const Vec n = rounded(x * Vec::fill(1.44269504f));
   Vec r = fma(n, Vec::fill(-0.693359375f), x);
   r = fma(n, Vec::fill(2.12194440e-4f), r);
   Vec series = Vec::fill(kExpSeries[0]);
   for (int i = 1; i < 7; ++i) series = fma(series, r, Vec::fill(kExpSeries[i]));
-  return times_power_of_two(series, n);  // far below, where r has no digits, zero whatever the series is
+  return times_power_of_two(series, n);  // far below, where r has no digits left, the factor is zero anyway
 }
 
 constexpr double kExpSeries64[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
                                    1.0 / 24,      1.0 / 6,      0.5,         1.0,        1.0};
 
-// e^x for x <= 709, off by a relative (7e-15 + |x| 2^-52) at most; below -709 zero. As the one above, with the terms
-// from r^12 / 12! on left out. n comes by rounding to 2^52 and more, where integers are all there is, and with 1023
-// added its bits are the exponent of 2^n: of -1023 zero.
+// e^x for x <= 709, with a relative error of at most 7e-15 + |x| 2^-52; zero below -709. Bound B16. n is computed by
+// rounding at 2^52, where floats are integers; with 1023 added, its low bits are the exponent of 2^n (zero for -1023).
 inline Lanes8 exp(Lanes8 x) {
   constexpr double kInteger = 0x1.8p52 + 1023;
   x = max(x, Lanes8::fill(-1023 * 0.6931471805599453));
@@ -616,8 +615,8 @@ inline Lanes8 exp(Lanes8 x) {
   return series * low_bits_as_exponent(shifted);
 }
 
-// Orders earlier calls of stream(), whose address must be aligned to the vector, before whatever follows: call it
-// before another thread may read what they wrote.
+// Orders all earlier stream() calls before what follows; call it before another thread may read the data. Addresses
+// passed to stream() must be aligned to the vector.
 inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -1,4 +1,4 @@
-// Folds over the 32 lanes of a warp. The whole warp calls.
+// Reductions and scans over the 32 lanes of a warp. All lanes must call.
 #pragma once
 
 #include "common/device.h"

@@ -1,4 +1,5 @@
-// A vector in the middle of a codebook, from which rows and codes are seen: an offset of the data costs no digits then.
+// A vector near the mean of a codebook. Subtracting it from rows and codes makes a common offset of the data cost no
+// digits.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,10 @@
 
 namespace rqk {
 
-// Channel c: the mean of some codes. Any number would be right.
+// Channel c of it: the mean of a sample of the codes. Any vector would be correct.
 __device__ inline float codebook_center(const float* codes_kc, int64_t num_codes, int64_t channels, int64_t c) {
   constexpr int kSample = 32;
-  float values[kSample];  // all reads under way at once
+  float values[kSample];  // so that all reads are in flight at once
 #pragma unroll
   for (int s = 0; s < kSample; ++s) values[s] = codes_kc[s * num_codes / kSample * channels + c];
   float sum = 0;

@@ -1,4 +1,4 @@
-// A codebook made ready for code_scores.h, and tiles of rows scored against it. For cpu.cpp files.
+// A codebook prepared for code_scores.h, and tiles of rows scored against it. For cpu.cpp files.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace rqk {
 namespace {
 
-// One codebook (num_codes, channels), measured, and where it helps centered: that takes a copy of the codes.
+// One codebook (num_codes, channels) with its norms. Where subtracting the center helps, it holds a centered copy.
 class CenteredCodebook {
  public:
   CenteredCodebook(const CodeScoresKernels& kernels, const float* codes_kc, int64_t num_codes, int64_t channels)
@@ -37,7 +37,7 @@ class CenteredCodebook {
         const double squared = view_.mean == nullptr ? kernels.squared_norm(e, channels)
                                                      : kernels.squared_distance(e, view_.mean, channels);
         half_norms_[k] = static_cast<float>(squared / 2);
-        // Squares of floats do not overflow float64: this is NaN or infinite where a code is.
+        // Squares of floats do not overflow float64, so this is NaN or infinite exactly if a code is.
         most = squared <= most ? most : squared;
         if (!std::isfinite(squared)) break;
         if (centered_ == nullptr) continue;
@@ -45,7 +45,7 @@ class CenteredCodebook {
       }
       largest[task] = most;
     });
-    // A maximum would pass over NaN.
+    // A maximum would ignore NaN.
     finite_ = std::all_of(largest.begin(), largest.end(), [](double squared) { return std::isfinite(squared); });
     view_.max_norm = std::sqrt(*std::max_element(largest.begin(), largest.end()));
   }
@@ -56,7 +56,7 @@ class CenteredCodebook {
  private:
   static constexpr int64_t kCodesPerTask = 256;
 
-  // Moving leaves the memory of these where it is, which the view points to.
+  // Moving an object keeps the addresses of these, which the view points to.
   std::vector<float> half_norms_;
   CodebookCenter center_;
   Buffer<float> centered_;
@@ -64,16 +64,16 @@ class CenteredCodebook {
   bool finite_;
 };
 
-// How `threads` threads go about their rows. With one part each takes a tile of `rows` rows of its own; with more, all
-// share the codes, then the rows, of one tile after the other: where rows are too few to give each thread a tile, or
-// where more than one tile's scores would be too much memory.
+// How threads divide the rows. With one part, each of `workers` threads takes its own tile of `rows` rows. With more,
+// all threads share the codes and then the rows of one tile at a time: used if there are too few rows to give each
+// thread a tile, or if the scores of several tiles would need too much memory.
 struct TilePlan {
   int64_t rows, parts, workers;
 };
 
 inline TilePlan plan_tiles(const CodeScoresKernels& kernels, int64_t rows, int64_t num_codes, int64_t channels,
                            int64_t rows_to_pay_a_tile) {
-  // Threads share codes where each has at least so many numbers to read: fewer would be done before they have met.
+  // Least number of elements per thread: fewer would be read before the threads have synchronized.
   constexpr int64_t kElementsPerPart = 1 << 18, kMostParts = 64;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t parts = std::min({threads, kMostParts, num_codes * channels / kElementsPerPart});
@@ -83,7 +83,7 @@ inline TilePlan plan_tiles(const CodeScoresKernels& kernels, int64_t rows, int64
   return {tile, 1, std::min(threads, divide_up(rows, tile))};
 }
 
-// Some rows at a time and their scores.
+// A tile of rows and its scores.
 class ScoredRows {
  public:
   ScoredRows(const CodeScoresKernels& kernels, const TilePlan& plan, int64_t num_codes, int64_t channels)
@@ -101,7 +101,7 @@ class ScoredRows {
     for_each_part<Denormals>([&](int64_t part) { kernels_.scan(codes, count, part, parts_, memory_); });
   }
 
-  // body(part, first, last) for each part's share of `count` rows.
+  // Calls body(part, first, last) for each part's share of `count` rows.
   template <class Denormals, class Body>
   void share_rows(int count, Body body) const {
     for_each_part<Denormals>([&](int64_t part) {
@@ -110,7 +110,7 @@ class ScoredRows {
   }
 
  private:
-  // With one part, on the thread that calls.
+  // Runs on the calling thread if there is one part.
   template <class Denormals, class Body>
   void for_each_part(Body body) const {
     if (parts_ > 1) {

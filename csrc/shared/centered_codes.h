@@ -1,4 +1,4 @@
-// What code_scores.h, compiled once per instruction set, and centered_codebook.h, around it, see of one another.
+// The interface between code_scores.h, compiled once per instruction set, and centered_codebook.h, its caller.
 #pragma once
 
 #include <cstddef>
@@ -6,25 +6,25 @@
 
 namespace rqk {
 
-// Seen from a vector m in the middle of its codes, where they lie off the origin: an offset of the data costs no
-// digits.
+// A codebook seen from a vector m near the mean of its codes, if they lie off the origin: a common offset of the data
+// then costs no digits.
 struct CenteredCodes {
-  const float* codes_kc;     // the original, which decides
-  const float* centered_kc;  // e_k - m; the original where mean is null
-  const float* mean;         // m; null: zero, where that is as good
+  const float* codes_kc;     // the original, which float64 decisions use
+  const float* centered_kc;  // e_k - m; the original if mean is null
+  const float* mean;         // m; null for zero, if that is as good
   const float* half_norms;   // |e_k - m|^2 / 2; +inf past the last code, up to a whole block of the scan
-  double max_norm;           // no |e_k - m| is above
+  double max_norm;           // at least every |e_k - m|
   int64_t num_codes, channels;
 };
 
-// Memory is 64-byte aligned; a tile's is of tile_bytes for these `parts`.
+// Memory is 64-byte aligned; a tile needs tile_bytes for its number of parts.
 struct CodeScoresKernels {
   int tile_rows;
   int64_t (*padded)(int64_t num_codes);
   size_t (*tile_bytes)(int64_t num_codes, int64_t channels, int64_t parts);
-  // Takes up the rows x[0] .. x[count - 1], at most tile_rows.
+  // Packs the rows x[0] .. x[count - 1], at most tile_rows.
   void (*pack_rows)(const CenteredCodes& codes, const float* const* x, int count, int64_t parts, void* tile);
-  // Their scores, one share of `parts` of the codes.
+  // Computes their scores for one share of `parts` of the codes.
   void (*scan)(const CenteredCodes& codes, int count, int64_t part, int64_t parts, void* tile);
   // In float64, in the fixed summation order.
   double (*squared_distance)(const float* a, const float* b, int64_t channels);

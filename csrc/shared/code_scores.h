@@ -1,19 +1,9 @@
-// Scores of some rows against all codes of a codebook, in float32. For files compiled once per instruction set.
+// Float32 scores of a tile of rows against all codes of a codebook. For files compiled once per instruction set.
 //
-//   score_k = |e'_k|^2/2 - <r', e'_k>,   half of |r - e_k|^2 but for a constant of the row;   r' = r - m, e' = e - m.
-//
-// kTileRows rows go together: kCodeTile codes x kTileRows rows of products in registers. A row is a lane, so that the
-// few rows alone are packed and the codebook is read as it lies, once for all of them; products are turned into
-// (row, code) on their way to memory. 2 C operations per row and code, 4 bytes written, which stay near. Blocks can be
-// shared among threads. A score depends on its row and its code alone.
-//
-// Error. With u = 2^-24, g(n) = n u / (1 - n u), a = |r'|, q >= |e'_k|, t_k the computed score:
-//   r' and e' rounded to float:                 every product off by (1 + u)^2
-//   dot product in parts of kPart channels:     min(C, kPart) products and additions, then C/kPart additions of parts
-//   together, with dot_terms(C) = min(C, kPart) + C/kPart:  error <= g(dot_terms + 3) a q
-//   half norm rounded from float64:             error <= u q^2 / 2
-//   the subtraction:                            error <= u (q^2 / 2 + a q)
-//   |t_k - score_k| <= g(dot_terms + 4) a q + 2.1 u q^2 / 2, and what is lost where products underflow
+//   score_k = |e'_k|^2/2 - <r', e'_k>,   r' = r - m, e' = e - m:   half of |r - e_k|^2 minus a constant of the row
+// Register tiles are kCodeTile codes x kTileRows rows. A row is a lane: only the few rows are packed, the codebook is
+// read in place, once for all of them, and the products are transposed to (row, code) on their way to memory. Costs 2 C
+// operations and 4 bytes written (to cache) per row and code. Threads may share the blocks. Bound B7 (docs/bounds.md).
 #pragma once
 
 #include <cstddef>
@@ -30,9 +20,9 @@ constexpr int kTileVecs = 2;
 constexpr int kTileRows = kTileVecs * Vec::kSize;
 #if defined(__AVX512F__)
 constexpr int kCodeTile = 12;  // 12 x 2 accumulators of 32 registers
-constexpr int kCodeGroup = 3;  // codes that one pointer reaches
+constexpr int kCodeGroup = 3;  // codes addressed by one pointer
 #else
-constexpr int kCodeTile = 4;  // 4 x 2 of 16
+constexpr int kCodeTile = 4;  // 4 x 2 accumulators of 16 registers
 constexpr int kCodeGroup = 2;
 #endif
 constexpr int kBlockCodes = 3 * Vec::kSize;  // whole tiles, and whole vectors
@@ -43,14 +33,14 @@ inline int64_t round_to(int64_t multiple, int64_t n) { return (n + multiple - 1)
 
 inline int64_t padded_codes(int64_t num_codes) { return round_to(kBlockCodes, num_codes); }
 
-// Room for blocks of kScoreBlock, and a cache line more: rows a power of two apart would share the same few lines of
-// the cache.
+// Rounded up to whole blocks of kScoreBlock, plus a cache line: rows a power of two apart would map to the same cache
+// sets.
 constexpr int64_t kScoreBlock = 256;
 inline int64_t score_stride(int64_t num_codes) { return round_to(kScoreBlock, padded_codes(num_codes)) + 16; }
 
 inline double dot_terms(int64_t channels) { return double((channels < kPart ? channels : kPart) + channels / kPart); }
 
-// Hands out parts of a piece of memory, each starting on a cache line.
+// Divides a piece of memory into parts, each aligned to a cache line.
 struct Division {
   char* memory;
   size_t used = 0;
@@ -61,13 +51,13 @@ struct Division {
   }
 };
 
-// Rows at work, and their scores.
+// A tile of rows and its scores.
 struct RowTile {
-  float* x_cn;        // (channels, kTileRows): r' of the rows, side by side
-  float* last_codes;  // (kBlockCodes, channels): the codes of a last block that is not whole, and zeros
+  float* x_cn;        // (channels, kTileRows): r' of the rows, interleaved
+  float* last_codes;  // (kBlockCodes, channels): the codes of an incomplete last block, padded with zeros
   float* scores;      // (kTileRows, stride)
-  float* lowest;      // (parts, kTileRows): of each row's scores
-  double* squared;    // (kTileRows): |r'|^2, not finite where the row is not
+  float* lowest;      // (parts, kTileRows): the lowest score of each row
+  double* squared;    // (kTileRows): |r'|^2, not finite if the row is not
   int64_t stride;
   size_t bytes;
 };
@@ -89,7 +79,7 @@ inline size_t row_tile_bytes(int64_t num_codes, int64_t channels, int64_t parts)
   return row_tile(nullptr, num_codes, channels, parts).bytes;
 }
 
-// Takes up the rows x[0] .. x[count - 1].
+// Packs the rows x[0] .. x[count - 1].
 inline void pack_rows(const CenteredCodes& codes, const float* const* x, int count, int64_t parts, void* memory) {
   const RowTile tile = row_tile(memory, codes.num_codes, codes.channels, parts);
   for (int row = 0; row < kTileRows; ++row) {
@@ -97,7 +87,7 @@ inline void pack_rows(const CenteredCodes& codes, const float* const* x, int cou
       tile.squared[row] = codes.mean == nullptr ? squared_norm(x[row], codes.channels)
                                                 : squared_distance(x[row], codes.mean, codes.channels);
     }
-    // Squares of floats cannot overflow float64, so the norm is finite where the row is.
+    // Squares of floats cannot overflow float64, so the norm is finite exactly if the row is.
     const bool there = row < count && __builtin_isfinite(tile.squared[row]);
     for (int64_t c = 0; c < codes.channels; ++c) {
       tile.x_cn[c * kTileRows + row] = !there ? 0.0f : codes.mean == nullptr ? x[row][c] : x[row][c] - codes.mean[c];
@@ -105,9 +95,9 @@ inline void pack_rows(const CenteredCodes& codes, const float* const* x, int cou
   }
 }
 
-// Products of V vectors of rows with kCodeTile codes, `channels` apart, over `count` of these channels; added to what
-// is there, or in its place. `ahead`: what the next tiles read. A function of its own: with what follows in the same
-// one, GCC leaves the rows' registers on the stack.
+// Multiplies V vectors of rows with kCodeTile codes, `channels` apart, over `count` channels; stores the products or
+// adds them to `products`. Prefetches from `ahead` for the next tiles. Not inlined: together with the caller's code,
+// GCC would spill the rows' registers.
 template <int V>
 [[gnu::noinline]] void multiply_codes(const float* __restrict__ x_cn, const float* __restrict__ codes, int64_t channels,
                                       int64_t count, const float* ahead, bool add, float* __restrict__ products) {
@@ -116,8 +106,8 @@ template <int V>
   for (int i = 0; i < kCodeTile; ++i) {
     for (int v = 0; v < V; ++v) dot[i][v] = Vec::zero();
   }
-  // A pointer for each group of codes, the others by strides; hidden from the compiler, which would make it a pointer
-  // for each, more than there are registers.
+  // One pointer per group of codes, the others by strides. Hidden from the compiler, which would otherwise keep a
+  // pointer per code, more than there are registers.
   const float* group[kCodeTile / kCodeGroup];
   for (int i = 0; i < kCodeTile / kCodeGroup; ++i) group[i] = codes + kCodeGroup * i * channels;
   for (int64_t c = 0; c < count; ++c) {
@@ -145,7 +135,7 @@ template <int V>
   }
 }
 
-// Scores of the block of codes that starts with `first`, which lies at `codes`.
+// Scores of the block of codes that starts with number `first`, stored at `codes`.
 template <int V>
 void score_block(const CenteredCodes& codebook, const RowTile& tile, const float* codes, int64_t first,
                  Vec (&lowest)[V]) {
@@ -190,7 +180,7 @@ void score_blocks(const CenteredCodes& codebook, const RowTile& tile, int64_t be
   for (int v = 0; v < V; ++v) lowest[v].store(lowest_of_part + v * Vec::kSize);
 }
 
-// One share of `parts` of the codes' scores, for the first `count` rows of a tile.
+// The scores of one share of `parts` of the codes, for the first `count` rows of a tile.
 inline void scan_codes(const CenteredCodes& codebook, int count, int64_t part, int64_t parts, void* memory) {
   const RowTile tile = row_tile(memory, codebook.num_codes, codebook.channels, parts);
   const int64_t blocks = padded_codes(codebook.num_codes) / kBlockCodes;
@@ -221,14 +211,14 @@ inline float lowest_of_row(const RowTile& tile, int64_t parts, int row) {
   return lowest;
 }
 
-// visit(k) for all codes whose score is at most `limit`, in their order; it may change that one.
+// Calls visit(k) for all codes whose score is at most `limit`, in order; visit may overwrite that score.
 template <class Visit>
 inline void for_each_near(const float* scores, int64_t num_codes, float limit, Visit visit) {
   const Vec limits = Vec::fill(limit);
   for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
     for (uint32_t near = cmp_le_mask(Vec::load(scores + k), limits); near != 0; near &= near - 1) {
       const int64_t found = k + __builtin_ctz(near);
-      if (found < num_codes) visit(found);  // past the last code stands +inf, which an infinite limit admits
+      if (found < num_codes) visit(found);  // scores past the last code are +inf, which an infinite limit admits
     }
   }
 }

@@ -1,5 +1,5 @@
-// The arithmetic by which codes are defined: float64, in one fixed summation order, never fused. For files compiled
-// once per instruction set.
+// The arithmetic of the definition: float64, in a fixed summation order, never fused. For files compiled once per
+// instruction set.
 #pragma once
 
 #include "common/simd.h"
@@ -8,8 +8,8 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-// Eight lanes, lane j adds terms j, j + 8, ...; then the lanes are halved three times. term(load) gives the next eight
-// terms of arrays load(array).
+// Sums `channels` terms in eight lanes: lane j adds terms j, j + 8, ..., and the lanes are folded three times.
+// term(load) returns the next eight terms, of arrays read by load(array).
 template <class Term>
 inline double lane_sum(int64_t channels, Term term) {
   Lanes8 sum = Lanes8::zero();
@@ -30,6 +30,9 @@ inline double squared_distance(const float* r, const float* e, int64_t channels)
     return difference * difference;
   });
 }
+
+// A float at least as large as `value`; 1e-44 covers what denormals lose.
+inline float round_up(double value) { return float(value + 1.2e-7 * __builtin_fabs(value) + 1e-44); }
 
 }  // namespace
 }  // namespace RQK_CAPABILITY

@@ -1,5 +1,5 @@
-// Checks, inputs and results that all residual searches share. For op.cpp files; `op` is the operator's name, for the
-// message.
+// Argument checks, inputs and results of the residual searches. For op.cpp files; `op` is the operator's name in error
+// messages.
 #pragma once
 
 #include "common/tensors.h"
@@ -41,13 +41,13 @@ inline void check_x_and_codebooks(const char* op, const Tensor& x, const Tensor&
   check_same_device(op, "x", x, "codebooks", codebooks);
 }
 
-// What a search reads, as contiguous float32, and what it returns.
+// The inputs of a search as contiguous float32, and its results.
 struct ResidualTensors {
   Tensor x, codebooks;
   Tensor codes, quantized, norms, residuals;
 };
 
-// Points `params` to the tensors that it returns.
+// Allocates the tensors and points `params` to them.
 template <class Params>
 ResidualTensors residual_tensors(const Tensor& x, const Tensor& codebooks, int64_t depth, bool return_residuals,
                                  Params& params) {

@@ -1,5 +1,5 @@
-// What all residual searches do with a row between choosing its codes, on the CPU. For cpu.cpp files; `Params` is the
-// operator's own, with the members of ResidualSearchParams.
+// Updates of a row between the choices of its codes, on the CPU. For cpu.cpp files. `Params` is the operator's own
+// struct, with the members of ResidualSearchParams.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace rqk {
 namespace {
 
-// r_0 of a row. Returns its squared norm.
+// Starts a row with r_0 = x. Returns its squared norm.
 template <class Params, class SquaredNorm>
 double begin_row(const Params& p, int64_t row, float* residual, SquaredNorm squared_norm) {
   std::copy(p.x + row * p.channels, p.x + (row + 1) * p.channels, residual);
@@ -17,7 +17,7 @@ double begin_row(const Params& p, int64_t row, float* residual, SquaredNorm squa
   return squared_norm(residual, p.channels);
 }
 
-// Records the code of a depth and moves the residual on by that code of `codes_kc`. Returns its squared norm.
+// Records the code of a depth and subtracts that code of `codes_kc` from the residual. Returns its squared norm.
 template <class Params, class SquaredNorm>
 double take_code(const Params& p, int64_t row, int64_t depth, int64_t code, const float* codes_kc, float* residual,
                  SquaredNorm squared_norm) {

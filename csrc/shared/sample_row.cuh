@@ -1,13 +1,12 @@
-// Draws one code from one row of logits on a GPU, by one block: the definition of shared/sample_row.h.
+// Samples one code from one row of logits on a GPU, with one block. shared/sample_row.h gives the definition.
 //
 // Both cuts are thresholds on the bits of a float, found digit by digit (11, 11 and 10 bits): a histogram in shared
-// memory of what the codes measure, one or their weight, and the bin in which the target lies. Weights are integers,
-// exp((logit - largest) / temperature) times 2^s with s = 62 - log2(num_codes), rounded up: their sums are exact, so
-// atomics in any order and any number of threads give the same code, and it is the definition's but where u or top_p
-// falls within about 2^-s num_codes of a boundary (2^-34 for 16384 codes, a bound; as errors cancel, much less).
+// memory of the codes' mass (their number or their weights), and the bin that contains the target. Weights are
+// integers, so their sums are exact in any order: the code does not depend on atomics or the number of threads. Bound
+// B14 (docs/bounds.md).
 //
-// A row is read once for its largest logit, three times for top_k, three times for top_p and once for the draw, after
-// the first time from L1 or L2. Exponentials: one per code that top_k keeps for top_p, one per code that stays.
+// A row is read once for its largest logit, three times for top_k, three times for top_p and once to sample, after the
+// first time from L1 or L2. Exponentials: one per code that top_k keeps (for top_p), and one per code kept in the end.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +19,11 @@ namespace rqk {
 
 constexpr int kSampleBins = 2048;
 
-// The block's shared memory. What is in it before a call and after it is nobody's.
+// The block's shared memory; its contents do not matter before or after a call.
 template <int kThreads>
 struct SampleShared {
   static constexpr int kWarps = kThreads / 32;
-  uint32_t low[kSampleBins], high[kSampleBins];  // what a bin measures, in two words
+  uint32_t low[kSampleBins], high[kSampleBins];  // mass of each bin, in two words
   uint64_t weights[kWarps];
   int64_t indices[kWarps];
   float largest[kWarps];
@@ -35,7 +34,7 @@ struct SampleShared {
   uint32_t digit;
 };
 
-// Larger floats have larger keys; both zeros the same.
+// Maps floats to keys in the same order; both zeros have the same key.
 __device__ inline uint32_t sample_key(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
   return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
@@ -49,7 +48,7 @@ struct SampleWeight {
   float largest;
   double inverse, scale;
   __device__ SampleWeight(float largest_, double temperature, int64_t num_codes) : largest(largest_), scale(0x1p62) {
-    // Where the inverse overflows, what is not the largest weighs nothing all the same.
+    // If the inverse overflows, all but the largest logit still weigh nothing.
     inverse = 1 / temperature < 1e300 ? 1 / temperature : 1e300;
     for (int64_t codes = 1; codes < num_codes; codes *= 2) scale /= 2;
   }
@@ -58,8 +57,8 @@ struct SampleWeight {
   }
 };
 
-// Codes with a larger key, and the first `ties` with this one.
-struct SampleStayers {
+// The kept codes: those with a larger key, and the first `ties` with this key.
+struct SampleKept {
   uint32_t key;
   uint32_t ties;
 };
@@ -71,22 +70,24 @@ __device__ inline void add_to_bin(uint32_t* low, uint32_t* high, uint64_t measur
   if (rest != 0) atomicAdd(high, rest);
 }
 
-// Of `from`: the smallest that stays, such that what is larger measures less than the target. That is top_k codes, or
-// where kWeighted the part top_p of all weights. `each` of those equal to the smallest measures the same, and as many
-// stay as have less than the target before them. By a block.
+// Finds, among the codes kept by `from`, the smallest key to keep: codes with larger keys have less mass than the
+// target, which is top_k codes or (kWeighted) the fraction top_p of all weights. Codes equal to it have the same mass
+// `each`, and those are kept that have less than the target before them. The whole block calls.
 template <bool kWeighted, int kThreads>
-__device__ inline SampleStayers sample_threshold(const float* logits, int64_t num_codes, const SampleSettings& settings,
-                                                 const SampleStayers& from, const SampleWeight& weight,
-                                                 SampleShared<kThreads>& at) {
+__device__ inline SampleKept sample_threshold(const float* logits, int64_t num_codes, const SampleSettings& settings,
+                                              const SampleKept& from, const SampleWeight& weight,
+                                              SampleShared<kThreads>& at) {
   uint32_t prefix = 0;
   for (int pass = 0; pass < 3; ++pass) {
     const int width = pass < 2 ? 11 : 10, shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
+    // Clear the histogram.
     for (int i = threadIdx.x; i < kSampleBins; i += kThreads) at.low[i] = at.high[i] = 0;
     __syncthreads();
-    // The code's bin, or the bins' number where it is not of this prefix.
+    // The bin of a key, or the number of bins if it has another prefix.
     auto bin_of = [prefix, shift, width](uint32_t key) {
       return uint64_t(key) >> (shift + width) == prefix ? (key >> shift) & ((1u << width) - 1) : kSampleBins;
     };
+    // Add up the mass of each bin.
     for (int64_t c = threadIdx.x; c < num_codes; c += kThreads) {
       const float x = logits[c];
       const uint32_t key = sample_key(x), bin = bin_of(key);
@@ -98,8 +99,9 @@ __device__ inline SampleStayers sample_threshold(const float* logits, int64_t nu
       add_to_bin(&at.low[bin], &at.high[bin], from.ties * (kWeighted ? weight(value_of_sample_key(from.key)) : 1));
     }
     __syncthreads();
+    // Find the bin with the target.
     if (threadIdx.x < 32) {
-      // From the largest bin down, 64 to a lane; lanes begin at different ones, for the sake of the banks.
+      // Scans from the largest bin down, 64 bins per lane; lanes start at different bins to avoid bank conflicts.
       constexpr int kEach = kSampleBins / 32;
       const int lane = threadIdx.x, last = kSampleBins - 1 - lane * kEach;
       uint64_t sum = 0;
@@ -145,9 +147,9 @@ __device__ inline SampleStayers sample_threshold(const float* logits, int64_t nu
   return {prefix, static_cast<uint32_t>(ties)};
 }
 
-// A code in [0, num_codes), or -1 where the row has NaN, +inf, or nothing but -inf; the same for all threads of the
-// block, all of which must call. uniform in (0, 1). The block must be past a barrier behind the logits; another call
-// may follow at once, other uses of the shared memory behind a barrier.
+// Returns a code in [0, num_codes), or -1 if the row has NaN, +inf, or nothing but -inf; the same for all threads of
+// the block, which must all call. uniform is in (0, 1). The logits must have been written before a barrier. Another
+// call may follow at once; other uses of the shared memory need a barrier first.
 template <int kThreads>
 __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSettings& settings,
                                      double uniform, SampleShared<kThreads>& at) {
@@ -156,6 +158,7 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
   const float inf = __int_as_float(0x7f800000);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
+  // The largest logit and its lowest index; greedy sampling is done then.
   float largest = -inf;
   int64_t index = num_codes;
   bool is_number = true;
@@ -186,21 +189,22 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
     return is_good ? index : -1;
   }
 
+  // The two cuts.
   const SampleWeight weight(largest, settings.temperature, num_codes);
-  SampleStayers stayers{0, 0};
+  SampleKept kept{0, 0};
   if (settings.top_k < num_codes) {
-    stayers = sample_threshold<false>(logits, num_codes, settings, stayers, weight, at);
+    kept = sample_threshold<false>(logits, num_codes, settings, kept, weight, at);
   }
-  if (settings.top_p < 1) stayers = sample_threshold<true>(logits, num_codes, settings, stayers, weight, at);
+  if (settings.top_p < 1) kept = sample_threshold<true>(logits, num_codes, settings, kept, weight, at);
 
-  // The codes are cut into parts, one to a warp, in code order; the part in which the weights exceed u times all of
-  // them is cut again, until it is one warp's.
-  const uint64_t each = stayers.ties > 0 ? weight(value_of_sample_key(stayers.key)) : 0;
+  // Divide the codes into parts, in code order, one per warp. The part in which the cumulative weight exceeds u times
+  // the total is divided again, until one warp holds it.
+  const uint64_t each = kept.ties > 0 ? weight(value_of_sample_key(kept.key)) : 0;
   int64_t first = 0, last = num_codes;
-  // Thread 0's: u times all weights, what has been summed before `first`, the ties that are left.
+  // State of thread 0: u times the total weight, the weight before `first`, and the ties that are left.
   double target = -1;
   uint64_t before = 0;
-  uint32_t left = stayers.ties;
+  uint32_t left = kept.ties;
   while (last - first > 32) {
     const int64_t size = ((last - first + kWarps - 1) / kWarps + 31) / 32 * 32;
     const int64_t begin = first + warp * size, end = begin + size < last ? begin + size : last;
@@ -209,8 +213,8 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
     for (int64_t c = begin + lane; c < end; c += 32) {
       const float x = logits[c];
       const uint32_t key = sample_key(x);
-      if (key > stayers.key) sum += weight(x);
-      if (key == stayers.key) ++ties;
+      if (key > kept.key) sum += weight(x);
+      if (key == kept.key) ++ties;
     }
     sum = sum_of_warp(sum);
     ties = sum_of_warp(ties);
@@ -227,7 +231,7 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
         total += each * (there < left ? there : left);
         target = uniform * double(total);
       }
-      // The last part with any weight, should rounding put the target at the total.
+      // The last part with any weight, in case rounding puts the target at the total.
       int64_t found = first;
       uint64_t up_to = before;
       uint32_t ties_left = left;
@@ -248,14 +252,15 @@ __device__ inline int64_t sample_row(const float* logits, int64_t num_codes, con
     first = at.first;
     last = first + size < last ? first + size : last;
   }
+  // One warp holds the part that is left.
   if (warp == 0) {
     const float x = first + lane < last ? logits[first + lane] : -inf;
     const uint32_t key = sample_key(x);
-    const bool is_tie = first + lane < last && key == stayers.key;
+    const bool is_tie = first + lane < last && key == kept.key;
     const unsigned tied = __ballot_sync(kFullWarp, is_tie);
     left = __shfl_sync(kFullWarp, left, 0);
     const bool stays =
-        (first + lane < last && key > stayers.key) || (is_tie && uint32_t(__popc(tied & ((1u << lane) - 1))) < left);
+        (first + lane < last && key > kept.key) || (is_tie && uint32_t(__popc(tied & ((1u << lane) - 1))) < left);
     const uint64_t mine = stays ? weight(x) : 0;
     const uint64_t up_to = scan_of_warp(mine) + __shfl_sync(kFullWarp, before, 0);
     target = __shfl_sync(kFullWarp, target, 0);

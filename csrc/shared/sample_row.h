@@ -1,22 +1,17 @@
-// Draws one code from one row of logits on a CPU. For files compiled once per instruction set.
+// Samples one code from one row of logits on a CPU. For files compiled once per instruction set.
 //
-// Definition. Of the row's codes, the top_k largest logits are kept, the lower index first where logits are equal. A
-// code weighs exp((logit - largest) / temperature). From the largest down, in the same order, a code stays while the
-// weights before it sum to less than top_p times all of them. The code drawn is the first, in code order, with which
-// the weights of those that stayed sum to more than u times all of theirs.
+// Definition. Keep the top_k largest logits; of equal ones, those with lower indices. A code weighs exp((logit -
+// largest) / temperature). In descending order, keep a code while the weights before it sum to less than top_p times
+// the total. Sample the first code, in code order, whose cumulative weight exceeds u times the total of the kept codes.
 //
-// Nothing is sorted, and nothing of the row's size is written but the weights, with top_p alone. Both cuts are
-// thresholds: "the smallest logit v such that what is larger measures less than a target", where a code measures 1 or
-// its weight. A sample of 256 codes brackets v; one pass measures what is above the bracket and lays side by side what
-// is in it, on which the next round works, until 256 codes are left, of which each is tried. Top-k begins with a
-// bracket that is open above, so that all that follows works on the few codes in it. K*4 bytes are read from memory;
-// without cuts once more from the cache, and of each block of codes the sum of weights is all that is kept.
+// Nothing is sorted, and only top_p stores an array of the row's size (the weights). Both cuts are thresholds: the
+// smallest logit v such that all larger ones have less mass than a target, where the mass of a code is 1 or its weight.
+// 256 evenly spaced codes bracket v; one pass sums the mass above the bracket and compacts the codes inside, on which
+// the next round works; the last 256 are tried one by one. Top-k starts with a bracket open above, so that all later
+// steps work on few codes. A row is read once from memory, and without cuts once more from cache.
 //
-// Weights are float32 at first, with a bound on what they and their sums are off by; where u or top_p falls within it
-// of a boundary between two codes, which is a few rows in a hundred, the row is drawn again with weights of float64.
-// These are off by a relative 1e-14 or so, and their sums by no more: so the code is the definition's but where u or
-// top_p falls within about 1e-13 of a boundary. It depends on the row alone. Equal weights are equal to the last bit,
-// and cuts among them fall where the definition has them.
+// Weights are float32 first; if their error (bound B13, docs/bounds.md) leaves the code open, the row is sampled again
+// with float64 weights. The result depends on the row alone.
 #pragma once
 
 #include "common/simd.h"
@@ -26,39 +21,40 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-constexpr int64_t kSampleGroup = 16;   // codes whose comparisons make one word of bits
-constexpr int64_t kSampleBlock = 256;  // codes whose weights are summed in one, a multiple of the group
-constexpr int64_t kSampleGuess = 256;  // codes that a threshold is guessed from, and so few that each is tried
+constexpr int64_t kSampleGroup = 16;   // codes whose comparisons form one word of bits
+constexpr int64_t kSampleBlock = 256;  // codes whose weights are summed as one block, a multiple of the group
+constexpr int64_t kSampleGuess = 256;  // codes sampled for a bracket, and few enough to try each
 constexpr float kNegInf = -__builtin_inff();
 
 inline int64_t padded_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
 
-// A row's logits, block by block; the last block has -inf behind the last of them.
+// A row's logits in blocks; the last block is padded with -inf.
 struct SampleCodes {
   const float* x;
   int64_t n;
-  const float* last;  // the block that is not full
+  const float* last;  // the incomplete block
   int64_t blocks() const { return (n + kSampleBlock - 1) / kSampleBlock; }
   const float* block(int64_t b) const { return (b + 1) * kSampleBlock <= n ? x + b * kSampleBlock : last; }
 };
 
-// Of memory that is padded already.
+// Pads memory that has room for whole blocks.
 inline SampleCodes padded_codes(float* x, int64_t n) {
   for (int64_t i = n; i < padded_to(kSampleBlock, n); ++i) x[i] = kNegInf;
   return {x, n, x + n / kSampleBlock * kSampleBlock};
 }
 
-// Parts of the scratch memory, each starting on a cache line and long enough for whole blocks.
+// Parts of the scratch memory, each aligned to a cache line and long enough for whole blocks.
 struct SampleScratch {
-  float *last, *candidates, *ranges[2];  // the row's last block; what may be kept; among what a threshold is sought
-  double *weights, *range_weights[2];    // the same, or floats
-  double* sums;                          // of the weights of each block
-  int64_t *before, *ties;                // of each block: how many there are before it; how many may still stay
+  float *last, *candidates, *ranges[2];  // the row's last block; candidates to keep; codes among which a threshold is
+                                         // sought
+  double *weights, *range_weights[2];    // their weights, double or float
+  double* sums;                          // total weight of each block
+  int64_t *before, *ties;                // per block: number of candidates before it; ties that may still be kept
   size_t bytes;
 };
 
 inline SampleScratch divide_sample_scratch(void* memory, int64_t num_codes) {
-  // A vector may be written behind the last code.
+  // A vector may be stored past the last code.
   const int64_t codes = padded_to(kSampleBlock, num_codes) + kSampleGroup, blocks = codes / kSampleBlock;
   SampleScratch scratch{};
   auto take = [&scratch, memory](auto*& part, int64_t size) {
@@ -76,7 +72,7 @@ inline SampleScratch divide_sample_scratch(void* memory, int64_t num_codes) {
   return scratch;
 }
 
-// Floats in an order of integers, both zeros one.
+// Maps floats to integers in the same order; both zeros are equal.
 inline int32_t order_of(float value) {
   int32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);
@@ -163,7 +159,7 @@ struct Weights<double> {
 inline Weights<double> keep(Weights<double> w, uint32_t bits) { return {keep(w.low, bits), keep(w.high, bits >> 8)}; }
 inline Weights<double> squares(Weights<double> w) { return {w.low * w.low, w.high * w.high}; }
 
-// Of codes that weigh 1 each: their number.
+// Stands for codes that weigh 1 each.
 struct Count {};
 template <>
 struct Weights<Count> {
@@ -173,9 +169,9 @@ struct Weights<Count> {
   double sum() const { return double(codes); }
 };
 inline Weights<Count> keep(Weights<Count>, uint32_t bits) { return {__builtin_popcount(bits)}; }
-inline Weights<Count> squares(Weights<Count> w) { return w; }  // themselves
+inline Weights<Count> squares(Weights<Count> w) { return w; }  // 1 squared
 
-// The set bits of a group's codes, side by side. Returns how many.
+// Stores the elements whose bits are set next to each other. Returns their number.
 inline int64_t compress_group(const float* x, uint32_t bits, float* out) {
   int64_t n = 0;
   for (int64_t j = 0; j < kSampleGroup; j += Vec::kSize) {
@@ -191,7 +187,7 @@ inline void compress_group(const double* w, uint32_t bits, double* out) {
 }
 inline void compress_group(const Count*, uint32_t, Count*) {}
 
-// The sum over the groups of a block, each by group(j), at the same speed at which the groups come.
+// Sums group(j) over the groups of a block, with enough accumulators to keep up with group().
 template <class Real>
 constexpr int kSumParts = sizeof(Real) == 4 ? 4 * Vec::kSize / int(kSampleGroup) : 1;
 template <class Real, class Group>
@@ -217,26 +213,24 @@ struct Weigh;
 template <>
 struct Weigh<double> {
   Lanes8 factor, shift;
-  // Where the temperature is so small that its inverse overflows, what is not the largest weighs nothing all the same.
+  // If the temperature is so small that its inverse overflows, all but the largest logit still weigh nothing.
   Weigh(double temperature, float largest)
       : factor(Lanes8::fill(1 / temperature < 1e300 ? 1 / temperature : 1e300)), shift(Lanes8::fill(double(largest))) {}
   Weights<double> operator()(const float* x) const {
     return {exp((Lanes8::load(x) - shift) * factor), exp((Lanes8::load(x + 8) - shift) * factor)};
   }
-  // What the sum over any of n codes that weigh `total` may be off by: too little to be asked for.
+  // The error of a sum over any of n codes that weigh `total`: negligible.
   static double error(double, int64_t) { return 0; }
 };
 
-// Nearest in relative error to 2^r for |r| <= 1/2 among polynomials of this degree that are 1 at 0: off by less than
-// 1.9 2^-24.
+// Polynomial for 2^r, |r| <= 1/2, that is 1 at 0, with the least relative error for its degree: below 1.9 * 2^-24.
 constexpr float kExp2Series[] = {1.32645911e-3f, 9.67161916e-3f, 5.55073507e-2f, 0.240222409f, 0.693147004f, 1.0f};
 
 template <>
 struct Weigh<float> {
   Vec factor, factor_rest, shift, smallest;
-  // With t = (x - largest) log2(e) / temperature the weight is 2^n 2^r, where n is the integer next to t. n comes by
-  // rounding to 2^23 and more, where integers are all there is, and with 127 added its bits are the exponent of 2^n: of
-  // -127 zero.
+  // With t = (x - largest) log2(e) / temperature the weight is 2^n 2^r, n the integer nearest to t. n is computed by
+  // rounding at 2^23, where floats are integers; with 127 added, its low bits are the exponent of 2^n (zero for -127).
   Weigh(double temperature, float largest) : shift(Vec::fill(largest)) {
     const double exact = 1.4426950408889634 / temperature;
     const float rounded = float(exact);
@@ -259,10 +253,7 @@ struct Weigh<float> {
     }
     return w;
   }
-  // What P - u T may be off by, for the sum P over any of n codes that weigh T = `total` in all, and any u: in units of
-  // 2^-24 a weight by 4 of itself and by its |log| from the rounding of x - largest (and from that of products, where
-  // they are not fused); P and T by the longest chain of sums. Now sum_i w_i |log w_i| is T times the entropy of w / T
-  // less T log T, so at most T log(n / T).
+  // The error of P - u T, where P is the weight of any of the n codes, T = `total`, for any u. Bound B13.
   static double error(double total, int64_t n) {
 #if defined(__FMA__)
     constexpr double kLogs = 1;
@@ -274,7 +265,7 @@ struct Weigh<float> {
   }
 };
 
-// What those of the codes measure that are larger than the limit.
+// The mass of the codes larger than the limit.
 template <class Real>
 inline double measure_above(const SampleCodes& codes, const Real* weights, float limit) {
   double sum = 0;
@@ -286,7 +277,7 @@ inline double measure_above(const SampleCodes& codes, const Real* weights, float
   return sum;
 }
 
-// The largest of them, NaN where one is NaN.
+// The largest logit, or NaN if any is NaN.
 inline float largest_or_nan(const SampleCodes& codes) {
   constexpr uint32_t kAll = (1u << Vec::kSize) - 1;
   const Vec inf = Vec::fill(__builtin_inff());
@@ -294,7 +285,7 @@ inline float largest_or_nan(const SampleCodes& codes) {
   uint32_t numbers = kAll;
   for (int64_t b = 0; b < codes.blocks(); ++b) {
     const float* x = codes.block(b);
-    uint32_t here = kAll;  // a short chain of dependent instructions
+    uint32_t here = kAll;  // keeps the chain of dependent instructions short
     for (int64_t j = 0; j < kSampleBlock; j += 2 * Vec::kSize) {
       const Vec first = Vec::load(x + j), second = Vec::load(x + j + Vec::kSize);
       even = max(even, first);
@@ -325,14 +316,14 @@ inline Extent extent_of(const float* x, int64_t n) {
   return extent;
 }
 
-// The codes larger than `low`, and not larger than `high`.
+// The codes larger than `low` and not larger than `high`.
 struct Bracket {
   float low, high;
 };
 
-// Where the smallest v probably lies of which what is larger measures less than the target; all codes measure `total`.
-// From evenly spaced codes: what is above v, or what is below it, whichever is better known, measures in them as much
-// as it does among all but for their number, within a few standard deviations.
+// Guesses a bracket for the smallest v above which the mass is below the target; `total` is the mass of all codes.
+// Estimates the mass above v from evenly spaced codes, by what they hold above or below v, whichever is known more
+// precisely, and allows a few standard deviations.
 template <class Real>
 Bracket guess_bracket(const SampleCodes& codes, const Real* weights, double total, double target) {
   constexpr int kSteps = 8;
@@ -346,7 +337,7 @@ Bracket guess_bracket(const SampleCodes& codes, const Real* weights, double tota
   }
   const double all = sum_of_block<Real>([&](int64_t j) { return Weights<Real>::load(w + j); });
   const double all_squares = sum_of_block<Real>([&](int64_t j) { return squares(Weights<Real>::load(w + j)); });
-  // What is forbidden says nothing of where the others are.
+  // Masked codes (-inf) say nothing about the others.
   int64_t left = 0;
   for (int64_t i = 0; i < kSampleGuess; i += kSampleGroup) {
     const uint32_t bits = larger(x + i, kNegInf);
@@ -373,7 +364,7 @@ Bracket guess_bracket(const SampleCodes& codes, const Real* weights, double tota
         estimate = total - scale * part;
         unseen = 0;
       }
-      const double one = part > 0 ? part_squares / part : unseen;  // more than the sample has
+      const double one = part > 0 ? part_squares / part : unseen;  // larger than any in the sample
       estimate += kDeviations[end] * scale * __builtin_sqrt(part_squares + one * one);
       (estimate < target ? ends[end].high : ends[end].low) = middle;
     }
@@ -385,29 +376,29 @@ Bracket guess_bracket(const SampleCodes& codes, const Real* weights, double tota
 }
 
 struct Threshold {
-  float value;   // the smallest that stays, or some of those equal to it
-  double above;  // what the larger ones measure: less than the target
+  float value;   // the smallest logit to keep, or equal to it
+  double above;  // the mass of larger logits, less than the target
 };
 
-// Of codes that measure `total`, more than the target.
+// Finds the threshold among codes whose mass `total` exceeds the target.
 template <class Real>
 Threshold find_threshold(SampleCodes codes, const Real* weights, double total, double target, float* const (&ranges)[2],
                          Real* const (&range_weights)[2]) {
   const float inf = __builtin_inff();
-  double base = 0;  // what lies above those that are left measures: less than the target
+  double base = 0;  // mass above the codes that are left, less than the target
   bool guess = true;
   for (int round = 0; codes.n > kSampleGuess; ++round) {
     Bracket bracket;
     if (guess) {
       bracket = guess_bracket(codes, weights, total, target - base);
     } else {
-      // A guess that failed: half of the order's range, so that 32 such rounds are the most there can be.
+      // A guess failed: halve the range of integer keys, which takes at most 32 rounds.
       const Extent extent = extent_of(codes.x, codes.n);
       if (extent.smallest == extent.largest) return {extent.smallest, base};
       const int64_t middle = (int64_t(order_of(extent.smallest)) + order_of(extent.largest)) >> 1;
       bracket = {float_of_order(int32_t(middle)), inf};
     }
-    // Lays what is within a bracket side by side; returns what is above it.
+    // Compacts the codes inside a bracket; returns the mass above it.
     SampleCodes within{};
     float* const range = ranges[round % 2];
     Real* const range_w = range_weights[round % 2];
@@ -456,19 +447,19 @@ Threshold find_threshold(SampleCodes codes, const Real* weights, double total, d
       too_small = value;
     }
   }
-  // Sums in another order may all stay below a target near the total: then everything stays.
+  // With another order of addition all sums may stay below a target near the total: then keep everything.
   return found.value < inf ? found : Threshold{-inf, base};
 }
 
-// Codes larger than a value, and the first `ties` of those equal to it, group by group.
-struct Stayers {
+// Keeps codes larger than a value and the first `ties` equal to it, group by group.
+struct KeptCodes {
   float value;
   int64_t ties;
   uint32_t next(const float* x) {
     uint32_t bits = at_least(x, value);
     uint32_t equal = bits & ~larger(x, value);
     while (ties < __builtin_popcount(equal)) {
-      // The last of them goes.
+      // Drop the last of them.
       bits ^= 1u << (31 - __builtin_clz(equal));
       equal &= bits;
     }
@@ -477,8 +468,8 @@ struct Stayers {
   }
 };
 
-// The first i with which `before` and the values up to it sum to more than the goal, or else the last that is not zero.
-// `before` becomes the sum in front of it.
+// The first i with which the sum of `before` and the values up to it exceeds the goal, or else the last i with a
+// positive value. Sets `before` to the sum in front of it.
 template <class Value>
 inline int64_t first_beyond(int64_t n, double goal, double& before, Value value) {
   int64_t found = 0;
@@ -495,31 +486,30 @@ inline int64_t first_beyond(int64_t n, double goal, double& before, Value value)
 
 constexpr int64_t kUndecided = -2;
 
-// The place among the codes of the one drawn, or kUndecided where rounding may have moved it; `top_k` are those of them
-// that top_k keeps.
+// The position of the sampled code, or kUndecided if rounding may have moved it; `top_k` says which codes top_k keeps.
 template <class Real>
-int64_t sample_place(const SampleCodes& codes, const Stayers& top_k, const SampleSettings& settings, float largest,
+int64_t sample_place(const SampleCodes& codes, const KeptCodes& top_k, const SampleSettings& settings, float largest,
                      double uniform, const SampleScratch& scratch) {
   const Weigh<Real> weigh(settings.temperature, largest);
   Real* const weights = reinterpret_cast<Real*>(scratch.weights);
   double total = 0;
-  auto sum_blocks = [&](Stayers stayers, auto group) {
+  auto sum_blocks = [&](KeptCodes kept_codes, auto group) {
     total = 0;
     for (int64_t b = 0; b < codes.blocks(); ++b) {
-      scratch.ties[b] = stayers.ties;
+      scratch.ties[b] = kept_codes.ties;
       const float* x = codes.block(b);
-      scratch.sums[b] = sum_of_block<Real>([&](int64_t j) { return group(x + j, b * kSampleBlock + j, stayers); });
+      scratch.sums[b] = sum_of_block<Real>([&](int64_t j) { return group(x + j, b * kSampleBlock + j, kept_codes); });
       total += scratch.sums[b];
     }
   };
-  Stayers stayers = top_k;
+  KeptCodes kept_codes = top_k;
   const bool cut = top_k.value > -__builtin_inff(), nucleus = settings.top_p < 1;
   if (!cut && !nucleus) {
-    sum_blocks(stayers, [&](const float* x, int64_t, Stayers&) { return weigh(x); });
+    sum_blocks(kept_codes, [&](const float* x, int64_t, KeptCodes&) { return weigh(x); });
   } else if (!nucleus) {
-    sum_blocks(stayers, [&](const float* x, int64_t, Stayers& kept) { return keep(weigh(x), kept.next(x)); });
+    sum_blocks(kept_codes, [&](const float* x, int64_t, KeptCodes& kept) { return keep(weigh(x), kept.next(x)); });
   } else {
-    sum_blocks(stayers, [&](const float* x, int64_t i, Stayers& kept) {
+    sum_blocks(kept_codes, [&](const float* x, int64_t i, KeptCodes& kept) {
       Weights<Real> w = weigh(x);
       if (cut) w = keep(w, kept.next(x));
       w.store(weights + i);
@@ -535,19 +525,19 @@ int64_t sample_place(const SampleCodes& codes, const Stayers& top_k, const Sampl
     float value[kSampleGroup];
     for (float& one : value) one = found.value;
     const double each = weigh(value).sum() / kSampleGroup;
-    // Those of equal logits before which too little has been summed; all, where they weigh nothing.
+    // Of equal logits, keep those before which the sum is below the target; all of them if they weigh nothing.
     int64_t ties = codes.n;
     if ((target - found.above) / each < double(codes.n)) {
       ties = int64_t((target - found.above) / each);
       while (ties > 0 && found.above + double(ties - 1) * each >= target) --ties;
       while (found.above + double(ties) * each < target) ++ties;
     }
-    // Where the cut may lie one code earlier or later, so much less or more stays. What is drawn all the same weighs
-    // more than twice that, and so is certain to stay.
+    // The cut may lie one code earlier or later, which changes the kept weight by `each`. A sampled code that passes
+    // the test below weighs more than twice the error, so it is certainly kept.
     const double up_to = found.above + double(ties) * each;
     if (up_to - each > target - error || up_to < target + error) error += error + each;
-    stayers = {found.value, ties};
-    sum_blocks(stayers, [&](const float* x, int64_t i, Stayers& kept) {
+    kept_codes = {found.value, ties};
+    sum_blocks(kept_codes, [&](const float* x, int64_t i, KeptCodes& kept) {
       return keep(Weights<Real>::load(weights + i), kept.next(x));
     });
   }
@@ -556,9 +546,9 @@ int64_t sample_place(const SampleCodes& codes, const Stayers& top_k, const Sampl
   const int64_t block = first_beyond(codes.blocks(), goal, before, [&](int64_t b) { return scratch.sums[b]; });
   const float* const x = codes.block(block);
   Real w[kSampleBlock];
-  stayers.ties = scratch.ties[block];
+  kept_codes.ties = scratch.ties[block];
   for (int64_t j = 0; j < kSampleBlock; j += kSampleGroup) {
-    keep(nucleus ? Weights<Real>::load(weights + block * kSampleBlock + j) : weigh(x + j), stayers.next(x + j))
+    keep(nucleus ? Weights<Real>::load(weights + block * kSampleBlock + j) : weigh(x + j), kept_codes.next(x + j))
         .store(w + j);
   }
   const int64_t group = kSampleGroup * first_beyond(kSampleBlock / kSampleGroup, goal, before, [&](int64_t g) {
@@ -572,8 +562,8 @@ int64_t sample_place(const SampleCodes& codes, const Stayers& top_k, const Sampl
 
 inline size_t sample_scratch_bytes(int64_t num_codes) { return divide_sample_scratch(nullptr, num_codes).bytes; }
 
-// A code in [0, num_codes), or -1 where the row has NaN, +inf, or nothing but -inf; uniform in (0, 1). `memory` has
-// sample_scratch_bytes(num_codes) bytes, aligned to a cache line.
+// Returns a code in [0, num_codes), or -1 if the row has NaN, +inf, or nothing but -inf. uniform is in (0, 1). `memory`
+// has sample_scratch_bytes(num_codes) bytes, aligned to a cache line.
 inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
                           void* memory) {
   const float inf = __builtin_inff();
@@ -583,12 +573,12 @@ inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSe
   const SampleCodes row{logits, num_codes, scratch.last};
   const bool greedy = settings.temperature == 0 || settings.top_k == 1;
 
-  // The candidates: larger than a guess that leaves top_k and more, or NaN.
+  // Candidates: codes above a guess that leaves top_k or more, or NaN.
   SampleCodes codes = row;
   float guess = -inf;
   if (!greedy && settings.top_k < num_codes) {
     const double kept = double(settings.top_k);
-    Count* const ones = static_cast<Count*>(memory);  // which are not read
+    Count* const ones = static_cast<Count*>(memory);  // never dereferenced
     if (num_codes > kSampleGuess) guess = guess_bracket(row, ones, double(num_codes), kept).low;
     auto gather = [&] {
       int64_t n = 0;
@@ -616,7 +606,7 @@ inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSe
     }
   }
 
-  Stayers top_k{-inf, codes.n};
+  KeptCodes top_k{-inf, codes.n};
   if (settings.top_k < codes.n && codes.x != logits) {
     const double kept = double(settings.top_k);
     Count* const ones = static_cast<Count*>(memory);
@@ -629,7 +619,7 @@ inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSe
   }
   if (place == kUndecided) place = sample_place<double>(codes, top_k, settings, largest, uniform, scratch);
   if (codes.x == logits) return place;
-  // The code of that candidate.
+  // Translate the candidate's position into a code.
   int64_t b = row.blocks() - 1;
   while (scratch.before[b] > place) --b;
   place -= scratch.before[b];

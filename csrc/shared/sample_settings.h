@@ -1,4 +1,4 @@
-// How a code is drawn from logits: the settings, as CPU and GPU kernels see them.
+// Sampling settings, as CPU and GPU kernels read them.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,9 @@
 namespace rqk {
 
 struct SampleSettings {
-  double temperature;  // finite, >= 0; 0: the largest logit
-  int64_t top_k;       // >= 1; the number of codes or more: all
-  double top_p;        // in (0, 1]; 1: all
+  double temperature;  // finite, >= 0; 0 takes the largest logit
+  int64_t top_k;       // >= 1; num_codes or more keeps all
+  double top_p;        // in (0, 1]; 1 keeps all
 };
 
 }  // namespace rqk

@@ -1,4 +1,4 @@
-// Depth attention on the CPU: threads and scratch memory around the heads of cpu_simd.cpp.
+// Depth attention on the CPU: threads and scratch memory around cpu_simd.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,16 +13,16 @@
 namespace rqk {
 namespace {
 
-// Of what a thread takes at a time.
+// Elements per chunk of heads.
 constexpr int64_t kElementsPerChunk = 1 << 15;
 
-// work(begin, end, scratch) for chunks of all stacks' heads.
+// Runs work(begin, end, scratch) for chunks of all heads of all stacks.
 template <class Work>
 void for_each_chunk(const DepthAttentionParams& p, int64_t scratch_floats, Work work) {
   const int64_t heads = p.stacks * p.heads, per_head = 2 * (p.queries + p.keys) * int64_t(p.head_dim);
   const int64_t chunk = std::max<int64_t>(1, kElementsPerChunk / per_head), chunks = divide_up(heads, chunk);
   const int64_t workers = std::min<int64_t>(std::max<int64_t>(1, torch::stable::get_num_threads()), chunks);
-  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
+  // Allocate here: an exception inside parallel_for would lose its message. Each worker owns one slot.
   std::vector<Buffer<float>> slots;
   for (int64_t i = 0; i < workers; ++i) slots.emplace_back(scratch_floats);
   std::atomic<int64_t> next{0};

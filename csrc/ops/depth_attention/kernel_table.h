@@ -1,4 +1,4 @@
-// The part of the CPU's depth attention that is compiled once per instruction set, as cpu.cpp calls it.
+// CPU kernels of depth_attention, one table per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 namespace rqk {
 
 struct DepthAttentionKernels {
-  // Floats of scratch memory for a thread, 64-byte aligned.
+  // Scratch floats per thread, 64-byte aligned.
   int64_t (*scratch)(const DepthAttentionParams& p, bool backward);
-  // The heads [begin, end) of all stacks' heads, one stack after another.
+  // Processes heads [begin, end), numbered stack by stack.
   void (*forward)(const DepthAttentionParams& p, int64_t begin, int64_t end, float* scratch);
   void (*backward)(const DepthAttentionBackwardParams& p, int64_t begin, int64_t end, float* scratch);
 };

@@ -17,7 +17,7 @@ template <int kOrder>
 inline Vec permute_groups(Vec a) {
   return {_mm512_permute_ps(a.v, kOrder)};
 }
-// a where `key` is at most `limit`, lane by lane, elsewhere b.
+// a where key <= limit, else b, lane by lane.
 inline Vec select_le(Vec key, Vec limit, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(key.v, limit.v, _CMP_LE_OQ), b.v, a.v)};
 }
@@ -27,13 +27,13 @@ inline void store_groups(Vec a, float* rows, int64_t stride) {
   _mm_storeu_ps(rows + 2 * stride, _mm512_extractf32x4_ps(a.v, 2));
   _mm_storeu_ps(rows + 3 * stride, _mm512_extractf32x4_ps(a.v, 3));
 }
-// Lane j of each of the four 128-bit parts: that part of a[j], summed.
+// Lane j of each 128-bit part: the sum of that part of a[j].
 inline __m512 sum_parts(const Vec* a) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
   return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
-// Lane j: the sum of a[j].
+// Lane j: the sum of all lanes of a[j].
 inline Vec reduce_add_each(const Vec (&a)[Vec::kSize]) {
   const __m512 r0 = sum_parts(a), r1 = sum_parts(a + 4), r2 = sum_parts(a + 8), r3 = sum_parts(a + 12);
   const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(r0, r1, 0x44), _mm512_shuffle_f32x4(r0, r1, 0xee));

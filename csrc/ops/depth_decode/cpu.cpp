@@ -1,9 +1,9 @@
-// Decoding with a transformer on the CPU: the order of the parts in cpu_simd.cpp, threads and scratch memory.
+// Transformer decoding on the CPU: the sequence of the parts in cpu_simd.cpp, threads and scratch memory.
 //
-// A step of one row reads each weight once and multiplies it once, so it takes as long as the weights take to arrive:
-// with int8 at width 512, 12 + 4 layers, K = 16384 and D = 4 that is 122 MB a position. A product is split among the
-// threads by panels of outputs, and what lies between two products is small; so a call is one parallel region, in which
-// threads pass through some eight short phases per block together (Phases). Up to kRowsAtOnce rows share one reading.
+// A step of one row reads and multiplies each weight once, so it is bound by memory: with int8 at width 512, 12 + 4
+// layers, K = 16384 and D = 4 that is 122 MB per position. Threads share a product by panels of outputs, and the work
+// between two products is small. So a call is one parallel region, in which threads pass through about eight short
+// phases per block (Phases). Up to kRowsAtOnce rows share one pass over the weights.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -22,15 +22,15 @@ namespace rqk {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 64;
-// A task of a product is at most as many bytes of weights, and a share of them so that threads end together; more would
-// not make a better stream.
+// Maximum bytes of weights per task of a product; smaller if that balances the threads. More would not improve the
+// streaming rate.
 constexpr int64_t kTaskBytes = int64_t(1) << 17;
 
 int64_t bytes_per_weight(WeightType type) {
   return type == WeightType::kFloat32 ? 4 : type == WeightType::kBFloat16 ? 2 : 1;
 }
 
-// What a block of rows is computed in; all strides padded.
+// Scratch for a block of rows; all strides are padded.
 class Memory {
  public:
   Memory(const PackedStack& stack, int64_t rows, int64_t threads, int64_t positions, int64_t num_codes = 0)
@@ -50,7 +50,7 @@ class Memory {
         scales(rows),
         sums(2 * rows),
         values(rows * std::max(width, hidden_width) * int64_t(sizeof(float))) {
-    // Behind the last channel they stay zero.
+    // Stays zero past the last channel.
     std::memset(x, 0, static_cast<size_t>(rows * width) * sizeof(float));
     std::memset(heads, 0, static_cast<size_t>(rows * width) * sizeof(float));
   }
@@ -61,7 +61,7 @@ class Memory {
   Buffer<uint8_t> values;
 };
 
-// What one thread does of a call. Every thread makes the same calls in the same order.
+// The work of one thread in a call. All threads make the same calls in the same order.
 class Worker {
  public:
   Worker(const DepthDecodeKernels& kernels, const PackedStack& stack, const Memory& memory, Phases& phases,
@@ -73,7 +73,7 @@ class Worker {
     phases_.run(phase_++, static_cast<uint32_t>(tasks), work);
   }
 
-  // out = epilogue(linear(rows)), of the norm of the rows where it is given.
+  // out = epilogue(linear(rows)), with the rows normalized first if norm weight and bias are given.
   void linear(const float* rows, int64_t stride, int64_t count, const float* norm_weight, const float* norm_bias,
               double eps, const PackedLinear& layer, float* out, int64_t out_stride, Epilogue epilogue) {
     const int64_t at_once = kernels_.rows_at_once(stack_.type);
@@ -104,8 +104,8 @@ class Worker {
           [&](int64_t i) { kernels_.multiply(task, stack_.type, i * panels / tasks, (i + 1) * panels / tasks); });
   }
 
-  // The rows in memory.x, (batch, count), through the stack, in place. Caches are (layers, cache_batch, heads,
-  // capacity, head_dim), of which these sequences are first .. first + batch - 1.
+  // Runs the rows in memory.x, (batch, count), through the stack, in place. Caches are (layers, cache_batch, heads,
+  // capacity, head_dim); these sequences are number first .. first + batch - 1.
   void stack(float* keys, float* values, int64_t cache_batch, int64_t capacity, int64_t first, int64_t batch,
              int64_t count, int64_t length) {
     const int64_t rows = batch * count, head_dim = stack_.width / stack_.heads;
@@ -148,8 +148,8 @@ class Worker {
   uint32_t phase_ = 0;
 };
 
-// As many threads as have something to do in the smallest product of a block, which takes some microseconds of one for
-// 64 K multiplications; waiting for one another takes a good part of one.
+// As many threads as the smallest product of a block can use: 64 K multiplications take a thread a few microseconds,
+// and synchronizing takes a good part of one.
 int64_t threads_for(const PackedStack& stack, int64_t rows) {
   return std::min<int64_t>(torch::stable::get_num_threads(), 1 + rows * stack.width * stack.width / (1 << 16));
 }
@@ -198,8 +198,8 @@ void launch(const DepthDecodeParams& p, void*) {
       const float* context = p.context + (i / rows * p.rows + first + i % rows) * width;
       for (int64_t c = 0; c < width; ++c) memory.x[i * memory.width + c] = context[c] + p.positions[c];
     }
-    // The code of row i at depth d is known: what comes in at the next depth.
-    auto go_on = [&](int64_t i, int64_t d, int64_t code) {
+    // Sets the input of the next depth, given the code of row i at depth d.
+    auto feed = [&](int64_t i, int64_t d, int64_t code) {
       const float* vector = p.vectors + d * p.vectors_stride + code * width;
       const float* position = p.positions + (d + 1) * width;
       float* sum = sums + i * width;
@@ -243,7 +243,7 @@ void launch(const DepthDecodeParams& p, void*) {
             }
             p.codes[place] = code;
           }
-          if (d + 1 < p.depth) go_on(i, d, code);
+          if (d + 1 < p.depth) feed(i, d, code);
         });
       }
     });

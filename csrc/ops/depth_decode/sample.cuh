@@ -1,7 +1,7 @@
-// The code of a row from its logits, and what goes in at the next depth. A block per row.
+// The code of a row from its logits, and the input of the next depth. One block per row.
 //
-// It reads a row of logits a few times, from L2 (shared/sample_row.cuh), and one row of the vectors. A row that has no
-// code, -1 or one that was given out of range, goes on with NaN, so that none of its later codes passes for one.
+// Reads a row of logits a few times, from L2 (shared/sample_row.cuh), and one row of the vectors. A row without a code
+// (-1, or a given code out of range) continues with NaN, so that none of its later codes looks valid.
 #pragma once
 
 #include <cstdint>
@@ -17,22 +17,22 @@ namespace depth_decode {
 constexpr int kSampleThreads = 512;
 
 struct SampleTask {
-  float* logits;  // (rows, num_codes), of one depth; with guidance (2, rows, num_codes). Null: codes are given
+  float* logits;  // (rows, num_codes), of one depth; with guidance (2, rows, num_codes). Null if codes are given
   int64_t rows, num_codes, width;
   bool guided;
   float more, less;  // logits = more * first half - less * second half
   SampleSettings settings;
   uint64_t seed;
-  int64_t offset, stream;  // the uniform's
-  const int64_t* step;     // adds step * depth to the stream; or null
+  int64_t offset, stream;  // of the uniform
+  const int64_t* step;     // adds *step * depth to the stream; or null
   const int64_t* given;
   int64_t* codes;  // (rows, depth)
   int64_t d, depth;
   const float* vectors;        // of this depth
-  bool accumulate;             // whether the sum goes on, not begins anew
+  bool accumulate;             // whether to add to the sum or to start it
   float* sums;                 // (rows, width)
-  const float* next_position;  // (width), of the next depth; null at the last one
-  float* x;                    // (rows, width), guided (2, rows, width)
+  const float* next_position;  // (width), of the next depth; null at the last depth
+  float* x;                    // (rows, width); with guidance (2, rows, width)
 };
 
 __global__ void __launch_bounds__(kSampleThreads) sample_rows(SampleTask p) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_rows(SampleTask p) {
       for (int64_t k = threadIdx.x; k < p.num_codes; k += kSampleThreads) {
         logits[k] = __fsub_rn(__fmul_rn(p.more, logits[k]), __fmul_rn(p.less, null[k]));
       }
-      // No barrier: the sampler begins with a pass over the same logits per thread, and a barrier behind it.
+      // No barrier: the sampler starts with a pass over the same logits per thread, followed by a barrier.
     }
     const int64_t stream = p.stream + p.d + (p.step == nullptr ? 0 : *p.step * p.depth);
     const double uniform = philox_uniform(p.seed, static_cast<uint64_t>(p.offset + row), static_cast<uint32_t>(stream),

@@ -1,4 +1,4 @@
-// Sum of codes on the CPU: each row's codebook rows are read once and its sum written once (cpu_simd.cpp).
+// Sum of codes on the CPU: reads each row's codebook rows once and writes its sum once (cpu_simd.cpp).
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -25,7 +25,7 @@ void launch(const ResidualDecodeParams& p, void*) {
   const ResidualDecodeKernels& kernels = kernels_for(p.channels);
   torch::stable::parallel_for(0, p.rows, grain, [&p, &kernels](int64_t begin, int64_t end) {
     const KeepDenormals keep;
-    // Threads only ever store the same value.
+    // All threads store the same value.
     if (!kernels.decode_rows(p, begin, end)) __atomic_store_n(p.any_bad, 1, __ATOMIC_RELAXED);
   });
 }

@@ -1,4 +1,4 @@
-// Residual search on the CPU: threads, scratch memory and the loop over depths around the scan of cpu_simd.cpp.
+// Residual search on the CPU: threads, scratch memory and the loop over depths around cpu_simd.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -19,21 +19,21 @@
 namespace rqk {
 namespace {
 
-// Rows that one thread takes at a time: enough that a panel read from memory is used many times, few enough that the
-// chunk stays in the second-level cache (96 rows of 256 channels are 96 KiB).
+// Row tiles per chunk of a thread: enough that a panel read from memory is used many times, few enough that the chunk
+// stays in L2 (96 rows of 256 channels are 96 KiB).
 constexpr int64_t kTilesPerChunk = 8;
-// Rows that a thread leads through the depths in turns by their scores: while one is worked on, the products that the
-// next one needs arrive.
+// Rows that a thread advances alternately by their scores, so that the products of one are prefetched while the other
+// is processed.
 constexpr int64_t kRowsInTurn = 2;
-// A scan takes about as long as deciding among num_codes / so many candidates.
+// A scan costs about as much as evaluating num_codes / kScanInCandidates candidates.
 constexpr int64_t kScanInCandidates = 80;
 
-// Threads share the codes of a tile of rows where each has at least so many numbers to read: fewer would be done
-// before the threads have met.
+// Least number of elements per thread when threads share the codes of a tile: fewer would be read before the threads
+// have synchronized.
 constexpr int64_t kElementsPerPart = 1 << 18;
 constexpr int64_t kMostParts = 64;
 
-// Whether the int8 scan pays at a depth: not where it left most rows to the float scan so far.
+// Decides whether to try the int8 scan at a depth: not if it has left most rows to the float scan so far.
 class Int8ScanHeuristic {
  public:
   bool operator()() const { return tried_ < kEnough || 2 * left_ < tried_; }
@@ -47,7 +47,7 @@ class Int8ScanHeuristic {
   std::atomic<int64_t> tried_{0}, left_{0};
 };
 
-// What one thread works with, for `rows` rows at a time.
+// Scratch of one thread, for `rows` rows at a time.
 struct Workspace {
   Workspace(const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks, int64_t rows, int64_t channels)
       : residuals(rows * channels),
@@ -59,7 +59,7 @@ struct Workspace {
     left_residuals = Buffer<float>(rows * channels);
     left_squared = Buffer<double>(rows);
     score_rows = Buffer<ScoreRow>(rows);
-    // A cache line more than a row needs: rows a power of two apart would share the same few lines of the cache.
+    // A cache line more than needed: rows a power of two apart would map to the same cache sets.
     const int64_t size = divide_up(codebooks.scores_per_row(), 32) * 32 + 32;
     scores = Buffer<int16_t>(rows * size);
     for (int64_t i = 0; i < rows; ++i) score_rows[i].scores = scores + i * size;
@@ -70,11 +70,11 @@ struct Workspace {
   Buffer<int64_t> codes;
   Buffer<char> scratch;
   // With Gram rows:
-  Buffer<int64_t> row;    // which rows are at work,
-  Buffer<int64_t> depth;  // and how many of their codes are known
+  Buffer<int64_t> row;    // the rows in progress
+  Buffer<int64_t> depth;  // how many of their codes are known
   Buffer<ScoreRow> score_rows;
   Buffer<int16_t> scores;
-  Buffer<int64_t> left;  // those of them that go to the float scan
+  Buffer<int64_t> left;  // those of them that need the float scan
   Buffer<float> left_residuals;
   Buffer<double> left_squared;
 };
@@ -85,7 +85,7 @@ class Search {
          int64_t chunk)
       : p_(p), kernels_(kernels), codebooks_(codebooks), chunk_(chunk), int8_pays_(static_cast<size_t>(p.depth)) {}
 
-  // One thread's share: chunks are handed out one by one, as some rows take longer than others.
+  // Runs one thread. Chunks are handed out dynamically, since some rows take longer than others.
   void work(Workspace& at) {
     if (codebooks_.gram()) {
       by_scores(at);
@@ -96,8 +96,8 @@ class Search {
     }
   }
 
-  // All rows at once, where they are too few to give each thread a tile: at every depth, threads share the codes of
-  // each tile. `groups`: for each tile of rows a workspace for each share, of which the first one's rows are at work.
+  // Searches all rows at once if there are too few to give each thread a tile: at every depth, threads share the codes
+  // of each tile. `groups`: for each tile of rows one workspace per share; the first of them holds the rows.
   void by_parts(std::vector<std::vector<Workspace>>& groups) {
     const int64_t tiles = static_cast<int64_t>(groups.size()), parts = static_cast<int64_t>(groups[0].size());
     auto rows_of = [this](int64_t tile) { return std::min<int64_t>(chunk_, p_.rows - tile * chunk_); };
@@ -140,7 +140,7 @@ class Search {
     return take_code(p_, row, depth, code, codebooks_.at(depth).codes_kc, residual, kernels_.squared_norm);
   }
 
-  // Rows [begin, end), depth by depth, each with a scan of its own.
+  // Searches rows [begin, end), with one scan per depth.
   void by_scans(Workspace& at, int64_t begin, int64_t end) {
     const int64_t rows = end - begin;
     for (int64_t i = 0; i < rows; ++i) at.squared[i] = begin_row(begin + i, at.residuals + i * p_.channels);
@@ -168,8 +168,8 @@ class Search {
     }
   }
 
-  // Rows as they come. A scan gives all rows at work their scores; each then goes on to further depths as far as its
-  // scores carry. Those that are not through wait for the next scan, beside new rows.
+  // Searches rows by Gram scores. A scan computes the scores of all rows in progress; each row then advances through
+  // further depths as long as its scores suffice. Unfinished rows join new rows in the next scan.
   void by_scores(Workspace& at) {
     for (int64_t count = 0;;) {
       const int64_t begin = next_.fetch_add(chunk_ - count), end = std::min(begin + chunk_ - count, p_.rows);
@@ -183,7 +183,7 @@ class Search {
       if (try_scores)
         kernels_.scan_scores(codebooks_.at(0), at.residuals, at.squared, count, at.scratch, at.score_rows);
       const int64_t left = try_scores ? follow_scores(at, count) : all(at, count);
-      // Rows that are not finite say nothing of the scan.
+      // Rows that are not finite do not count against the scan.
       const int64_t finite =
           std::count_if(at.left + 0, at.left + left, [&at](int64_t i) { return std::isfinite(at.squared[i]); });
       if (try_scores) int8_pays_[0].record(count, finite);
@@ -197,7 +197,8 @@ class Search {
     return count;
   }
 
-  // Leaves in at.left the rows that a fresh scan could not serve, and returns their number.
+  // Advances rows by their scores. Stores in at.left the rows that even a fresh scan could not decide; returns their
+  // number.
   int64_t follow_scores(Workspace& at, int64_t count) {
     int64_t turn[kRowsInTurn], in_turn = 0, entered = 0, left = 0;
     for (;;) {
@@ -220,7 +221,7 @@ class Search {
     }
   }
 
-  // One depth by scores. False where they do not tell the code.
+  // Advances one row by one depth. Returns false if its scores do not decide the code.
   bool step(Workspace& at, int64_t i, const int8_t* ahead) {
     ScoreRow& scores = at.score_rows[i];
     float* residual = at.residuals + i * p_.channels;
@@ -231,7 +232,7 @@ class Search {
     return true;
   }
 
-  // One depth of the first `left` rows of at.left, by the float scan.
+  // Advances the first `left` rows of at.left by one depth, by the float scan.
   void without_scores(Workspace& at, int64_t left) {
     if (left == 0) return;
     for (int64_t j = 0; j < left; ++j) copy_residual(at, at.left[j], at.left_residuals, at.left_squared, j);
@@ -242,7 +243,7 @@ class Search {
     }
   }
 
-  // Moves the rows that have depths before them to the front, and returns their number.
+  // Moves unfinished rows to the front and returns their number.
   int64_t keep_unfinished(Workspace& at, int64_t count) const {
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -270,7 +271,7 @@ class Search {
   std::atomic<int64_t> next_{0};
 };
 
-// Into how many shares the codes are cut for each tile of rows, where so many threads have no tile of their own.
+// Number of shares of the codes per tile of rows, if `threads` threads per tile are available.
 int64_t parts_of_codes(const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks,
                        const ResidualSearchParams& p, int64_t threads) {
   if (!codebooks.int8() || codebooks.gram()) return 1;
@@ -298,12 +299,12 @@ void launch(const ResidualSearchParams& p, void*) {
   }
   if (p.rows == 0) return;
   const PackedCodebooks& codebooks = packed != nullptr ? packed->packed : opened;
-  // Small batches are cut finer, so that every thread has some rows.
+  // Small batches use smaller chunks, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t tiles_per_chunk =
       std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernels.row_tile), 1, kTilesPerChunk);
   const int64_t chunk = tiles_per_chunk * kernels.row_tile;
-  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
+  // Allocate here: an exception inside parallel_for would lose its message. Each worker owns one slot.
   const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
   const int64_t parts = parts_of_codes(kernels, codebooks, p, threads / slots);
   if (parts > 1) {

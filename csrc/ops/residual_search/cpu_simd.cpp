@@ -1,14 +1,12 @@
 // Certified nearest code on a CPU, compiled once per instruction set.
 //
-// The definition asks for the code with the smallest float64 distance. A fast scan finds the few that could be it and
-// float64 decides among them, so the codes depend neither on the instruction set nor on how rows are grouped:
-//
-//   scan_int8.h    products of bytes with a bound, where the instruction set has them; what it cannot tell apart goes
-//   to scan_float.h   float32 with a bound; what it cannot tell apart goes to decide.h       float64, the definition
-//   itself.
-//   gram.h         scores that serve several depths, for a codebook prepared once.
-//
-// Nothing of size rows x codes is kept.
+// The definition takes the code with the smallest float64 distance. A fast scan finds the few codes that could be it,
+// and float64 decides among them, so codes depend neither on the instruction set nor on how rows are grouped:
+//   scan_int8.h    int8 products, where the instruction set has them; rows it cannot decide go to
+//   scan_float.h   float32 products; rows it cannot decide go to
+//   decide.h       float64, the definition itself
+//   gram.h         scores that serve several depths, for a codebook packed once
+// Nothing of size rows x codes is stored.
 #include "ops/residual_search/decide.h"
 #include "ops/residual_search/gram.h"
 #include "ops/residual_search/scan_float.h"
@@ -51,7 +49,7 @@ void pack_float(const PackedCodebook& codebook, int64_t begin, int64_t end, floa
   }
 }
 
-// Parts of the scratch memory, each starting on a cache line.
+// Parts of the scratch memory, each aligned to a cache line.
 struct Scratch {
   float* tiles;
   float* panel;
@@ -91,10 +89,11 @@ Scratch divide(void* memory, int64_t rows, int64_t channels) {
 
 size_t scratch_bytes(int64_t rows, int64_t channels) { return divide(nullptr, rows, channels).bytes; }
 
-// codes[i] of the rows scratch.left[0 .. count) by the float scan, -1 where they are not finite. Returns how many are.
+// Searches the rows scratch.left[0 .. count) by the float scan; codes[i] is -1 for rows that are not finite. Returns
+// the number of finite rows.
 int64_t nearest_by_float(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
                          int64_t count, const Scratch& scratch, int64_t* codes) {
-  // Squares of floats cannot overflow float64, so the norm is finite where the row is.
+  // Squares of floats cannot overflow float64, so the norm is finite exactly if the row is.
   int64_t finite = 0;
   for (int64_t j = 0; j < count; ++j) {
     const int32_t i = scratch.left[j];

@@ -1,4 +1,4 @@
-// Launcher of the residual search on the current stream.
+// Launches of residual_search on the current stream.
 #include "common/launch.cuh"
 #include "ops/residual_search/kernel.cuh"
 

@@ -1,5 +1,5 @@
-// The decision: a row's candidates evaluated by the definition, a group of eight threads to a row. Where the scan left
-// one code, it is taken as it is; where it left too many, or could not serve the row, the block searches directly.
+// The decision: evaluates a row's candidates by the definition, with eight threads per row. A single candidate is taken
+// without evaluation. If the scan found too many, or could not handle the row, the block searches all codes directly.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace rqk {
 namespace residual_search {
 
-// Chooses among candidates. A first one is not evaluated before there is a second.
+// Chooses among candidates. The first one is evaluated only if there is a second.
 struct Decision {
   Nearest nearest;
   int seen = 0;
@@ -26,13 +26,14 @@ struct Decision {
   }
 };
 
-// Row number `row` of the block of rows whose lists start at `slot`, `rows_of_block` to each split, and whose summaries
-// these are. Returns its state; the code where that is kScanned.
+// Decides row `row` of the block of rows whose lists start at `slot`, `rows_of_block` per split, with these summaries.
+// Returns its state; the code is valid for kScanned.
 __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, const float* r, const float* codebook,
                                  int64_t slot, const Summary* summaries, int rows_of_block, int row,
                                  Decision& decision) {
   const int j = lane_of_group();
   const unsigned mask = group_mask();
+  // Merge the summaries of all splits.
   int state = kScanned, codes = 0, code = -1;
   float floor = -__int_as_float(0x7f800000);
   for (int s = j; s < w.splits; s += kLanes) {
@@ -45,6 +46,7 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
     floor = max(floor, __shfl_xor_sync(mask, floor, lanes, kLanes));
   }
   if (state != kScanned) return state;
+  // A single candidate needs no evaluation.
   for (int s = j; s < w.splits; s += kLanes) {
     const Summary summary = summaries[s * rows_of_block + row];
     if (!(summary.top > floor)) continue;
@@ -60,7 +62,8 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
     return state;
   }
 
-  // List l is that of split l / kQuad and thread l % kQuad.
+  // Evaluate the candidates of all lists, eight lists at a time.
+  // List l belongs to split l / kQuad and thread l % kQuad.
   const int lists = w.splits * kQuad;
   auto place = [&](int l) { return (slot + l / kQuad) * rows_of_block + row; };
   for (int first = 0; first < lists; first += kLanes) {
@@ -91,8 +94,8 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
   return state;
 }
 
-// Chooses and takes the codes of rows [first_row, first_row + num_rows), which are rows `first`.. of the block of rows
-// whose lists start at `slot` and whose summaries these are. The whole block calls, and again only behind a barrier.
+// Decides rows [first_row, first_row + num_rows) and takes their codes. They are rows `first`.. of the block of rows
+// whose lists start at `slot`, with these summaries. The whole block calls; another call needs a barrier first.
 __device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
                                    int num_rows, int64_t slot, const Summary* summaries, int first,
                                    DirectRows& shared) {

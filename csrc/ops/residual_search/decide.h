@@ -1,4 +1,4 @@
-// The decision between candidates, in the definition's arithmetic. For cpu_simd.cpp.
+// The decision between candidates, in the arithmetic of the definition. For cpu_simd.cpp.
 #pragma once
 
 #include "ops/residual_search/kernel_table.h"
@@ -9,14 +9,11 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-// How far two exact half distances can lie apart while the definition, whose sums carry a relative error of at most
-// (C/8 + 8) 2^-53, still finds them the other way round. `extent` is |r| + max|e|.
+// The largest difference of two exact half distances that the definition may order the other way round. `extent` is
+// |r| + max|e|. Bound B1 (docs/bounds.md).
 inline double decision_slack(double extent, int64_t channels) {
   return 1.1 * (double(channels) / 8 + 8) * 0x1p-53 * extent * extent;
 }
-
-// A float that is not below `value`; 1e-44 stands for what denormals lose.
-inline float round_up(double value) { return float(value + 1.2e-7 * __builtin_fabs(value) + 1e-44); }
 
 inline void see(Nearest& nearest, const PackedCodebook& codebook, const float* r, int64_t k) {
   nearest.update(k, squared_distance(r, codebook.codes_kc + k * codebook.channels, codebook.channels));
@@ -35,7 +32,7 @@ inline int64_t nearest_of(const PackedCodebook& codebook, const float* r, const 
   return nearest.code;
 }
 
-// The least that a score can be which was computed as `score` and is off by at most `error`, rounded down.
+// A lower bound of a score that was computed as `score` with an error of at most `error`, rounded down.
 inline float least_of(float score, float error) { return -round_up(double(error) - double(score)); }
 
 inline void drop_above(Candidates& candidates, float limit) {
@@ -49,7 +46,7 @@ inline void drop_above(Candidates& candidates, float limit) {
   candidates.count = kept;
 }
 
-// False, and the row given up, where there is no room even after dropping those above `limit`.
+// Adds a candidate. Returns false and gives up the row if there is no room even after dropping those above `limit`.
 inline bool add(Candidates& candidates, int32_t code, float least, float limit) {
   if (candidates.count == Candidates::kCapacity) drop_above(candidates, limit);
   if (candidates.count == Candidates::kCapacity) {

@@ -1,4 +1,4 @@
-// The part of the CPU search that is compiled once per instruction set, as cpu.cpp calls it.
+// CPU kernels of residual_search and the packed codebooks they read, one table per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -8,71 +8,73 @@
 
 namespace rqk {
 
-// A codebook as the int8 scan reads it.
+// A codebook in the layout of the int8 scan.
 struct Int8Panels {
   static constexpr int kMaxOutliers = 4;
-  uint8_t* bytes;          // (num_panels, fours of channels up to a multiple of 8, panel_width, 4): quantized, biased
+  uint8_t* bytes;          // (num_panels, groups of 4 channels up to a multiple of 8, panel_width, 4): quantized,
+                           // biased
   float* scale;            // (num_panels, panel_width)
   float* offset;           // (num_panels, panel_width): |e - m|^2/2 + <m, e - m>; +inf past the last code
   float* offset_centered;  // (num_panels, panel_width): |e - m|^2/2; +inf past the last code
-  float* max_norm;         // (num_panels): no |e - m| of the panel is above
-  float* max_kept;         // (num_panels): no |e - m| without the outlier channels is above
-  float* max_error;        // (num_panels): no |e - m - scale * quantized| without them is above
-  float* mean;             // (channels): m, a vector in the middle of the codes, or zero where that is as good
+  float* max_norm;         // (num_panels): at least every |e - m| of the panel
+  float* max_kept;         // (num_panels): at least every |e - m| without the outlier channels
+  float* max_error;        // (num_panels): at least every |e - m - scale * quantized| without them
+  float* mean;             // (channels): m, a vector near the mean of the codes, or zero if that is as good
   double mean_norm;        // |m|
-  // Channels in which the codes are far larger than in the others: not among the bytes.
+  // Outlier channels, in which the codes are far larger than in the others; excluded from `bytes`.
   int64_t num_outliers;
   int64_t* outlier_channel;  // (kMaxOutliers)
-  float* kept;               // (channels): 0 there, 1 elsewhere
-  float* outliers;           // (kMaxOutliers, outlier_stride): e - m there; outlier_stride = num_panels * panel_width
+  float* kept;               // (channels): 0 for outlier channels, else 1
+  float* outliers;           // (kMaxOutliers, outlier_stride): e - m in these channels; outlier_stride = num_panels *
+                             // panel_width
   int64_t outlier_stride;
 };
 
-// Products of a frozen codebook's codes with each other, so that scores of one residual become those of the next
-// (gram.h). Places are those of PackedCodebook::order, in blocks of kBlock codes; every block has a size N that scores
-// of its codes are divided by.
+// Products of the codes of a packed codebook with each other, which turn the scores of one residual into those of the
+// next (gram.h). Places are those of PackedCodebook::order, in blocks of kBlock codes; scores are divided by a norm N
+// per block.
 struct GramRows {
   static constexpr int kBlock = 128;
   int8_t* rows;       // (num_codes, num_blocks * kBlock): q, zero at the code's own place and past the last; or null
-  float* scale;       // (num_codes): scale * q is <e_k, e_j - m> / N ...
-  float* error;       // (num_codes): ... but for at most so much
+  float* scale;       // (num_codes): scale * q approximates <e_k, e_j - m> / N
+  float* error;       // (num_codes): bound of the error of that
   float* diagonal;    // (num_codes): <e_k, e_k - m> / N
-  int32_t* place;     // (num_codes): where the code stands
-  float* block_norm;  // (num_blocks and 8 more): N, no smaller than any |e - m| of the block
-  double max_norm, min_norm;  // of all blocks
-  double relative_error;      // Int8Panels::max_error / N is nowhere above
+  int32_t* place;     // (num_codes): the place of each code
+  float* block_norm;  // (num_blocks + 8): N, at least every |e - m| of the block
+  double max_norm, min_norm;  // over all blocks
+  double relative_error;      // at least every Int8Panels::max_error / N
 };
 
-// One depth's codebook, prepared for the scans. Codes stand in order of their size, so that one bound fits all codes of
-// a panel: in a shared codebook the small codes of the later depths must not pay for the large ones of the first. What
-// an instruction set does not use is null.
+// One depth's codebook, packed for the scans. Codes are sorted by norm, so that a panel's bound fits all its codes: in
+// a shared codebook, the small codes of later depths must not pay for the large codes of the first. Parts that an
+// instruction set does not use are null.
 struct PackedCodebook {
-  const float* codes_kc;  // the original, which decides
+  const float* codes_kc;  // the original, which float64 decisions use
   int64_t num_codes, channels;
   double max_norm;      // max_k |e_k|
-  int32_t* order;       // (num_panels, panel_width): which code stands where; -1 past the last
+  int32_t* order;       // (num_panels, panel_width): the code at each place; -1 past the last
   float* half_norms;    // (num_panels, panel_width): |e_k|^2/2, rounded to float; +inf past the last code
-  float* panel_norms;   // (num_panels): no |e_k| of the panel is above
-  const float* panels;  // (num_panels, channels, panel_width), for the float scan; null: packed where it is needed
+  float* panel_norms;   // (num_panels): at least every |e_k| of the panel
+  const float* panels;  // (num_panels, channels, panel_width), for the float scan; null: packed on demand
   Int8Panels int8;
   GramRows gram;
 };
 
-// Codes that could still be a row's nearest.
+// Codes that may be a row's nearest.
 struct Candidates {
   static constexpr int kCapacity = 128;
-  int32_t count;  // -1: more than there is room for
+  int32_t count;  // -1: more than kCapacity
   int32_t code[kCapacity];
-  float least[kCapacity];  // the least that the exact score can be
+  float least[kCapacity];  // lower bound of the exact score
 };
 
 // Scores of all codes for one row on its way through the depths (gram.h).
 struct ScoreRow {
-  int16_t* scores;  // (num_blocks * kBlock): s / (N * unit); then the smallest of each block and 8 places more
-  double unit;      // 0: the int8 scan cannot serve this row
-  double error;     // no score, times unit, is further than that from s / N
-  int64_t taken;    // the code that was chosen by these scores and is not yet subtracted from them; -1 after a scan
-  int64_t decided;  // candidates that went to the float64 decision since the scan
+  int16_t* scores;  // (num_blocks * kBlock): s / (N * unit); then the smallest of each block, and 8 more
+  double unit;      // 0: the int8 scan cannot handle this row
+  double error;     // bound of |s / N - unit * score|
+  int64_t taken;    // the code chosen by these scores and not yet subtracted from them; -1 after a scan
+  int64_t decided;  // candidates evaluated in float64 since the scan
 };
 
 struct ResidualSearchKernels {
@@ -95,7 +97,7 @@ struct ResidualSearchKernels {
   // |r|^2 in float64, in the fixed summation order.
   double (*squared_norm)(const float* r, int64_t channels);
 
-  // The int8 scan; null where the instruction set lacks it. It has two steps: `scan_part` finds the candidates in one
+  // The int8 scan; null if the instruction set lacks it. It has two steps: `scan_part` finds the candidates in one
   // share of the codes (in whole blocks of `codes_per_block`), each share with its own scratch; `decide_parts` reads
   // the scratches of all shares and writes the codes. It returns how many rows it left to the float scan.
   bool has_int8 = false;
@@ -105,8 +107,8 @@ struct ResidualSearchKernels {
   int64_t (*decide_parts)(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
                           int64_t rows, void* const* scratches, int64_t parts, int64_t* codes) = nullptr;
 
-  // Gram rows; null where the instruction set lacks them. pack_centered writes e - m as float panels. pack_gram writes
-  // the rows of codes [begin, end), at most `gram_rows_at_once`, from these panels; its scratch holds tiles
+  // Gram rows; null if the instruction set lacks them. pack_centered writes e - m as float panels. pack_gram writes the
+  // rows of codes [begin, end), at most `gram_rows_at_once`, from these panels; its scratch holds tiles
   // (gram_rows_at_once, channels) and products (gram_rows_at_once, num_blocks * kBlock).
   int gram_rows_at_once = 0;
   void (*pack_centered)(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) = nullptr;

@@ -1,4 +1,4 @@
-// The nearest of some codes, by exact distance; for the host and for kernels.
+// The nearest of several codes by exact distance, for the host and for kernels.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Once per call: the codebooks as the scan reads them. Reads them once, and writes half as many bytes.
+// Packs the codebooks for the scan, once per call. Reads them once, and writes half as many bytes.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace rqk {
 namespace residual_search {
 
-// A vector in the center of each codebook. Also zeroes what pack_codes and the search add to.
+// Finds the center of each codebook. Also zeroes what pack_codes and the search add to.
 __global__ void __launch_bounds__(kGroupThreads) find_centers(ResidualSearchParams p, Work w) {
   const int64_t padded = w.chunks * kChunk;
   if (blockIdx.x == 0 && threadIdx.x == 0) *w.counters = {0, 0};
@@ -22,12 +22,13 @@ __global__ void __launch_bounds__(kGroupThreads) find_centers(ResidualSearchPara
   }
 }
 
-// A tile's bounds as they come together: bits of floats that are not negative.
+// A tile's bounds while they are collected, as bits of non-negative floats.
 struct TileBounds {
   int32_t widest, gap[2];
 };
 
-// One code, by a group: its row in the chunks, its place in the headers, its share of the bounds.
+// Packs one code: its row in the chunks, its place in the headers, its part in the bounds. All threads of the group
+// call.
 __device__ inline void pack_code(const ResidualSearchParams& p, const Work& w, int64_t q, int64_t k, int place,
                                  TileHeader* headers, TileBounds& bounds) {
   const float* e = k < p.num_codes ? codebook_at(p, q) + k * p.channels : nullptr;
@@ -45,10 +46,10 @@ __device__ inline void pack_code(const ResidualSearchParams& p, const Work& w, i
   product = sum_lanes(product);
   squared = sum_lanes(squared);
   if (lane_of_group() != 0) return;
-  // One that is not finite can never be chosen, nor can one past the last.
+  // A code that is not finite, or past the last, can never be chosen.
   const bool finite = e != nullptr && rounded.finite;
   const double accumulation = accumulation_error(w), share = 1.2 * accumulation + 0x1p-22;
-  // The center is no longer than |e| + |e - center|; g in float64 is off by less than this.
+  // center| <= |e| + |e - center|; the float64 rounding of g (h_k of bound B6) is below this.
   const double loss = 0x1p-40 * (2 * centered + sqrt(centered * squared));
   for (int kind = 0; kind < 2; ++kind) {
     const double g = centered / 2 + (kind == 0 ? 0.0 : product);
@@ -66,7 +67,7 @@ __device__ inline void pack_code(const ResidualSearchParams& p, const Work& w, i
   atomicMax(&w.extents[q].centered_norm, __float_as_int(round_up(norm)));
 }
 
-// A tile to a block at a time, a code to a group.
+// Packs the tiles: a block takes a tile at a time, a group a code.
 __global__ void __launch_bounds__(kGroupThreads) pack_codes(ResidualSearchParams p, Work w) {
   CU_SHARED(TileBounds, bounds);
   for (int64_t i = blockIdx.x; i < w.codebooks * w.tiles; i += gridDim.x) {

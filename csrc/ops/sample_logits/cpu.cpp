@@ -1,4 +1,4 @@
-// Drawing codes from logits on the CPU: threads and memory around the rows of cpu_simd.cpp.
+// Sampling from logits on the CPU: threads and scratch memory around cpu_simd.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ void launch(const SampleLogitsParams& p, void*) {
   const uint32_t stream = static_cast<uint32_t>(p.stream_ptr != nullptr ? *p.stream_ptr : p.stream);
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t tasks = std::min(threads, p.rows);
-  // Memory is taken here: an exception inside parallel_for would lose its message.
+  // Allocate here: an exception inside parallel_for would lose its message.
   std::vector<Buffer<char>> scratch;
   for (int64_t i = 0; i < tasks; ++i) scratch.emplace_back(static_cast<int64_t>(kernels.scratch_bytes(p.num_codes)));
   for_each_task(tasks, [&](int64_t task) {

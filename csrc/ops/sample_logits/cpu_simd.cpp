@@ -1,4 +1,4 @@
-// One code from a row of logits, compiled once per instruction set.
+// Sampling a code from a row of logits, compiled once per instruction set.
 #include "ops/sample_logits/kernel_table.h"
 #include "shared/sample_row.h"
 

@@ -1,4 +1,4 @@
-// Launcher of the drawing from logits on the current stream.
+// Launch of sample_logits on the current stream.
 #include "common/launch.cuh"
 #include "ops/sample_logits/kernel.cuh"
 

@@ -1,5 +1,5 @@
-// Codes drawn from logits on a GPU: a block to a row, by shared/sample_row.cuh. Nothing but the codes is written: a row
-// moves K*4 bytes from memory and, with both cuts, six times as many from L1 and L2.
+// Sampling from logits on a GPU: one block per row (shared/sample_row.cuh). Writes only the codes; a row moves K*4
+// bytes from memory and, with both cuts, six times as many from L1 and L2.
 #pragma once
 
 #include <cstdint>

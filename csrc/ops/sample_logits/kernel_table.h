@@ -1,4 +1,4 @@
-// The part of the CPU's drawing from logits that is compiled once per instruction set, as cpu.cpp calls it.
+// CPU kernels of sample_logits, one table per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +10,9 @@
 namespace rqk {
 
 struct SampleLogitsKernels {
-  // Bytes of scratch that `sample_row` needs.
+  // Scratch bytes that `sample_row` needs.
   size_t (*scratch_bytes)(int64_t num_codes);
-  // The code of one row, -1 where it has NaN, +inf, or nothing but -inf.
+  // Samples the code of one row; -1 if it has NaN, +inf, or nothing but -inf.
   int64_t (*sample_row)(const float* logits, int64_t num_codes, const SampleSettings& settings, double uniform,
                         void* scratch);
 };

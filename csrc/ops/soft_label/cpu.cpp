@@ -1,8 +1,8 @@
-// Soft labels on the CPU: threads and scratch memory around the rows of cpu_simd.cpp.
+// Soft labels on the CPU: threads and scratch memory around cpu_simd.cpp.
 //
-// Beside its results a call holds the scores of a tile of rows (2 MiB at 16384 codes and 32 rows): one for each thread
-// where there are many rows, else one that all threads work on; and the norms of one codebook at a time, where codes
-// lie off the origin also a centered copy of it.
+// Besides its results, a call holds the scores of a tile of rows (2 MiB at 16384 codes and 32 rows): one tile per
+// thread if there are many rows, else one tile that all threads share. It also holds the norms of one codebook at a
+// time and, if the codes lie off the origin, a centered copy.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -21,12 +21,12 @@ namespace rqk {
 namespace {
 
 constexpr int kMostRows = 64;
-// Beside a tile's scores each thread holds a row of exponentials: all of it is at most a twentieth of the logits where
-// each thread has so many rows for every row of its tile.
+// Each thread also holds a row of exponentials. All of this is at most a twentieth of the logits if each thread has
+// this many rows for every row of its tile.
 constexpr int64_t kRowsPerRowOfScores = 20;
 
-// work(kernels, codebook, rows, first, last, count, tile, memory) for tiles of the rows that are counted; all rows of a
-// tile have one codebook. Each call is to deal with the rows first .. last - 1 of `count`.
+// Calls work(kernels, codebook, rows, tile, memory) for tiles of the counted rows; all rows of a tile have the same
+// codebook. A call processes the rows tile.first .. tile.last - 1.
 template <class Counted, class Work>
 void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Work work) {
   const SoftLabelKernels& kernels = RQK_KERNEL_TABLE(soft_label_kernels);
@@ -47,7 +47,7 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
     }
     const TilePlan plan =
         plan_tiles(kernels.scores, count, num_codes, channels, kRowsPerRowOfScores * (kernels.scores.tile_rows + 1));
-    // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns a tile.
+    // Allocate here: an exception inside parallel_for would lose its message. Each worker owns a tile.
     std::vector<ScoredRows> tiles;
     std::vector<Buffer<char>> memory;
     for (int64_t i = 0; i < plan.workers; ++i) tiles.emplace_back(kernels.scores, plan, num_codes, channels);
@@ -81,7 +81,7 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
   }
 }
 
-// A gradient from here on goes past the caches: written through them, it would be read first.
+// Gradients at least this large get non-temporal stores (no read-for-ownership).
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 }  // namespace

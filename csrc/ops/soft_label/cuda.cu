@@ -1,4 +1,4 @@
-// Launchers of the soft labels on the current stream.
+// Launches of distance_softmax and soft_label_cross_entropy on the current stream.
 #include "common/launch.cuh"
 #include "ops/soft_label/kernel.cuh"
 

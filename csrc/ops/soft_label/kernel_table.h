@@ -1,4 +1,4 @@
-// The part of the CPU's soft labels that is compiled once per instruction set, as cpu.cpp calls it.
+// CPU kernels of soft_label, one table per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,10 @@
 
 namespace rqk {
 
-// Rows whose scores are known.
+// A tile of scored rows.
 struct LabelTile {
   const float* const* x;
-  int first, last;  // those to deal with: first .. last - 1
+  int first, last;  // process rows first .. last - 1
   int64_t parts;
   void* memory;
 };
@@ -23,14 +23,14 @@ struct CrossEntropyRow {
   void* gradient;  // or null
   float weight;
   float* loss;
-  bool streams;  // the gradient is not read again before it has left the cache
+  bool streams;  // whether to use non-temporal stores for the gradient
 };
 
 struct SoftLabelKernels {
   CodeScoresKernels scores;
   size_t (*scratch_bytes)(int64_t num_codes);
-  // Of the tile's rows first .. last - 1, at the same places of q and `rows`. Neighbours have no influence on a row's
-  // result. Scores are overwritten. Memory: scratch_bytes, 64-byte aligned.
+  // Process rows first .. last - 1 of the tile, with the same indices in q and `rows`. A result depends on its row
+  // alone. Scores are overwritten. Memory: scratch_bytes, 64-byte aligned.
   void (*distance_softmax)(const CenteredCodes& codebook, double tau, const LabelTile& tile, float* const* q);
   void (*cross_entropy)(const CenteredCodes& codebook, double tau, const LabelTile& tile, const CrossEntropyRow* rows,
                         FloatType type, void* memory);

@@ -1,4 +1,4 @@
-// Logits of a type that is known only at run time, and two of them at once.
+// Loads and stores of logits whose dtype is known at run time, and of two elements at once.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ __device__ inline void store(FloatType type, void* to, int64_t i, float value) {
   store<FloatType::kBFloat16>(to, i, value);
 }
 
-// Elements k and k + 1, k even; as one access where `paired`: the first lies at twice the size of one.
+// Elements k and k + 1, k even; in one access if `paired`, which requires alignment to two elements.
 template <FloatType kType>
 __device__ inline void load_pair(const void* from, int64_t k, bool paired, float (&values)[2]) {
   if (!paired) {

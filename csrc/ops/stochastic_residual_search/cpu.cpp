@@ -1,4 +1,4 @@
-// Stochastic residual search on the CPU: threads, memory and the loop over depths around the draws of cpu_simd.cpp.
+// Stochastic residual search on the CPU: threads, memory and the loop over depths around cpu_simd.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -22,7 +22,7 @@ constexpr const char* kOp = "stochastic_residual_search";
 
 constexpr int64_t kMostRows = 64;
 
-// The codebooks of all depths; one where they share it.
+// The codebooks of all depths, or the one that all depths share.
 std::vector<CenteredCodebook> prepare(const Kernels& kernels, const StochasticResidualSearchParams& p) {
   const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
   std::vector<CenteredCodebook> codebooks;
@@ -36,7 +36,7 @@ std::vector<CenteredCodebook> prepare(const Kernels& kernels, const StochasticRe
   return codebooks;
 }
 
-// What a tile of rows is worked on with, by one thread or by several.
+// Scratch for a tile of rows, used by one thread or by several.
 struct Workspace {
   Workspace(const Kernels& kernels, const TilePlan& plan, int64_t num_codes, int64_t channels)
       : scored(kernels.scores, plan, num_codes, channels), residuals(plan.rows * channels) {
@@ -50,7 +50,7 @@ struct Workspace {
   std::vector<Buffer<char>> scratch;
 };
 
-// All depths of rows [begin, end).
+// Samples the codes of all depths for rows [begin, end).
 void sample_codes(const StochasticResidualSearchParams& p, const Kernels& kernels,
                   const std::vector<CenteredCodebook>& codebooks, int64_t begin, int64_t end, const Workspace& at) {
   const int rows = static_cast<int>(end - begin);
@@ -92,10 +92,10 @@ void launch(const StochasticResidualSearchParams& p, void*) {
   const std::vector<CenteredCodebook> codebooks = prepare(kernels, p);
   if (p.rows == 0) return;
   const TilePlan plan = plan_tiles(kernels.scores, p.rows, p.num_codes, p.channels, kernels.scores.tile_rows);
-  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one workspace.
+  // Allocate here: an exception inside parallel_for would lose its message. Each worker owns one workspace.
   std::vector<Workspace> workspaces;
   for (int64_t i = 0; i < plan.workers; ++i) workspaces.emplace_back(kernels, plan, p.num_codes, p.channels);
-  // Tiles are handed out one by one, as some rows take longer than others.
+  // Tiles are handed out dynamically, since some rows take longer than others.
   std::atomic<int64_t> next{0};
   auto take_tiles = [&](int64_t worker) {
     for (int64_t begin = next.fetch_add(plan.rows); begin < p.rows; begin = next.fetch_add(plan.rows)) {

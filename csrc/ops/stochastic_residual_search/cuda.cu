@@ -1,4 +1,4 @@
-// Launcher of the stochastic residual search on the current stream.
+// Launch of stochastic_residual_search on the current stream.
 #include "common/launch.cuh"
 #include "ops/stochastic_residual_search/kernel.cuh"
 

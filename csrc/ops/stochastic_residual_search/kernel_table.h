@@ -1,4 +1,4 @@
-// The part of the CPU's stochastic search that is compiled once per instruction set, as cpu.cpp calls it.
+// CPU kernels of stochastic_residual_search, one table per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -9,20 +9,20 @@
 
 namespace rqk {
 
-// Rows whose scores are known, and what draws their codes.
+// A tile of scored rows and the uniforms that sample their codes.
 struct SampleRows {
   const float* residuals;  // (rows, channels)
   const double* uniforms;  // (rows)
-  int first, last;         // those to deal with: first .. last - 1
+  int first, last;         // process rows first .. last - 1
   int64_t parts;
   void* tile;
 };
 
 struct StochasticResidualSearchKernels {
   CodeScoresKernels scores;
-  // Bytes of scratch that `sample` needs.
+  // Scratch bytes that `sample` needs.
   size_t (*scratch_bytes)(int64_t num_codes);
-  // codes[i]: drawn by uniforms[i] from Q_tau of row i; -1 where the row is not finite.
+  // codes[i]: sampled from Q_tau of row i by uniforms[i]; -1 if the row is not finite.
   void (*sample)(const CenteredCodes& codebook, const SampleRows& rows, double tau, void* scratch, int64_t* codes);
 };
 
