@@ -55,6 +55,7 @@ FILES_OF_A_SLUG = (
     "csrc/emulation/ops/{slug}.cpp",
     "rqkernels/ops/{slug}.py",
     "rqkernels/reference/{slug}.py",
+    "tests/support/op_calls/{slug}.py",
     "tests/rqkernels/test_{slug}.py",
     "tests/emulation/test_{slug}.py",
     "benchmarks/bench_{slug}.py",
@@ -285,30 +286,18 @@ def public_functions(path: Path) -> set[str]:
 
 
 def cases_of(path: Path) -> list[str]:
-    """The functions of an operator's emulation file that are cases, to be run by name."""
+    """The cases that an operator's emulation file registers, to be run by name."""
     text = path.read_text() if path.exists() else ""
-    return re.findall(r"^std::vector<Array> (\w+)\(const Inputs& inputs\)", text, re.MULTILINE)
+    return re.findall(r"^RQK_CASE\((\w+)\)", text, re.MULTILINE)
 
 
-def table_violations(root: Path) -> list[str]:
-    """Every slug stands in the tables: what the emulation runs by name, what a GPU is tried on."""
-    found = []
-    emulation = root / "csrc" / "emulation"
-    header, table = ((emulation / name).read_text() for name in ("cases.h", "cases.cpp"))
-    gpu_check = (root / "benchmarks" / "gpu_check.py").read_text()
-    for slug in slugs_of(root):
-        cases = cases_of(emulation / "ops" / f"{slug}.cpp")
-        if not cases:
-            found.append(f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case")
-        for case in cases:
-            if f" {case}(const Inputs& inputs);" not in header:
-                found.append(f"{slug}: csrc/emulation/cases.h does not declare {case}")
-            if f'{{"{case}", {case}}}' not in table:
-                found.append(f"{slug}: kOperators in csrc/emulation/cases.cpp does not name {case}")
-        public = public_functions(root / "rqkernels" / "ops" / f"{slug}.py")
-        if not any(f"rqkernels.{name}(" in gpu_check for name in public):
-            found.append(f"{slug}: benchmarks/gpu_check.py does not call it")
-    return found
+def case_violations(root: Path) -> list[str]:
+    """Every slug has a case that the emulation runs by name."""
+    return [
+        f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case"
+        for slug in slugs_of(root)
+        if not cases_of(root / "csrc" / "emulation" / "ops" / f"{slug}.cpp")
+    ]
 
 
 def inventory_violations(root: Path) -> list[str]:
@@ -344,7 +333,7 @@ RULES = (
     build_violations,
     emulation_violations,
     inventory_violations,
-    table_violations,
+    case_violations,
 )
 
 
@@ -381,13 +370,8 @@ GOOD_TREE: dict[str, str] = {
     "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/device.h"\n',
     "csrc/emulation/device.h": '#include "emulation/runtime.h"\n',
     "csrc/emulation/CMakeLists.txt": "add_library(x OBJECT x.cpp)  # install()s nothing\n",
-    "csrc/emulation/ops/search.cpp": (
-        '#include "ops/search/params.h"\nstd::vector<Array> search(const Inputs& inputs) {\n'
-    ),
-    "csrc/emulation/cases.h": "std::vector<Array> search(const Inputs& inputs);\n",
-    "csrc/emulation/cases.cpp": '    {"search", search},\n',
+    "csrc/emulation/ops/search.cpp": '#include "ops/search/params.h"\nRQK_CASE(search) {\n',
     "CMakeLists.txt": "file(GLOB op_sources CONFIGURE_DEPENDS csrc/ops/*/op.cpp)\n",
-    "benchmarks/gpu_check.py": "    rqkernels.search(x)\n",
     "csrc/ops/search/params.h": "#include <cstdint>\n",
     "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
     "csrc/ops/search/cpu.cpp": '#include "params.h"\n',
@@ -395,6 +379,7 @@ GOOD_TREE: dict[str, str] = {
     "csrc/ops/search/kernel_table.h": '#include "params.h"\n',
     "csrc/ops/search/kernel.cuh": '#include "../../common/philox.h"\n#include "params.h"\n',
     "csrc/ops/search/cuda.cu": '#include "kernel.cuh"\n',
+    "tests/support/op_calls/search.py": "",
     "tests/rqkernels/test_search.py": "",
     "tests/emulation/test_search.py": "",
     "benchmarks/bench_search.py": "",
@@ -555,14 +540,6 @@ def test_a_broken_inventory_is_found(tmp_path: Path, files: dict[str, str], mess
     assert message in violation
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("csrc/emulation/ops/search.cpp", "", "search: csrc/emulation/ops/search.cpp defines no case"),
-        ("csrc/emulation/cases.h", "", "search: csrc/emulation/cases.h does not declare search"),
-        ("csrc/emulation/cases.cpp", "", "search: kOperators in csrc/emulation/cases.cpp does not name search"),
-        ("benchmarks/gpu_check.py", "", "search: benchmarks/gpu_check.py does not call it"),
-    ],
-)
-def test_an_operator_that_a_table_lacks_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
-    assert table_violations(plant(tmp_path, {file: text})) == [message]
+def test_an_operator_without_a_case_is_found(tmp_path: Path) -> None:
+    file = "csrc/emulation/ops/search.cpp"
+    assert case_violations(plant(tmp_path, {file: "// RQK_CASE(search)\n"})) == [f"search: {file} defines no case"]
