@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, to_dict
+from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, setting_names
 from rqgen.data import DataConfig
 
 from .demo import DEMOS
@@ -84,18 +84,23 @@ def _section(value: Any, default: Any, prefix: str, unknown: Collection[str], fo
     nested, help_of = nested_dataclasses(type(value)), field_help(type(value))
     indent = "  " * prefix.count(".")
     lines = []
-    for one in dataclasses.fields(value):
-        key, now, usual = f"{prefix}{one.name}", getattr(value, one.name), getattr(default, one.name, None)
-        if one.name in nested and now is not None:
+    for name in setting_names(type(value)):
+        key, now, usual = f"{prefix}{name}", getattr(value, name), getattr(default, name, None)
+        if name in nested and now is not None:
             inside = _section(now, usual, f"{key}.", unknown, following)
             unset = all(line.lstrip().startswith("#") or not line.strip() for line in inside)
-            lines += ["", *_comment(help_of.get(one.name, ""), indent)]
-            lines += [f"{indent}{'# ' if unset else ''}{one.name}:", *inside]
+            lines += ["", *_comment(help_of.get(name) or first_paragraph(nested[name]), indent)]
+            lines += [f"{indent}{'# ' if unset else ''}{name}:", *inside]
             continue
         mark = "; follows" if key in following else ""
-        lines += _comment(f"{help_of.get(one.name, '')} [{_text(usual)}{mark}]".strip(), indent)
-        lines.append(f"{indent}{'# ' if key in unknown else ''}{one.name}: {_text(now)}")
+        lines += _comment(f"{help_of.get(name, '')} [{_text(usual)}{mark}]".strip(), indent)
+        lines.append(f"{indent}{'# ' if key in unknown else ''}{name}: {_text(now)}")
     return lines
+
+
+def first_paragraph(cls: type) -> str:
+    """What the docstring of a class says first, on one line."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -109,14 +114,13 @@ def _text(value: Any) -> str:
     return scalar_text(str(value) if isinstance(value, Path) else value)
 
 
-def _leaves(settings: Any) -> set[str]:
-    def walk(tree: dict[str, Any], prefix: str) -> set[str]:
-        found: set[str] = set()
-        for name, value in tree.items():
-            found |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-        return found
-
-    return walk(to_dict(settings), "")
+def _leaves(settings: Any, prefix: str = "") -> set[str]:
+    """Dotted paths of all settings, of idle sections too."""
+    found: set[str] = set()
+    for name in setting_names(type(settings)):
+        value = getattr(settings, name)
+        found |= _leaves(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name}
+    return found
 
 
 @functools.cache

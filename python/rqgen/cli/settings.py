@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rqgen.config import Given, find_file, from_dict, given, to_dict
+from rqgen.config import Given, find_file, from_dict, given, shorthands, to_dict
 from rqgen.data import DataConfig
+from rqgen.data.settings import place_of
+from rqgen.data.sources import SOURCES
 from rqgen.models import RQVAE, MultiScaleVQVAE
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,10 @@ def load_encoding(
     what is not said of them as in `data_of_tokenizer`."""
     settings = given(DataConfig, config, overrides, recipes=RECIPES)
     data = settings.build(data_of_tokenizer(vae, settings, "", folder), where=str(folder))
+    warn_of_idle_options(data, "")
     if not _asked(settings, ""):
-        images = f"source={data.source}" + (f" folder={data.folder}" if data.folder is not None else "")
+        source, place = data.place
+        images = f"source={source}" + (f" {source}={place}" if place is not None else "")
         logger.info("no images were named: taking those that the tokenizer learnt from, %s", images)
     return data
 
@@ -51,11 +54,12 @@ def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix
     known = _remembered(vae, folder)
     asked = _asked(settings, prefix)
     if known is None and not asked:
+        *ways, last = _ways_to_name_images(prefix)
         raise ValueError(
             f"{prefix}source: the tokenizer in {folder} does not say which images it learnt from; "
-            f"give {prefix}folder=PATH, {prefix}source=digits or {prefix}source=photos"
+            f"give {', '.join(ways)} or {last}"
         )
-    if known is None or (asked and not _are_same(settings, prefix, asked, known)):
+    if known is None or (asked and not _are_same(asked, known)):
         return size
     kept = {name: value for name, value in to_dict(known).items() if name not in _VARIATIONS}
     return {**kept, **size}
@@ -64,7 +68,7 @@ def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix
 def warn_of_other_split(data: DataConfig, vae: RQVAE | MultiScaleVQVAE, folder: Path) -> None:
     """Logs where a stage reads the images that its tokenizer learnt from, but holds out others."""
     known = _remembered(vae, folder)
-    if known is None or _place(data.source, data.folder) != _place(known.source, known.folder):
+    if known is None or data.place != known.place:
         return
     for name in _SPLIT:
         ours, theirs = getattr(data, name), getattr(known, name)
@@ -75,19 +79,36 @@ def warn_of_other_split(data: DataConfig, vae: RQVAE | MultiScaleVQVAE, folder: 
             )
 
 
-def _asked(settings: Given[Any], prefix: str) -> set[str]:
-    names = ("source", "folder")
-    return {name for name in names if settings.has(prefix + name) and settings.read(prefix + name) is not None}
+def warn_of_idle_options(data: DataConfig, prefix: str) -> None:
+    """Logs options that were given of a source that is not chosen."""
+    for name, value in data.idle_options().items():
+        logger.warning("%s%s: %s changes nothing, as %ssource is '%s'", prefix, name, value, prefix, data.source)
 
 
-def _are_same(settings: Given[Any], prefix: str, asked: set[str], known: DataConfig) -> bool:
-    folder = settings.read(f"{prefix}folder") if "folder" in asked else known.folder
-    source = settings.read(f"{prefix}source") if "source" in asked else "folder" if asked else known.source
-    return _place(source, folder) == _place(known.source, known.folder)
+def _ways_to_name_images(prefix: str) -> list[str]:
+    short = shorthands(DataConfig)
+    others = [f"{prefix}source={name}" for name in SOURCES.names() if name not in short]
+    return [*(f"{prefix}{name}=PATH" for name in short), *others]
 
 
-def _place(source: Any, folder: Any) -> tuple[Any, Path | None]:
-    return source, None if folder is None else Path(os.path.realpath(folder))
+def _asked(settings: Given[Any], prefix: str) -> dict[str, Any]:
+    """What was said of the images' place: the source, and paths in the sections of sources."""
+    names = ["source", *shorthands(DataConfig).values()]
+    found = {name: settings.read(prefix + name) for name in names if settings.has(prefix + name)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
+    """Whether the images that were asked for are the known ones."""
+    short = shorthands(DataConfig)
+    source = asked.get("source") or next(name for name, path in short.items() if path in asked)
+    if source != known.source:
+        return False
+    path = short.get(source)
+    if path not in asked:
+        return True
+    options = from_dict(SOURCES.sections()[source], {path.partition(".")[2]: asked[path]}, where=path)
+    return place_of(source, options) == known.place[1]
 
 
 def _remembered(vae: RQVAE | MultiScaleVQVAE, folder: Path) -> DataConfig | None:
