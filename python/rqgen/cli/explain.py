@@ -15,6 +15,7 @@ from typing import Any
 
 from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, setting_names
 from rqgen.data import DataConfig
+from rqgen.evaluation import EvaluationConfig
 
 from .demo import DEMOS
 from .runs import find_system, load_run
@@ -27,6 +28,7 @@ COMMANDS = {
     "tokenizer": "train tokenizer",
     "prior": "train prior",
     "encode": "encode",
+    "evaluate": "evaluate",
     "demo": "demo",
     "scaling": "scaling",
 }
@@ -51,6 +53,7 @@ def explain(words: Sequence[str], *, system: str = "rq", config: str | None = No
         "tokenizer": chosen.tokenizer_run,
         "prior": chosen.prior_run,
         "encode": DataConfig,
+        "evaluate": EvaluationConfig,
         "demo": DEMOS[system],
         "scaling": ScalingConfig,
     }
@@ -60,7 +63,7 @@ def explain(words: Sequence[str], *, system: str = "rq", config: str | None = No
     value = plain = settings.build()
     if stage == "prior" and settings.read("codes") is None and settings.read("tokenizer").is_dir():
         value = load_run(cls, config, overrides)
-    elsewhere = {"prior": "data.", "encode": ""}.get(stage)
+    elsewhere = {"prior": "data.", "encode": "", "evaluate": "data."}.get(stage)
     keys = {key for key in _leaves(value) if not settings.has(key)}
     unknown = {key for key in keys if elsewhere is not None and key.startswith(elsewhere)} if value is plain else set()
     following = settings.followed() | {key for key in keys if _derived(settings, value, key)}
@@ -68,7 +71,7 @@ def explain(words: Sequence[str], *, system: str = "rq", config: str | None = No
         f"# Settings of `rqgen {COMMANDS[stage]}`" + (f" --system {system}" if system != "rq" else "") + ".",
         "# In brackets: the default, what the command takes where nothing else is said.",
         "# What follows from other settings goes on following them where its line is left out.",
-        *(["# Commented out: what the tokenizer decides."] if unknown else []),
+        *(["# Commented out: what the model decides."] if unknown else []),
         "base: null",
         *_section(value, default, "", unknown, following),
     ]

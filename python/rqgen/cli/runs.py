@@ -210,10 +210,17 @@ def default_device() -> str:
 def load_model(option: str, folder: Path) -> Any:
     """The model that ``--prior`` or ``--tokenizer`` (``option``) names, of whichever system. ValueError for a model of
     the other stage."""
-    model = load_pretrained(folder, default_device())
-    if not isinstance(model, tuple(getattr(system, option) for system in SYSTEMS.values())):
+    model, role = load_any_model(folder)
+    if role != option:
         raise ValueError(f"--{option}: {folder} holds no {option}, but a {model.model_type}")
     return model
+
+
+def load_any_model(folder: Path) -> tuple[Any, str]:
+    """The model in a folder, and what it is: "tokenizer" or "prior"."""
+    model = load_pretrained(folder, default_device())
+    priors = tuple(system.prior for system in SYSTEMS.values())
+    return model, "prior" if isinstance(model, priors) else "tokenizer"
 
 
 def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfig) -> None:

@@ -49,23 +49,46 @@ def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix
 
     ``prefix`` leads to the data among ``settings``. ValueError where nothing says which images.
     """
-    height, _ = vae.config.image_shape
-    size = {"resolution": height, "channels": vae.config.image_channels}
     known = _remembered(vae, folder)
     asked = _asked(settings, prefix)
     if known is None and not asked:
-        *ways, last = _ways_to_name_images(prefix)
         raise ValueError(
             f"{prefix}source: the tokenizer in {folder} does not say which images it learnt from; "
-            f"give {', '.join(ways)} or {last}"
+            f"{_ways_to_name_images(prefix)}"
         )
+    return _known_data(known, asked, _size(vae))
+
+
+def _size(vae: RQVAE | MultiScaleVQVAE) -> dict[str, Any]:
+    height, _ = vae.config.image_shape
+    return {"resolution": height, "channels": vae.config.image_channels}
+
+
+def _known_data(known: DataConfig | None, asked: dict[str, Any], size: dict[str, Any]) -> dict[str, Any]:
     if known is None or (asked and not _are_same(asked, known)):
         return size
     kept = {name: value for name, value in to_dict(known).items() if name not in _VARIATIONS}
     return {**kept, **size}
 
 
-def warn_of_other_split(data: DataConfig, vae: RQVAE | MultiScaleVQVAE, folder: Path) -> None:
+def data_of_models(models: Any, settings: Given[Any], prefix: str) -> tuple[dict[str, Any], str | None]:
+    """What models (a ``tokenizer`` and a ``prior`` with their folders, either None) say of the images to judge them by:
+    as `data_of_tokenizer`, the prior's word before the tokenizer's. Where nothing says which images, also why."""
+    known, size = None, {}
+    for model, folder in ((models.prior, models.prior_folder), (models.tokenizer, models.tokenizer_folder)):
+        if model is not None and known is None:
+            known, where = _remembered(model, folder), folder
+    if models.tokenizer is not None:
+        size = _size(models.tokenizer)
+    elif known is not None:
+        size = {"resolution": known.resolution, "channels": known.channels}
+    asked = _asked(settings, prefix)
+    if known is None and not asked:
+        return size, f"{where} does not say which it learnt from; {_ways_to_name_images(prefix)}"
+    return _known_data(known, asked, size), None
+
+
+def warn_of_other_split(data: DataConfig, vae: Any, folder: Path) -> None:
     """Logs where a stage reads the images that its tokenizer learnt from, but holds out others."""
     known = _remembered(vae, folder)
     if known is None or data.place != known.place:
@@ -85,10 +108,11 @@ def warn_of_idle_options(data: DataConfig, prefix: str) -> None:
         logger.warning("%s%s: %s changes nothing, as %ssource is '%s'", prefix, name, value, prefix, data.source)
 
 
-def _ways_to_name_images(prefix: str) -> list[str]:
+def _ways_to_name_images(prefix: str) -> str:
     short = shorthands(DataConfig)
     others = [f"{prefix}source={name}" for name in SOURCES.names() if name not in short]
-    return [*(f"{prefix}{name}=PATH" for name in short), *others]
+    *ways, last = [*(f"{prefix}{name}=PATH" for name in short), *others]
+    return f"give {', '.join(ways)} or {last}"
 
 
 def _asked(settings: Given[Any], prefix: str) -> dict[str, Any]:
@@ -111,5 +135,5 @@ def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
     return place_of(source, options) == known.place[1]
 
 
-def _remembered(vae: RQVAE | MultiScaleVQVAE, folder: Path) -> DataConfig | None:
-    return None if vae.data is None else from_dict(DataConfig, vae.data, where=f"{folder}/config.json: data")
+def _remembered(model: Any, folder: Path) -> DataConfig | None:
+    return None if model.data is None else from_dict(DataConfig, model.data, where=f"{folder}/config.json: data")

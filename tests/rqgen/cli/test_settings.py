@@ -21,6 +21,7 @@ from rqgen.cli.scaling import ScalingConfig
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load, nested_dataclasses, to_dict
 from rqgen.data import DataConfig, open_dataset, read_codes
+from rqgen.evaluation import EvaluationConfig
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer, load_pretrained
 from rqgen.quantizers.multiscale import SCALES_256, SCALES_512, SCALES_1024, scales_up_to
 from rqgen.training import check_memory, memory
@@ -444,6 +445,7 @@ def test_config_prints_a_file_that_the_command_reads(rqgen, tmp_path, command, s
         "train tokenizer": {"rq": TokenizerRun, "var": VARTokenizerRun},
         "train prior": {"rq": PriorRun, "var": VARPriorRun},
         "encode": {"rq": DataConfig, "var": DataConfig},
+        "evaluate": {"rq": EvaluationConfig, "var": EvaluationConfig},
         "demo": {"rq": DemoConfig, "var": VARDemoConfig},
         "scaling": {"rq": ScalingConfig, "var": ScalingConfig},
     }[command][system]
@@ -451,8 +453,8 @@ def test_config_prints_a_file_that_the_command_reads(rqgen, tmp_path, command, s
     assert load(cls, path, recipes=RECIPES) == default
     for key, value in leaves(to_dict(default)):
         assert re.search(rf"^ *(# )?{key.rsplit('.', 1)[-1]}:", out, re.MULTILINE)
-        if command in ("encode", "train prior") and (command == "encode" or key.startswith("data.")):
-            continue  # the tokenizer decides
+        if command == "encode" or (command in ("train prior", "evaluate") and key.startswith("data.")):
+            continue  # the model decides
         found = content
         for name in key.split("."):
             found = found[name]
@@ -499,7 +501,7 @@ def test_config_of_a_prior_shows_the_images_of_its_tokenizer(rqgen, mine, photos
     assert yaml.safe_load(out)["data"] == {"folder": {"fit": "enlarge"}} and "  # split_seed: 0\n" in out
 
 
-@pytest.mark.parametrize("cls", [*KINDS, DataConfig])
+@pytest.mark.parametrize("cls", [*KINDS, DataConfig, EvaluationConfig])
 def test_every_setting_has_help(cls):
     def missing(one, prefix):
         help_of = field_help(one)
@@ -514,7 +516,10 @@ def test_every_setting_has_help(cls):
 
 def test_config_mistakes(rqgen):
     for arguments, words in (
-        (["sample"], "config: expected one of train tokenizer, train prior, encode, demo, scaling, then KEY=VALUE"),
+        (
+            ["sample"],
+            "config: expected one of train tokenizer, train prior, encode, evaluate, demo, scaling, then KEY=VALUE",
+        ),
         (["loop.steps=3", "demo"], "config: expected one of"),
         (["loop.step=3"], "unknown key 'loop.step'; did you mean 'loop.steps'"),
         (["--config", "nowhere.yaml"], "config file not found: nowhere.yaml"),
