@@ -113,7 +113,7 @@ def check_seeds(settings: Any, *names: str) -> None:
 
 
 class Registered(Protocol):
-    """A class that a `Registry` takes: it has a name, and options of its own or None."""
+    """A class that a `Registry` takes: it has a name, and a dataclass of options or None."""
 
     name: ClassVar[str]
     options: ClassVar[type | None]
@@ -123,7 +123,7 @@ EntryT = TypeVar("EntryT", bound=Registered)
 
 
 class Registry(Generic[EntryT]):
-    """Things of one kind, such as data sources, by their names. ``kind`` is what error messages call one of them."""
+    """Entries of one kind, such as data sources, by name. ``kind`` names one entry in error messages."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -131,12 +131,12 @@ class Registry(Generic[EntryT]):
         self._reserved: frozenset[str] = frozenset()
 
     def register(self, entry: type[EntryT]) -> type[EntryT]:
-        """Adds a class, which is then found by its ``name``; returns it, so that this is a decorator too.
+        """Adds a class under its ``name``, and returns it: usable as a decorator.
 
         Raises:
             TypeError: it lacks a method, or ``options`` is neither None nor a dataclass whose fields all have defaults.
-            ValueError: ``name`` is no lower-case identifier, is a setting beside which the options would stand, or
-                belongs to another class.
+            ValueError: ``name`` is no lower-case identifier, is an attribute of the settings beside which the options
+                stand, or belongs to another class.
         """
         name, options = getattr(entry, "name", None), getattr(entry, "options", None)
         if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
@@ -201,7 +201,7 @@ _CLOSED = _Opened(Registry("section"), None)
 
 
 def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> Callable[[type[ConfigT]], type[ConfigT]]:
-    """Makes the options of everything in a registry sections of a settings dataclass, beside its own fields.
+    """Adds the options of a registry's entries to a settings dataclass, each as a section beside its fields.
 
     A decorator above `@dataclass`. The class has a field ``options: dict[str, Any]`` (name -> options), whose keys
     stand in files and on the command line where a field would, and calls `fill_sections` first in its
@@ -213,7 +213,7 @@ def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> C
     """
 
     def add(cls: type[ConfigT]) -> type[ConfigT]:
-        registry.reserve([one.name for one in dataclasses.fields(cls)])  # type: ignore[arg-type]
+        registry.reserve([*dir(cls), *(one.name for one in dataclasses.fields(cls))])  # type: ignore[arg-type]
         init = cls.__init__
 
         @functools.wraps(init)
@@ -238,7 +238,7 @@ def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> C
 
 
 def fill_sections(settings: Any) -> None:
-    """Checks and completes ``settings.options``, see `open_sections`. A section may be given as its dataclass, as plain
+    """Checks and completes ``settings.options``, see `open_sections`. A section is given as its dataclass, as plain
     data, or by its shorthand. Raises ValueError that starts with the name of a section or a field."""
     registry, chosen_by = _opened(type(settings))
     given, sections = settings.options, registry.sections()
@@ -573,7 +573,7 @@ def _default(cls: type, name: str) -> Any:
 
 
 def _with_implied(cls: type, tree: dict[str, _Node], where: str, prefix: str) -> dict[str, _Node]:
-    """A tree above what follows from it."""
+    """A tree, and below it the settings that follow from it."""
     chosen_by = _opened(cls).chosen_by
     if chosen_by is not None and chosen_by not in tree:
         given = Given(cls, tree, where, prefix)
@@ -904,7 +904,7 @@ def _read_override(cls: type, override: str) -> dict[str, _Node]:
 
 
 def _located(cls: type, names: Sequence[str]) -> list[str]:
-    """The path of a setting as it is now: keys that moved, and where a section's name stands for one of its fields."""
+    """Translates a path: keys that moved, and a section's name that stands for its shorthand."""
     found: list[str] = []
     for name in names:
         for part in getattr(cls, "moved", {}).get(name, name).split("."):
@@ -920,7 +920,7 @@ def _tree(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, _Node]
 
 
 def _canonical(cls: type, tree: Mapping[str, _Node], prefix: str = "") -> dict[str, _Node]:
-    """A tree with keys of older versions where they stand now, and scalars that stand for a section inside it."""
+    """Translates a tree: keys of older versions, and scalars in the place of a section."""
     moved, sections = getattr(cls, "moved", {}), nested_dataclasses(cls)
     found: dict[str, _Node] = {}
     for key, node in tree.items():
@@ -1031,7 +1031,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def setting_names(cls: type) -> list[str]:
-    """What can be set in a dataclass, a registry's sections (see `open_sections`) last."""
+    """The names of all settings of a dataclass, a registry's sections (see `open_sections`) last."""
     names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if hasattr(cls, "_opened"):
         names = [name for name in names if name != _OPTIONS] + list(_opened(cls).registry.sections())

@@ -807,6 +807,7 @@ def test_what_a_registry_refuses(places):
         ("Tape", None, "expected a lower-case identifier such as 'mine', got 'Tape'"),
         (None, None, "expected a lower-case identifier"),
         ("size", None, "'size' is a setting that every place has"),
+        ("moved", None, "'moved' is a setting that every place has"),
         ("disk", None, r"the place 'disk' is .*\.Disk already"),
     ):
         with pytest.raises(ValueError, match=words):

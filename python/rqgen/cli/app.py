@@ -378,7 +378,7 @@ def list_registries(
         str | None, typer.Argument(metavar="[systems|sources|metrics|recipes]", help="Default: all of them.")
     ] = None,
 ) -> None:
-    """What there is by name: systems, data sources, metrics, recipes, with their options."""
+    """List systems, data sources, metrics and recipes, with their options."""
     from .listing import listing
 
     for line in listing(kind):

@@ -53,13 +53,13 @@ SHOWN = 30
 EDITED = 10
 # And judged with their lower half drawn anew.
 INPAINTED = 200
-# What the numbers come from, where it fits: those of `rqgen evaluate`.
+# The metrics of metrics.json, of which those are computed that fit the system.
 METRICS = ("reconstruction", "token_prediction", "classifier", "precision", "inpainting")
 
 
 @dataclass
 class DemoSamplingConfig(SamplingConfig):
-    """How the judged images are drawn."""
+    """Settings of sampling whose images fill the figure: ten of each digit at least."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +77,7 @@ class DemoConfig:
     prior: PriorRun = field(default_factory=PriorRun)
     """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
     sampling: DemoSamplingConfig = field(default_factory=DemoSamplingConfig)
-    """How the judged images are drawn."""
+    """The sampling of the judged images."""
 
     @classmethod
     def implied(cls, given: Given[Any]) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
         if isinstance(prior.model, VAR):
             draw_edits(_three_edits(run, held_out), out / "edits.png")
     total = time.perf_counter() - started
-    # The metrics that draw images of their own are told apart from the others.
+    # Metrics that sample images of their own have their own times.
     drawing = {"precision": "precisions", "inpainting": "inpainting"}
     for name, taken in found.seconds.items():
         part = drawing.get(name, "evaluation")
@@ -186,7 +186,7 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
 
 
 def run_of(config: DemoConfig, vae: RQVAE | MultiScaleVQVAE, prior: RQTransformer | VAR) -> Run:
-    """What a demo's models are judged by: held-out digits, and digits drawn as its settings say."""
+    """The evaluation of a demo's models by held-out digits and by sampled ones."""
     settings = EvaluationConfig(
         data=config.tokenizer.data,
         sampling=config.sampling,
@@ -197,7 +197,7 @@ def run_of(config: DemoConfig, vae: RQVAE | MultiScaleVQVAE, prior: RQTransforme
 
 
 def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys of metrics.json."""
+    """Results under the keys of metrics.json."""
     reconstruction = results["reconstruction"]
     flat = {
         "reconstruction_mse": reconstruction["mse"],

@@ -25,7 +25,7 @@ from .settings import RECIPES, data_of_models, find_config, warn_of_idle_options
 
 @dataclass
 class Models:
-    """What a folder holds: either model may be missing."""
+    """The models of a folder; either may be missing."""
 
     tokenizer: Any = None
     tokenizer_folder: Path | None = None
@@ -43,17 +43,17 @@ def evaluate_folder(
     config: str | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluates the models in a folder (see `load_models`) and writes what came out to ``out``. Returns it.
+    """Evaluates the models of a folder (see `load_models`), writes the results to ``out``, and returns them.
 
     Args:
         metrics: names (None: all that fit).
-        count: how many samples are drawn; stands above ``sampling.count``.
-        tokenizer: folder of the tokenizer, where it lies elsewhere.
+        count: number of samples, in place of ``sampling.count``.
+        tokenizer: folder of the tokenizer, in place of the one that is found.
         config, overrides: settings, see `EvaluationConfig`.
 
     Raises:
         ValueError: an unknown metric, or a named one that does not fit; settings that contradict the models.
-        RuntimeError: a metric failed. The others are in ``out``.
+        RuntimeError: a metric failed; ``out`` has the results of the others.
     """
     for name in metrics or ():
         METRICS.find(name, "--metric")
@@ -73,17 +73,16 @@ def evaluate_folder(
         content = record(run, models, found, seconds=time.perf_counter() - started)
         write_json(out, content)
     if found.failed:
-        told = "; ".join(f"{name}: {error}" for name, error in found.failed.items())
+        told = "; ".join(f"{name}: {_told(error)}" for name, error in found.failed.items())
         raise RuntimeError(f"{len(found.failed)} of {len(found.seconds)} metrics failed ({told}); {out} has the others")
     return content
 
 
 def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
-    """Finds and reads models: of a folder with tokenizer/ and prior/, as the demo's, of which one may be missing and
-    each may be the folder of a training; of the folder of one training (that of a prior names its tokenizer); or of one
-    model.
+    """Loads the models of a folder: one with tokenizer/ and prior/ (either may be missing, and each may be the folder
+    of a training run), the folder of one training run (a prior's config.yaml names its tokenizer), or a model's.
 
-    Raises FileNotFoundError for another folder, otherwise as `load_model`.
+    Raises FileNotFoundError for another folder; otherwise as `load_model`.
     """
     folders = {name: _model_folder(folder / name) for name in ("tokenizer", "prior")}
     alone = _model_folder(folder)
@@ -109,7 +108,7 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
 
 
 def _model_folder(path: Path) -> Path | None:
-    """The folder of a model: a path itself, or model/ in it, where a training leaves it."""
+    """The folder of a model: ``path`` itself, or model/ in it as in a training run; None without a model."""
     for folder in (path, path / "model"):
         if (existing_folder(folder) / CONFIG_NAME).is_file():
             return folder
@@ -117,7 +116,7 @@ def _model_folder(path: Path) -> Path | None:
 
 
 def _tokenizer_of_training(folder: Path) -> Path | None:
-    """The tokenizer that the settings of a prior's training name, if it is there."""
+    """The tokenizer that config.yaml of a prior's training run names, if it exists."""
     for path in (folder / "config.yaml", folder.parent / "config.yaml"):
         if path.is_file():
             named = read_yaml(path).get("tokenizer")
@@ -127,7 +126,8 @@ def _tokenizer_of_training(folder: Path) -> Path | None:
 
 
 def prepare(models: Models, settings: Any) -> Run:
-    """Settings with what the models say of the images, and the run. Raises ValueError where they contradict."""
+    """Makes the run of models; settings of the images that were not given are those that the models were trained with.
+    Raises ValueError where settings and models contradict each other."""
     vae, prior = models.tokenizer, models.prior
     below, no_images = data_of_models(models, settings, "data.")
     config = settings.build({"data": below})
@@ -135,14 +135,17 @@ def prepare(models: Models, settings: Any) -> Run:
         warn_of_idle_options(config.data, "data.")
         if vae is not None:
             check_images_fit(config.data, vae.config)
-        for model, folder in ((vae, models.tokenizer_folder), (prior, models.prior_folder)):
+        for role, model, folder in (
+            ("tokenizer", vae, models.tokenizer_folder),
+            ("prior", prior, models.prior_folder),
+        ):
             if model is not None:
-                warn_of_other_split(config.data, model, folder)
+                warn_of_other_split(config.data, model, folder, role=role)
     return Run(config, tokenizer=vae, prior=prior, generate=generate, edit=edit, no_images=no_images)
 
 
 def record(run: Run, models: Models, found: Evaluation, *, seconds: float) -> dict[str, Any]:
-    """What the JSON file holds."""
+    """The content of the JSON file."""
     device = next(model.device for model in (run.tokenizer, run.prior) if model is not None)
     described = {
         role: {"folder": str(folder), "model_type": model.model_type, "sha256": file_checksum(folder / WEIGHTS_NAME)}
@@ -162,15 +165,19 @@ def record(run: Run, models: Models, found: Evaluation, *, seconds: float) -> di
             for name, result in found.results.items()
         },
         "not_computed": found.unfit,
-        "failed": {name: str(error) for name, error in found.failed.items()},
+        "failed": {name: _told(error) for name, error in found.failed.items()},
         "seconds": round(seconds, 3),
         "versions": installed_versions(),
         "environment": environment(device),
     }
 
 
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
 def table(rows: Iterable[tuple[str, Row]]) -> list[str]:
-    """Lines of text: metric, quantity, value, unit, and which way is better."""
+    """Formats rows as aligned lines of text, below a header."""
     cells, last = [("metric", "quantity", "value", "unit", "better")], None
     for name, row in rows:
         values = row.value if isinstance(row.value, list) else [row.value]
@@ -183,7 +190,7 @@ def table(rows: Iterable[tuple[str, Row]]) -> list[str]:
 
 
 def report(content: dict[str, Any]) -> list[str]:
-    """The table of what `record` returned, and what was not computed."""
+    """Formats the content of `record`: the table, and the reasons of what was not computed."""
     found = Evaluation({name: metric["result"] for name, metric in content["metrics"].items()})
     lines = table(found.rows())
     if content["not_computed"]:

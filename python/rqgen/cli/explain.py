@@ -102,7 +102,7 @@ def _section(value: Any, default: Any, prefix: str, unknown: Collection[str], fo
 
 
 def first_paragraph(cls: type) -> str:
-    """What the docstring of a class says first, on one line."""
+    """The first paragraph of a class's docstring, on one line."""
     return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
@@ -147,8 +147,12 @@ def _attributes_section(doc: str) -> dict[str, str]:
 
 
 def _strings_under_fields(cls: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     strings: dict[str, str] = {}
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # a class that was typed into an interpreter, or made by code
+        return strings
+    body = ast.parse(textwrap.dedent(source)).body[0].body  # type: ignore[attr-defined]
     for field, text in itertools.pairwise(body):
         is_text = (
             isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)

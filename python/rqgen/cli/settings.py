@@ -72,8 +72,9 @@ def _known_data(known: DataConfig | None, asked: dict[str, Any], size: dict[str,
 
 
 def data_of_models(models: Any, settings: Given[Any], prefix: str) -> tuple[dict[str, Any], str | None]:
-    """What models (a ``tokenizer`` and a ``prior`` with their folders, either None) say of the images to judge them by:
-    as `data_of_tokenizer`, the prior's word before the tokenizer's. Where nothing says which images, also why."""
+    """Settings of the images to evaluate models by, as `data_of_tokenizer` gives them; those that the prior was trained
+    on come before the tokenizer's. ``models`` has ``tokenizer``, ``prior`` (either None) and their folders. The second
+    result is the reason why nothing says which images; None where something does."""
     known, size = None, {}
     for model, folder in ((models.prior, models.prior_folder), (models.tokenizer, models.tokenizer_folder)):
         if model is not None and known is None:
@@ -88,24 +89,24 @@ def data_of_models(models: Any, settings: Given[Any], prefix: str) -> tuple[dict
     return _known_data(known, asked, size), None
 
 
-def warn_of_other_split(data: DataConfig, vae: Any, folder: Path) -> None:
-    """Logs where a stage reads the images that its tokenizer learnt from, but holds out others."""
-    known = _remembered(vae, folder)
+def warn_of_other_split(data: DataConfig, model: Any, folder: Path, *, role: str = "tokenizer") -> None:
+    """Logs where the images are those that a model was trained on, but others are held out."""
+    known = _remembered(model, folder)
     if known is None or data.place != known.place:
         return
     for name in _SPLIT:
         ours, theirs = getattr(data, name), getattr(known, name)
         if ours != theirs:
             logger.warning(
-                "data.%s: %s, but the tokenizer's was %s: what one stage holds out, the other may train on",
-                *(name, ours, theirs),
+                "data.%s: %s, but the %s's was %s: what one stage holds out, the other may train on",
+                *(name, ours, role, theirs),
             )
 
 
 def warn_of_idle_options(data: DataConfig, prefix: str) -> None:
-    """Logs options that were given of a source that is not chosen."""
+    """Logs options of sources other than the chosen one: they have no effect."""
     for name, value in data.idle_options().items():
-        logger.warning("%s%s: %s changes nothing, as %ssource is '%s'", prefix, name, value, prefix, data.source)
+        logger.warning("%s%s: %s has no effect: %ssource is '%s'", prefix, name, value, prefix, data.source)
 
 
 def _ways_to_name_images(prefix: str) -> str:
@@ -116,14 +117,14 @@ def _ways_to_name_images(prefix: str) -> str:
 
 
 def _asked(settings: Given[Any], prefix: str) -> dict[str, Any]:
-    """What was said of the images' place: the source, and paths in the sections of sources."""
+    """The settings that name the images: the source, and paths in the sections of sources."""
     names = ["source", *shorthands(DataConfig).values()]
     found = {name: settings.read(prefix + name) for name in names if settings.has(prefix + name)}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
-    """Whether the images that were asked for are the known ones."""
+    """Compares the images that settings name with the known ones."""
     short = shorthands(DataConfig)
     source = asked.get("source") or next(name for name, path in short.items() if path in asked)
     if source != known.source:

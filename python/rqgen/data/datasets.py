@@ -1,4 +1,4 @@
-"""What all sources of images share: the split, the choice of classes, and random variations of training images.
+"""Datasets of images: the split, the choice of classes, and random variations of training images.
 
 Every dataset answers ``item(index, epoch) -> (image, label)``: the image a float32 tensor (channels, H, W) in
 [-1, 1], the label an int (-1 where there are no classes). What is random in an item (a crop, a flip) is drawn

@@ -1,4 +1,4 @@
-"""Which images: the settings that every source shares, with a section for the options of each."""
+"""Settings of the images: those that all sources share, and a section for the options of each source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .sources import SOURCES
 @open_sections(SOURCES, chosen_by="source")
 @dataclass
 class DataConfig:
-    """Which images, at which size, and how they are split.
+    """The images, their size, and their split.
 
     ``held_out_fraction`` of every class is set aside by a shuffle that depends only on ``split_seed``:
     whoever reads the same source with the same seed gets the same split.
     """
 
-    # Keys of settings and models that were written before each source had its section: read as what they are now.
+    # Keys of configurations and models that were written before each source had its section.
     moved: ClassVar[dict[str, str]] = {
         "fit": "folder.fit",
         "background": "folder.background",
@@ -31,18 +31,18 @@ class DataConfig:
     }
 
     source: str = "digits"
-    """Where the images come from; `rqgen list sources` says what there is. It follows from data.folder=PATH."""
+    """The source of the images, see `rqgen list sources`. data.folder=PATH implies "folder"."""
     classes: list[str] | None = None
     """Only these classes, numbered in this order (None: all, in the order of their names)."""
     resolution: int = None  # type: ignore[assignment]  # filled in below
-    """Side of the square images in pixels. Left out: what the source suggests, 32 for those that come with rqgen. A
-    tokenizer's model follows."""
+    """Side of the square images in pixels. Default: the source's, 32 for those that come with rqgen. A tokenizer's
+    model follows."""
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (colour). None: 1 for digits, 3 for photographs and folders. A tokenizer's model follows."""
     held_out_fraction: float = 1 / 6
     """The share of every class that trains nothing."""
     split_seed: int = 0
-    """Of the split, and of random crops, flips and shifts."""
+    """Seed of the split, and of random crops, flips and shifts."""
     horizontal_flip: bool = False
     """Mirror half of the training images."""
     shift: int = 0
@@ -70,12 +70,12 @@ class DataConfig:
 
     @property
     def place(self) -> tuple[str, Any]:
-        """The source, and what its section's shorthand is (the path of a folder), None without one: two settings of one
-        place read the same images."""
+        """The source, and the value of its section's shorthand (the path of a folder; None without a shorthand).
+        Settings of the same place read the same images."""
         return self.source, place_of(self.source, self.options.get(self.source))
 
     def idle_options(self) -> dict[str, Any]:
-        """Dotted path -> value, of options that were given of sources that are not chosen: they change nothing."""
+        """Dotted path -> value of options of other sources than the chosen one: they have no effect."""
         idle = {name: options for name, options in self.options.items() if name != self.source}
         return {
             f"{name}.{key}": value
@@ -86,7 +86,7 @@ class DataConfig:
 
 
 def place_of(source: str, options: Any) -> Any:
-    """What says where a source reads; of a path the one that links lead to."""
+    """The value of the shorthand of a source's options, links of a path resolved; None without a shorthand."""
     path = shorthands(DataConfig).get(source)
     value = None if path is None or options is None else getattr(options, path.partition(".")[2])
     return Path(os.path.realpath(value)) if isinstance(value, Path) else value

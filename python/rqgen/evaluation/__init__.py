@@ -1,4 +1,4 @@
-"""How good it is, in numbers."""
+"""Metrics of models."""
 
 from .classifier import ImageClassifier
 from .precision import PrecisionEffect, evaluate_precision

@@ -1,4 +1,4 @@
-"""Models and images under evaluation, and the one way to run all metrics on them."""
+"""Models and images under evaluation, and the loop over all metrics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rqgen.config import to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset
@@ -28,13 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A tokenizer, a prior, or both, and the images to judge them by. What several metrics need is made once.
+    """A tokenizer, a prior, or both, and the images to evaluate them on. Samples, codes and the classifier are made at
+    the first use and then shared by all metrics.
 
     Args:
-        settings: which images, and how samples are drawn.
+        settings: the images, the sampling, and the options of metrics.
         tokenizer, prior: on one device; put into eval mode.
-        generate, edit: `rqgen.generate` and `rqgen.edit`, for metrics of samples (this room stands beside theirs).
-        no_images: where ``settings.data`` says nothing, why.
+        generate, edit: `rqgen.generate` and `rqgen.edit`, which metrics of samples need (this room cannot import them).
+        no_images: the reason why ``settings.data`` does not name the images.
 
     Raises:
         ValueError: the prior is of another tokenizer.
@@ -59,21 +61,21 @@ class Run:
         self._generate, self._edit, self._no_images = generate, edit, no_images
         self._samples: dict[str, tuple[Tensor, Tensor]] = {}
 
-    # --- what there is
+    # --- requirements of metrics
 
     @property
     def data(self) -> DataConfig:
         return self.settings.data
 
     def lacks(self, *needs: Need) -> str | None:
-        """The first of some needs that is not met, in words; None where all are.
+        """Returns the reason why the first unmet requirement is not met; None if all are met.
 
-        - "tokenizer", "prior": that model.
-        - "images": at least one image to judge by.
-        - "labels": they have labels, of two classes or more.
-        - "condition": the prior knows the images' classes, or needs none.
-        - "classes": the prior knows the images' classes.
-        - "samples": images can be drawn.
+        - "tokenizer", "prior": the run has this model.
+        - "images": there is at least one image.
+        - "labels": the images have labels, of two or more classes.
+        - "classes": the prior is class-conditional, and its classes are those of the images.
+        - "condition": as "classes", or the prior is unconditional, or has a null condition for images without labels.
+        - "samples": the models can sample images.
         """
         for need in needs:
             reason = getattr(self, f"_lacks_{need}")()
@@ -82,7 +84,7 @@ class Run:
         return None
 
     def why_not(self, metric: str) -> str | None:
-        """What keeps a metric from being computed; None where nothing does."""
+        """Returns the reason why a metric cannot be computed; None if it can."""
         entry = METRICS.find(metric, "metric")
         return self.lacks(*entry.needs) or entry.fits(self, self.options(metric))
 
@@ -108,7 +110,7 @@ class Run:
         if (reason := self._lacks_images()) is not None:
             return reason
         if len(self.class_names) < 2:
-            return f"needs images with labels, of two classes at least; they have {len(self.class_names) or 'none'}"
+            return f"needs images with labels of two or more classes, got {len(self.class_names) or 'none'}"
         return None
 
     def _lacks_condition(self) -> str | None:
@@ -116,7 +118,7 @@ class Run:
         if reason is not None or _condition_kind(self.prior) == "none":
             return reason
         if _condition_kind(self.prior) != "class":
-            return f"needs a prior of classes or without a condition; this one takes {_condition_kind(self.prior)}"
+            return f"needs a class-conditional or unconditional prior, got condition '{_condition_kind(self.prior)}'"
         if not self.class_names and self.prior.config.has_null_condition:
             return None
         return self._lacks_classes()
@@ -127,17 +129,17 @@ class Run:
             return reason
         classes, theirs = number_of_classes(self.prior), self.prior.config.class_names
         if classes == 0:
-            return "needs a prior of classes, and this one has none"
+            return "needs a class-conditional prior"
         if len(self.class_names) != classes or (theirs and tuple(theirs) != tuple(self.class_names)):
             ours, named = ", ".join(self.class_names[:10]), ", ".join(theirs[:10])
             known = f"{classes} classes" + (f" ({named})" if named else "")
-            return f"needs images of the prior's classes; it knows {known}, they have {ours or 'none'}"
+            return f"needs images of the prior's classes: expected {known}, got {ours or 'none'}"
         return None
 
     def _lacks_samples(self) -> str | None:
         reason = self._lacks_tokenizer() or self._lacks_prior()
         if reason is None and _condition_kind(self.prior) not in ("none", "class"):
-            reason = f"needs samples, and this prior takes {_condition_kind(self.prior)} to draw any"
+            reason = f"needs samples, and the prior's condition is '{_condition_kind(self.prior)}'"
         if reason is None and (self._generate is None or self._edit is None):
             reason = "needs samples: give the run generate=rqgen.generate and edit=rqgen.edit"
         return reason
@@ -146,7 +148,7 @@ class Run:
 
     @functools.cached_property
     def images(self) -> ImageDataset:
-        """The images to judge by, as they are."""
+        """The images to evaluate on, without random variations."""
         return self._open(self.settings.split, self.settings.images)
 
     def _open(self, split: Any, most: int | None) -> ImageDataset:
@@ -158,10 +160,15 @@ class Run:
         return self.images.class_names
 
     def some(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """At most ``count`` of the images, chosen at random (None: all), (N, channels, H, W), and their labels (N,); on
+        """At most ``count`` images, chosen at random (None: all), (N, channels, H, W), and their labels (N,), both on
         the CPU."""
         few = count is not None and count < len(self.images)
         return _stacked(_Some(self.images, count, self.data.split_seed) if few else self.images)
+
+    def thumbnails(self, images: ImageDataset, side: int) -> tuple[Tensor, Tensor]:
+        """Images averaged to (N, channels, side, side), and their labels (N,), both on the CPU."""
+        window = self.data.resolution // side
+        return _stacked(images, lambda image: F.avg_pool2d(image, window))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images on the device of the tokenizer, ``settings.batch_size`` at a time, and their labels on the CPU."""
@@ -171,7 +178,7 @@ class Run:
             images = torch.stack([image for image, _ in batch]).to(self.tokenizer.device)
             yield images, torch.tensor([label for _, label in batch])
 
-    # --- what models make of them
+    # --- outputs of the models
 
     @functools.cached_property
     def reconstruction(self) -> ReconstructionQuality:
@@ -189,19 +196,20 @@ class Run:
 
     @torch.no_grad()
     def decode_encoded(self, images: Tensor) -> Tensor:
-        """Images after encoding and decoding, float32 as the tokenizer gives them."""
+        """Images after encoding and decoding."""
         parts = images.split(self.settings.batch_size)
         return torch.cat([self.tokenizer.decode(self.tokenizer.encode(some)) for some in parts])
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        """What the prior takes of labels (N,): themselves on its device, or None where it or they have no classes."""
+        """The condition of images with labels (N,): the labels, or None for an unconditional prior and for images
+        without labels."""
         if number_of_classes(self.prior) == 0 or bool((labels < 0).any()):
             return None
         return labels.to(self.prior.device)
 
     def samples(self, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-        """``settings.sampling.count`` drawn images (N, channels, H, W), and their labels (N,) on the CPU: 0, 1, ... and
-        again, equally many of every class; -1 from a prior without classes. None is chosen or left out."""
+        """``settings.sampling.count`` samples (N, channels, H, W), and their labels (N,) on the CPU: 0, 1, ..., 0, ...,
+        or -1 from an unconditional prior. No sample is selected or left out."""
         if precision not in self._samples:
             sampling = self.settings.sampling
             classes = number_of_classes(self.prior)
@@ -219,19 +227,20 @@ class Run:
         return self._samples[precision]
 
     def edit(self, images: Tensor, mask: Tensor, labels: Tensor) -> Any:
-        """What `rqgen.edit` makes of images on the device, under their labels."""
+        """The output of `rqgen.edit` for images on the device, given their labels."""
         draws = self.settings.sampling.draws()
         return self._edit(self.prior, self.tokenizer, images, mask, self.condition(labels), **draws)
 
     @functools.cached_property
     def judge(self) -> ImageClassifier:
-        """A classifier that has seen training images alone."""
+        """A classifier trained on training images, with the options of metric "classifier"."""
         options = self.options("classifier")
-        return ImageClassifier(side=options.side).fit(*_stacked(self._open("train", options.training_images)))
+        train = self._open("train", options.training_images)
+        return ImageClassifier(side=options.side).fit(*self.thumbnails(train, options.side))
 
 
 class _Some(ImageDataset):
-    """So many of a dataset's images, chosen at random, in their order."""
+    """A random subset of a dataset, in its order."""
 
     def __init__(self, images: ImageDataset, count: int, seed: int) -> None:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
@@ -245,8 +254,8 @@ class _Some(ImageDataset):
         return self._images.item(self._chosen[index], epoch)
 
 
-def _stacked(images: ImageDataset) -> tuple[Tensor, Tensor]:
-    items = [images.item(index, 0) for index in range(len(images))]
+def _stacked(images: ImageDataset, change: Callable[[Tensor], Tensor] = lambda image: image) -> tuple[Tensor, Tensor]:
+    items = [(change(image), label) for image, label in (images.item(index, 0) for index in range(len(images)))]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 
@@ -256,33 +265,33 @@ def _condition_kind(prior: Any) -> str:
 
 @dataclass
 class Evaluation:
-    """What came out."""
+    """Results of metrics."""
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Metric -> its result, as JSON holds it."""
+    """Metric -> result, as JSON holds it."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Metric -> how long it took. What several need is in the first one's time."""
+    """Metric -> seconds. Samples, codes and the classifier are in the time of the first metric that needs them."""
     unfit: dict[str, str] = field(default_factory=dict)
-    """Metric -> why it was not computed."""
+    """Metric -> reason why it was not computed."""
     failed: dict[str, Exception] = field(default_factory=dict)
-    """Metric -> what went wrong."""
+    """Metric -> its error."""
 
     def rows(self) -> list[tuple[str, Row]]:
-        """All lines of the table, each with its metric."""
+        """All rows of the table, each with its metric."""
         return [
             (name, row) for name, result in self.results.items() for row in METRICS.find(name, "metric").rows(result)
         ]
 
 
 def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool = False) -> Evaluation:
-    """Computes metrics, by name (None: all that are registered and fit).
+    """Computes metrics by name (None: all that fit).
 
     Args:
-        keep_going: whether an error of one metric leaves the others to be computed; it is then in ``failed``.
+        keep_going: keep errors of a metric in ``failed`` and go on with the others, instead of raising them.
 
     Raises:
-        ValueError: a name that there is not, or a named metric that does not fit, before anything is computed; with no
-            names, none that fits; a result that JSON does not hold, such as NaN.
+        ValueError: an unknown name, or a named metric that does not fit, both before anything is computed; without
+            names, no metric that fits; a result that JSON does not hold, such as NaN.
     """
     found = Evaluation()
     names = METRICS.names() if metrics is None else list(dict.fromkeys(metrics))
@@ -291,10 +300,10 @@ def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool
     for name in names:
         if (reason := run.why_not(name)) is not None:
             if metrics is not None:
-                raise ValueError(f"metric '{name}' does not fit: it {reason}")
+                raise ValueError(f"metric '{name}' does not fit: {reason}")
             found.unfit[name] = reason
     if len(found.unfit) == len(names):
-        raise ValueError(f"no metric fits: {'; '.join(f'{name} {why}' for name, why in found.unfit.items())}")
+        raise ValueError(f"no metric fits: {'; '.join(f'{name}: {why}' for name, why in found.unfit.items())}")
     for name in names:
         if name in found.unfit:
             continue
@@ -322,7 +331,7 @@ def _plain(result: Any, name: str) -> dict[str, Any]:
 
 
 def protocol(run: Run) -> dict[str, Any]:
-    """What numbers depend on beside the models, as JSON holds it."""
+    """The images and the sampling behind the results, as JSON holds them."""
     settings = to_dict(run.settings)
     drawn = {name: settings[name] for name in ("batch_size", "sampling")}
     if run.lacks("images") is not None:

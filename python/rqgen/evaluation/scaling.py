@@ -1,4 +1,4 @@
-"""How a loss goes down with the size of a model."""
+"""Power laws of a loss over the size of models."""
 
 from __future__ import annotations
 

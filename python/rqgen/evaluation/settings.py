@@ -1,4 +1,4 @@
-"""What `rqgen evaluate` can be told, with a section for the options of each metric."""
+"""Settings of `rqgen evaluate`, with a section for the options of each metric."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .metrics import METRICS
 
 @dataclass
 class SamplingConfig:
-    """How the judged images are drawn."""
+    """The sampling of images to evaluate."""
 
     count: int = 500
-    """Equally many of every class."""
+    """Number of images, equally many of every class."""
     temperature: float = 1.0
-    """What logits are divided by."""
+    """Divisor of the logits."""
     top_k: int | None = None
     """Only the k likeliest codes."""
     top_p: float | None = None
@@ -26,7 +26,7 @@ class SamplingConfig:
     cfg_scale: float | None = None
     """Strength of classifier-free guidance."""
     batch_size: int = 250
-    """Images drawn at once."""
+    """Images sampled at once."""
     seed: int = 0
     """The same seed gives the same images."""
 
@@ -35,7 +35,7 @@ class SamplingConfig:
         check_seeds(self, "seed")
 
     def draws(self) -> dict[str, Any]:
-        """What `generate` and `edit` take of it alike."""
+        """The settings that `generate` and `edit` share."""
         names = ("temperature", "top_k", "top_p", "cfg_scale", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -43,18 +43,18 @@ class SamplingConfig:
 @open_sections(METRICS)
 @dataclass
 class EvaluationConfig:
-    """What a model is judged by."""
+    """Settings of an evaluation."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The images. What is not given is as the model had it."""
+    """The images. What is not given is as in the training of the prior, or of the tokenizer."""
     split: Literal["held_out", "train", "all"] = "held_out"
-    """The part of them that models are judged by."""
+    """The part of the images to evaluate on."""
     images: int | None = None
-    """At most so many of them, chosen at random by data.split_seed (None: all)."""
+    """Maximum number of images, chosen at random by data.split_seed (None: all)."""
     batch_size: int = 64
     """Images encoded, decoded or predicted at once."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the judged images are drawn."""
+    """The sampling of images to evaluate."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of each metric by its name."""
 

@@ -1,4 +1,4 @@
-"""How well a prior predicts the codes of images it has not learnt from."""
+"""Token prediction of a prior, given the true tokens before each."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ class."""
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
 from rqgen.sampling import edit, generate
 
 NAMES = ["classifier", "inpainting", "precision", "reconstruction", "token_prediction"]
+
+
+def known(names):
+    """Those of the metrics above: a new one needs no change here."""
+    return [name for name in names if name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def refused(rqgen, tmp_path):
 def test_every_metric_that_fits_is_computed_as_its_function_says(evaluated, pair):
     settings = ["sampling.cfg_scale=0.5", "sampling.seed=3", "inpainting.count=10", "precision.precisions=[int8]"]
     found, out = evaluated(pair, "--count", 30, *settings)
-    assert list(found["metrics"]) == NAMES and found["not_computed"] == found["failed"] == {}
+    assert known(found["metrics"]) == NAMES and not known(found["not_computed"]) and found["failed"] == {}
     results = {name: metric["result"] for name, metric in found["metrics"].items()}
     vae, prior = RQVAE.from_pretrained(pair / "tokenizer"), RQTransformer.from_pretrained(pair / "prior")
     train, held_out = (open_dataset(DataConfig(), split) for split in ("train", "held_out"))
@@ -107,7 +113,7 @@ def test_every_metric_that_fits_is_computed_as_its_function_says(evaluated, pair
     assert found["metrics"]["inpainting"]["options"] == {"count": 10}
     assert {"torch", "rqkernels"} <= set(found["versions"]) and found["environment"]["device"]
     # The table shows the same numbers.
-    assert f"mean squared error, images in [-1, 1]     {quality.mse:.4g}" in out
+    assert re.search(rf"mean squared error, images in \[-1, 1\] +{quality.mse:.4g}", out)
     for name in NAMES:
         assert f"\n{name} " in out
 
@@ -156,14 +162,14 @@ def test_the_file_is_json(rqgen, pair, tmp_path):
 def test_one_model_is_judged_by_what_fits(rqgen, evaluated, refused, trained, pair, tmp_path):
     for folder in (trained[0], trained[0] / "model"):
         found, out = evaluated(folder)
-        assert list(found["metrics"]) == ["reconstruction"] and list(found["models"]) == ["tokenizer"]
+        assert known(found["metrics"]) == ["reconstruction"] and list(found["models"]) == ["tokenizer"]
         assert found["not_computed"]["token_prediction"] == "needs a prior"
         assert "not computed:\n  classifier: needs a tokenizer" not in out and "  classifier: needs a prior" in out
     # The training of a prior names its tokenizer; a prior by itself does not.
     for folder in (trained[1], trained[1] / "model"):
         found, _ = evaluated(folder, "--metric", "token_prediction")
         assert set(found["models"]) == {"tokenizer", "prior"}
-    assert "no metric fits: classifier needs a tokenizer" in refused(pair / "prior")
+    assert "no metric fits: classifier: needs a tokenizer" in refused(pair / "prior")
     found, _ = evaluated(pair / "prior", "--tokenizer", pair / "tokenizer", "--metric", "token_prediction")
     assert found["models"]["tokenizer"]["folder"] == str(pair / "tokenizer")
     assert "--tokenizer: " in refused(pair, "--tokenizer", pair / "prior")
@@ -187,9 +193,9 @@ def test_a_prior_of_another_tokenizer_is_refused(refused, pair, tmp_path):
 def test_classes_of_other_images_are_no_classes_of_the_prior(evaluated, refused, pair):
     found, _ = evaluated(pair, "data.classes=[1,0]", "--metric", "reconstruction")
     assert found["protocol"]["class_names"] == ["1", "0"]
-    words = "needs images of the prior's classes; it knows 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), they have 1, 0"
+    words = "needs images of the prior's classes: expected 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), got 1, 0"
     for name in ("classifier", "token_prediction", "precision", "inpainting"):
-        assert f"metric '{name}' does not fit: it {words}" in refused(pair, "data.classes=[1,0]", "--metric", name)
+        assert f"metric '{name}' does not fit: {words}" in refused(pair, "data.classes=[1,0]", "--metric", name)
 
 
 def test_images_without_classes(evaluated, pair, tmp_path):
@@ -199,10 +205,8 @@ def test_images_without_classes(evaluated, pair, tmp_path):
         Image.fromarray(generator.integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / f"photos/{number}.png")
     found, _ = evaluated(pair, f"data.folder={tmp_path / 'photos'}", "split=all")
     # The prior has a null condition.
-    assert list(found["metrics"]) == ["inpainting", "precision", "reconstruction", "token_prediction"]
-    assert found["not_computed"] == {
-        "classifier": "needs images with labels, of two classes at least; they have none",
-    }
+    assert known(found["metrics"]) == ["inpainting", "precision", "reconstruction", "token_prediction"]
+    assert found["not_computed"]["classifier"] == "needs images with labels of two or more classes, got none"
     assert "accuracy" not in found["metrics"]["inpainting"]["result"]
     assert "sample_accuracy" not in found["metrics"]["precision"]["result"]["int8"]
 
@@ -213,7 +217,7 @@ def test_models_that_do_not_know_their_images(evaluated, refused, pair, tmp_path
         model.data = None
         model.save_pretrained(tmp_path / name)
     err = refused(tmp_path)
-    assert "reconstruction needs images: " in err and "does not say which it learnt from; give data.folder=PATH" in err
+    assert "reconstruction: needs images: " in err and "does not say which it learnt from; give data.folder=PATH" in err
     found, _ = evaluated(tmp_path, "data.source=digits", "--metric", "reconstruction")
     assert found["protocol"]["images"] == len(open_dataset(DataConfig(), "held_out"))
 
@@ -231,7 +235,7 @@ def test_a_var_is_judged_too(rqgen, evaluated, tmp_path):
             main(["train", *map(str, arguments), "--system", "var"])
         assert not left.value.code
     found, _ = evaluated(tmp_path, "--count", 10, "inpainting.count=2")
-    assert list(found["metrics"]) == ["classifier", "inpainting", "reconstruction", "token_prediction"]
+    assert known(found["metrics"]) == ["classifier", "inpainting", "reconstruction", "token_prediction"]
     assert "several precisions" in found["not_computed"]["precision"]
     vae = MultiScaleVQVAE.from_pretrained(tmp_path / "tokenizer" / "model")
     prior = VAR.from_pretrained(tmp_path / "prior" / "model")
@@ -254,7 +258,7 @@ class BrightnessOptions:
     """Options of metric "brightness"."""
 
     threshold: float = 0.0
-    """What counts as bright."""
+    """Lower bound of bright pixels."""
 
 
 class Brightness(Metric):
@@ -311,10 +315,10 @@ def test_a_new_metric_is_found_by_the_command_line(rqgen, own, evaluated, pair, 
     assert f"brightness  bright pixels  {100 * share:.4g}" in out and "higher" in out
     # Without options and rows of its own, on a prior alone.
     found, out = evaluated(pair / "prior")
-    assert list(found["metrics"]) == ["parameters"] and "parameters  millions" in out
+    assert not known(found["metrics"]) and re.search(r"\nparameters +millions +", out)
     code, out, err = rqgen("list", "metrics")
     assert code == 0 and "  brightness\n    The share of bright pixels in samples.\n" in out
-    assert "    brightness.threshold [0.0]\n      What counts as bright.\n" in out
+    assert "    brightness.threshold [0.0]\n      Lower bound of bright pixels.\n" in out
     code, out, err = rqgen("config", "evaluate", "brightness.threshold=2")
     assert code == 0 and yaml.safe_load(out)["brightness"] == {"threshold": 2.0}, err
     path = tmp_path / "mine.yaml"
@@ -354,7 +358,7 @@ def test_a_metric_that_fails_loses_no_other(rqgen, pair, tmp_path, monkeypatch, 
 def test_no_metric_is_computed_before_all_names_are_looked_at(pair, monkeypatch):
     run = Run(EvaluationConfig(), tokenizer=RQVAE.from_pretrained(pair / "tokenizer"))
     monkeypatch.setattr(METRICS.find("reconstruction", "metric"), "compute", lambda *_: pytest.fail("computed"))
-    with pytest.raises(ValueError, match="metric 'classifier' does not fit: it needs a prior"):
+    with pytest.raises(ValueError, match="metric 'classifier' does not fit: needs a prior"):
         evaluate(run, ["reconstruction", "classifier"])
     with pytest.raises(ValueError, match="metric: unknown metric 'fid'"):
         evaluate(run, ["reconstruction", "fid"])
@@ -400,7 +404,8 @@ def test_lists(rqgen):
 
 def test_every_module_of_the_folder_is_a_metric():
     folder = Path(__import__("rqgen.evaluation.metrics", fromlist=["x"]).__file__).parent
-    assert sorted(path.stem for path in folder.glob("[!_]*.py")) == NAMES == METRICS.names()
+    assert sorted(path.stem for path in folder.glob("[!_]*.py")) == METRICS.names()
+    assert known(METRICS.names()) == NAMES
 
 
 def test_settings_of_an_evaluation():

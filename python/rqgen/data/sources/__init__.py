@@ -1,6 +1,6 @@
-"""Where images come from: one module per source, found by its being in this folder.
+"""Sources of images: one module each, found by importing all modules of this folder.
 
-A source of your own is a `Source` that is registered before settings are read:
+A source of your own is registered before settings are read:
 
     @rqgen.data.sources.register
     class Squares(Source):
@@ -25,30 +25,31 @@ if TYPE_CHECKING:
 
 
 class Source(ABC):
-    """A source of images, chosen by its ``name``: `data.source=NAME`. The first paragraph of a source's docstring is
-    what `rqgen list` says of it."""
+    """A source of images, chosen by its ``name``: `data.source=NAME`. `rqgen list sources` shows the first paragraph of
+    its docstring."""
 
     name: ClassVar[str]
     options: ClassVar[type | None] = None
-    """A dataclass of the settings that only this source has: the section `data.NAME`. Each has a default, and a string
-    under it that says what it is. With a class attribute ``shorthand``, `data.NAME=X` sets that field; where its
-    default is None it must be given."""
+    """A dataclass of the settings of this source alone, the section `data.NAME`. Each field has a default, and a string
+    under it as its help. With a class attribute ``shorthand``, `data.NAME=X` sets that field; if the field's default
+    is None, it must be given."""
     channels: ClassVar[Literal[1, 3]] = 3
-    """What `data.channels` is where nobody says: 1 (grey) or 3 (colour)."""
+    """Default of `data.channels`: 1 (grey) or 3 (colour)."""
     resolution: ClassVar[int] = 32
-    """What `data.resolution` is where nobody says, in pixels."""
+    """Default of `data.resolution`, in pixels."""
     max_resolution: ClassVar[int] = 16384
+    """Upper bound of `data.resolution`, in pixels."""
 
     @abstractmethod
     def open(self, config: DataConfig, options: Any, split: Split) -> ImageDataset:
         """The images of one split, square, of ``config.resolution`` and ``config.channels``.
 
         Args:
-            config: what all sources share. A source takes only ``config.classes``, numbered in their order (see
-                `rqgen.data.datasets.choose_classes`), sets ``config.held_out_fraction`` aside (see `stratified_split`)
-                and varies training images (see `Augmentation`).
+            config: the shared settings. A source takes the classes of ``config.classes`` alone, numbered in their order
+                (see `rqgen.data.datasets.choose_classes`), sets ``config.held_out_fraction`` aside (see
+                `stratified_split`) and varies training images (see `Augmentation`).
             options: an instance of the class ``options``; None without one.
-            split: which part.
+            split: the part to open.
 
         Raises:
             FileNotFoundError, ValueError: there is nothing to read; the message starts with the name of a setting.

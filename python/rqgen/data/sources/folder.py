@@ -32,17 +32,17 @@ IMAGE_SUFFIXES = frozenset(
 
 @dataclass
 class FolderOptions:
-    """Options of source "folder". A path in place of this section (data.folder=PATH) is its `path`."""
+    """Options of source "folder"; data.folder=PATH is short for data.folder.path=PATH."""
 
     shorthand: ClassVar[str] = "path"
 
     path: Path | None = None
-    """The folder of images; its sub-folders are the classes. The source follows from it."""
+    """The folder of images; its sub-folders are the classes. A path implies data.source=folder."""
     fit: Literal["crop", "enlarge", "exact"] = "crop"
     """Images of another size: "crop" shrinks the shorter side and takes the centre, and refuses
     smaller images; "enlarge" accepts those too; "exact" refuses every other size."""
     background: str = "white"
-    """What shows through transparent pixels: the name of a colour, or "#rrggbb"."""
+    """The colour behind transparent pixels: its name, or "#rrggbb"."""
     on_broken: Literal["fail", "skip"] = "fail"
     """An image file that cannot be decoded ends the run, or is named and left out."""
 
@@ -130,7 +130,7 @@ class FolderImages(ImageDataset):
         return [file for file, (fault, _) in zip(files, checked, strict=True) if fault is None]
 
     def _check(self, path: Path) -> tuple[PictureError | None, bool]:
-        """What keeps a file from being read, and whether it holds more than its first frame."""
+        """Decodes a file: (the error, if any, whether it holds more than its first frame)."""
         try:
             picture = self._open(path)
         except PictureError as error:
@@ -177,7 +177,7 @@ class _FolderScan:
 
     @property
     def skipped(self) -> str:
-        """How many of which kind, each with an example; empty where nothing was."""
+        """The number of each kind with an example, as text; empty where nothing was skipped."""
         return ", ".join(f"{kind}: {len(names)} ({names[0]})" for kind, names in self._skipped.items())
 
     def _images_below(self, folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:

@@ -24,7 +24,7 @@ class PhotosOptions:
     """Options of source "photos"."""
 
     crops_per_epoch: int = 1024
-    """How many random crops make an epoch."""
+    """Number of random crops in an epoch."""
 
     def __post_init__(self) -> None:
         check_bounds(self, crops_per_epoch=(1, 10**7))

@@ -1,10 +1,10 @@
-"""What models are judged by: one module per metric, found by its being in this folder.
+"""Metrics of `rqgen evaluate`: one module each, found by importing all modules of this folder.
 
-A metric of your own is a `Metric` that is registered:
+A metric of your own is registered:
 
     @rqgen.evaluation.metrics.register
     class Brightness(Metric):
-        "How bright samples are."
+        "The mean brightness of samples."
         name = "brightness"
         needs = ("samples",)
         def compute(self, run, options):
@@ -28,34 +28,35 @@ Need = Literal["tokenizer", "prior", "images", "labels", "condition", "samples",
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """A row of the table. ``better`` is empty for a number that is neither good nor bad."""
 
     quantity: str
-    """Such as "reconstruction error"."""
     value: float | int | list[float] | list[int]
     unit: str = ""
     better: Literal["lower", "higher", ""] = ""
 
 
 class Metric(ABC):
-    """One way to judge a model. The first paragraph of its docstring is what `rqgen list` says of it."""
+    """A metric of a tokenizer, a prior, or both. `rqgen list metrics` shows the first paragraph of its docstring."""
 
     name: ClassVar[str]
     options: ClassVar[type | None] = None
-    """A dataclass of settings, all with defaults and a string under each that says what it is: the section NAME."""
+    """A dataclass of the settings of this metric, the section NAME. Each field has a default, and a string under it as
+    its help."""
     needs: ClassVar[tuple[Need, ...]] = ()
-    """What there must be, see `Run.lacks`."""
+    """Requirements, see `Run.lacks`."""
 
     def fits(self, run: Run, options: Any) -> str | None:
-        """What keeps it from being computed, beside ``needs``; None where nothing does."""
+        """Returns the reason why it cannot be computed for this run, such as "needs square images"; None if it can. The
+        requirements in ``needs`` are met."""
         return None
 
     @abstractmethod
     def compute(self, run: Run, options: Any) -> Any:
-        """The result: a dictionary or a dataclass of numbers, texts, lists and dictionaries, as JSON holds them."""
+        """Computes the result: a dictionary or a dataclass that JSON holds, without NaN."""
 
     def rows(self, result: Mapping[str, Any]) -> Iterable[Row]:
-        """How a result reads in the table; as it is, every number in it."""
+        """Rows of the table for a result. Default: one for every number in it."""
         return [
             Row(name.replace("_", " "), value)
             for name, value in result.items()

@@ -1,4 +1,4 @@
-"""Whether samples show the class they were asked for."""
+"""Classifier accuracy of samples."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ClassifierOptions:
     """Options of metric "classifier"."""
 
     side: int = 8
-    """The classifier sees images averaged to so many pixels a side."""
+    """Side in pixels to which the classifier's images are averaged; must divide data.resolution."""
     training_images: int = 10000
-    """It learns from at most so many training images, chosen at random."""
+    """Maximum number of training images for the classifier, chosen at random."""
 
     def __post_init__(self) -> None:
         check_bounds(self, side=(1, 512), training_images=(2, 10**6))
@@ -29,8 +29,8 @@ class ClassifierOptions:
 
 @register
 class SampleAccuracy(Metric):
-    """The share of samples that a classifier of real training images (a support vector machine on few pixels) reads as
-    the class they were asked for, and of real images."""
+    """The accuracy of a classifier on samples, with the class they were conditioned on as the truth, and on real
+    images. The classifier, a support vector machine on few pixels, is trained on the training images."""
 
     name = "classifier"
     options = ClassifierOptions
@@ -49,11 +49,11 @@ class SampleAccuracy(Metric):
         return {
             "sample_accuracy": right.double().mean().item(),
             "sample_accuracy_per_class": [some.mean().item() if len(some) else None for some in per_class],
-            "classifier_test_accuracy": run.judge.accuracy(*run.some()),
+            "classifier_test_accuracy": run.judge.accuracy(*run.thumbnails(run.images, options.side)),
         }
 
     def rows(self, result: Mapping[str, Any]) -> Iterable[Row]:
         return [
-            Row("samples read as their class", 100 * result["sample_accuracy"], "%", "higher"),
-            Row("real images read as their class", 100 * result["classifier_test_accuracy"], "%"),
+            Row("classifier accuracy, samples", 100 * result["sample_accuracy"], "%", "higher"),
+            Row("classifier accuracy, real images", 100 * result["classifier_test_accuracy"], "%"),
         ]

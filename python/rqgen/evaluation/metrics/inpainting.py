@@ -1,4 +1,4 @@
-"""What becomes of an image whose lower half is drawn anew."""
+"""In-painting of the lower half of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InpaintingOptions:
     """Options of metric "inpainting"."""
 
     count: int = 200
-    """At most so many images."""
+    """Maximum number of images, chosen at random."""
 
     def __post_init__(self) -> None:
         check_bounds(self, count=(1, 10**6))
@@ -29,8 +29,8 @@ class InpaintingOptions:
 
 @register
 class Inpainting(Metric):
-    """Images whose lower half is drawn anew, given their label: the error of the upper half after the tokenizer, beside
-    that of the same pixels when the tokenizer gets the image whole; and how many are read as their class."""
+    """In-painting of the lower half of images, given their class: the squared error of the kept upper half after the
+    tokenizer, beside the error of the same pixels in a plain reconstruction; and the classifier's accuracy."""
 
     name = "inpainting"
     options = InpaintingOptions
@@ -52,9 +52,9 @@ class Inpainting(Metric):
 
     def rows(self, result: Mapping[str, Any]) -> Iterable[Row]:
         if "accuracy" in result:
-            yield Row("edited images read as their class", 100 * result["accuracy"], "%", "higher")
-        yield Row("squared error of the kept half", result["kept_mse"], better="lower")
-        yield Row("of the same half in the whole image", result["tokenizer_mse"])
+            yield Row("classifier accuracy, edited images", 100 * result["accuracy"], "%", "higher")
+        yield Row("squared error, kept half", result["kept_mse"], better="lower")
+        yield Row("squared error, same half of a reconstruction", result["tokenizer_mse"])
 
 
 def lower_half(images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a shorter precision changes."""
+"""The effect of a shorter precision."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class PrecisionOptions:
     """Options of metric "precision"."""
 
     precisions: list[str] | None = None
-    """What is compared with fp32 (None: bf16, and on a CPU int8)."""
+    """The precisions to compare with fp32 (None: bf16, and on a CPU int8)."""
     samples: bool = True
-    """Also draw in each precision, where the classifier fits."""
+    """Also sample in each precision, if metric "classifier" fits."""
 
 
 @register
 class Precision(Metric):
-    """What bf16 and int8 change: the divergence KL(fp32 || precision) of the next code and how often the likeliest code
-    stays, for each depth; and the accuracy of samples."""
+    """The effect of bf16 and int8 on a prior: KL(fp32 || precision) of the next code and the share of likeliest codes
+    that stay the same, for each depth; and the classifier's accuracy on samples."""
 
     name = "precision"
     options = PrecisionOptions
@@ -34,7 +34,7 @@ class Precision(Metric):
 
     def fits(self, run: Run, options: PrecisionOptions) -> str | None:
         if run.tokenizer.quantizer.axis != "depth":
-            return "needs a prior that is drawn from in several precisions: one over stacks of codes"
+            return "needs a prior that can be sampled in several precisions: an RQ-Transformer"
         return None
 
     def compute(self, run: Run, options: PrecisionOptions) -> dict[str, Any]:
@@ -55,6 +55,6 @@ class Precision(Metric):
         for name, effect in result.items():
             yield Row(f"{name}: KL(fp32 || {name}) by depth", effect["kl"], "nats per code", "lower")
             share = [100 * same for same in effect["same_likeliest"]]
-            yield Row(f"{name}: the likeliest code stays, by depth", share, "%", "higher")
+            yield Row(f"{name}: same likeliest code by depth", share, "%", "higher")
             if "sample_accuracy" in effect:
-                yield Row(f"{name}: samples read as their class", 100 * effect["sample_accuracy"], "%", "higher")
+                yield Row(f"{name}: classifier accuracy, samples", 100 * effect["sample_accuracy"], "%", "higher")

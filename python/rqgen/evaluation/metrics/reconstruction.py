@@ -1,4 +1,4 @@
-"""What a tokenizer keeps of images."""
+"""Reconstruction error of a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 @register
 class Reconstruction(Metric):
-    """The error of images after encoding and decoding, and how many codes each depth or scale uses."""
+    """The mean squared error of images after encoding and decoding, and the number of codes in use at each depth or
+    scale, with their perplexity."""
 
     name = "reconstruction"
     needs = ("tokenizer", "images")

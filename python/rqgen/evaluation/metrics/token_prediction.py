@@ -1,4 +1,4 @@
-"""How well a prior predicts codes."""
+"""Negative log-likelihood and error rate of a prior."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @register
 class Prediction(Metric):
-    """The loss and the error rate of a prior that predicts each code given the true ones before it, in all and for each
-    depth or scale."""
+    """The negative log-likelihood and the error rate of a prior that predicts each code given the true codes before it:
+    over all codes, and for each depth or scale."""
 
     name = "token_prediction"
     needs = ("tokenizer", "prior", "images", "condition")
@@ -27,6 +27,6 @@ class Prediction(Metric):
         return [
             Row("loss", result["loss"], "nats per code", "lower"),
             Row("loss by level", result["level_losses"], "nats per code", "lower"),
-            Row("codes that were not the likeliest", 100 * result["error_rate"], "%", "lower"),
-            Row("the same by level", [100 * rate for rate in result["level_error_rates"]], "%", "lower"),
+            Row("error rate", 100 * result["error_rate"], "%", "lower"),
+            Row("error rate by level", [100 * rate for rate in result["level_error_rates"]], "%", "lower"),
         ]
