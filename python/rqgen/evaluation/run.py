@@ -140,6 +140,8 @@ class Run:
         reason = self._lacks_tokenizer() or self._lacks_prior()
         if reason is None and _condition_kind(self.prior) not in ("none", "class"):
             reason = f"needs samples, and the prior's condition is '{_condition_kind(self.prior)}'"
+        if reason is None and self.settings.sampling.cfg_scale and not self.prior.config.has_null_condition:
+            reason = "needs a prior with a null condition for sampling.cfg_scale"
         if reason is None and (self._generate is None or self._edit is None):
             reason = "needs samples: give the run generate=rqgen.generate and edit=rqgen.edit"
         return reason

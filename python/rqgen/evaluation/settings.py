@@ -33,6 +33,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_bounds(self, count=(1, 10**6), batch_size=(1, 2**24), top_k=(1, 2**24))
         check_seeds(self, "seed")
+        for name in ("temperature", "cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {value}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
 
     def draws(self) -> dict[str, Any]:
         """The settings that `generate` and `edit` share."""

@@ -143,6 +143,9 @@ def test_metrics_by_name(evaluated, refused, pair):
         (["classifier.sides=8"], "unknown key 'classifier.sides'; did you mean 'classifier.side'?"),
         (["sampling.cfg=1"], "did you mean 'sampling.cfg_scale'?"),
         (["inpainting.count=0"], "inpainting.count: expected at least 1, got 0"),
+        (["sampling.top_p=1.5"], "sampling.top_p: expected a number in (0, 1], got 1.5"),
+        (["sampling.temperature=-1"], "sampling.temperature: expected a number >= 0, got -1.0"),
+        (["precision.precisions=[fp8]"], "'precision.precisions[0]': expected one of bf16, int8, got 'fp8'"),
         (["split=test"], "wrong value at 'split': expected one of held_out, train, all, got 'test'"),
         (["data.resolution=64"], "data.resolution: 64, but the tokenizer is for images of 32x32"),
         (
@@ -169,7 +172,7 @@ def test_one_model_is_judged_by_what_fits(rqgen, evaluated, refused, trained, pa
     for folder in (trained[1], trained[1] / "model"):
         found, _ = evaluated(folder, "--metric", "token_prediction")
         assert set(found["models"]) == {"tokenizer", "prior"}
-    assert "no metric fits: classifier: needs a tokenizer" in refused(pair / "prior")
+    assert "'classifier' does not fit: needs a tokenizer" in refused(pair / "prior", "--metric", "classifier")
     found, _ = evaluated(pair / "prior", "--tokenizer", pair / "tokenizer", "--metric", "token_prediction")
     assert found["models"]["tokenizer"]["folder"] == str(pair / "tokenizer")
     assert "--tokenizer: " in refused(pair, "--tokenizer", pair / "prior")
@@ -211,13 +214,27 @@ def test_images_without_classes(evaluated, pair, tmp_path):
     assert "sample_accuracy" not in found["metrics"]["precision"]["result"]["int8"]
 
 
+def test_guidance_needs_a_null_condition(evaluated, pair, tmp_path, trained, rqgen, small_prior):
+    settings = [f"tokenizer={trained[0] / 'model'}", *small_prior, "prior.condition_dropout=0", "loop.steps=1"]
+    code, _, err = rqgen("train", "prior", "--out", tmp_path / "prior", *settings)
+    assert code == 0, err
+    found, _ = evaluated(tmp_path / "prior", "sampling.cfg_scale=1", "--count", 10)
+    assert known(found["metrics"]) == ["precision", "reconstruction", "token_prediction"]
+    for name in ("classifier", "inpainting"):
+        assert found["not_computed"][name] == "needs a prior with a null condition for sampling.cfg_scale"
+    assert "sample_accuracy" not in found["metrics"]["precision"]["result"]["bf16"]
+
+
 def test_models_that_do_not_know_their_images(evaluated, refused, pair, tmp_path):
     for cls, name in ((RQVAE, "tokenizer"), (RQTransformer, "prior")):
         model = cls.from_pretrained(pair / name)
         model.data = None
         model.save_pretrained(tmp_path / name)
-    err = refused(tmp_path)
-    assert "reconstruction: needs images: " in err and "does not say which it learnt from; give data.folder=PATH" in err
+    err = refused(tmp_path, "--metric", "reconstruction")
+    assert (
+        "metric 'reconstruction' does not fit: needs images: " in err
+        and "does not say which it learnt from; give data.folder=PATH" in err
+    )
     found, _ = evaluated(tmp_path, "data.source=digits", "--metric", "reconstruction")
     assert found["protocol"]["images"] == len(open_dataset(DataConfig(), "held_out"))
 
@@ -362,6 +379,8 @@ def test_no_metric_is_computed_before_all_names_are_looked_at(pair, monkeypatch)
         evaluate(run, ["reconstruction", "classifier"])
     with pytest.raises(ValueError, match="metric: unknown metric 'fid'"):
         evaluate(run, ["reconstruction", "fid"])
+    with pytest.raises(ValueError, match="no metric fits: classifier: needs images: unknown; inpainting: needs a tok"):
+        evaluate(Run(EvaluationConfig(), no_images="unknown"))
     assert run.lacks("samples") == "needs a prior" and run.lacks("tokenizer", "images") is None
 
 

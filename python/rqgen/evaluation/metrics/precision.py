@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..precision import evaluate_precision
 from . import Metric, Row, register
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class PrecisionOptions:
     """Options of metric "precision"."""
 
-    precisions: list[str] | None = None
+    precisions: list[Literal["bf16", "int8"]] | None = None
     """The precisions to compare with fp32 (None: bf16, and on a CPU int8)."""
     samples: bool = True
     """Also sample in each precision, if metric "classifier" fits."""
@@ -35,6 +35,8 @@ class Precision(Metric):
     def fits(self, run: Run, options: PrecisionOptions) -> str | None:
         if run.tokenizer.quantizer.axis != "depth":
             return "needs a prior that can be sampled in several precisions: an RQ-Transformer"
+        if "int8" in (options.precisions or ()) and run.prior.device.type != "cpu":
+            return 'needs a prior on the CPU for precision "int8"'
         return None
 
     def compute(self, run: Run, options: PrecisionOptions) -> dict[str, Any]:
