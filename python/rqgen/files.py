@@ -235,6 +235,13 @@ def _sweep(parent: Path) -> None:
                     _unlock(lock)
 
 
+def check_json_name(path: Path, name: str) -> None:
+    """Raises ValueError for a file name that says another format than JSON: before the work whose result the file would
+    hold."""
+    if path.suffix.lower() not in ("", ".json"):
+        raise ValueError(f"{name}: expected a name that ends in .json, got '{path}'")
+
+
 # --- one process at a time -------------------------------------------------------------------------------
 
 _held: set[int] = set()
@@ -410,6 +417,11 @@ def check_json(path: Path, content: Mapping[str, Any], *beside: Path) -> None:
     found = _checksum(content, path)
     if found is not None and _digest(_unsigned(path.read_bytes(), found), beside) != found:
         raise _damaged(path, beside)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex, as `sha256sum` prints it."""
+    return _digest(b"", [path]).removeprefix("sha256:")
 
 
 def sign_tensors(path: Path, *beside: Path) -> None:

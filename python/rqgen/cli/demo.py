@@ -6,16 +6,18 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 
-from rqgen.config import Given, check_bounds, check_seeds, load, to_dict
+from rqgen.config import Given, load, to_dict
 from rqgen.data import DigitImages, Split, open_dataset
-from rqgen.evaluation import ImageClassifier, evaluate_precision, evaluate_reconstruction
+from rqgen.evaluation import EvaluationConfig, Run, SamplingConfig, evaluate
+from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
+from rqgen.evaluation.run import protocol
 from rqgen.files import claim_folder, write_json
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
 from rqgen.models.pretrained import check_replaceable
@@ -27,7 +29,7 @@ from rqgen.report import (
     draw_reconstructions,
     draw_samples,
 )
-from rqgen.sampling import EditOutput, edit, generate
+from rqgen.sampling import edit, generate
 
 from .check import installed_versions
 from .runs import (
@@ -51,37 +53,18 @@ SHOWN = 30
 EDITED = 10
 # And judged with their lower half drawn anew.
 INPAINTED = 200
+# The metrics of metrics.json, of which those are computed that fit the system.
+METRICS = ("reconstruction", "token_prediction", "classifier", "precision", "inpainting")
 
 
 @dataclass
-class SamplingConfig:
-    """How the judged images are drawn."""
-
-    count: int = 500
-    """Equally many of every class."""
-    temperature: float = 1.0
-    """What logits are divided by."""
-    top_k: int | None = None
-    """Only the k likeliest codes."""
-    top_p: float | None = None
-    """Only the likeliest codes of this total mass."""
-    cfg_scale: float | None = None
-    """Strength of classifier-free guidance."""
-    batch_size: int = 250
-    """Images drawn at once."""
-    seed: int = 0
-    """The same seed gives the same images."""
+class DemoSamplingConfig(SamplingConfig):
+    """Settings of sampling whose images fill the figure: ten of each digit at least."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, count=(0, 10**6), batch_size=(1, 2**24), top_k=(1, 2**24))
-        check_seeds(self, "seed")
+        super().__post_init__()
         if self.count < 100 or self.count % 10:
             raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
-
-    def draws(self) -> dict[str, Any]:
-        """What `generate` and `edit` take of it alike."""
-        names = ("temperature", "top_k", "top_p", "cfg_scale", "seed")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -93,8 +76,8 @@ class DemoConfig:
     """Stage 1."""
     prior: PriorRun = field(default_factory=PriorRun)
     """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the judged images are drawn."""
+    sampling: DemoSamplingConfig = field(default_factory=DemoSamplingConfig)
+    """The sampling of the judged images."""
 
     @classmethod
     def implied(cls, given: Given[Any]) -> dict[str, Any]:
@@ -139,14 +122,9 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     holds. A demo that is there already is replaced, and said so. Checkpoints and logs, where the settings ask for any,
     go into training/.
 
-    Of a VAR "inpainting" tells about held-out digits whose lower half was drawn anew, given their label: how many the
-    classifier reads as that, and the mean squared error of the upper half after the tokenizer (`EditOutput.decoded`)
-    beside that of the same pixels when the tokenizer gets the digit whole.
-
-    Drawn in float32. The shorter precisions that the device has are compared with it: on the codes of held-out
-    digits (see `rqgen.evaluation.evaluate_precision`), and by how many of as many drawn digits are recognised.
-    No sample is chosen or left out: all that are drawn are judged, and the first ten of each class are shown.
-    Held-out digits train nothing, the classifier included.
+    The numbers are those of `rqgen.evaluation.metrics`, of held-out digits and of digits drawn in float32;
+    "precisions" also draws in the shorter ones. No sample is chosen or left out: all that are drawn are judged, and the
+    first ten of each class are shown. Held-out digits train nothing, the classifier included.
     """
     check_images_fit(config.tokenizer.data, config.tokenizer.model)
     with claim_folder(out):
@@ -167,26 +145,17 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
     with _timed(seconds, "prior"):
         prior = fit_prior(config.prior, vae, out / "training" / "prior", console=console)
         prior.model.save_pretrained(out / "prior")
-    train_images, held_out = (digits(config, split) for split in ("train", "held_out"))
-    classes = len(held_out.class_names)
+    run = run_of(config, vae, prior.model)
     with _timed(seconds, "sampling"):
-        samples, labels = draw_classes(prior.model, vae, config.sampling, classes)
-    with _timed(seconds, "evaluation"):
-        quality = evaluate_reconstruction(vae, held_out)
-        judge = ImageClassifier().fit(train_images.images, train_images.labels)
-        recognised = judge.predict(samples) == labels
-    of_the_system = {}
-    if isinstance(prior.model, RQTransformer):
-        with _timed(seconds, "precisions"):
-            of_the_system["precisions"] = _compare_precisions(config, prior.model, vae, held_out, judge)
-    else:
-        with _timed(seconds, "inpainting"):
-            of_the_system["inpainting"] = _judge_inpainting(prior.model, vae, held_out, config.sampling, judge)
+        samples, _ = run.samples()
+    found = evaluate(run, [name for name in METRICS if run.why_not(name) is None])
+    held_out = digits(config, "held_out")
+    classes = len(held_out.class_names)
     with _timed(seconds, "figures"):
         shown = held_out.images[:SHOWN].to(vae.device)
         draw_reconstructions(shown, vae(shown).reconstruction.detach(), out / "reconstructions.png")
         draw_coarse_to_fine(vae, shown[:10], out / "coarse_to_fine.png")
-        draw_code_usage(quality.code_counts, out / "code_usage.png", axis=vae.quantizer.axis)
+        draw_code_usage(run.reconstruction.code_counts, out / "code_usage.png", axis=vae.quantizer.axis)
         draw_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
@@ -194,16 +163,17 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
             rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1], row_labels=held_out.class_names
         )
         if isinstance(prior.model, VAR):
-            draw_edits(_three_edits(prior.model, vae, held_out, config.sampling), out / "edits.png")
-    seconds["total"] = time.perf_counter() - started
+            draw_edits(_three_edits(run, held_out), out / "edits.png")
+    total = time.perf_counter() - started
+    # Metrics that sample images of their own have their own times.
+    drawing = {"precision": "precisions", "inpainting": "inpainting"}
+    for name, taken in found.seconds.items():
+        part = drawing.get(name, "evaluation")
+        seconds[part] = seconds.get(part, 0.0) + taken
+    seconds["total"] = total
     metrics = {
-        "reconstruction_mse": quality.mse,
-        "codes_used": quality.codes_used,
-        "perplexity": quality.perplexity,
-        "classifier_test_accuracy": judge.accuracy(held_out.images, held_out.labels),
-        "sample_accuracy": recognised.double().mean().item(),
-        "sample_accuracy_per_class": [recognised[labels == label].double().mean().item() for label in range(classes)],
-        **of_the_system,
+        **_flat(found.results),
+        "protocol": protocol(run),
         "samples": config.sampling.count,
         "held_out_images": len(held_out),
         "seconds": {part: round(taken, 2) for part, taken in seconds.items()},
@@ -215,102 +185,49 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
     return metrics
 
 
-def _compare_precisions(
-    config: DemoConfig, prior: RQTransformer, vae: RQVAE, held_out: DigitImages, judge: ImageClassifier
-) -> dict[str, Any]:
-    codes_nhwd = torch.cat([vae.encode(some.to(vae.device)) for some in held_out.images.split(128)])
-    labels = held_out.labels.to(vae.device)
-    precisions = {}
-    for precision in ("bf16", "int8") if vae.device.type == "cpu" else ("bf16",):
-        effect = evaluate_precision(prior, codes_nhwd, labels, precision=precision)
-        drawn, wanted = draw_classes(prior, vae, config.sampling, len(held_out.class_names), precision=precision)
-        accuracy = (judge.predict(drawn) == wanted).double().mean().item()
-        precisions[precision] = {"sample_accuracy": accuracy, **asdict(effect)}
-    return precisions
+def run_of(config: DemoConfig, vae: RQVAE | MultiScaleVQVAE, prior: RQTransformer | VAR) -> Run:
+    """The evaluation of a demo's models by held-out digits and by sampled ones."""
+    settings = EvaluationConfig(
+        data=config.tokenizer.data,
+        sampling=config.sampling,
+        batch_size=128,
+        options={"inpainting": InpaintingOptions(count=INPAINTED)},
+    )
+    return Run(settings, tokenizer=vae, prior=prior, generate=generate, edit=edit)
 
 
-def _judge_inpainting(
-    prior: VAR, vae: MultiScaleVQVAE, held_out: DigitImages, config: SamplingConfig, judge: ImageClassifier
-) -> dict[str, Any]:
-    images, labels = held_out.images[:INPAINTED].to(vae.device), held_out.labels[:INPAINTED]
-    lower = _masks(images)[0]
-    edited = _edit(prior, vae, images, lower, labels, config)
-    whole = torch.cat([vae.decode(vae.encode(some)) for some in images.split(128)])
-    kept, own = ((found - images)[:, :, ~lower].double().square().mean().item() for found in (edited.decoded, whole))
-    return {
-        "images": len(images),
-        "accuracy": judge.accuracy(edited.images, labels),
-        "kept_mse": kept,
-        "tokenizer_mse": own,
+def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Results under the keys of metrics.json."""
+    reconstruction = results["reconstruction"]
+    flat = {
+        "reconstruction_mse": reconstruction["mse"],
+        "codes_used": reconstruction["codes_used"],
+        "perplexity": reconstruction["perplexity"],
+        **results["classifier"],
+        "token_prediction": results["token_prediction"],
+        "precisions": results.get("precision"),
+        "inpainting": results.get("inpainting"),
     }
+    return {name: value for name, value in flat.items() if value is not None}
 
 
-def _three_edits(
-    prior: VAR, vae: MultiScaleVQVAE, held_out: DigitImages, config: SamplingConfig
-) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _three_edits(run: Run, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The first held-out digits with their lower half drawn anew, with all but their middle, and with their right half
     as the next class."""
-    images, labels = held_out.images[:EDITED].to(vae.device), held_out.labels[:EDITED]
-    lower, around, right = _masks(images)
+    images, labels = held_out.images[:EDITED].to(run.tokenizer.device), held_out.labels[:EDITED]
+    height, width = images.shape[2:]
+    lower, around, right = lower_half(images), torch.ones_like(lower_half(images)), torch.zeros_like(lower_half(images))
+    around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+    right[:, width // 2 :] = True
     following = (labels + 1) % len(held_out.class_names)
     return [
-        (name, images, mask, _edit(prior, vae, images, mask, wanted, config).images)
+        (name, images, mask, run.edit(images, mask, wanted).images)
         for name, mask, wanted in (
             ("in-painted", lower, labels),
             ("out-painted", around, labels),
             ("next class", right, following),
         )
     ]
-
-
-def _masks(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The lower half, all but the middle, the right half."""
-    height, width = images.shape[2:]
-    lower, around, right = (torch.zeros(height, width, dtype=torch.bool, device=images.device) for _ in range(3))
-    lower[height // 2 :] = True
-    around[:] = True
-    around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
-    right[:, width // 2 :] = True
-    return lower, around, right
-
-
-def _edit(
-    prior: VAR,
-    vae: MultiScaleVQVAE,
-    images: torch.Tensor,
-    mask: torch.Tensor,
-    labels: torch.Tensor,
-    config: SamplingConfig,
-) -> EditOutput:
-    return edit(
-        prior,
-        vae,
-        images,
-        mask,
-        labels.to(vae.device),
-        **config.draws(),
-    )
-
-
-def draw_classes(
-    prior: RQTransformer | VAR,
-    vae: RQVAE | MultiScaleVQVAE,
-    config: SamplingConfig,
-    classes: int,
-    *,
-    precision: str = "fp32",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``config.count`` images, equally many of every class, and their labels (on the CPU): 0, 1, ... 9, 0, ..."""
-    labels = torch.arange(config.count) % classes
-    drawn = generate(
-        prior,
-        vae,
-        labels.to(vae.device),
-        **config.draws(),
-        batch_size=config.batch_size,
-        precision=precision,
-    )
-    return drawn.images, labels
 
 
 def digits(config: DemoConfig, split: Split) -> DigitImages:

@@ -49,7 +49,7 @@ from rqgen.training import (
     var_prior_items,
 )
 
-from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_other_split
+from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_idle_options, warn_of_other_split
 
 logger = logging.getLogger(__name__)
 
@@ -210,10 +210,17 @@ def default_device() -> str:
 def load_model(option: str, folder: Path) -> Any:
     """The model that ``--prior`` or ``--tokenizer`` (``option``) names, of whichever system. ValueError for a model of
     the other stage."""
-    model = load_pretrained(folder, default_device())
-    if not isinstance(model, tuple(getattr(system, option) for system in SYSTEMS.values())):
+    model, role = load_any_model(folder)
+    if role != option:
         raise ValueError(f"--{option}: {folder} holds no {option}, but a {model.model_type}")
     return model
+
+
+def load_any_model(folder: Path) -> tuple[Any, str]:
+    """The model in a folder, and what it is: "tokenizer" or "prior"."""
+    model = load_pretrained(folder, default_device())
+    priors = tuple(system.prior for system in SYSTEMS.values())
+    return model, "prior" if isinstance(model, priors) else "tokenizer"
 
 
 def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfig) -> None:
@@ -231,8 +238,9 @@ def check_images_fit(data: DataConfig, model: RQVAEConfig | MultiScaleVQVAEConfi
 
 def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
     """Raises ValueError where the two stages would not hold out the same images."""
-    for name, ours in to_dict(prior).items():
-        if ours != (theirs := to_dict(tokenizer)[name]):
+    first, second = to_dict(tokenizer), to_dict(prior)
+    for name in {**first, **second}:
+        if (ours := second.get(name)) != (theirs := first.get(name)):
             raise ValueError(
                 f"prior.data.{name}: {ours}, but tokenizer.data.{name} is {theirs}: expected the same settings, "
                 "one split for both"
@@ -301,12 +309,15 @@ def load_run(
     of a prior's images is as its tokenizer had it, see `data_of_tokenizer`."""
     settings = given(cls, find_config(config), overrides, recipes=RECIPES)
     if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
-        return settings.build()
+        run = settings.build()
+        warn_of_idle_options(run.data, "data.")
+        return run
     for part in ("prior", "loop"):
         settings.read(part)  # refuses what is wrong here before a large file is read
     folder = settings.read("tokenizer")
     vae = _read_tokenizer(cls, folder)
     run = settings.build({"data": data_of_tokenizer(vae, settings, "data.", folder)}, where=str(folder))
+    warn_of_idle_options(run.data, "data.")
     warn_of_other_split(run.data, vae, folder)
     return run
 

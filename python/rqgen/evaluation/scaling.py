@@ -1,4 +1,4 @@
-"""How well a VAR predicts the tokens of images it has not learnt from, and how that goes down with its size."""
+"""Power laws of a loss over the size of models."""
 
 from __future__ import annotations
 
@@ -7,54 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.nn import functional as F
-
-from rqgen.data.codes import flatten_codes
-from rqgen.data.datasets import ImageDataset
-from rqgen.models import VAR, MultiScaleVQVAE
-from rqgen.models.pair import check_tokenizer
-
-
-@dataclass
-class TokenPrediction:
-    """Means over images and tokens, of all scales and of the last alone. ``loss``: `-log p(token | the scales before,
-    the label)` in nats. ``error_rate``: the share of tokens that are not the likeliest one."""
-
-    loss: float
-    last_scale_loss: float
-    error_rate: float
-    last_scale_error_rate: float
-
-
-@torch.no_grad()
-def evaluate_token_prediction(
-    prior: VAR, vae: MultiScaleVQVAE, images: ImageDataset, *, batch_size: int = 128
-) -> TokenPrediction:
-    """Predicts every token of every image once, given the image's label and the true tokens of the scales before
-    (teacher forcing), without dropout; float64 sums.
-
-    Raises:
-        ValueError: an empty dataset; a prior of another tokenizer.
-    """
-    if len(images) == 0:
-        raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
-    check_tokenizer(prior, vae)
-    prior.eval()
-    vae.eval()
-    sums_2l = torch.zeros(2, prior.ends[-1], dtype=torch.float64, device=prior.device)
-    for start in range(0, len(images), batch_size):
-        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
-        codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
-        logits_blk = prior(codes, torch.tensor([label for _, label in batch], device=prior.device)).logits
-        tokens_bl = flatten_codes(codes)
-        loss_bl = F.cross_entropy(logits_blk.transpose(1, 2), tokens_bl, reduction="none")
-        wrong_bl = logits_blk.argmax(-1) != tokens_bl
-        sums_2l += torch.stack([loss_bl.double().sum(0), wrong_bl.double().sum(0)])
-    means_2l = sums_2l / len(images)
-    last = prior.scales[-1][0] * prior.scales[-1][1]
-    (loss, error), (last_loss, last_error) = (part.mean(1).tolist() for part in (means_2l, means_2l[:, -last:]))
-    return TokenPrediction(loss, last_loss, error, last_error)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from rqgen.data import DataConfig, open_dataset, read_image
 from rqgen.data.pictures import parse_colour
+from rqgen.data.sources.folder import FolderOptions
 
 BYTE = 1 / 255  # the accuracy of 8 bits
 WHITE, GREY, BLACK = (1.0,) * 3, (0.5,) * 3, (0.0,) * 3
@@ -379,7 +380,9 @@ def test_the_background_shows_through(write, tmp_path):
             luma = torch.tensor([0.299, 0.587, 0.114]) @ torch.tensor(seen, dtype=torch.float32)
             assert abs((grey[0, 0, 0] + 1) / 2 - luma) < BYTE and grey[0, 0, 1] == -1
     for background in ("black", "#ff0033"):
-        config = DataConfig(source="folder", folder=tmp_path, channels=3, resolution=1, background=background)
+        config = DataConfig(
+            folder=FolderOptions(tmp_path, background=background), source="folder", channels=3, resolution=1
+        )
         image, _ = open_dataset(config, "all").item(1, 0)
         assert torch.equal(image, read_image(path, background=background)[:, :, :1])
 
@@ -392,7 +395,7 @@ def test_a_background_that_is_no_colour(write, background):
         read_image(write(CASES["8-bit grey"][0]), background=background)
     if isinstance(background, str):
         with pytest.raises(ValueError, match="background: expected a colour"):
-            DataConfig(background=background)
+            FolderOptions(background=background)
     assert parse_colour("Red") == (255, 0, 0)
 
 
@@ -419,7 +422,8 @@ def test_deep_pictures_are_resized_as_shallow_ones(tmp_path):
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "a.tiff")
         for side in (16, 80):
-            config = DataConfig(source="folder", folder=tmp_path / name, channels=3, resolution=side, fit="enlarge")
+            options = FolderOptions(tmp_path / name, fit="enlarge")
+            config = DataConfig(source="folder", folder=options, channels=3, resolution=side)
             folders[name, side] = open_dataset(config, "all").item(0, 0)[0]
     for side in (16, 80):
         shallow = folders["8", side]
