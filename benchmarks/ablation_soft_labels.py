@@ -29,13 +29,14 @@ from typing import Any
 import _harness
 import torch
 
-from rqgen.cli.demo import DemoConfig, load_demo, run_of
+from rqgen.cli.demo import load_demo, run_of
 from rqgen.cli.runs import fit_prior, fit_tokenizer
 from rqgen.config import to_dict
 from rqgen.evaluation import evaluate
 from rqgen.files import write_json
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
+from rqgen.systems.system import DemoConfig
 from rqgen.training import latest_checkpoint
 from rqkernels import _measure
 

@@ -26,7 +26,7 @@ CASES = [
         [Shape("tiny-training", 8, 16, 2, True, 64, 64, changes=True)]
         if QUICK
         else [
-            # Encoding a data set: a shared codebook through many depths, where its FrozenCodebook has most to give.
+            # Encoding a data set: a shared codebook through many depths, where its PackedCodebook has most to give.
             Shape("rq-vae-16", 256, 16384, 16, True, 1024, 8192),
             # One image.
             Shape("rq-vae-64-rows", 256, 16384, 4, True, 64, 64),
@@ -187,11 +187,11 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         Contender("published, eager", lambda: published_search(x, codebooks, depth), rows),
         Contender("reference (float64)", lambda: reference(timed_rows), timed_rows),
     ]
-    freezes = case.shared and not case.changes
-    if freezes:
-        frozen = rqkernels.FrozenCodebook(codebooks)
-        name = "rqkernels, FrozenCodebook"
-        contenders.append(Contender(name, lambda: rqkernels.residual_search(x, frozen, depth)[:2], rows))
+    packs = case.shared and not case.changes
+    if packs:
+        packed = rqkernels.PackedCodebook(codebooks)
+        name = "rqkernels, PackedCodebook"
+        contenders.append(Contender(name, lambda: rqkernels.residual_search(x, packed, depth)[:2], rows))
     # TF32 gives up near ties: other work, shown beside the rest, but its codes need only not be nearer than ours.
     tf32 = []
     if device.type == "cuda":
@@ -218,8 +218,8 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         truth = reference(checked_rows)[0]
         assert torch.equal(ours[:checked_rows], truth), "our codes differ from the definition"
         agreement = {}
-        if freezes:
-            theirs = results["rqkernels, FrozenCodebook"]
+        if packs:
+            theirs = results["rqkernels, PackedCodebook"]
             assert all(torch.equal(a, b) for a, b in zip(results["rqkernels"], theirs, strict=True))
         for name, (codes, _) in results.items():
             n = codes.shape[0]

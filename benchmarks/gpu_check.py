@@ -366,8 +366,9 @@ def call_position(device: str = "cuda") -> None:
     layers in their proportion, launched one by one."""
     import torch
 
+    from rqgen.inference import SamplingParams
+    from rqgen.inference.cuda_graph import CapturedSampler
     from rqgen.models import RQTransformer, RQTransformerConfig
-    from rqgen.models.captured import CapturedSampler
     from rqgen.models.transformer import TransformerConfig
 
     width, heads, k, batch, positions = (16, 2, 32, 2, 4) if QUICK else (1536, 24, 16384, 500, 64)
@@ -377,7 +378,7 @@ def call_position(device: str = "cuda") -> None:
         prior = RQTransformer(config, torch.randn(k, 256)).bfloat16().eval()
     begun = iter(range(positions))
 
-    def advance() -> None:
+    def advance(images: int) -> None:
         position = next(begun)
         if position == positions // 2:
             torch.cuda.profiler.start()
@@ -385,10 +386,8 @@ def call_position(device: str = "cuda") -> None:
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
 
-    known = torch.empty(batch, 0, 4, dtype=torch.int64, device=device)
-    settings = {"temperature": [1.0] * 4, "top_k": [None] * 4, "top_p": [None] * 4, "seed": 0}
     sampler = CapturedSampler(prior, capture=False)
-    sampler.sample(prior.condition_ids(None, batch), known, **settings, advance=advance)
+    sampler.sample(prior.condition_ids(None, batch), SamplingParams().resolve(prior, None), advance=advance)
 
 
 # --- what ncu says ---------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def systems_tables(result: Mapping[str, Any]) -> str:
 
 
 def _measured(case: Mapping[str, Any]) -> dict[str, str]:
-    guided = f", guidance {case['guidance']:g}" if case["guidance"] else ""
+    strength = case.get("cfg_scale", case.get("guidance"))  # measured before it was renamed
+    guided = f", guidance {strength:g}" if strength else ""
     decoder, peak = case["decoder_ms_per_image"], case["peak_bytes"]
     return {
         "batch": str(case["batch"]),

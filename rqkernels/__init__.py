@@ -19,7 +19,7 @@ if not give_way(__name__, __file__):
         transformer_step,
     )
     from .ops.residual_decode import residual_decode
-    from .ops.residual_search import FrozenCodebook, residual_search
+    from .ops.residual_search import PackedCodebook, residual_search
     from .ops.sample_logits import sample_logits
     from .ops.soft_label import distance_softmax, fused_linear_soft_label_cross_entropy, soft_label_cross_entropy
     from .ops.stochastic_residual_search import stochastic_residual_search
@@ -28,7 +28,7 @@ if not give_way(__name__, __file__):
 
 __all__ = [
     "BlockWeights",
-    "FrozenCodebook",
+    "PackedCodebook",
     "PackedDepthDecoder",
     "PackedTransformer",
     "ResidualCodes",

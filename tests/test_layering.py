@@ -1,7 +1,7 @@
 """Which way imports and includes go, and that every operator has all its files.
 
-    cli -> bench -> {training, sampling, evaluation, convert, report, integrations} -> {models, data} -> quantizers
-        -> rqkernels -> the compiled library
+    cli -> bench -> systems -> {training, sampling, evaluation, report, integrations} -> {inference, losses, convert}
+        -> {models, data} -> quantizers -> rqkernels -> the compiled library
 
 Each rule is a function of a folder that returns what breaks it, so that the same function is tried on this
 repository (nothing may come back) and on small trees that break it in one way each (exactly that must).
@@ -35,13 +35,15 @@ SLUGS = (
 FLOORS = (
     ("quantizers",),
     ("models", "data"),
-    ("training", "sampling", "evaluation", "convert", "report", "integrations"),
+    ("inference", "losses", "convert"),
+    ("training", "sampling", "evaluation", "report", "integrations"),
+    ("systems",),
     ("bench",),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Modules below every room: each may import them, they import none, not one another.
-BENEATH = ("config", "files", "installed", "reading")
+BENEATH = ("checks", "config", "files", "installed", "reading")
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
 FILES_OF_A_SLUG = (
@@ -139,6 +141,64 @@ def room_violations(root: Path) -> list[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.ops":
                 found.append(f"{where(path, root, node.lineno)}: rqgen touches torch.ops")
+    return found
+
+
+# The systems' own classes. Others ask a model's interface, or a registry by class (functools.singledispatch).
+MODEL_CLASSES = {
+    *("RQVAE", "RQTransformer", "MultiScaleVQVAE", "VAR"),
+    *("RQVAEConfig", "RQTransformerConfig", "MultiScaleVQVAEConfig", "VARConfig"),
+}
+
+
+def type_switch_violations(root: Path) -> list[str]:
+    """No `isinstance`, `issubclass` or `type()` looks for the class of one system's models, nor does `match`: a third
+    system would have to be added there. Only `convert` may, whose formats have their own models."""
+    found = []
+    source = root / "python" / "rqgen"
+    for path in python_files(source):
+        if path.relative_to(source).parts[0] == "convert":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            asked: list[ast.AST] = []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                if node.func.id in ("isinstance", "issubclass"):
+                    asked = node.args[1:]
+            elif isinstance(node, ast.Compare) and any(
+                isinstance(side, ast.Call) and getattr(side.func, "id", None) == "type"
+                for side in (node.left, *node.comparators)
+            ):
+                asked = [node.left, *node.comparators]
+            elif isinstance(node, ast.MatchClass):
+                asked = [node.cls]
+            for name in sorted(names_in(asked) & MODEL_CLASSES):
+                found.append(f"{where(path, root, node.lineno)}: asks for the class {name}")
+    return found
+
+
+def names_in(nodes: list[ast.AST]) -> set[str]:
+    """Names and attributes in expressions."""
+    inner = [one for node in nodes for one in ast.walk(node)]
+    return {getattr(one, "attr", getattr(one, "id", "")) for one in inner}
+
+
+# Functions of the public interface, and how many named parameters each has at most; the rest are `SamplingParams`.
+FEW_PARAMETERS = {"sampling/generate.py": ("generate", 9), "sampling/edit.py": ("edit", 9)}
+
+
+def parameter_violations(root: Path) -> list[str]:
+    """`generate` and `edit` take at most nine named parameters."""
+    found = []
+    for file, (name, most) in FEW_PARAMETERS.items():
+        path = root / "python" / "rqgen" / file
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                count = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
+                if count > most:
+                    found.append(f"{where(path, root, node.lineno)}: {name} has {count} parameters, expected {most}")
+                break
+        else:
+            found.append(f"{path.relative_to(root).as_posix()}: no function {name}")
     return found
 
 
@@ -326,6 +386,8 @@ def inventory_violations(root: Path) -> list[str]:
 
 RULES = (
     room_violations,
+    type_switch_violations,
+    parameter_violations,
     kernel_package_violations,
     include_violations,
     shared_violations,
@@ -347,7 +409,7 @@ def test_the_repository_keeps_the_rule(rule) -> None:
 
 def test_the_rules_saw_the_repository() -> None:
     assert set(SLUGS) <= set(slugs_of(ROOT))
-    assert {"quantizers", "models", "training", "cli"} <= {
+    assert {"quantizers", "models", "inference", "training", "systems", "cli"} <= {
         p.relative_to(ROOT / "python" / "rqgen").parts[0] for p in python_files(ROOT / "python" / "rqgen")
     }
 
@@ -360,7 +422,13 @@ GOOD_TREE: dict[str, str] = {
     "python/rqgen/files.py": "import os\n",
     "python/rqgen/quantizers/residual.py": "import rqkernels\nfrom ..config import load\n",
     "python/rqgen/models/rqvae.py": "from ..quantizers import residual\nfrom .pretrained import X\n",
-    "python/rqgen/sampling/generate.py": "from rqgen.models.rqvae import RQVAE\nfrom rqgen.files import claim\n",
+    "python/rqgen/sampling/generate.py": (
+        "from rqgen.models.rqvae import RQVAE\nfrom rqgen.files import claim\n"
+        "def generate(prior, vae, *, params=None, **sampling):\n    return isinstance(prior, Prior)\n"
+    ),
+    "python/rqgen/sampling/edit.py": "from ..inference import make_sampler\ndef edit(prior): ...\n",
+    "python/rqgen/convert/foreign.py": "from ..models import rqvae\ndef f(x):\n    return isinstance(x, rqvae.RQVAE)\n",
+    "python/rqgen/systems/rq.py": "from rqgen.sampling import generate\n",
     "python/rqgen/cli/app.py": "import rqgen\nfrom rqgen.sampling import generate\n",
     "rqkernels/__init__.py": "__all__ = ['search']\n",
     "rqkernels/ops/search.py": "import torch\ndef search(x): ...\n",
@@ -420,6 +488,12 @@ def test_a_good_tree_passes(rule, tmp_path: Path) -> None:
         ("config.py", "from .models import rqvae\n", "config.py:1: config imports models"),
         ("config.py", "from .files import write_text\n", "config.py:1: config imports files"),
         ("files.py", "from rqgen.data import grid\n", "files.py:1: files imports data"),
+        ("models/a.py", "from ..inference import params\n", "models/a.py:1: models imports inference"),
+        ("inference/a.py", "from ..convert import var\n", "inference/a.py:1: inference imports convert"),
+        ("convert/a.py", "from ..sampling import generate\n", "convert/a.py:1: convert imports sampling"),
+        ("sampling/a.py", "from ..systems import rq\n", "sampling/a.py:1: sampling imports systems"),
+        ("systems/a.py", "from ..cli import app\n", "systems/a.py:1: systems imports cli"),
+        ("checks.py", "from .config import load\n", "checks.py:1: checks imports config"),
         ("helpers/a.py", "", "python/rqgen/helpers/a.py: helpers is no room of rqgen"),
         ("models/a.py", "import torch\ntorch.ops.rqkernels.f()\n", "a.py:2: rqgen touches torch.ops"),
         ("models/a.py", "from torch import ops\n", "a.py:1: rqgen touches torch.ops"),
@@ -428,6 +502,34 @@ def test_a_good_tree_passes(rule, tmp_path: Path) -> None:
 def test_a_broken_room_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
     (violation,) = room_violations(plant(tmp_path, {f"python/rqgen/{file}": text}))
     assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("sampling/a.py", "if isinstance(prior, VAR): ..."),
+        ("sampling/a.py", "if isinstance(prior, (int, models.RQTransformer)): ..."),
+        ("cli/a.py", "x = issubclass(cls, RQVAE)"),
+        ("bench/a.py", "x = type(config) is VARConfig"),
+        ("bench/a.py", "x = RQVAE == type(config)"),
+        ("models/a.py", "x = type(prior) in (VAR, int)"),
+        ("systems/a.py", "match prior:\n    case MultiScaleVQVAE(): ..."),
+    ],
+)
+def test_a_switch_on_model_classes_is_found(tmp_path: Path, file: str, line: str) -> None:
+    (violation,) = type_switch_violations(plant(tmp_path, {f"python/rqgen/{file}": line + "\n"}))
+    assert f"python/rqgen/{file}:" in violation and "asks for the class" in violation
+
+
+def test_a_tenth_parameter_is_found(tmp_path: Path) -> None:
+    nine = ", ".join("abcdefghi")
+    for text, message in (
+        (f"def edit({nine}, **more): ...\n", None),
+        (f"def edit({nine}, *, j): ...\n", "python/rqgen/sampling/edit.py:1: edit has 10 parameters, expected 9"),
+        ("def other(): ...\n", "python/rqgen/sampling/edit.py: no function edit"),
+    ):
+        found = parameter_violations(plant(tmp_path, {"python/rqgen/sampling/edit.py": text}))
+        assert found == ([] if message is None else [message])
 
 
 @pytest.mark.parametrize(

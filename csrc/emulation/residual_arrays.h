@@ -24,11 +24,11 @@ struct ResidualArrays {
     params.codebook_stride = sizes[0] == 1 ? 0 : params.num_codes * channels;
     params.codes = codes.as<int64_t>();
     params.quantized = quantized.as<float>();
-    params.residual_norms = norms.as<float>();
+    params.residual_sq_norms = norms.as<float>();
     params.residuals = residuals.as<float>();
   }
 
-  // codes, quantized, residual_norms, residuals
+  // codes, quantized, residual_sq_norms, residuals
   Results results() const {
     return {to_host(codes, "<i8", {rows, depth}), to_host(quantized, "<f4", {rows, channels}),
             to_host(norms, "<f4", {rows, depth}), to_host(residuals, "<f4", {rows, depth, channels})};

@@ -76,7 +76,7 @@ ResidualTensors residual_tensors(const Tensor& x, const Tensor& codebooks, int64
   params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
   params.codes = tensors.codes.template mutable_data_ptr<int64_t>();
   params.quantized = tensors.quantized.template mutable_data_ptr<float>();
-  params.residual_norms = tensors.norms.template mutable_data_ptr<float>();
+  params.residual_sq_norms = tensors.norms.template mutable_data_ptr<float>();
   params.residuals = return_residuals ? tensors.residuals.template mutable_data_ptr<float>() : nullptr;
   return tensors;
 }

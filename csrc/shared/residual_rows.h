@@ -39,7 +39,7 @@ double take_code(const Params& p, int64_t row, int64_t depth, int64_t code, cons
   }
   const double squared = squared_norm(residual, channels);
   p.codes[row * p.depth + depth] = code;
-  p.residual_norms[row * p.depth + depth] = static_cast<float>(squared);
+  p.residual_sq_norms[row * p.depth + depth] = static_cast<float>(squared);
   return squared;
 }
 

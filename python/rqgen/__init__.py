@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         convert,
         data,
         evaluation,
+        inference,
         integrations,
         models,
         quantizers,
         report,
         sampling,
+        systems,
         training,
     )
     from .integrations import accelerate
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
         RQVAEConfig,
         VARConfig,
     )
-    from .sampling import edit, generate
+    from .sampling import Engine, KnownRows, Pipeline, SamplingParams, edit, generate
 
     __version__: str
 
@@ -47,11 +49,15 @@ check_requirements()
 __all__ = [
     "RQVAE",
     "VAR",
+    "Engine",
+    "KnownRows",
     "MultiScaleVQVAE",
     "MultiScaleVQVAEConfig",
+    "Pipeline",
     "RQTransformer",
     "RQTransformerConfig",
     "RQVAEConfig",
+    "SamplingParams",
     "VARConfig",
     "accelerate",
     "convert",
@@ -61,10 +67,11 @@ __all__ = [
 
 # Imported when first asked for: `rqgen --help` need not wait for torch.
 _ROOM_OF = {name: "models" for name in __all__ if name[0].isupper()}
-_ROOM_OF |= {"accelerate": "integrations", "edit": "sampling", "generate": "sampling"}
+_ROOM_OF |= dict.fromkeys(("Engine", "KnownRows", "Pipeline", "SamplingParams", "edit", "generate"), "sampling")
+_ROOM_OF |= {"accelerate": "integrations"}
 _MODULES = (
-    "bench", "config", "convert", "data", "evaluation", "integrations", "models", "quantizers", "report", "sampling",
-    "training",
+    "bench", "config", "convert", "data", "evaluation", "inference", "integrations", "models", "quantizers", "report",
+    "sampling", "systems", "training",
 )  # fmt: skip
 
 

@@ -76,7 +76,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         written.mkdir()
         yield written
         for file in written.iterdir():
-            _finish(file, mode)
+            if not file.is_dir():  # folders inside were written by this function
+                _finish(file, mode)
         _flush(written)
         _put(written, target)
         _flush(target.parent)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .._arguments import FLOAT_DTYPES, check_depth, check_flag
 from .._library import call, check_tensor
-from ..reference.residual_search import ResidualCodes, check_frozen, check_shapes
+from ..reference.residual_search import ResidualCodes, check_packable, check_shapes
 from .code_statistics import statistics
 
 _OP = "residual_search"
 
 
-class FrozenCodebook:
+class PackedCodebook:
     """A shared codebook prepared once, for encoding much data: stands in the place of `codebooks` in `residual_search`.
 
     Codes, quantized vectors, norms, residuals and statistics are those of the plain codebook, bit for bit. What a
@@ -39,14 +39,14 @@ class FrozenCodebook:
     """
 
     def __init__(self, codebook: Tensor) -> None:
-        check_tensor("FrozenCodebook", "codebook", codebook, FLOAT_DTYPES)
-        check_frozen("FrozenCodebook", codebook)
+        check_tensor("PackedCodebook", "codebook", codebook, FLOAT_DTYPES)
+        check_packable("PackedCodebook", codebook)
         # A tensor made in inference mode could not be used outside it.
         with torch.inference_mode(False), torch.no_grad():
             self._codebook = codebook.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             self._packed = None
             if codebook.device.type == "cpu":
-                self._packed = call("FrozenCodebook", torch.ops.rqkernels.pack_codebook, self._codebook)
+                self._packed = call("PackedCodebook", torch.ops.rqkernels.pack_codebook, self._codebook)
         self._version = self._codebook._version
 
     @property
@@ -67,24 +67,24 @@ class FrozenCodebook:
     def _parts(self) -> tuple[Tensor, Tensor | None]:
         # A compiled graph has no version to look at.
         if not torch.compiler.is_compiling() and self._codebook._version != self._version:
-            raise ValueError("residual_search: the codebook of a FrozenCodebook was changed in place; make a new one")
+            raise ValueError("residual_search: the codebook of a PackedCodebook was changed in place; make a new one")
         return self._codebook, self._packed
 
-    def __reduce__(self) -> tuple[type[FrozenCodebook], tuple[Tensor]]:
-        return FrozenCodebook, (self._codebook,)
+    def __reduce__(self) -> tuple[type[PackedCodebook], tuple[Tensor]]:
+        return PackedCodebook, (self._codebook,)
 
     def __repr__(self) -> str:
         num_codes, channels = self._codebook.shape
         prepared = "Gram rows" if self.has_gram else "as it is" if self._packed is None else "packed"
         return (
-            f"FrozenCodebook({num_codes} codes of {channels} channels, {self._codebook.device}, {prepared}, "
+            f"PackedCodebook({num_codes} codes of {channels} channels, {self._codebook.device}, {prepared}, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
 
 def residual_search(
     x: Tensor,
-    codebooks: Tensor | FrozenCodebook,
+    codebooks: Tensor | PackedCodebook,
     depth: int | None = None,
     *,
     return_residuals: bool = False,
@@ -112,7 +112,7 @@ def residual_search(
     Args:
         x: (..., C), float32, float16 or bfloat16, any strides, on cpu or cuda. Searched as float32.
         codebooks: (K, C), shared by all depths, or (D, K, C), one per depth; float32, float16 or bfloat16 (need not
-            be the dtype of x). Or a `FrozenCodebook`: one shared by all depths, prepared for encoding much data.
+            be the dtype of x). Or a `PackedCodebook`: one shared by all depths, prepared for encoding much data.
         depth: D. Required with a shared codebook; otherwise None or the number of codebooks.
         return_residuals: also return r_0 .. r_{D-1}.
         return_statistics: also return counts and sums of the residuals by code (see `code_statistics`): over all
@@ -121,7 +121,7 @@ def residual_search(
 
     Returns:
         `ResidualCodes`: codes int64 (..., D); quantized (..., C) in the dtype of x, the float32 sum of the chosen codes
-        in depth order, cast once; residual_norms float32 (..., D), |r_d|^2 after each depth; residuals float32
+        in depth order, cast once; residual_sq_norms float32 (..., D), |r_d|^2 after each depth; residuals float32
         (..., D, C) or None; statistics or None.
 
         A row that is not finite gets code -1 at every depth, NaN quantized and NaN norms. A row whose residual
@@ -134,13 +134,13 @@ def residual_search(
     """
     check_tensor(_OP, "x", x, FLOAT_DTYPES)
     packed = None
-    if isinstance(codebooks, FrozenCodebook):
+    if isinstance(codebooks, PackedCodebook):
         codebooks, packed = codebooks._parts()
     check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
     depth = check_depth(_OP, depth)
     return_residuals = check_flag(_OP, "return_residuals", return_residuals)
     return_statistics = check_flag(_OP, "return_statistics", return_statistics)
-    codes, quantized, residual_norms, residuals = call(
+    codes, quantized, residual_sq_norms, residuals = call(
         _OP,
         torch.ops.rqkernels.residual_search,
         x.detach(),
@@ -152,7 +152,7 @@ def residual_search(
     found = None
     if return_statistics:
         found = statistics(_OP, residuals, codes, codebooks.shape[-2], by_depth=codebooks.dim() == 3)
-    return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, found)
+    return ResidualCodes(codes, quantized, residual_sq_norms, residuals if return_residuals else None, found)
 
 
 def fake_codes(

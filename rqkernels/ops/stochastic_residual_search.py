@@ -9,7 +9,7 @@ from .._arguments import FLOAT_DTYPES, check_flag, check_rows_from, signed_seed
 from .._library import call, check_tensor
 from ..reference.residual_search import ResidualCodes
 from ..reference.stochastic_residual_search import check_settings
-from .residual_search import FrozenCodebook, fake_codes
+from .residual_search import PackedCodebook, fake_codes
 
 _OP = "stochastic_residual_search"
 
@@ -60,19 +60,19 @@ def stochastic_residual_search(
         every depth, NaN quantized and NaN norms; a row whose residual overflows float32 from that depth on.
 
     Raises:
-        TypeError: x or codebooks of another dtype (float64 among them) or not a tensor (a `FrozenCodebook` among them:
+        TypeError: x or codebooks of another dtype (float64 among them) or not a tensor (a `PackedCodebook` among them:
             pass its `.codebook`), depth, seed or offset not an integer, tau not a number, return_residuals not a bool.
         ValueError: shapes or devices that do not fit, an empty codebook, a depth that contradicts the codebooks, tau
             <= 0 or NaN, a seed or an offset out of range; on a CPU a codebook that is not finite (on CUDA its bad codes
             are never drawn).
     """
     check_tensor(_OP, "x", x, FLOAT_DTYPES)
-    if isinstance(codebooks, FrozenCodebook):
-        raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got FrozenCodebook; pass its .codebook")
+    if isinstance(codebooks, PackedCodebook):
+        raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got PackedCodebook; pass its .codebook")
     check_tensor(_OP, "codebooks", codebooks, FLOAT_DTYPES)
     depth, tau, seed, offset = check_settings(_OP, depth, tau, seed, offset)
     return_residuals = check_flag(_OP, "return_residuals", return_residuals)
-    codes, quantized, residual_norms, residuals = call(
+    codes, quantized, residual_sq_norms, residuals = call(
         _OP,
         torch.ops.rqkernels.stochastic_residual_search,
         x.detach(),
@@ -83,7 +83,7 @@ def stochastic_residual_search(
         offset,
         return_residuals,
     )
-    return ResidualCodes(codes, quantized, residual_norms, residuals if return_residuals else None, None)
+    return ResidualCodes(codes, quantized, residual_sq_norms, residuals if return_residuals else None, None)
 
 
 @torch.library.register_fake("rqkernels::stochastic_residual_search")

@@ -17,7 +17,7 @@ from .depth_decode import (
 )
 from .philox import OP_SAMPLE_LOGITS, OP_STOCHASTIC_RESIDUAL_SEARCH, philox_uniform
 from .residual_decode import residual_decode
-from .residual_search import FrozenCodebook, ResidualCodes, residual_search
+from .residual_search import PackedCodebook, ResidualCodes, residual_search
 from .sample_logits import sample_logits
 from .soft_label import distance_softmax, fused_linear_soft_label_cross_entropy, soft_label_cross_entropy
 from .stochastic_residual_search import stochastic_residual_search
@@ -26,7 +26,7 @@ __all__ = [
     "OP_SAMPLE_LOGITS",
     "OP_STOCHASTIC_RESIDUAL_SEARCH",
     "BlockWeights",
-    "FrozenCodebook",
+    "PackedCodebook",
     "PackedDepthDecoder",
     "PackedTransformer",
     "ResidualCodes",

@@ -33,7 +33,7 @@ class ResidualCodes(NamedTuple):
     """int64 (..., D); -1 where the residual is not finite."""
     quantized: Tensor
     """(..., C) in the dtype of x: float32 sum of the chosen codes in depth order from zero, cast once."""
-    residual_norms: Tensor
+    residual_sq_norms: Tensor
     """float32 (..., D): |r_d|^2 after each depth."""
     residuals: Tensor | None
     """float32 (..., D, C): r_0 .. r_{D-1}, what each depth's code was chosen for; None unless asked for."""
@@ -42,17 +42,17 @@ class ResidualCodes(NamedTuple):
     Shared codebook: (K,), (K, C), over all depths together. One per depth: (D, K), (D, K, C)."""
 
 
-class FrozenCodebook:
+class PackedCodebook:
     """A shared codebook that later changes of the original do not reach; (K, C), kept in float32."""
 
     def __init__(self, codebook: Tensor) -> None:
-        check_tensor("FrozenCodebook", "codebook", codebook, REFERENCE_DTYPES)
-        check_frozen("FrozenCodebook", codebook)
-        check_finite("FrozenCodebook", "codebook", codebook)
+        check_tensor("PackedCodebook", "codebook", codebook, REFERENCE_DTYPES)
+        check_packable("PackedCodebook", codebook)
+        check_finite("PackedCodebook", "codebook", codebook)
         self.codebook = codebook.detach().float().clone()
 
 
-def check_frozen(op: str, codebook: Tensor) -> None:
+def check_packable(op: str, codebook: Tensor) -> None:
     if codebook.device.type == "meta":
         raise ValueError(f"{op}: codebook must be on cpu or cuda, got meta")
     check_elements(op, "codebook", codebook)
@@ -156,7 +156,7 @@ def residual_loop(
     result = ResidualCodes(
         codes=torch.stack(codes, dim=-1).reshape(*leading, depth),
         quantized=quantized.to(x.dtype).reshape(x.shape),
-        residual_norms=torch.stack(norms, dim=-1).reshape(*leading, depth),
+        residual_sq_norms=torch.stack(norms, dim=-1).reshape(*leading, depth),
         residuals=None,
         statistics=None,
     )
@@ -165,7 +165,7 @@ def residual_loop(
 
 def residual_search(
     x: Tensor,
-    codebooks: Tensor | FrozenCodebook,
+    codebooks: Tensor | PackedCodebook,
     depth: int | None = None,
     *,
     return_residuals: bool = False,
@@ -180,7 +180,7 @@ def residual_search(
 
     op = "residual_search"
     check_tensor(op, "x", x, REFERENCE_DTYPES)
-    if isinstance(codebooks, FrozenCodebook):
+    if isinstance(codebooks, PackedCodebook):
         codebooks = codebooks.codebook
     check_tensor(op, "codebooks", codebooks, REFERENCE_DTYPES)
     depth = check_depth(op, depth)

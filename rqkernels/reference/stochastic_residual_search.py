@@ -15,7 +15,7 @@ from .._arguments import (
     check_tensor,
 )
 from .philox import OP_STOCHASTIC_RESIDUAL_SEARCH, inverse_cdf, philox_uniform
-from .residual_search import FrozenCodebook, ResidualCodes, check_shapes, choose_by_distances, residual_loop
+from .residual_search import PackedCodebook, ResidualCodes, check_shapes, choose_by_distances, residual_loop
 
 _OP = "stochastic_residual_search"
 
@@ -56,8 +56,8 @@ def stochastic_residual_search(
         ValueError: tau <= 0 or NaN, a seed or an offset out of range, or what `residual_search` raises.
     """
     check_tensor(_OP, "x", x, REFERENCE_DTYPES)
-    if isinstance(codebooks, FrozenCodebook):
-        raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got FrozenCodebook; pass its .codebook")
+    if isinstance(codebooks, PackedCodebook):
+        raise TypeError(f"{_OP}: codebooks must be a torch.Tensor, got PackedCodebook; pass its .codebook")
     check_tensor(_OP, "codebooks", codebooks, REFERENCE_DTYPES)
     depth, tau, seed, offset = check_settings(_OP, depth, tau, seed, offset)
     return_residuals = check_flag(_OP, "return_residuals", return_residuals)

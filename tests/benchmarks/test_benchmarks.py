@@ -161,7 +161,7 @@ def test_systems_are_rendered(tmp_path: Path) -> None:
         "batch": 16,
         "system": "VAR",
         "precision": "fp32",
-        "guidance": 1.5,
+        "cfg_scale": 1.5,
         "ar_ms_per_image": 12.34,
         "ar_ms_per_image_min_max": [11.0, 13.0],
         "images_per_s_ar_only": 81.0,

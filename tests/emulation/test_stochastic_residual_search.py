@@ -54,7 +54,7 @@ def check(
     )
     np.testing.assert_array_equal(codes, expected.codes.numpy())
     np.testing.assert_array_equal(quantized, expected.quantized.numpy())
-    np.testing.assert_array_equal(norms, expected.residual_norms.numpy())
+    np.testing.assert_array_equal(norms, expected.residual_sq_norms.numpy())
     np.testing.assert_array_equal(residuals, expected.residuals.numpy())
     return codes
 

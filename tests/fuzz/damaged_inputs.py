@@ -87,9 +87,9 @@ def kinds() -> list[Kind]:
         return found.codes, found.labels, found.codebook_size, found.class_names
 
     def settings(folder: Path) -> Any:
-        from rqgen.cli.runs import TokenizerRun
+        from rqgen.systems.rq import RQTokenizerRun
 
-        return to_dict(load(TokenizerRun, folder / "run.yaml"))
+        return to_dict(load(RQTokenizerRun, folder / "run.yaml"))
 
     def picture(suffix: str) -> Callable[[Path], Any]:
         return lambda folder: read_image(folder / f"image{suffix}", channels=3)

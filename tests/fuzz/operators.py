@@ -240,10 +240,10 @@ def hostile(value: Any, rng: Random) -> Any:
     if isinstance(value, Tensor):
         return hostile_tensor(value, rng)
     if isinstance(value, Twin):
-        others = [value.kernel.__class__, "packed", random_stack(rng), frozen(rng), *OBJECTS]
+        others = [value.kernel.__class__, "packed", random_stack(rng), small_packed_codebook(rng), *OBJECTS]
         return rng.choice(others)
-    if isinstance(value, rqkernels.FrozenCodebook):
-        return rng.choice([hostile_tensor(value.codebook, rng), rqkernels.FrozenCodebook, *OBJECTS])
+    if isinstance(value, rqkernels.PackedCodebook):
+        return rng.choice([hostile_tensor(value.codebook, rng), rqkernels.PackedCodebook, *OBJECTS])
     if isinstance(value, list):
         return hostile_list(value, rng)
     if isinstance(value, str):
@@ -254,8 +254,8 @@ def hostile(value: Any, rng: Random) -> Any:
     return rng.choice(SCALARS) if rng.random() < 0.1 else chosen
 
 
-def frozen(rng: Random) -> Any:
-    return rqkernels.FrozenCodebook(torch.randn(5, 4))
+def small_packed_codebook(rng: Random) -> Any:
+    return rqkernels.PackedCodebook(torch.randn(5, 4))
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -346,8 +346,8 @@ def run(call: Call, *, reference: bool = False) -> Any:
     arguments = {name: value[reference] if isinstance(value, Twin) else value for name, value in call.arguments.items()}
     if reference:
         arguments = {
-            name: rqkernels.reference.FrozenCodebook(value.codebook)
-            if isinstance(value, rqkernels.FrozenCodebook)
+            name: rqkernels.reference.PackedCodebook(value.codebook)
+            if isinstance(value, rqkernels.PackedCodebook)
             else value
             for name, value in arguments.items()
         }

@@ -289,7 +289,7 @@ def test_devices_that_differ() -> None:
 
 def test_shapes_are_checked_where_there_is_no_memory_too() -> None:
     """As `torch.compile` and the meta device do without: a wrong shape is not carried on."""
-    packed = {"FrozenCodebook", "PackedTransformer", "PackedDepthDecoder"}
+    packed = {"PackedCodebook", "PackedTransformer", "PackedDepthDecoder"}
     for name in sorted(set(NAMES) - packed - {"sample_logits"}):
         given = tensors_of(name)
         if {"packed", "decoder"} & set(arguments_of(name, rqk)):
@@ -311,7 +311,7 @@ def test_shapes_are_checked_where_there_is_no_memory_too() -> None:
         rqk.sample_logits(torch.zeros(4, 2, device="meta"), seed=0, streams=2, stream=2**32 - 1)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"FrozenCodebook", "PackedTransformer", "PackedDepthDecoder"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"PackedCodebook", "PackedTransformer", "PackedDepthDecoder"}))
 def test_checks_are_traced_with_parameters(name: str) -> None:
     """In one graph, with the arguments as models have them."""
     given = arguments_of(name, rqk)
@@ -428,7 +428,7 @@ SHAPES_AND_VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("depth_logits", {"context": torch.zeros(4, 7)}, "context must be (B, 6), got (4, 7)"),
     ("depth_logits", {"codes": torch.zeros(3, 3).long()}, "codes must be contiguous int64 (4, 3), got (3, 3)"),
     ("distance_softmax", {"codebook": torch.full((9, 5), INF)}, "codebook must be finite, got inf in code 0"),
-    ("FrozenCodebook", {"codebook": torch.full((9, 5), -NAN)}, "codebook must be finite, got nan in code 0"),
+    ("PackedCodebook", {"codebook": torch.full((9, 5), -NAN)}, "codebook must be finite, got nan in code 0"),
     ("depth_attention_packed", {"qkv": torch.zeros(2, 33, 3, 2, 8)}, "qkv must be (N, D, 3, H, head_dim) with 1 <= D"),
     ("depth_attention_packed", {"scale": INF}, "scale must be finite, got inf"),
     ("PackedDepthDecoder", {"classifier_weight": torch.full((9, 6), NAN)}, "classifier_weight must be finite"),

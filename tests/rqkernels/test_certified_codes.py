@@ -31,7 +31,7 @@ CODES = [1, 255, 256, 1024, 4096, 16384]
 TERMS = 1 << 21
 # Codebooks from this size on: each meets three of the sets, and each set one or two of them.
 LARGE = 1 << 21
-# A frozen codebook of more codes takes long to make.
+# A packed codebook of more codes takes long to make.
 MOST_FROZEN = 1024
 
 Draw = Callable[[torch.Generator, int, int, int], tuple[Tensor, Tensor]]
@@ -151,12 +151,12 @@ def problem(name: str, seed: int, k: int, c: int, depth: int, shared: bool) -> P
 
 
 def wrong(problems: list[Problem]) -> list[str]:
-    """The problems whose codes are not the definition's: searched with a fresh, a known and a frozen codebook."""
+    """The problems whose codes are not the definition's: searched with a fresh, a known and a packed codebook."""
     failed = []
     for name, x, codebooks, depth, codes in problems:
         ways = {f"call {i}": codebooks for i in (1, 2, 3)}
         if codebooks.dim() == 2 and codebooks.shape[0] <= MOST_FROZEN:
-            ways["frozen"] = rqk.FrozenCodebook(codebooks)
+            ways["packed"] = rqk.PackedCodebook(codebooks)
         for way, searched in ways.items():
             found = rqk.residual_search(x, searched, depth).codes
             if not torch.equal(found, codes):

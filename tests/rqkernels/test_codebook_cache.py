@@ -255,7 +255,7 @@ def test_threads_with_codebooks_of_their_own(draw: Draw) -> None:
 def test_a_codebook_written_while_it_is_searched_spoils_no_later_search() -> None:
     e, other = torch.randn(2, 2000, 40)
     x = torch.randn(50, 40)
-    truths = [rqk.residual_search(x, rqk.FrozenCodebook(contents), 2).codes for contents in (e, other)]
+    truths = [rqk.residual_search(x, rqk.PackedCodebook(contents), 2).codes for contents in (e, other)]
     shared, stop = e.clone(), threading.Event()
 
     def write() -> None:

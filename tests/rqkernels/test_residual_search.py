@@ -28,7 +28,7 @@ def assert_equals_definition(x: torch.Tensor, codebooks: torch.Tensor, depth: in
     assert torch.equal(ours.codes, expected.codes)
     assert same(ours.residuals, expected.residuals)
     assert same(ours.quantized, expected.quantized)
-    assert same(ours.residual_norms, expected.residual_norms)
+    assert same(ours.residual_sq_norms, expected.residual_sq_norms)
     return ours
 
 
@@ -97,10 +97,10 @@ def test_more_near_copies_than_a_row_remembers_beside_large_codes(device: torch.
 def test_shapes_and_dtypes_of_the_result(device: torch.device) -> None:
     x = torch.randn(2, 3, 5, 16, device=device)
     out = rqk.residual_search(x, torch.randn(32, 16, device=device), 3, return_residuals=True, return_statistics=True)
-    assert out._fields == ("codes", "quantized", "residual_norms", "residuals", "statistics")
+    assert out._fields == ("codes", "quantized", "residual_sq_norms", "residuals", "statistics")
     assert out.codes.shape == (2, 3, 5, 3) and out.codes.dtype == torch.int64
     assert out.quantized.shape == x.shape and out.quantized.dtype == torch.float32
-    assert out.residual_norms.shape == (2, 3, 5, 3) and out.residual_norms.dtype == torch.float32
+    assert out.residual_sq_norms.shape == (2, 3, 5, 3) and out.residual_sq_norms.dtype == torch.float32
     assert out.residuals.shape == (2, 3, 5, 3, 16)
     assert torch.equal(out.residuals[..., 0, :], x)
     assert [t.shape for t in out.statistics] == [(32,), (32, 16)]
@@ -153,7 +153,7 @@ def test_rows_that_are_not_finite(device: torch.device) -> None:
     bad = torch.zeros(64, dtype=torch.bool, device=device)
     bad[[5, 6, 63]] = True
     assert out.codes[bad].eq(-1).all()
-    assert out.quantized[bad].isnan().all() and out.residual_norms[bad].isnan().all()
+    assert out.quantized[bad].isnan().all() and out.residual_sq_norms[bad].isnan().all()
     # Their neighbours, which share registers with them, are untouched.
     assert torch.equal(out.codes[~bad], clean.codes[~bad])
     assert torch.equal(out.quantized[~bad], clean.quantized[~bad])
@@ -165,7 +165,7 @@ def test_a_residual_that_overflows_is_marked_from_there_on(device: torch.device)
     out = assert_equals_definition(x, e, 3)
     assert out.codes.tolist() == [[0, -1, -1]]
     assert out.quantized.isnan().all()
-    assert out.residual_norms[0, 0].isinf() and out.residual_norms[0, 1:].isnan().all()
+    assert out.residual_sq_norms[0, 0].isinf() and out.residual_sq_norms[0, 1:].isnan().all()
 
 
 def test_codes_do_not_depend_on_batch_or_threads() -> None:
@@ -182,7 +182,9 @@ def test_codes_do_not_depend_on_batch_or_threads() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             again = rqk.residual_search(x, e, 3)
-            assert torch.equal(again.codes, whole.codes) and torch.equal(again.residual_norms, whole.residual_norms)
+            assert torch.equal(again.codes, whole.codes) and torch.equal(
+                again.residual_sq_norms, whole.residual_sq_norms
+            )
     finally:
         torch.set_num_threads(threads)
 
@@ -207,7 +209,7 @@ def test_few_rows_whose_threads_share_the_codes(kind: str) -> None:
             torch.set_num_threads(count)
             for rows in (1, 4, 12, 13, 25):
                 found = rqk.residual_search(x[:rows], e, return_residuals=True)
-                for name in ("codes", "quantized", "residual_norms", "residuals"):
+                for name in ("codes", "quantized", "residual_sq_norms", "residuals"):
                     one, other = getattr(found, name), getattr(expected, name)[:rows]
                     assert torch.equal(one.nan_to_num(), other.nan_to_num()), (count, rows, name)
     finally:

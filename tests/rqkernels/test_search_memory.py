@@ -23,12 +23,12 @@ x, e = torch.randn(8192, 256), torch.randn(16384, 256) * (0.2 + 0.8 * torch.rand
 rqk.residual_search(x[:64], e, 2)
 found["plain"] = peak_memory(lambda: rqk.residual_search(x, e, 16), cpu)
 assert torch.ops.rqkernels.codebook_cache_state()[0] == 1
-def freeze():
-    global frozen
-    frozen = rqk.FrozenCodebook(e)
-found["freezing"] = peak_memory(freeze, cpu)
-found["held"] = frozen.nbytes
-found["frozen"] = peak_memory(lambda: rqk.residual_search(x, frozen, 16), cpu)
+def pack():
+    global packed
+    packed = rqk.PackedCodebook(e)
+found["packing"] = peak_memory(pack, cpu)
+found["held"] = packed.nbytes
+found["packed"] = peak_memory(lambda: rqk.residual_search(x, packed, 16), cpu)
 print(json.dumps(found))
 """
 
@@ -39,6 +39,6 @@ def test_of_8192_rows_in_16384_codes_of_256_channels_and_16_depths() -> None:
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["plain"] < 64 * MIB, found  # the packed codebook, its copy and 9.5 MiB of results included
-    assert found["frozen"] < 64 * MIB, found
+    assert found["packed"] < 64 * MIB, found
     assert found["held"] < 320 * MIB, found
-    assert found["freezing"] < 384 * MIB, found
+    assert found["packing"] < 384 * MIB, found

@@ -57,7 +57,7 @@ def assert_follows_its_codes(out: rqk.ResidualCodes, x: torch.Tensor, codebooks:
         assert same(out.residuals[..., d, :], residual)
         chosen = (codebooks if codebooks.dim() == 2 else codebooks[d]).float()[out.codes[..., d]]
         residual, total = residual - chosen, total + chosen
-        assert same(out.residual_norms[..., d], lane_sum(residual.double() ** 2).float())
+        assert same(out.residual_sq_norms[..., d], lane_sum(residual.double() ** 2).float())
     assert same(out.quantized, total.to(x.dtype))
 
 
@@ -252,7 +252,7 @@ found = [rqk.info()["cpu_capability"]]
 for k, c, tau in ((257, 17, 1.0), (2000, 32, 0.5), (300, 256, 1.0), (2000, 32, 30.0), (300, 256, 2000.0)):
     x, e = torch.randn(200, c), torch.randn(k, c)
     out = rqk.stochastic_residual_search(x, e, 2, tau=tau, seed=3, return_residuals=True)
-    found.append((e, tau, out.codes, out.residuals, out.quantized, out.residual_norms))
+    found.append((e, tau, out.codes, out.residuals, out.quantized, out.residual_sq_norms))
 torch.save(found, sys.argv[1])
 """
 
@@ -283,7 +283,7 @@ def test_shapes_and_dtypes_of_the_result(device: torch.device) -> None:
     assert isinstance(out, rqk.ResidualCodes)
     assert out.codes.shape == (2, 3, 5, 3) and out.codes.dtype == torch.int64
     assert out.quantized.shape == x.shape and out.quantized.dtype == torch.float32
-    assert out.residual_norms.shape == (2, 3, 5, 3) and out.residual_norms.dtype == torch.float32
+    assert out.residual_sq_norms.shape == (2, 3, 5, 3) and out.residual_sq_norms.dtype == torch.float32
     assert out.residuals.shape == (2, 3, 5, 3, 16) and out.residuals.dtype == torch.float32
     assert out.statistics is None
     assert rqk.stochastic_residual_search(x, e, 3, tau=1.0, seed=0).residuals is None
@@ -319,7 +319,7 @@ def test_rows_that_are_not_finite(search: Callable[..., rqk.ResidualCodes], devi
     bad = torch.zeros(64, dtype=torch.bool, device=device)
     bad[[5, 6, 63]] = True
     assert out.codes[bad].eq(-1).all()
-    assert out.quantized[bad].isnan().all() and out.residual_norms[bad].isnan().all()
+    assert out.quantized[bad].isnan().all() and out.residual_sq_norms[bad].isnan().all()
     # Their neighbours, which share registers with them, are untouched.
     assert torch.equal(out.codes[~bad], clean.codes[~bad])
     assert torch.equal(out.quantized[~bad], clean.quantized[~bad])
@@ -408,7 +408,7 @@ def test_compiles_as_one_graph_for_all_counters(device: torch.device) -> None:
         (dict(x=torch.zeros(2, 4, dtype=torch.float64)), TypeError, "x must be float32, float16, bfloat16, got float"),
         (dict(x=[[1.0]]), TypeError, "x must be a torch.Tensor, got list"),
         (dict(codebooks=torch.zeros(8, 4, dtype=torch.int64)), TypeError, "codebooks must be .* got int64"),
-        (dict(codebooks=rqk.FrozenCodebook(torch.zeros(8, 4))), TypeError, r"FrozenCodebook.*pass its \.codebook"),
+        (dict(codebooks=rqk.PackedCodebook(torch.zeros(8, 4))), TypeError, r"PackedCodebook.*pass its \.codebook"),
         (dict(x=torch.zeros(())), ValueError, "x must be .*, got a scalar"),
         (dict(x=torch.zeros(2, 5)), ValueError, r"x \(2, 5\) has 5 channels, codebooks \(8, 4\) have 4"),
         (dict(codebooks=torch.zeros(4)), ValueError, r"codebooks must be \(K, C\).*; got \(4\)"),

@@ -3,7 +3,7 @@
 
 namespace rqk::emulation {
 
-// x, codebooks, depth -> codes, quantized, residual_norms, residuals (see residual_arrays.h), and what the search
+// x, codebooks, depth -> codes, quantized, residual_sq_norms, residuals (see residual_arrays.h), and what the search
 // counted: rows (times depths) that were searched directly, codes evaluated for the others; -1 where the device or the
 // channels leave no room for a scan
 RQK_CASE(residual_search) {

@@ -4,7 +4,7 @@
 
 namespace rqk::emulation {
 
-// x, codebooks, depth, tau, seed, offset -> codes, quantized, residual_norms, residuals (see residual_arrays.h)
+// x, codebooks, depth, tau, seed, offset -> codes, quantized, residual_sq_norms, residuals (see residual_arrays.h)
 RQK_CASE(stochastic_residual_search) {
   StochasticResidualSearchParams p{};
   const ResidualArrays arrays(inputs, p);

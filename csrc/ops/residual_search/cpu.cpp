@@ -325,7 +325,7 @@ void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
   PackedCodebooks codebooks(RQK_KERNEL_TABLE(residual_search_kernels), num_codes, channels);
   if (!codebooks.measure(codebook, 1))
-    refuse_not_finite("FrozenCodebook", "codebook", codebook, 1, num_codes, channels, false);
+    refuse_not_finite("PackedCodebook", "codebook", codebook, 1, num_codes, channels, false);
   codebooks.set_gram(codebooks.gram_pays());
   codebooks.fill(allocate(codebooks.bytes()));
 }

@@ -60,7 +60,7 @@ __device__ inline void take_code(const ResidualSearchParams& p, const Work& w, i
   const double norm = sum_lanes(lane);
   if (lane_of_group() == 0) {
     p.codes[row * p.depth + d] = k;
-    p.residual_norms[row * p.depth + d] = float(norm);
+    p.residual_sq_norms[row * p.depth + d] = float(norm);
   }
 }
 

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
 
 #ifndef RQK_CUDA_LIBRARY
 Tensor pack_codebook(Tensor codebook) {
-  constexpr const char* kPackOp = "FrozenCodebook";
+  constexpr const char* kPackOp = "PackedCodebook";
   if (codebook.dim() != 2 || codebook.numel() == 0 || codebook.size(0) > INT32_MAX) {
     rqk::value_error(kPackOp, ": codebook must be (K, C) with 1 to 2^31 - 1 codes, got ", rqk::shape_of(codebook));
   }
@@ -94,5 +94,5 @@ STABLE_TORCH_LIBRARY_IMPL(rqkernels, CompositeExplicitAutograd, m) {
 #endif
 RQK_REGISTER("residual_search",
              "residual_search(Tensor x, Tensor codebooks, int? depth, bool return_residuals, Tensor? packed=None)"
-             " -> (Tensor codes, Tensor quantized, Tensor residual_norms, Tensor residuals)",
+             " -> (Tensor codes, Tensor quantized, Tensor residual_sq_norms, Tensor residuals)",
              residual_search)

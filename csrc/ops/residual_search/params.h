@@ -10,12 +10,12 @@ struct ResidualSearchParams {
   const float* x;          // (rows, channels)
   const float* codebooks;  // (num_codes, channels), or one such block per depth
   int64_t rows, channels, num_codes, depth;
-  int64_t codebook_stride;  // elements from one depth's codebook to the next; 0 if all depths share one
-  int64_t* codes;           // (rows, depth)
-  float* quantized;         // (rows, channels)
-  float* residual_norms;    // (rows, depth)
-  float* residuals;         // (rows, depth, channels), or null
-  const uint8_t* packed;    // CPU only: the shared codebook as packed by pack_codebook; or null
+  int64_t codebook_stride;   // elements from one depth's codebook to the next; 0 if all depths share one
+  int64_t* codes;            // (rows, depth)
+  float* quantized;          // (rows, channels)
+  float* residual_sq_norms;  // (rows, depth)
+  float* residuals;          // (rows, depth, channels), or null
+  const uint8_t* packed;     // CPU only: the shared codebook as packed by pack_codebook; or null
   int64_t packed_bytes;
   uint8_t* workspace;  // workspace_bytes(params) on a GPU, 256-byte aligned; unused on the CPU
 };

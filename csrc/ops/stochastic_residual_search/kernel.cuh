@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 3) sample_rows(StochasticResidualSea
         const double norm = squared_distance(residual, nullptr, p.channels);
         if (threadIdx.x == 0) {
           p.codes[row * p.depth + d] = first;
-          p.residual_norms[row * p.depth + d] = float(norm);
+          p.residual_sq_norms[row * p.depth + d] = float(norm);
         }
       }
       // The next row overwrites the residual. The next depth only reads it, and writes shared memory after a barrier.

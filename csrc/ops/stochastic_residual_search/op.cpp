@@ -40,5 +40,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, 
 RQK_REGISTER("stochastic_residual_search",
              "stochastic_residual_search(Tensor x, Tensor codebooks, int? depth, float tau, SymInt seed, SymInt offset,"
              " bool return_residuals)"
-             " -> (Tensor codes, Tensor quantized, Tensor residual_norms, Tensor residuals)",
+             " -> (Tensor codes, Tensor quantized, Tensor residual_sq_norms, Tensor residuals)",
              stochastic_residual_search)

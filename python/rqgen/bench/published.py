@@ -1,9 +1,9 @@
 """The published sampling loop's formulation, written anew on the weights of an `RQTransformer`: a benchmark's peer.
 
 What the published sampler does (kakaobrain/rq-vae-transformer, `RQTransformer.sample`), and this does likewise: code
-after code it embeds all positions drawn so far, every depth of each, for the spatial stack and again for the depth
+after code it embeds all positions sampled so far, every depth of each, for the spatial stack and again for the depth
 stack; keys and values grow by concatenation, and are stacked anew at every layer of every step; queries, keys and
-values come from three linear layers; and a code is drawn by `topk` over all K logits, a look at the device for NaN,
+values come from three linear layers; and a code is sampled by `topk` over all K logits, a host sync for NaN,
 softmax, a full sort for top-p and `torch.multinomial`, whether or not anything is cut off.
 """
 
@@ -20,7 +20,7 @@ from rqgen.models.transformer import Transformer, TransformerBlock
 
 
 class PublishedSampling:
-    """Draws code maps from the weights of `prior` in the published way; nothing of it is copied but the order of qkv.
+    """Samples code maps from the weights of `prior` in the published way; nothing of it is copied but the order of qkv.
 
     Args:
         prior: in eval mode, of the layout that the published ImageNet priors have: code vectors through linear layers
@@ -42,10 +42,10 @@ class PublishedSampling:
         self.depth = [_Block(block, prior.config.depth.heads) for block in _blocks(prior.depth_transformer)]
 
     @torch.no_grad()
-    def draw(
+    def sample(
         self, condition_bl: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
     ) -> Tensor:
-        """Codes (B, T, D) for condition ids (B, L); draws come from torch's global generator."""
+        """Codes (B, T, D) for condition ids (B, L); random numbers come from torch's global generator."""
         prior = self.prior
         codes_btd = torch.zeros(len(condition_bl), prior.positions, prior.depth, dtype=torch.int64, device=prior.device)
         context_b1w = codes_btd.new_empty(0)
@@ -56,7 +56,7 @@ class PublishedSampling:
                     if d == 0:
                         context_b1w = self._context(seen_btd, condition_bl)
                     logits_bk = self._logits(seen_btd, context_b1w, d)
-                    codes_btd[:, t, d] = _draw(logits_bk, temperature, top_k, top_p)
+                    codes_btd[:, t, d] = _sample(logits_bk, temperature, top_k, top_p)
         finally:
             for block in (*self.spatial, *self.depth):
                 block.past = None  # the next call begins anew, and until then the memory is others'
@@ -126,7 +126,7 @@ def _blocks(stack: Transformer) -> list[TransformerBlock]:
     return list(stack.blocks)  # type: ignore[arg-type]
 
 
-def _draw(logits_bk: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+def _sample(logits_bk: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     size = logits_bk.shape[-1]
     logits_bk = logits_bk.float() / temperature
     largest = logits_bk.topk(min(top_k or size, size)).values

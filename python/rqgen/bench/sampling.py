@@ -14,12 +14,12 @@ from torch import Tensor
 
 from rqgen.config import check_finite
 from rqgen.files import write_json
+from rqgen.inference import PRECISIONS, Engine, SamplingParams, cast_prior, make_sampler
+from rqgen.inference.cuda_graph import CapturedSampler
 from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
-from rqgen.models.captured import CapturedSampler
-from rqgen.models.sampler import PRECISIONS, cast_prior, make_sampler
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import QuantizerConfig
-from rqgen.report import draw_sampling_speed
+from rqgen.report import plot_sampling_speed
 from rqgen.sampling import sampling_cost
 
 from .machine import Peaks, Rates, Times, environment, floor_seconds, interleave, peak_bytes, time_call
@@ -42,14 +42,14 @@ class SamplingBench:
         preset: size of the prior, by the name of a preset; None: the next four fields give it.
         width, spatial_layers, depth_layers, heads: with one code per position the depth layers join the others.
         codebook_size: K.
-        batch_sizes: images drawn together.
+        batch_sizes: images sampled together.
         precisions: of our sampler.
         published: also time the published formulation with the same weights, in each of the precisions that PyTorch's
             modules have (float32 where int8 is the only one).
         top_k, top_p: for both.
         flat: also time a transformer over all T * D codes one by one, as the cost law has it.
         decoder_channels: base channels of the RQ-VAE decoder (128 as published); 0: none is timed.
-        use_graphs: see `generate`.
+        use_graphs: see `rqgen.inference.Engine`.
         seconds: time for the rounds of one shape and batch size, see `rqkernels._measure.interleave`.
     """
 
@@ -112,7 +112,7 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
     """Measures, and writes `out`/sampling.json and `out`/sampling.png anew after every shape and batch size. Returns
     what the JSON holds.
 
-    Of every contender: milliseconds per image of drawing codes (AR) in batches, interleaved with the other
+    Of every contender: milliseconds per image of sampling codes (AR) in batches, interleaved with the other
     contenders of its shape and batch size; the floor, max(bytes / copy bandwidth, operations / matmul rate) of the two
     stacks one after the other (see `sampling_cost`; weights count in the precision's size); the decoder's milliseconds
     per image; on a GPU its weights and what its first call of that batch size needs beyond them, keys and values
@@ -193,7 +193,7 @@ def _measure(
     waiting, fitting, missing = _contenders(bench, prior), [], []
     while waiting:
         contender = waiting.pop(0)
-        call = partial(contender.draw, condition_bl, bench.top_k, bench.top_p)
+        call = partial(contender.sample, condition_bl, bench.top_k, bench.top_p)
         try:
             fitting.append((contender, call, peak_bytes(call, device)))
         except torch.OutOfMemoryError:
@@ -212,7 +212,7 @@ def _measure(
 
 @dataclass
 class Contender:
-    """One way to draw: `draw(condition_bl, top_k, top_p)` gives codes (B, T, D).
+    """One way to sample: `sample(condition_bl, top_k, top_p)` gives codes (B, T, D).
 
     Attributes:
         weight_bytes: on a GPU.
@@ -222,7 +222,7 @@ class Contender:
     precision: str
     prepare_ms: float
     weight_bytes: int | None
-    draw: Callable[[Tensor, int | None, float | None], Tensor]
+    sample: Callable[[Tensor, int | None, float | None], Tensor]
 
 
 def _contenders(bench: SamplingBench, prior: RQTransformer) -> list[Contender]:
@@ -234,17 +234,16 @@ def _contenders(bench: SamplingBench, prior: RQTransformer) -> list[Contender]:
 
 
 def _ours(bench: SamplingBench, prior: RQTransformer, precision: str) -> Contender:
-    made = []
-    prepare_ns, _ = time_call(lambda: made.append(make_sampler(prior, precision, bench.use_graphs)), prior.device)
+    made, engine = [], Engine(precision, bench.use_graphs)
+    prepare_ns, _ = time_call(lambda: made.append(make_sampler(prior, engine)), prior.device)
     (sampler,) = made
 
-    def draw(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-        known_btd = condition_bl.new_empty(len(condition_bl), 0, prior.depth)
-        settings = {"temperature": [1.0], "top_k": [top_k], "top_p": [top_p]}
-        return sampler.sample(condition_bl, known_btd, **{k: v * prior.depth for k, v in settings.items()}, seed=0)
+    def sample(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+        params = SamplingParams(top_k=top_k, top_p=top_p).resolve(prior, condition_bl)
+        return sampler.sample(condition_bl, params).codes.flatten(1, 2)
 
     weights = _weight_bytes(sampler.prior) if isinstance(sampler, CapturedSampler) else None
-    return Contender("rqgen", precision, prepare_ns / 1e6, weights, draw)
+    return Contender("rqgen", precision, prepare_ns / 1e6, weights, sample)
 
 
 def _published(prior: RQTransformer, precision: str) -> Contender:
@@ -252,11 +251,11 @@ def _published(prior: RQTransformer, precision: str) -> Contender:
     cast = cast_prior(prior, precision)
     sampling = PublishedSampling(cast)
 
-    def draw(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-        return sampling.draw(condition_bl, top_k=top_k, top_p=top_p)
+    def sample(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+        return sampling.sample(condition_bl, top_k=top_k, top_p=top_p)
 
     weights = _weight_bytes(cast) if prior.device.type == "cuda" else None
-    return Contender("published formulation", precision, 0.0, weights, draw)
+    return Contender("published formulation", precision, 0.0, weights, sample)
 
 
 def _weight_bytes(prior: RQTransformer) -> int:
@@ -271,7 +270,7 @@ def _check_greedy(contender: Contender, prior: RQTransformer) -> float:
         RuntimeError: one lies further below the likeliest than rounding explains.
     """
     condition_bl = _conditions(prior, 1)
-    codes = contender.draw(condition_bl, 1, None).view(1, *prior.config.code_shape)
+    codes = contender.sample(condition_bl, 1, None).view(1, *prior.config.code_shape)
     logits = prior(codes, condition_bl).logits
     gaps = (logits.amax(-1) - logits.gather(-1, codes[..., None])[..., 0]) / logits.std(-1)
     if not bool((gaps <= GREEDY_GAP[contender.precision]).all()):
@@ -388,7 +387,7 @@ def _measure_flat(bench: SamplingBench, prior: RQTransformer, device: torch.devi
     flat = random_prior(bench.prior_config(_flat((height, width, depth))), device)
     batch, precision = max(bench.batch_sizes), bench.precisions[0]
     calls = [
-        partial(_ours(bench, model, precision).draw, _conditions(model, batch), bench.top_k, bench.top_p)
+        partial(_ours(bench, model, precision).sample, _conditions(model, batch), bench.top_k, bench.top_p)
         for model in (prior, flat)
     ]
     stacked_ms, flat_ms = (times.median / 1e6 / batch for times in interleave(calls, device, bench.seconds))
@@ -422,4 +421,4 @@ def _name(shape: Sequence[int]) -> str:
 def _write(result: dict[str, Any], out: Path) -> None:
     write_json(out / "sampling.json", result)
     if result["cases"]:
-        draw_sampling_speed(result["cases"], out / "sampling.png")
+        plot_sampling_speed(result["cases"], out / "sampling.png")

@@ -10,19 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from rqgen.config import check_finite
 from rqgen.files import write_json
-from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, RQTransformer, RQTransformerConfig, VARConfig
-from rqgen.models.sampler import PRECISIONS, make_sampler
+from rqgen.inference import PRECISIONS, Engine, SamplingParams, make_sampler
+from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, Prior, RQTransformerConfig, VARConfig
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
 from rqgen.quantizers.multiscale import SCALES_256, SCALES_512
-from rqgen.report import draw_systems
+from rqgen.report import plot_systems
 from rqgen.sampling import sampling_cost
-from rqgen.sampling.draw import DrawSettings
-from rqgen.sampling.scales import sample_scales
 
 from .machine import Peaks, environment, floor_seconds, interleave, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
@@ -47,6 +44,17 @@ CODES = {
 }
 
 
+class BenchedSystem(NamedTuple):
+    """A prior to make, and what is timed beside it."""
+
+    config: Any
+    make_prior: Callable[[Any, torch.device], Prior]
+    decoder_ms: Callable[[SystemsBench, Any, int, torch.device], float | None]
+    """Milliseconds per image of the decoder of the system's published layout, in batches."""
+    layers: list[int]
+    """Of each of the prior's stacks."""
+
+
 @dataclass
 class SystemsBench:
     """What is measured. Weights are random: speed does not depend on them.
@@ -56,11 +64,11 @@ class SystemsBench:
         width, heads: of every transformer.
         spatial_layers, depth_layers: of the RQ-Transformer; the others have their sum in one stack.
         codebook_size, var_codebook_size: K of the RQ-Transformer and the flat prior, and of the VAR.
-        batch_sizes: images drawn together.
-        precisions: of the RQ-Transformer and the flat prior; a VAR is drawn from in float32.
-        guidance: also time every system with this strength, in the first precision; None: no.
+        batch_sizes: images sampled together.
+        precisions: of the RQ-Transformer and the flat prior; a VAR is sampled in float32.
+        cfg_scale: also time every system with guidance of this strength, in the first precision; None: no.
         decoder: also time the decoders of the published layouts.
-        use_graphs: see `generate`.
+        use_graphs: see `rqgen.inference.Engine`.
         seconds: time for the rounds of one batch size, see `rqkernels._measure.interleave`.
     """
 
@@ -73,7 +81,7 @@ class SystemsBench:
     var_codebook_size: int
     batch_sizes: list[int]
     precisions: list[str]
-    guidance: float | None
+    cfg_scale: float | None
     decoder: bool
     use_graphs: bool
     seconds: float
@@ -85,24 +93,25 @@ class SystemsBench:
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'")
-        if self.guidance is not None and not self.guidance > 0:
-            raise ValueError(f"--cfg: expected a number > 0, got {self.guidance}")
+        if self.cfg_scale is not None and not self.cfg_scale > 0:
+            raise ValueError(f"--cfg-scale: expected a number > 0, got {self.cfg_scale}")
 
-    def configs(self) -> dict[str, VARConfig | RQTransformerConfig]:
+    def systems(self) -> dict[str, BenchedSystem]:
         """The systems by name."""
         codes, layers = CODES[self.image_side], (self.spatial_layers, self.depth_layers)
-        scales = MultiScaleConfig(codebook_size=self.var_codebook_size, scales=list(codes.scales))
+        scales = VARConfig(
+            quantizer=MultiScaleConfig(codebook_size=self.var_codebook_size, scales=list(codes.scales)),
+            code_dim=SCALE_CODE_DIM,
+            embed_dim=self.width,
+            layers=sum(layers),
+            heads=self.heads,
+            num_classes=CLASSES,
+        )
+        stacks, flat = self._rq_config(codes.stacks, layers), self._rq_config(codes.flat, (sum(layers), 0))
         return {
-            "VAR": VARConfig(
-                quantizer=scales,
-                code_dim=SCALE_CODE_DIM,
-                embed_dim=self.width,
-                layers=sum(layers),
-                heads=self.heads,
-                num_classes=CLASSES,
-            ),
-            "RQ-Transformer": self._rq_config(codes.stacks, layers),
-            "flat": self._rq_config(codes.flat, (sum(layers), 0)),
+            "VAR": BenchedSystem(scales, _random_var, _scales_decoder_ms, [sum(layers)]),
+            "RQ-Transformer": BenchedSystem(stacks, random_prior, _stacks_decoder_ms, list(layers)),
+            "flat": BenchedSystem(flat, random_prior, _stacks_decoder_ms, [sum(layers)]),
         }
 
     def _rq_config(self, shape: tuple[int, int, int], layers: tuple[int, int]) -> RQTransformerConfig:
@@ -125,10 +134,10 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
     the JSON holds.
 
     Of every system: its codes, layers, parameters, steps, and the work that `sampling_cost` counts, per image of each
-    batch size. Of every contender of a batch size, in turns: milliseconds per image of drawing codes, the floor (see
+    batch size. Of every contender of a batch size, in turns: milliseconds per image of sampling codes, the floor (see
     `floor_seconds`), and the decoder's milliseconds per image.
     """
-    configs = bench.configs()  # settings that do not fit: known at once
+    benched = bench.systems()  # settings that do not fit: known at once
     rates = Peaks(device).rates
     systems: list[dict[str, Any]] = []
     result: dict[str, Any] = {
@@ -139,27 +148,29 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
         "cases": [],
     }
     out.mkdir(parents=True, exist_ok=True)
-    priors = {name: _random_prior(config, device) for name, config in configs.items()}
+    priors = {name: system.make_prior(system.config, device) for name, system in benched.items()}
     for name, prior in priors.items():
-        systems.append(_describe(name, prior, bench.batch_sizes))
+        systems.append(_describe(name, prior, benched[name].layers, bench.batch_sizes))
     decoder_ms: dict[tuple[str, int], float | None] = {}
     for batch in bench.batch_sizes:
         contenders = [
-            Contender(name, precision, guidance)
-            for name, config in configs.items()
-            for precision, guidance in _ways(bench, config)
+            Contender(name, precision, cfg_scale)
+            for name, prior in priors.items()
+            for precision, cfg_scale in _ways(bench, prior)
         ]
         calls = [contender.prepared(priors[contender.system], batch, bench.use_graphs) for contender in contenders]
         # The first call of each on a GPU: what a later one keeps from it would not be seen.
         needed = [peak_bytes(call, device) for call in calls]
         times = interleave(calls, device, bench.seconds, warm_up=device.type != "cuda")
         for contender, time, peak in zip(contenders, times, needed, strict=True):
-            config = configs[contender.system]
+            system = benched[contender.system]
             decoded = contender.system, 1 if device.type == "cpu" else batch
             if decoded not in decoder_ms:
-                decoder_ms[decoded] = _decoder_ms(bench, config, decoded[1], device) if bench.decoder else None
+                decoder_ms[decoded] = (
+                    system.decoder_ms(bench, system.config, decoded[1], device) if bench.decoder else None
+                )
             ms, decoder = time.median / 1e6 / batch, decoder_ms[decoded]
-            cost = sampling_cost(config, batch * (2 if contender.guidance else 1))
+            cost = sampling_cost(system.config, batch * (2 if contender.cfg_scale else 1))
             floor_ms = 1e3 * floor_seconds(rates, cost, contender.precision) / batch
             case = {
                 **contender._asdict(),
@@ -177,7 +188,7 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
             result["cases"].append(case)
             console.print(_line(case), soft_wrap=True)
         write_json(out / "systems.json", result)
-    draw_systems(systems, result["cases"], out / "systems.png")
+    plot_systems(systems, result["cases"], out / "systems.png")
     return result
 
 
@@ -185,63 +196,49 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
 
 
 class Contender(NamedTuple):
-    """A system, and how it is drawn from."""
+    """A system, and how it is sampled."""
 
     system: str
     precision: str
-    guidance: float
+    cfg_scale: float
 
-    def prepared(self, prior: VAR | RQTransformer, batch: int, use_graphs: bool) -> Callable[[], object]:
-        """Draws the codes of `batch` images when called."""
-        condition_bl = prior.condition_ids(torch.arange(batch, device=prior.device) % CLASSES, batch)
-        if isinstance(prior, VAR):
-            return partial(_draw_scales, prior, condition_bl[:, 0], self.guidance)
-        sampler, depth = make_sampler(prior, self.precision, use_graphs), prior.depth
-        return partial(
-            sampler.sample,
-            condition_bl,
-            condition_bl.new_empty(batch, 0, depth),
-            temperature=[1.0] * depth,
-            top_k=[None] * depth,
-            top_p=[None] * depth,
-            guidance=self.guidance,
-            seed=0,
-        )
+    def prepared(self, prior: Prior, batch: int, use_graphs: bool) -> Callable[[], object]:
+        """Samples the codes of `batch` images when called."""
+        condition_ids = prior.condition_ids(torch.arange(batch, device=prior.device) % CLASSES, batch)
+        sampler = make_sampler(prior, Engine(self.precision, use_graphs))
+        params = SamplingParams(cfg_scale=self.cfg_scale).resolve(prior, condition_ids)
+        return partial(sampler.sample, condition_ids, params)
 
 
-def _ways(bench: SystemsBench, config: VARConfig | RQTransformerConfig) -> list[tuple[str, float]]:
-    """Precisions and strengths of guidance that a system is drawn with."""
-    first, *others = ["fp32"] if isinstance(config, VARConfig) else bench.precisions
-    guided = [] if bench.guidance is None else [(first, bench.guidance)]
+def _ways(bench: SystemsBench, prior: Prior) -> list[tuple[str, float]]:
+    """Precisions and strengths of guidance that a system is sampled with."""
+    precisions = [name for name in bench.precisions if name in prior.precisions] or [prior.precisions[0]]
+    first, *others = precisions
+    guided = [] if bench.cfg_scale is None else [(first, bench.cfg_scale)]
     return [(first, 0.0), *guided, *((precision, 0.0) for precision in others)]
 
 
-@torch.no_grad()
-def _draw_scales(prior: VAR, labels_b: Tensor, guidance: float) -> None:
-    count = len(prior.scales)
-    settings = DrawSettings([1.0] * count, [None] * count, [None] * count, guidance, seed=0)
-    sample_scales(prior, labels_b, settings, first_image=0)
-
-
-def _random_prior(config: VARConfig | RQTransformerConfig, device: torch.device) -> VAR | RQTransformer:
-    if isinstance(config, RQTransformerConfig):
-        return random_prior(config, device)
+def _random_var(config: VARConfig, device: torch.device) -> VAR:
     torch.manual_seed(0)
     with torch.device(device):
         return VAR(config, MultiScaleQuantizer(config.quantizer, config.code_dim)).eval()
 
 
-def _decoder_ms(
-    bench: SystemsBench, config: VARConfig | RQTransformerConfig, batch: int, device: torch.device
+def _stacks_decoder_ms(
+    bench: SystemsBench, config: RQTransformerConfig, batch: int, device: torch.device
 ) -> float | None:
-    """Milliseconds per image of the decoder of the system's published layout."""
-    budget = bench.seconds / 10
-    if isinstance(config, RQTransformerConfig):
-        channels, size = RQ_DECODER_CHANNELS, config.codebook_size
-        shape = config.code_shape
-        return rqvae_decoder_ms(
-            shape, bench.image_side, batch, device, channels=channels, codebook_size=size, budget=budget
-        )
+    return rqvae_decoder_ms(
+        config.code_shape,
+        bench.image_side,
+        batch,
+        device,
+        channels=RQ_DECODER_CHANNELS,
+        codebook_size=config.codebook_size,
+        budget=bench.seconds / 10,
+    )
+
+
+def _scales_decoder_ms(bench: SystemsBench, config: VARConfig, batch: int, device: torch.device) -> float | None:
     torch.manual_seed(0)
     height, width = config.quantizer.scales[-1]
     with torch.device(device):
@@ -256,30 +253,23 @@ def _decoder_ms(
         ).eval()
         latents = torch.randn(batch, config.code_dim, height, width)
     with torch.no_grad():
-        (times,) = interleave([lambda: vae.decode_latents(latents)], device, budget)
+        (times,) = interleave([lambda: vae.decode_latents(latents)], device, bench.seconds / 10)
     return times.median / 1e6 / batch
 
 
 # --- what is written ---------------------------------------------------------------------------------------
 
 
-def _describe(name: str, prior: VAR | RQTransformer, batch_sizes: list[int]) -> dict[str, Any]:
-    config = prior.config
-    if isinstance(config, VARConfig):
-        tokens = config.quantizer.tokens
-        codes = "+".join(f"{height}x{width}" for height, width in config.quantizer.scales)
-        layers, steps, count, size = [config.layers], [len(tokens)], sum(tokens), config.quantizer.codebook_size
-    else:
-        height, width, depth = config.code_shape
-        positions, count, size = height * width, height * width * depth, config.codebook_size
-        codes, layers, steps = "x".join(map(str, config.code_shape)), [config.spatial.layers], [positions]
-        if config.depth.layers:
-            layers, steps = [*layers, config.depth.layers], [*steps, count]
+def _describe(name: str, prior: Prior, layers: list[int], batch_sizes: list[int]) -> dict[str, Any]:
+    layout = prior.layout
+    shapes = [layout.shape] if layout.kind == "stacks" else layout.shape
+    # A step of the first of two stacks is a position, of the second one a code.
+    steps = [layout.count // layout.levels, layout.count] if len(layers) > 1 else [len(prior.steps)]
     return {
         "name": name,
-        "codes": codes,
-        "number_of_codes": count,
-        "codebook_size": size,
+        "codes": "+".join("x".join(map(str, shape)) for shape in shapes),
+        "number_of_codes": layout.count,
+        "codebook_size": layout.codebook_size,
         "layers": layers,
         "parameters": sum(parameter.numel() for parameter in prior.parameters() if parameter.requires_grad),
         "steps": steps,
@@ -287,7 +277,7 @@ def _describe(name: str, prior: VAR | RQTransformer, batch_sizes: list[int]) -> 
             {
                 "batch": batch,
                 **{
-                    kind: sum(getattr(part, kind) for part in sampling_cost(config, batch)) / batch
+                    kind: sum(getattr(part, kind) for part in sampling_cost(prior.config, batch)) / batch
                     for kind in ("products", "attention", "weights", "states")
                 },
             }
@@ -298,7 +288,7 @@ def _describe(name: str, prior: VAR | RQTransformer, batch_sizes: list[int]) -> 
 
 def _line(case: dict[str, Any]) -> str:
     decoder = case["decoder_ms_per_image"]
-    guided = f" guidance {case['guidance']:g}" if case["guidance"] else ""
+    guided = f" cfg_scale {case['cfg_scale']:g}" if case["cfg_scale"] else ""
     return (
         f"{case['system']:>14}  batch {case['batch']:>3}  {case['precision']}{guided}: "
         f"{case['ar_ms_per_image']:.4g} ms per image ({case['percent_of_floor']:.0f} % of the floor)"

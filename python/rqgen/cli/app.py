@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 import rqgen
+from rqgen.systems import DEFAULT, TITLES
 
 
 class _Interrupted(BaseException):
@@ -66,7 +67,9 @@ Resume = Annotated[
 ]
 System = Annotated[
     str | None,
-    typer.Option(help="rq: RQ-VAE and RQ-Transformer (default); var: multi-scale VQ-VAE and VAR."),
+    typer.Option(
+        help="; ".join(f"{name}: {title}{' (default)' * (name == DEFAULT)}" for name, title in TITLES.items()) + "."
+    ),
 ]
 Tokenizer = Annotated[Path, typer.Option(help="Folder of a trained tokenizer.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
@@ -75,7 +78,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 PriorFolder = Annotated[Path, typer.Option("--prior", help="Folder of a trained prior.")]
 TopK = Annotated[int | None, typer.Option(help="Only the k likeliest codes.")]
 TopP = Annotated[float | None, typer.Option(help="Only the likeliest codes of this total mass.")]
-Guidance = Annotated[float | None, typer.Option("--cfg", help="Strength of classifier-free guidance.")]
+CfgScale = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 0 is off.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same images.")]
 
 
@@ -149,13 +152,11 @@ def encode(
     batch_size: BatchSize = 64,
 ) -> None:
     """Images to codes on disk."""
-    from rqgen.data.codes import code_shape_in_words
-
     from .settings import find_config
     from .transfer import encode_images
 
     encoded = encode_images(tokenizer, out, find_config(config), overrides or (), split=split, batch_size=batch_size)
-    typer.echo(f"{len(encoded.labels)} images as {code_shape_in_words(encoded.code_shape)}: {out}")
+    typer.echo(f"{len(encoded.labels)} images as {encoded.layout.in_words()}: {out}")
 
 
 @app.command()
@@ -163,8 +164,15 @@ def sample(
     out: Annotated[
         Path, typer.Option(help="Image file to write, PNG, JPEG, WebP, TIFF or BMP by its name: all on one sheet.")
     ] = Path("samples.png"),
-    prior: PriorFolder = Path("runs/prior/model"),
-    tokenizer: Tokenizer = Path("runs/tokenizer/model"),
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Folder of a tokenizer and a prior, such as runs/demo.")
+    ] = None,
+    prior: Annotated[
+        Path | None, typer.Option(help="Folder of a trained prior, without RUN. Default: runs/prior/model.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a trained tokenizer, without RUN. Default: runs/tokenizer/model.")
+    ] = None,
     classes: Annotated[
         list[str] | None,
         typer.Option("--class", help="Class by name, or by number; may be repeated. Default: every class."),
@@ -173,7 +181,7 @@ def sample(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest code.")] = 1.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    cfg: Guidance = None,
+    cfg_scale: CfgScale = None,
     seed: Seed = 0,
     precision: Annotated[
         str, typer.Option(help="Of the prior: fp32, bf16 or int8 (weights in 8 bits, on the CPU alone).")
@@ -182,11 +190,20 @@ def sample(
     batch_size: BatchSize = 100,
     codes: Annotated[Path | None, typer.Option(help="Also write the codes to this file (safetensors).")] = None,
 ) -> None:
-    """Draw new images."""
-    from .transfer import SampleRequest, sample_images
+    """Sample new images."""
+    from rqgen.sampling import Engine, SamplingParams
 
-    request = SampleRequest(classes, num, temperature, top_k, top_p, cfg, seed, precision, graphs, batch_size)
-    count = sample_images(prior, tokenizer, request, out, codes)
+    from .transfer import ModelFolders, SampleRequest, sample_images
+
+    request = SampleRequest(
+        classes=classes,
+        num=num,
+        params=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed),
+        engine=Engine(precision, use_graphs=graphs),
+        batch_size=batch_size,
+    )
+    models = ModelFolders(run=run, prior=prior, tokenizer=tokenizer)
+    count = sample_images(models, request, out, codes)
     typer.echo(f"{count} images: {out}")
 
 
@@ -265,7 +282,7 @@ def bench_systems(
     precision: Annotated[
         list[str] | None, typer.Option(help="Of all but the VAR; may be repeated. Default: fp32.")
     ] = None,
-    cfg: Annotated[float | None, typer.Option(help="Also with guidance of this strength.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Also with guidance of this strength.")] = None,
     decoder: Annotated[bool, typer.Option(help="Also the decoders of the published layouts.")] = False,
     graphs: Annotated[bool, typer.Option(help="On a GPU: replay CUDA graphs.")] = True,
     seconds: Annotated[float, typer.Option(help="For the rounds of one batch size.")] = 60.0,
@@ -292,7 +309,7 @@ def bench_systems(
         var_codebook_size=var_codebook_size,
         batch_sizes=batch or [1, 16],
         precisions=precision or ["fp32"],
-        guidance=cfg,
+        cfg_scale=cfg_scale,
         decoder=decoder,
         use_graphs=graphs,
         seconds=seconds,
@@ -309,13 +326,13 @@ def edit(
         str,
         typer.Argument(
             metavar="inpaint|outpaint|class",
-            help="Draw the white part of the mask anew; keep it and draw around it; draw it as another class.",
+            help="Resample the white part of the mask; keep it and resample the rest; resample it as another class.",
         ),
     ],
     image: Annotated[Path, typer.Option(help="The image to edit, of the tokenizer's size.")],
     mask: Annotated[Path, typer.Option(help="An image of the same size, black and white.")],
     label: Annotated[
-        str | None, typer.Option(help="Class to draw, by name or by number. Default: the null condition.")
+        str | None, typer.Option(help="Class to sample, by name or by number. Default: the null condition.")
     ] = None,
     prior: PriorFolder = Path("runs/prior/model"),
     tokenizer: Tokenizer = Path("runs/tokenizer/model"),
@@ -327,13 +344,25 @@ def edit(
     ] = "white",
     top_k: TopK = None,
     top_p: TopP = None,
-    cfg: Guidance = None,
+    cfg_scale: CfgScale = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw a part of an image anew."""
+    """Resample a part of an image."""
+    from rqgen.sampling import SamplingParams
+
     from .edit import EditRequest, edit_image
 
-    request = EditRequest(kind, image, mask, label, prior, tokenizer, out, top_k, top_p, cfg, seed, background)
+    request = EditRequest(
+        kind=kind,
+        image=image,
+        mask=mask,
+        label=label,
+        prior=prior,
+        tokenizer=tokenizer,
+        out=out,
+        params=SamplingParams(top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed),
+        background=background,
+    )
     edit_image(request)
     typer.echo(f"before, mask and after: {out}")
 
@@ -426,17 +455,17 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for figures, metrics.json and both models.")] = Path("runs/demo"),
 ) -> None:
-    """Train both stages on handwritten digits and draw what they learned (a few minutes on two cores)."""
+    """Train both stages on handwritten digits and sample what they learned (a few minutes on two cores)."""
     from rich.console import Console
 
     from .demo import load_demo, run_demo
     from .settings import find_config
 
-    loaded = load_demo(seed, overrides or (), system=system or "rq", config=find_config(config))
+    loaded = load_demo(seed, overrides or (), system=system or DEFAULT, config=find_config(config))
     metrics = run_demo(loaded, out, console=Console())
     typer.echo(
         f"held-out reconstruction error {metrics['reconstruction_mse']:.4f}; "
-        f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the drawn ones "
+        f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the sampled ones "
         f"and {metrics['classifier_test_accuracy']:.1%} of real held-out ones; "
         f"{metrics['seconds']['total']:.0f} s. Look at {out / 'samples.png'}"
     )
@@ -480,7 +509,7 @@ def config(
             help="train tokenizer (the default), train prior, encode, evaluate, demo or scaling; then settings.",
         ),
     ] = None,
-    system: System = "rq",
+    system: System = DEFAULT,
     config: Config = None,
 ) -> None:
     """Every setting of a command: its help, its default and its value, as a YAML file for --config."""

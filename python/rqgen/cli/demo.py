@@ -1,4 +1,4 @@
-"""`rqgen demo`: both stages on handwritten digits, judged and drawn."""
+"""`rqgen demo`: both stages on handwritten digits, judged and shown."""
 
 from __future__ import annotations
 
@@ -6,43 +6,35 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from rqgen.config import Given, load, to_dict
+from rqgen.config import load
 from rqgen.data import DigitImages, Split, open_dataset
-from rqgen.evaluation import EvaluationConfig, Run, SamplingConfig, evaluate
+from rqgen.evaluation import EvaluationConfig, Run, evaluate
 from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
 from rqgen.evaluation.run import protocol
 from rqgen.files import claim_folder, write_json
-from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer
+from rqgen.models import Prior, Tokenizer
 from rqgen.models.pretrained import check_replaceable
 from rqgen.report import (
-    draw_coarse_to_fine,
-    draw_code_usage,
-    draw_edits,
-    draw_losses,
-    draw_reconstructions,
-    draw_samples,
+    plot_coarse_to_fine,
+    plot_code_usage,
+    plot_edits,
+    plot_losses,
+    plot_reconstructions,
+    plot_samples,
 )
 from rqgen.sampling import edit, generate
+from rqgen.sampling.pipeline import write_description
+from rqgen.systems import DEFAULT, find_system
+from rqgen.systems.system import DemoConfig
 
 from .check import installed_versions
-from .runs import (
-    PriorRun,
-    TokenizerRun,
-    VARPriorRun,
-    VARTokenizerRun,
-    check_images_fit,
-    check_one_split,
-    find_system,
-    fit_prior,
-    fit_tokenizer,
-)
+from .runs import check_images_fit, fit_prior, fit_tokenizer
 from .settings import RECIPES
 
 logger = logging.getLogger(__name__)
@@ -51,80 +43,40 @@ logger = logging.getLogger(__name__)
 SHOWN = 30
 # And in edits.png.
 EDITED = 10
-# And judged with their lower half drawn anew.
+# And judged with their lower half sampled anew.
 INPAINTED = 200
 # The metrics of metrics.json, of which those are computed that fit the system.
 METRICS = ("reconstruction", "token_prediction", "classifier", "precision", "inpainting")
 
 
-@dataclass
-class DemoSamplingConfig(SamplingConfig):
-    """Settings of sampling whose images fill the figure: ten of each digit at least."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.count < 100 or self.count % 10:
-            raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
-
-
-@dataclass
-class DemoConfig:
-    """Both training runs, which must read the same split of the same images, and the drawing."""
-
-    recipe: ClassVar[str] = "demo"
-    tokenizer: TokenizerRun = field(default_factory=TokenizerRun)
-    """Stage 1."""
-    prior: PriorRun = field(default_factory=PriorRun)
-    """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
-    sampling: DemoSamplingConfig = field(default_factory=DemoSamplingConfig)
-    """The sampling of the judged images."""
-
-    @classmethod
-    def implied(cls, given: Given[Any]) -> dict[str, Any]:
-        """Both stages read the same images."""
-        return {"prior": {"data": to_dict(given.read("tokenizer.data"))}}
-
-    def __post_init__(self) -> None:
-        check_one_split(self.tokenizer.data, self.prior.data)
-        if self.tokenizer.data.source != "digits":
-            raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
-
-
-@dataclass
-class VARDemoConfig(DemoConfig):
-    """The same for VAR."""
-
-    recipe: ClassVar[str] = "var_demo"
-    tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
-    """Stage 1."""
-    prior: VARPriorRun = field(default_factory=VARPriorRun)
-    """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
-
-
-# The settings of each system.
-DEMOS = {"rq": DemoConfig, "var": VARDemoConfig}
-
-
 def load_demo(
-    seed: int | None, overrides: Sequence[str] = (), *, system: str = "rq", config: Path | None = None
+    seed: int | None, overrides: Sequence[str] = (), *, system: str = DEFAULT, config: Path | None = None
 ) -> DemoConfig:
     """The shipped digits recipes, short of what a demo can do without (checkpoints, TensorBoard files), with
-    one seed for both trainings and the drawing; then ``overrides``. The split is not drawn anew: figures of different
+    one seed for both trainings and the sampling; then ``overrides``. The split is not drawn anew: figures of different
     seeds are of the same held-out digits."""
     parts = ("tokenizer.loop", "prior.loop", "sampling")
     seeds = [] if seed is None else [f"{part}.seed={seed}" for part in parts]
-    return load(DEMOS[find_system(system).name], config, [*seeds, *overrides], recipes=RECIPES)
+    return load(demo_of(system), config, [*seeds, *overrides], recipes=RECIPES)
+
+
+def demo_of(system: str) -> type[DemoConfig]:
+    """The demo's settings of a system. ValueError where it has no demo."""
+    found = find_system(system).demo
+    if found is None:
+        raise ValueError(f"--system: expected a system with a demo, got '{system}', which has none")
+    return found
 
 
 def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
-    """Trains, draws, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
-    losses.png, samples.png, metrics.json, tokenizer/ and prior/; of a VAR also edits.png. Returns what metrics.json
-    holds. A demo that is there already is replaced, and said so. Checkpoints and logs, where the settings ask for any,
-    go into training/.
+    """Trains, samples, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
+    losses.png, samples.png, metrics.json, and a `rqgen.Pipeline`: tokenizer/, prior/ and pipeline.json; where the prior
+    can edit images, also edits.png. Returns what metrics.json holds. A demo that is there already is replaced, and said
+    so. Checkpoints and logs, where the settings ask for any, go into training/.
 
-    The numbers are those of `rqgen.evaluation.metrics`, of held-out digits and of digits drawn in float32;
-    "precisions" also draws in the shorter ones. No sample is chosen or left out: all that are drawn are judged, and the
-    first ten of each class are shown. Held-out digits train nothing, the classifier included.
+    The numbers are those of `rqgen.evaluation.metrics`, of held-out digits and of digits sampled in float32;
+    "precisions" also samples in the shorter ones. No sample is chosen or left out: all that are sampled are judged, and
+    the first ten of each class are shown. Held-out digits train nothing, the classifier included.
     """
     check_images_fit(config.tokenizer.data, config.tokenizer.model)
     with claim_folder(out):
@@ -145,6 +97,7 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
     with _timed(seconds, "prior"):
         prior = fit_prior(config.prior, vae, out / "training" / "prior", console=console)
         prior.model.save_pretrained(out / "prior")
+        write_description(out, prior.model.class_names)
     run = run_of(config, vae, prior.model)
     with _timed(seconds, "sampling"):
         samples, _ = run.samples()
@@ -153,22 +106,22 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
     classes = len(held_out.class_names)
     with _timed(seconds, "figures"):
         shown = held_out.images[:SHOWN].to(vae.device)
-        draw_reconstructions(shown, vae(shown).reconstruction.detach(), out / "reconstructions.png")
-        draw_coarse_to_fine(vae, shown[:10], out / "coarse_to_fine.png")
-        draw_code_usage(run.reconstruction.code_counts, out / "code_usage.png", axis=vae.quantizer.axis)
-        draw_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
+        plot_reconstructions(shown, vae(shown).reconstruction.detach(), out / "reconstructions.png")
+        plot_coarse_to_fine(vae, shown[:10], out / "coarse_to_fine.png")
+        plot_code_usage(run.reconstruction.code_counts, out / "code_usage.png", axis=vae.layout.axis)
+        plot_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
-        draw_samples(
+        plot_samples(
             rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1], row_labels=held_out.class_names
         )
-        if isinstance(prior.model, VAR):
-            draw_edits(_three_edits(run, held_out), out / "edits.png")
+        if edits := _edits(run, held_out):
+            plot_edits(edits, out / "edits.png")
     total = time.perf_counter() - started
     # Metrics that sample images of their own have their own times.
-    drawing = {"precision": "precisions", "inpainting": "inpainting"}
+    with_samples = {"precision": "precisions", "inpainting": "inpainting"}
     for name, taken in found.seconds.items():
-        part = drawing.get(name, "evaluation")
+        part = with_samples.get(name, "evaluation")
         seconds[part] = seconds.get(part, 0.0) + taken
     seconds["total"] = total
     metrics = {
@@ -185,7 +138,7 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
     return metrics
 
 
-def run_of(config: DemoConfig, vae: RQVAE | MultiScaleVQVAE, prior: RQTransformer | VAR) -> Run:
+def run_of(config: DemoConfig, vae: Tokenizer, prior: Prior) -> Run:
     """The evaluation of a demo's models by held-out digits and by sampled ones."""
     settings = EvaluationConfig(
         data=config.tokenizer.data,
@@ -211,23 +164,18 @@ def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if value is not None}
 
 
-def _three_edits(run: Run, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The first held-out digits with their lower half drawn anew, with all but their middle, and with their right half
-    as the next class."""
+def _edits(run: Run, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The first held-out digits with their lower half sampled anew; where the prior can edit any region, also with all
+    but their middle, and with their right half as the next class. None of a prior that edits nothing."""
     images, labels = held_out.images[:EDITED].to(run.tokenizer.device), held_out.labels[:EDITED]
     height, width = images.shape[2:]
     lower, around, right = lower_half(images), torch.ones_like(lower_half(images)), torch.zeros_like(lower_half(images))
     around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
     right[:, width // 2 :] = True
     following = (labels + 1) % len(held_out.class_names)
-    return [
-        (name, images, mask, run.edit(images, mask, wanted).images)
-        for name, mask, wanted in (
-            ("in-painted", lower, labels),
-            ("out-painted", around, labels),
-            ("next class", right, following),
-        )
-    ]
+    edits = [("in-painted", lower, labels), ("out-painted", around, labels), ("next class", right, following)]
+    possible = edits[: {"nothing": 0, "rows": 1, "regions": 3}[run.prior.edits]]
+    return [(name, images, mask, run.edit(images, mask, wanted).images) for name, mask, wanted in possible]
 
 
 def digits(config: DemoConfig, split: Split) -> DigitImages:

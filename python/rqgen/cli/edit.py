@@ -10,8 +10,9 @@ import torch
 from rqgen.data import image_grid, read_image, save_image
 from rqgen.data.grid import check_image_name
 from rqgen.files import claim_file
-from rqgen.models.classes import class_label
-from rqgen.sampling import edit
+from rqgen.models import Prior
+from rqgen.models.classes import class_label, names_of_classes
+from rqgen.sampling import SamplingParams, edit
 
 from .runs import load_model
 
@@ -20,7 +21,7 @@ KINDS = ("inpaint", "outpaint", "class")
 
 @dataclass
 class EditRequest:
-    """``kind``: "inpaint" and "class" draw where the mask is white, "outpaint" where it is black."""
+    """``kind``: "inpaint" and "class" sample where the mask is white, "outpaint" where it is black."""
 
     kind: str
     image: Path
@@ -29,10 +30,7 @@ class EditRequest:
     prior: Path
     tokenizer: Path
     out: Path
-    top_k: int | None
-    top_p: float | None
-    cfg_scale: float | None
-    seed: int
+    params: SamplingParams
     background: str = "white"
     """What shows through transparent pixels, of the image and of the mask."""
 
@@ -42,7 +40,7 @@ def edit_image(request: EditRequest) -> None:
     if request.kind not in KINDS:
         raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
     if request.kind == "class" and request.label is None:
-        raise ValueError("--label: edit class needs the class to draw")
+        raise ValueError("--label: edit class needs the class to sample")
     check_image_name(request.out, name="--out")
     with claim_file(request.out):
         _edit_image(request)
@@ -50,13 +48,13 @@ def edit_image(request: EditRequest) -> None:
 
 def _edit_image(request: EditRequest) -> None:
     prior, vae = load_model("prior", request.prior), load_model("tokenizer", request.tokenizer)
-    image = _read(request.image, vae.config.image_channels, vae.config.image_shape, request.background).to(vae.device)
-    mask = _read(request.mask, 1, vae.config.image_shape, request.background)[0].to(vae.device) > 0
+    image = _read(request.image, vae.image_channels, vae.image_shape, request.background).to(vae.device)
+    mask = _read(request.mask, 1, vae.image_shape, request.background)[0].to(vae.device) > 0
     if request.kind == "outpaint":
         mask = ~mask
     if not bool(mask.any()):
-        raise ValueError(f"--mask: {request.mask} leaves nothing to draw")
-    label = None if request.label is None else class_label(request.label, prior, "--label")
+        raise ValueError(f"--mask: {request.mask} leaves nothing to sample")
+    label = None if request.label is None else _label(request.label, prior)
     images = image.unsqueeze(0)
     edited = edit(
         prior,
@@ -64,13 +62,14 @@ def _edit_image(request: EditRequest) -> None:
         images,
         mask,
         None if label is None else [label],
-        top_k=request.top_k,
-        top_p=request.top_p,
-        cfg_scale=request.cfg_scale,
-        seed=request.seed,
+        params=request.params,
     ).images
     masked = torch.where(mask, 0.0, images)
     save_image(image_grid(torch.cat([images, masked, edited]), columns=3), request.out, scale=2)
+
+
+def _label(given: str, prior: Prior) -> int:
+    return class_label(given, names_of_classes(prior) if prior.num_classes else (), "--label")
 
 
 def _read(path: Path, channels: int, size: tuple[int, int], background: str) -> torch.Tensor:

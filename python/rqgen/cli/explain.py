@@ -16,9 +16,10 @@ from typing import Any
 from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, setting_names
 from rqgen.data import DataConfig
 from rqgen.evaluation import EvaluationConfig
+from rqgen.systems import DEFAULT, find_system
 
-from .demo import DEMOS
-from .runs import find_system, load_run
+from .demo import demo_of
+from .runs import load_run
 from .scaling import ScalingConfig
 from .settings import RECIPES, find_config
 
@@ -34,7 +35,7 @@ COMMANDS = {
 }
 
 
-def explain(words: Sequence[str], *, system: str = "rq", config: str | None = None) -> str:
+def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None = None) -> str:
     """The settings of a command as a YAML file that its ``--config`` takes. ``words``: the command (`COMMANDS`; none:
     train tokenizer), then overrides.
 
@@ -54,10 +55,9 @@ def explain(words: Sequence[str], *, system: str = "rq", config: str | None = No
         "prior": chosen.prior_run,
         "encode": DataConfig,
         "evaluate": EvaluationConfig,
-        "demo": DEMOS[system],
         "scaling": ScalingConfig,
     }
-    cls: type[Any] = classes[stage]
+    cls: type[Any] = demo_of(system) if stage == "demo" else classes[stage]
     default: Any = load(cls, None, recipes=RECIPES)
     settings = given(cls, path, overrides, recipes=RECIPES)
     value = plain = settings.build()
@@ -68,7 +68,7 @@ def explain(words: Sequence[str], *, system: str = "rq", config: str | None = No
     unknown = {key for key in keys if elsewhere is not None and key.startswith(elsewhere)} if value is plain else set()
     following = settings.followed() | {key for key in keys if _derived(settings, value, key)}
     lines = [
-        f"# Settings of `rqgen {COMMANDS[stage]}`" + (f" --system {system}" if system != "rq" else "") + ".",
+        f"# Settings of `rqgen {COMMANDS[stage]}`" + (f" --system {system}" if system != DEFAULT else "") + ".",
         "# In brackets: the default, what the command takes where nothing else is said.",
         "# What follows from other settings goes on following them where its line is left out.",
         *(["# Commented out: what the model decides."] if unknown else []),

@@ -11,9 +11,9 @@ from typing import Any
 from rqgen.config import Registry, did_you_mean, scalar_text
 from rqgen.data.sources import SOURCES
 from rqgen.evaluation.metrics import METRICS
+from rqgen.systems import all_systems
 
 from .explain import field_help, first_paragraph
-from .runs import SYSTEMS
 from .settings import RECIPES
 
 _WIDTH = 100
@@ -31,8 +31,8 @@ def listing(kind: str | None) -> list[str]:
 
 
 def _systems() -> Iterator[str]:
-    for name, system in SYSTEMS.items():
-        yield f"  {name}"
+    for system in all_systems():
+        yield f"  {system.name}"
         for model in (system.tokenizer, system.prior):
             yield from _wrapped(f"{model.__name__}: {first_paragraph(model)}", 4)
 

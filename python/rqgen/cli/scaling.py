@@ -18,23 +18,16 @@ from rich.console import Console
 from rqgen.bench.machine import environment
 from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
-from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
 from rqgen.files import claim_folder, is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.reading import read_json
-from rqgen.report import draw_scaling
+from rqgen.report import plot_scaling
+from rqgen.systems.system import check_one_split
+from rqgen.systems.var import VARPriorRun, VARTokenizerRun
 from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 
-from .runs import (
-    VARPriorRun,
-    VARTokenizerRun,
-    check_images_fit,
-    check_one_split,
-    fit_prior,
-    fit_tokenizer,
-    interruptible,
-)
+from .runs import check_images_fit, fit_prior, fit_tokenizer, interruptible
 from .settings import RECIPES, data_of_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -154,12 +147,12 @@ def _run_scaling(
     for name, title in CURVES.items():
         values = [member[name] for member in members]
         laws.append({"name": name, "title": title, "values": values, **asdict(fit_power_law(sizes, values))})
-    draw_scaling(sizes, laws, out / "scaling.png")
+    plot_scaling(sizes, laws, out / "scaling.png")
     result = {
         "members": members,
         "laws": laws,
         "held_out_images": len(held_out),
-        "tokens_per_image": sum(h * w for h, w in vae.scales),
+        "tokens_per_image": vae.layout.count,
         "tokenizer": tokenizer and str(tokenizer),
         "tokenizer_seconds": tokenizer_seconds,
         "config": to_dict(config),
@@ -201,7 +194,7 @@ def _member(
     run: VARPriorRun, depth: int, vae: MultiScaleVQVAE, held_out: ImageDataset, folder: Path, console: Console | None
 ) -> dict[str, Any]:
     """A row of the table: trained and tested, or read where that is done."""
-    path, codebook = folder / "metrics.json", code_fingerprint(*vae.quantizer.code_tensors())
+    path, codebook = folder / "metrics.json", vae.fingerprint()
     if path.is_file():
         done = _metrics(path, MEASURED)
         if done.pop("codebook") != codebook:
@@ -219,7 +212,7 @@ def _member(
         "width": prior.config.embed_dim,
         "block_parameters": sum(parameter.numel() for parameter in prior.blocks.parameters()),
         "parameters": sum(parameter.numel() for parameter in prior.parameters() if parameter.requires_grad),
-        "training_tokens": images * prior.ends[-1],
+        "training_tokens": images * prior.layout.count,
         "learning_rate": run.loop.optimizer.learning_rate,
         # Of the last updates, with dropped conditions: beside the test loss it tells how much was learnt by heart.
         "training_loss": trained.history[-1]["loss"],

@@ -12,7 +12,7 @@ from rqgen.config import Given, find_file, from_dict, given, shorthands, to_dict
 from rqgen.data import DataConfig
 from rqgen.data.settings import place_of
 from rqgen.data.sources import SOURCES
-from rqgen.models import RQVAE, MultiScaleVQVAE
+from rqgen.models import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,7 @@ def find_config(name: str | None) -> Path | None:
     return None if name is None else find_file(name, RECIPES)
 
 
-def load_encoding(
-    vae: RQVAE | MultiScaleVQVAE, folder: Path, config: Path | None, overrides: Sequence[str] = ()
-) -> DataConfig:
+def load_encoding(vae: Tokenizer, folder: Path, config: Path | None, overrides: Sequence[str] = ()) -> DataConfig:
     """The images to encode: those that the tokenizer learnt from, where none are named (then a line is logged), and
     what is not said of them as in `data_of_tokenizer`."""
     settings = given(DataConfig, config, overrides, recipes=RECIPES)
@@ -43,7 +41,7 @@ def load_encoding(
     return data
 
 
-def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix: str, folder: Path) -> dict[str, Any]:
+def data_of_tokenizer(vae: Tokenizer, settings: Given[Any], prefix: str, folder: Path) -> dict[str, Any]:
     """What a tokenizer says of the images where nothing else does: their size and channels, and, if they are those
     that it learnt from, all but how they are varied.
 
@@ -59,9 +57,9 @@ def data_of_tokenizer(vae: RQVAE | MultiScaleVQVAE, settings: Given[Any], prefix
     return _known_data(known, asked, _size(vae))
 
 
-def _size(vae: RQVAE | MultiScaleVQVAE) -> dict[str, Any]:
-    height, _ = vae.config.image_shape
-    return {"resolution": height, "channels": vae.config.image_channels}
+def _size(vae: Tokenizer) -> dict[str, Any]:
+    height, _ = vae.image_shape
+    return {"resolution": height, "channels": vae.image_channels}
 
 
 def _known_data(known: DataConfig | None, asked: dict[str, Any], size: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,35 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rqgen.checks import check_within, checked_integers
 from rqgen.files import CHECKSUM, UNSIGNED, check_tensors, new_file, sign_tensors
+from rqgen.quantizers import CodeLayout, Codes
 from rqgen.reading import shorten, unreadable
-
-from .integers import check_within, checked_integers
 
 FORMAT_VERSION = 3
 SUFFIX = ".safetensors"
 # The metadata entry of a file, beside its checksum.
 _ENTRY = "rqgen-codes"
-
-Codes = Tensor | list[Tensor]
-# [h, w, D] of an image's stacks of codes, or [h_k, w_k] of each of its token maps.
-CodeShape = list[int] | list[list[int]]
-
-
-def flatten_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
-    """All codes of an image side by side, (N, L): stacks (N, h, w, D) position by position and depth by depth, token
-    maps (N, h_k, w_k) scale by scale."""
-    if isinstance(codes, Tensor):
-        return codes.flatten(1)
-    return torch.cat([tokens.flatten(1) for tokens in codes], dim=1)
-
-
-def unflatten_codes(codes_nl: Tensor, code_shape: CodeShape) -> Codes:
-    """The opposite of `flatten_codes`: (N, h, w, D) for [h, w, D], a list for a list of [h_k, w_k]."""
-    if isinstance(code_shape[0], int):
-        return codes_nl.unflatten(1, code_shape)
-    parts = codes_nl.split([math.prod(scale) for scale in code_shape], dim=1)
-    return [part.unflatten(1, scale) for part, scale in zip(parts, code_shape, strict=True)]
 
 
 @dataclass
@@ -52,7 +30,7 @@ class EncodedImages:
 
     ``codes`` are integers, (N, h, w, D) of an RQ-VAE, a list of token maps (N, h_k, w_k) of a multi-scale VQ-VAE. They
     and the labels are kept as int64. ``class_names`` has a name for each label, or none at all.
-    ``codebook_id`` (see `code_fingerprint`) says what the codes stand for; ``info`` is free (the data's settings, the
+    ``codebook_id`` (`Tokenizer.fingerprint`) says what the codes stand for; ``info`` is free (the data's settings, the
     tokenizer's folder).
     """
 
@@ -64,56 +42,37 @@ class EncodedImages:
     info: dict[str, Any]
 
     def __post_init__(self) -> None:
-        ndim, kind = (4, "integers (N, h, w, D)") if self.stacked else (3, "integers (N, h_k, w_k) each")
-        maps = [self.codes] if self.stacked else list(self.codes)
-        if not maps:
-            raise ValueError("codes: expected at least one token map, got none")
-        maps = [checked_integers(tokens, "codes", ndim, expected=kind) for tokens in maps]
-        self.codes = maps[0] if self.stacked else maps
+        if isinstance(self.codes, Tensor):
+            self.codes = checked_integers(self.codes, "codes", 4, expected="integers (N, h, w, D)")
+            parts = [self.codes]
+        else:
+            kind = "integers (N, h_k, w_k) each"
+            self.codes = parts = [checked_integers(tokens, "codes", 3, expected=kind) for tokens in self.codes]
+            if not parts:
+                raise ValueError("codes: expected at least one token map, got none")
         self.labels = checked_integers(self.labels, "labels", 1, expected="integers (N,)")
         self.class_names = tuple(self.class_names)
         if not all(isinstance(name, str) for name in self.class_names) or len(set(self.class_names)) < len(
             self.class_names
         ):
             raise ValueError(f"class_names: expected texts that differ from each other, got {list(self.class_names)}")
-        for tokens in maps:
+        for tokens in parts:
             if self.labels.shape != tokens.shape[:1]:
                 raise ValueError(f"labels: expected shape {tuple(tokens.shape[:1])}, got {tuple(self.labels.shape)}")
             check_within(tokens, "codes", "code", 0, self.codebook_size)
         check_within(self.labels, "labels", "label", -1, len(self.class_names) or None)
 
     @property
-    def stacked(self) -> bool:
-        """Whether they are stacks of codes, and not token maps of several scales."""
-        return isinstance(self.codes, Tensor)
+    def layout(self) -> CodeLayout:
+        """The shape of an image's codes."""
+        return CodeLayout.of(self.codes, self.codebook_size)
 
-    @property
-    def code_shape(self) -> CodeShape:
-        """[h, w, D], or [h_k, w_k] of each token map."""
-        if self.stacked:
-            return list(self.codes.shape[1:])
-        return [list(tokens.shape[1:]) for tokens in self.codes]
-
-    def check_tokenizer(self, code_shape: CodeShape, codebook_id: str) -> None:
-        """Raises ValueError unless they are the codes of a tokenizer with this shape and `code_fingerprint`."""
-        if self.code_shape != code_shape:
-            raise ValueError(
-                f"codes: expected {code_shape_in_words(code_shape)}, as the tokenizer has, "
-                f"got {code_shape_in_words(self.code_shape)}"
-            )
+    def check_tokenizer(self, layout: CodeLayout, codebook_id: str) -> None:
+        """Raises ValueError unless they are the codes of a tokenizer with this layout and `fingerprint`."""
+        if (self.layout.kind, self.layout.shape) != (layout.kind, layout.shape):
+            raise ValueError(f"codes: expected {layout.in_words()}, as the tokenizer has, got {self.layout.in_words()}")
         if self.codebook_id != codebook_id:
             raise ValueError("codes: they were written by another tokenizer than the given one")
-
-
-def code_fingerprint(*tensors: Tensor) -> str:
-    """The first 16 hex digits of SHA-256 over all that decides what a code stands for: codebooks, and of token maps
-    what refines them. Of each tensor its shape and float32 bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        digest.update(str(tuple(values.shape)).encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def check_codes_name(path: Path, name: str = "path") -> None:
@@ -126,19 +85,19 @@ def check_codes_name(path: Path, name: str = "path") -> None:
 
 
 def write_codes(path: Path, encoded: EncodedImages) -> None:
-    """Writes tensors "codes" (int32 (N, L), see `flatten_codes`) and "labels" (int64) with one entry of metadata, which
-    is JSON, and a checksum; whole or not at all. The same codes give the same bytes."""
+    """Writes tensors "codes" (int32 (N, L), see `CodeLayout.flatten`) and "labels" (int64) with one entry of metadata,
+    which is JSON, and a checksum; whole or not at all. The same codes give the same bytes."""
     check_codes_name(path)
     description = {
         "format_version": FORMAT_VERSION,
-        "code_shape": encoded.code_shape,
+        "code_shape": encoded.layout.to_json(),
         "codebook_size": encoded.codebook_size,
         "codebook_id": encoded.codebook_id,
         "class_names": list(encoded.class_names),
         "info": encoded.info,
     }
     tensors = {
-        "codes": flatten_codes(encoded.codes).to("cpu", torch.int32).contiguous(),
+        "codes": encoded.layout.flatten(encoded.codes).to("cpu", torch.int32).contiguous(),
         "labels": encoded.labels.to("cpu").contiguous(),
     }
     with new_file(path) as written:
@@ -217,19 +176,10 @@ def _parsed(metadata: Mapping[str, str], name: str, kind: type) -> Any:
     return value
 
 
-def code_shape_in_words(code_shape: CodeShape) -> str:
-    """Such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""
-    if isinstance(code_shape[0], int):
-        return f"{'x'.join(map(str, code_shape))} codes"
-    return f"token maps of {', '.join(f'{h}x{w}' for h, w in code_shape)}"
-
-
 def _unflattened(codes_nl: Tensor, code_shape: Any) -> Codes:
     try:
-        shapes = [code_shape] if isinstance(code_shape[0], int) else code_shape
-        fits = sum(map(math.prod, shapes)) == codes_nl.shape[1] and min(map(min, shapes)) >= 1
-        if fits:
-            return unflatten_codes(codes_nl, code_shape)
-    except (LookupError, RuntimeError, TypeError, ValueError):
-        pass
-    raise ValueError(f"code_shape: {shorten(code_shape)} does not fit codes {tuple(codes_nl.shape)}")
+        # Codes are checked against their codebook's size once they have their shape.
+        return CodeLayout.from_json(code_shape, codebook_size=1).unflatten(codes_nl)
+    except ValueError as error:
+        fault = f"code_shape: {shorten(code_shape)} does not fit codes {tuple(codes_nl.shape)}"
+        raise ValueError(fault) from error

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from rqgen.checks import find_name
 from rqgen.config import did_you_mean
 
 if TYPE_CHECKING:
@@ -56,15 +57,18 @@ def choose_classes(
     names: Sequence[str], wanted: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], dict[int, int]]:
     """The class names in use, and for each used position in ``names`` the label it gets. ``wanted`` as
-    `DataConfig.classes`. Raises ValueError for a name that is not there, suggesting the nearest."""
+    `DataConfig.classes`; names are found as `rqgen.checks.find_name` does. Raises ValueError for a name that is not
+    there, suggesting the nearest."""
     if wanted is None:
         return tuple(names), {position: position for position in range(len(names))}
-    if len(set(wanted)) != len(wanted) or not wanted:
-        raise ValueError(f"classes: expected a list of different class names, got {wanted}")
-    for name in wanted:
-        if name not in names:
+    positions = {name: find_name(name, names) for name in wanted}
+    for name, position in positions.items():
+        if position is None:
             raise ValueError(f"classes: unknown class '{name}' in {where}; {did_you_mean(name, names)}")
-    return tuple(wanted), {list(names).index(name): label for label, name in enumerate(wanted)}
+    chosen = {position: label for label, position in enumerate(positions.values()) if position is not None}
+    if len(chosen) != len(wanted) or not wanted:
+        raise ValueError(f"classes: expected a list of different class names, got {wanted}")
+    return tuple(names[position] for position in chosen), chosen
 
 
 def item_generator(seed: int, epoch: int, index: int, *, stream: int) -> np.random.Generator:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .integers import check_within, checked_integers
+from rqgen.checks import check_within, checked_integers
 
 
 class Batch(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.models.packed import PackedPrior
+from rqgen.inference import cast_prior, change_of_prior
+from rqgen.inference.packed import PackedPrior
 from rqgen.models.pretrained import eval_mode
 from rqgen.models.rqtransformer import RQTransformer
-from rqgen.models.sampler import cast_prior, change_of_prior
 
 
 @dataclass
@@ -44,7 +44,7 @@ def evaluate_precision(
         TypeError, ValueError, IndexError: as `RQTransformer.forward` and `rqgen.generate`; no codes.
     """
     packed = change_of_prior(prior, precision) is None and prior.device.type == "cpu"
-    prior.check_codes(codes, prior.config.code_shape)
+    prior.layout.check(codes, device=prior.device, owner="prior")
     if len(codes) == 0:
         raise ValueError("codes: expected at least one code map, got none")
     prior.check_codebooks()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rqgen.data.datasets import ImageDataset
-from rqgen.models import RQVAE, MultiScaleVQVAE
+from rqgen.models import Tokenizer
 
 
 @dataclass
@@ -25,17 +24,14 @@ class ReconstructionQuality:
 
 
 @torch.no_grad()
-def evaluate_reconstruction(
-    vae: RQVAE | MultiScaleVQVAE, images: ImageDataset, *, batch_size: int = 128
-) -> ReconstructionQuality:
+def evaluate_reconstruction(vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128) -> ReconstructionQuality:
     """Encodes and decodes every image once. Raises ValueError for an empty dataset."""
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     vae.eval()
-    stacks = isinstance(vae, RQVAE)
-    encode = functools.partial(vae.encode, frozen=vae.freeze(len(images))) if stacks else vae.encode
+    encode = vae.encoder_for(len(images))
     squared_error, pixels = 0.0, 0
-    counts_dk = torch.zeros(vae.depth if stacks else len(vae.scales), vae.codebook_size, dtype=torch.int64)
+    counts_dk = torch.zeros(vae.layout.levels, vae.codebook_size, dtype=torch.int64)
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
         images_nchw = torch.stack([images.item(index, 0)[0] for index in indices]).to(vae.device)
@@ -43,7 +39,7 @@ def evaluate_reconstruction(
         error = vae.decode(codes).double() - images_nchw.double()
         squared_error += error.square().sum().item()
         pixels += error.numel()
-        for d, chosen in enumerate(codes.unbind(-1) if stacks else codes):
+        for d, chosen in enumerate(vae.layout.by_level(codes)):
             counts_dk[d] += torch.bincount(chosen.flatten().cpu(), minlength=vae.codebook_size)
     share_dk = counts_dk.double() / counts_dk.sum(1, keepdim=True)
     entropy_d = -torch.special.xlogy(share_dk, share_dk).sum(1)

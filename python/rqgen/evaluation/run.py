@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rqgen.checks import same_names
 from rqgen.config import to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset
-from rqgen.data.codes import Codes
-from rqgen.models.classes import number_of_classes
-from rqgen.models.pair import check_tokenizer
+from rqgen.models import Prior, Tokenizer
+from rqgen.quantizers import Codes
 
 from .classifier import ImageClassifier
 from .metrics import METRICS, Need, Row
@@ -46,14 +46,14 @@ class Run:
         self,
         settings: EvaluationConfig,
         *,
-        tokenizer: Any = None,
-        prior: Any = None,
+        tokenizer: Tokenizer | None = None,
+        prior: Prior | None = None,
         generate: Callable[..., Any] | None = None,
         edit: Callable[..., Any] | None = None,
         no_images: str | None = None,
     ) -> None:
         if tokenizer is not None and prior is not None:
-            check_tokenizer(prior, tokenizer)
+            prior.check_tokenizer(tokenizer)
         for model in (tokenizer, prior):
             if model is not None:
                 model.eval()
@@ -115,11 +115,11 @@ class Run:
 
     def _lacks_condition(self) -> str | None:
         reason = self._lacks_prior() or self._lacks_images()
-        if reason is not None or _condition_kind(self.prior) == "none":
+        if reason is not None or self.prior.condition_kind == "none":
             return reason
-        if _condition_kind(self.prior) != "class":
-            return f"needs a class-conditional or unconditional prior, got condition '{_condition_kind(self.prior)}'"
-        if not self.class_names and self.prior.config.has_null_condition:
+        if self.prior.condition_kind != "class":
+            return f"needs a class-conditional or unconditional prior, got condition '{self.prior.condition_kind}'"
+        if not self.class_names and self.prior.has_null_condition:
             return None
         return self._lacks_classes()
 
@@ -127,10 +127,10 @@ class Run:
         reason = self._lacks_prior() or self._lacks_images()
         if reason is not None:
             return reason
-        classes, theirs = number_of_classes(self.prior), self.prior.config.class_names
+        classes, theirs = self.prior.num_classes, self.prior.class_names
         if classes == 0:
             return "needs a class-conditional prior"
-        if len(self.class_names) != classes or (theirs and tuple(theirs) != tuple(self.class_names)):
+        if len(self.class_names) != classes or (theirs and not same_names(theirs, self.class_names)):
             ours, named = ", ".join(self.class_names[:10]), ", ".join(theirs[:10])
             known = f"{classes} classes" + (f" ({named})" if named else "")
             return f"needs images of the prior's classes: expected {known}, got {ours or 'none'}"
@@ -138,9 +138,9 @@ class Run:
 
     def _lacks_samples(self) -> str | None:
         reason = self._lacks_tokenizer() or self._lacks_prior()
-        if reason is None and _condition_kind(self.prior) not in ("none", "class"):
-            reason = f"needs samples, and the prior's condition is '{_condition_kind(self.prior)}'"
-        if reason is None and self.settings.sampling.cfg_scale and not self.prior.config.has_null_condition:
+        if reason is None and self.prior.condition_kind not in ("none", "class"):
+            reason = f"needs samples, and the prior's condition is '{self.prior.condition_kind}'"
+        if reason is None and self.settings.sampling.cfg_scale and not self.prior.has_null_condition:
             reason = "needs a prior with a null condition for sampling.cfg_scale"
         if reason is None and (self._generate is None or self._edit is None):
             reason = "needs samples: give the run generate=rqgen.generate and edit=rqgen.edit"
@@ -191,10 +191,8 @@ class Run:
     def codes(self) -> tuple[Codes, Tensor]:
         """Codes of all images, on the device, and their labels on the CPU."""
         parts = [(self.tokenizer.encode(images), labels) for images, labels in self.batches()]
-        labels = torch.cat([labels for _, labels in parts])
-        if isinstance(parts[0][0], Tensor):
-            return torch.cat([codes for codes, _ in parts]), labels
-        return [torch.cat(maps) for maps in zip(*(codes for codes, _ in parts), strict=True)], labels
+        codes = self.tokenizer.layout.concatenate([codes for codes, _ in parts])
+        return codes, torch.cat([labels for _, labels in parts])
 
     @torch.no_grad()
     def decode_encoded(self, images: Tensor) -> Tensor:
@@ -205,7 +203,7 @@ class Run:
     def condition(self, labels: Tensor) -> Tensor | None:
         """The condition of images with labels (N,): the labels, or None for an unconditional prior and for images
         without labels."""
-        if number_of_classes(self.prior) == 0 or bool((labels < 0).any()):
+        if self.prior.num_classes == 0 or bool((labels < 0).any()):
             return None
         return labels.to(self.prior.device)
 
@@ -214,24 +212,24 @@ class Run:
         or -1 from an unconditional prior. No sample is selected or left out."""
         if precision not in self._samples:
             sampling = self.settings.sampling
-            classes = number_of_classes(self.prior)
+            classes = self.prior.num_classes
             labels = torch.arange(sampling.count) % classes if classes else torch.full((sampling.count,), -1)
-            drawn = self._generate(
+            sampled = self._generate(
                 self.prior,
                 self.tokenizer,
                 self.condition(labels),
                 None if classes else sampling.count,
-                **sampling.draws(),
+                params=sampling.params(),
                 batch_size=sampling.batch_size,
                 precision=precision,
             )
-            self._samples[precision] = drawn.images, labels
+            self._samples[precision] = sampled.images, labels
         return self._samples[precision]
 
     def edit(self, images: Tensor, mask: Tensor, labels: Tensor) -> Any:
         """The output of `rqgen.edit` for images on the device, given their labels."""
-        draws = self.settings.sampling.draws()
-        return self._edit(self.prior, self.tokenizer, images, mask, self.condition(labels), **draws)
+        params = self.settings.sampling.params()
+        return self._edit(self.prior, self.tokenizer, images, mask, self.condition(labels), params=params)
 
     @functools.cached_property
     def judge(self) -> ImageClassifier:
@@ -259,10 +257,6 @@ class _Some(ImageDataset):
 def _stacked(images: ImageDataset, change: Callable[[Tensor], Tensor] = lambda image: image) -> tuple[Tensor, Tensor]:
     items = [(change(image), label) for image, label in (images.item(index, 0) for index in range(len(images)))]
     return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
-
-
-def _condition_kind(prior: Any) -> str:
-    return getattr(prior.config, "condition", "class")
 
 
 @dataclass
@@ -335,8 +329,8 @@ def _plain(result: Any, name: str) -> dict[str, Any]:
 def protocol(run: Run) -> dict[str, Any]:
     """The images and the sampling behind the results, as JSON holds them."""
     settings = to_dict(run.settings)
-    drawn = {name: settings[name] for name in ("batch_size", "sampling")}
+    sampled = {name: settings[name] for name in ("batch_size", "sampling")}
     if run.lacks("images") is not None:
-        return drawn
+        return sampled
     judged_by = {"images": len(run.images), "class_names": list(run.class_names)}
-    return {"data": settings["data"], "split": settings["split"], **judged_by, **drawn}
+    return {"data": settings["data"], "split": settings["split"], **judged_by, **sampled}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rqgen.config import check_bounds, check_seeds, fill_sections, open_sections
 from rqgen.data import DataConfig
+from rqgen.inference import SamplingParams
 
 from .metrics import METRICS
 
@@ -24,7 +25,7 @@ class SamplingConfig:
     top_p: float | None = None
     """Only the likeliest codes of this total mass."""
     cfg_scale: float | None = None
-    """Strength of classifier-free guidance."""
+    """Strength of classifier-free guidance; 0 is off."""
     batch_size: int = 250
     """Images sampled at once."""
     seed: int = 0
@@ -33,17 +34,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_bounds(self, count=(1, 10**6), batch_size=(1, 2**24), top_k=(1, 2**24))
         check_seeds(self, "seed")
-        for name in ("temperature", "cfg_scale"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {value}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        self.params()  # which checks the others
 
-    def draws(self) -> dict[str, Any]:
-        """The settings that `generate` and `edit` share."""
+    def params(self) -> SamplingParams:
+        """The settings that `generate` and `edit` take."""
         names = ("temperature", "top_k", "top_p", "cfg_scale", "seed")
-        return {name: getattr(self, name) for name in names}
+        return SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 @open_sections(METRICS)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from rqgen.data.codes import Codes, flatten_codes
 from rqgen.data.datasets import ImageDataset
-from rqgen.models.classes import number_of_classes
-from rqgen.models.pair import check_tokenizer
+from rqgen.models import Prior, Tokenizer
+from rqgen.models.interfaces import level_means
 
 
 @dataclass
@@ -36,7 +32,9 @@ class TokenPrediction:
 
 
 @torch.no_grad()
-def evaluate_token_prediction(prior: Any, vae: Any, images: ImageDataset, *, batch_size: int = 128) -> TokenPrediction:
+def evaluate_token_prediction(
+    prior: Prior, vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128
+) -> TokenPrediction:
     """Predicts every code of every image once, given the true codes before it (teacher forcing) and the image's label,
     without dropout; float64 sums.
 
@@ -44,7 +42,7 @@ def evaluate_token_prediction(prior: Any, vae: Any, images: ImageDataset, *, bat
     nearest ones, whatever the prior learnt from.
 
     Args:
-        prior, vae: an RQ-Transformer and its RQ-VAE, or a VAR and its multi-scale VQ-VAE.
+        prior, vae: of one system, put into eval mode.
         images: of the tokenizer's size.
         batch_size: images at once; their logits take so many times codes x K numbers.
 
@@ -53,40 +51,18 @@ def evaluate_token_prediction(prior: Any, vae: Any, images: ImageDataset, *, bat
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
-    check_tokenizer(prior, vae)
+    prior.check_tokenizer(vae)
     prior.eval()
     vae.eval()
-    sums_2l: Tensor | None = None
+    sums_2l = torch.zeros(2, prior.layout.count, dtype=torch.float64, device=prior.device)
     for start in range(0, len(images), batch_size):
         batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
         labels = torch.tensor([label for _, label in batch], device=prior.device)
-        labelled = number_of_classes(prior) > 0 and bool((labels >= 0).all())
-        losses_bl, wrong_bl = code_losses(prior, codes, labels if labelled else None)
-        sums = torch.stack([losses_bl.double().sum(0), wrong_bl.double().sum(0)])
-        sums_2l = sums if sums_2l is None else sums_2l + sums
-    levels_l = code_levels(codes)
-    losses_l, wrong_l = sums_2l / len(images)
-    by_level = [_by_level(means_l, levels_l) for means_l in (losses_l, wrong_l)]
-    return TokenPrediction(losses_l.mean().item(), wrong_l.mean().item(), *by_level)
-
-
-def code_losses(prior: Any, codes: Codes, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(N, L) of all codes of an image, as `flatten_codes` orders them: `-log p` in nats, and whether another code is
-    likelier."""
-    logits_nlk = prior(codes, condition).logits.flatten(1, -2)
-    codes_nl = flatten_codes(codes)
-    losses_nl = F.cross_entropy(logits_nlk.transpose(1, 2), codes_nl, reduction="none")
-    return losses_nl, logits_nlk.argmax(-1) != codes_nl
-
-
-def code_levels(codes: Codes) -> Tensor:
-    """The depth or scale, from 0, of each code of an image, int64 (L,), as `flatten_codes` orders them."""
-    if isinstance(codes, Tensor):
-        levels = [torch.arange(codes.shape[-1], device=codes.device).expand_as(codes[:1])]
-        return flatten_codes(levels[0])[0]
-    return flatten_codes([torch.full_like(tokens[:1], k) for k, tokens in enumerate(codes)])[0]
-
-
-def _by_level(values_l: Tensor, levels_l: Tensor) -> list[float]:
-    return [values_l[levels_l == level].mean().item() for level in range(int(levels_l.max()) + 1)]
+        labelled = prior.num_classes > 0 and bool((labels >= 0).all())
+        found = prior.code_losses(codes, labels if labelled else None)
+        sums_2l += torch.stack([found.nll.double().sum(0), (~found.correct).double().sum(0)])
+    means_2l = sums_2l / len(images)
+    by_level = [level_means(prior.layout, means_l.unsqueeze(0)).tolist() for means_l in means_2l]
+    loss, error_rate = means_2l.mean(1).tolist()
+    return TokenPrediction(loss, error_rate, *by_level)

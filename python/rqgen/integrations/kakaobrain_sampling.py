@@ -1,20 +1,20 @@
 """The published RQ-Transformer's `sample` (kakaobrain/rq-vae-transformer) on our operators.
 
-The published loop embeds all codes drawn so far for every code, grows keys and values by concatenation, and sorts all K
-logits and waits for the device at each code. After `rqgen.accelerate(transformer)` the same call
+The published loop embeds all codes sampled so far for every code, grows keys and values by concatenation, and sorts
+all K logits and waits for the device at each code. After `rqgen.accelerate(transformer)` the same call
 
     codes = transformer.sample(partial_sample, model_aux=vae, cond=labels, top_k=2048, top_p=0.95)
 
-draws a position in two calls (on a GPU in one CUDA graph), from the transformer's own weights, see
-`rqgen.models.sampler`. What is the same as before, and what is not:
+samples a position in two calls (on a GPU in one CUDA graph), from the transformer's own weights, see
+`rqgen.inference`. What is the same as before, and what is not:
 
-- The likeliest codes (top_k=1) are the same, but where two logits agree within rounding. Other draws come from the same
-  distributions, with numbers of our own generator: its seed is one number of torch's global CPU generator, so
+- The likeliest codes (top_k=1) are the same, but where two logits agree within rounding. Other samples come from the
+  same distributions, with numbers of our own generator: its seed is one number of torch's global CPU generator, so
   `torch.manual_seed` fixes them. Of codes with equal logits at the edge of top_k, the lower ones are kept.
 - On the CPU the attribute `sampling_precision` of the transformer may be set to "bf16" or "int8" in place of "fp32".
   On a GPU `amp=True` computes in bfloat16 (published: float16).
 - `cached`, `fast` and `desc` are accepted and change nothing; with `is_tqdm` there is a progress bar, of rich.
-- A transformer whose weights do not tell all (hooks, parametrizations, modules and methods replaced) draws by the
+- A transformer whose weights do not tell all (hooks, parametrizations, modules and methods replaced) samples by the
   published loop, said once by a warning; at a shorter `sampling_precision` that is an error.
 - On the CPU packed weights, and copies that tell whether the weights have changed since, are kept between calls; on
   a GPU each call reads the weights anew.
@@ -32,13 +32,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from rqgen.checks import check_range
+from rqgen.convert.kakaobrain.rqtransformer import build_rqtransformer
+from rqgen.inference import LevelParams, Sampler
+from rqgen.inference.cuda_graph import CapturedSampler
+from rqgen.inference.packed import PackedPrior, packed_once
+from rqgen.inference.stacks import cast_prior, check_precision
 from rqgen.models import RQTransformer
-from rqgen.models.captured import CapturedSampler
 from rqgen.models.changes import warn_once
-from rqgen.models.condition import check_range
-from rqgen.models.kakaobrain import build_rqtransformer
-from rqgen.models.packed import PackedPrior, packed_once
-from rqgen.models.sampler import Sampler, cast_prior, check_precision
 
 from .swap import Accelerated, change_in_tree, has_structure, override_of, swap_class
 
@@ -83,7 +84,7 @@ def _parts(transformer: nn.Module) -> dict[str, str]:
 
 
 class Sampling(Accelerated):
-    """`RQTransformer`, with our way of drawing."""
+    """`RQTransformer`, with our samplers."""
 
     sampling_precision = "fp32"
 
@@ -141,16 +142,16 @@ class Sampling(Accelerated):
         sampler = self._sampler(model_aux, "bf16" if amp and partial_sample.is_cuda else self.sampling_precision)
         with Progress(console=Console(stderr=True), disable=not is_tqdm) as bar:
             task = bar.add_task(desc, total=height * width - known)
-            codes_btd = sampler.sample(
-                condition_bl,
-                known_btd,
-                temperature=[temperature] * depth,
-                top_k=_per_depth(top_k, depth),
-                top_p=[None if p is None else min(float(p), 1.0) for p in _per_depth(top_p, depth)],
+            params = LevelParams(
+                temperature=(temperature,) * depth,
+                top_k=tuple(_per_depth(top_k, depth)),
+                top_p=tuple(None if p is None else min(float(p), 1.0) for p in _per_depth(top_p, depth)),
                 seed=int(torch.randint(2**63 - 1, ())),
-                advance=lambda: bar.advance(task),
             )
-        return codes_btd.view_as(partial_sample)
+            sampled = sampler.sample(
+                condition_bl, params, known=known_btd.flatten(1), advance=lambda images: bar.advance(task)
+            )
+        return sampled.codes.view_as(partial_sample)
 
     def _change(self) -> str | None:
         """The first thing that the transformer's weights do not tell, in words."""

@@ -1,6 +1,7 @@
 """Models: RQ-VAE and RQ-Transformer, MultiScaleVQVAE and VAR."""
 
-from .load import load_pretrained
+from .auto import load_pretrained
+from .interfaces import CodeLosses, LevelLoss, Prior, Tokenizer
 from .multiscale_vqvae import MultiScaleVQVAE, MultiScaleVQVAEConfig, MultiScaleVQVAELoss, MultiScaleVQVAEOutput
 from .pretrained import PretrainedModel
 from .rqtransformer import RQTransformer, RQTransformerConfig, RQTransformerOutput, SoftLabels, prior_loss
@@ -10,11 +11,14 @@ from .var import VAR, VARConfig, VARLoss, VAROutput, var_loss
 __all__ = [
     "RQVAE",
     "VAR",
+    "CodeLosses",
+    "LevelLoss",
     "MultiScaleVQVAE",
     "MultiScaleVQVAEConfig",
     "MultiScaleVQVAELoss",
     "MultiScaleVQVAEOutput",
     "PretrainedModel",
+    "Prior",
     "RQTransformer",
     "RQTransformerConfig",
     "RQTransformerOutput",
@@ -22,6 +26,7 @@ __all__ = [
     "RQVAELoss",
     "RQVAEOutput",
     "SoftLabels",
+    "Tokenizer",
     "VARConfig",
     "VARLoss",
     "VAROutput",

@@ -22,7 +22,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # Take part in every call of a module.
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 # Take part in none.
-_UNRELATED = {"_initialise", "extra_repr", "reset_parameters", "set_codebooks"}
+_UNRELATED = {
+    *("_initialise", "extra_repr", "reset_parameters", "set_codebooks"),
+    *("check_tokenizer", "codebook_pairs", "loss", "code_losses"),
+}
 GLOBAL_HOOKS = "torch calls a forward hook for all modules (register_module_forward_hook or _pre_hook)"
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
@@ -216,6 +219,7 @@ def warn_once(model: nn.Module, text: str) -> None:
 def _caller_outside() -> int:
     """The stack level of whoever called into this package, for `warnings.warn` in the function that asks."""
     frame, level, package = inspect.currentframe(), 0, __name__.partition(".")[0]
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (package, "torch"):
+    ours = (package, "torch", "functools")  # the latter calls the samplers that are registered for a class
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     return level

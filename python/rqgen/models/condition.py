@@ -7,17 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# All but bool, which is rather a mask than a class.
-_INTEGERS = (
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,  # values that int64 has not become negative, and are out of range
-)
+from rqgen.checks import check_range_without_waiting, integers
 
 
 def condition_ids(
@@ -75,33 +65,3 @@ def checked_class_names(class_names: Sequence[str], classes: int | None = None) 
     if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
         raise ValueError(f"class_names must be names that differ from each other, got {list(names)[:20]}")
     return names
-
-
-def check_range(ids: Tensor, size: int, name: str) -> None:
-    """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
-    if ids.numel() == 0:
-        return
-    lowest, highest = (int(value) for value in ids.aminmax())
-    if lowest < 0 or highest >= size:
-        raise IndexError(f"{name}: expected values in [0, {size}), got {lowest if lowest < 0 else highest}")
-
-
-def integers(ids: Tensor, name: str) -> Tensor:
-    """Ids of any integer dtype as int64. Raises TypeError for others."""
-    if ids.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
-    return ids.to(torch.int64)
-
-
-def check_targets(ids: Tensor, size: int, name: str) -> None:
-    """Raises TypeError or IndexError for ids that cannot be the targets of a cross-entropy over `size` of them."""
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name}: expected int64, got {ids.dtype}")
-    check_range_without_waiting(ids, size, name)
-
-
-def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:
-    """`check_range` on a CPU. On a GPU reading back would stall every training step, in a compiled graph it would
-    break the graph."""
-    if not (ids.is_cuda or torch.compiler.is_compiling()):
-        check_range(ids, size, name)

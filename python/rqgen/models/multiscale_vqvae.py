@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rqgen.quantizers import Convolution, MultiScaleConfig, MultiScaleQuantizer
+from rqgen.quantizers import CodeLayout, Convolution, MultiScaleConfig, MultiScaleQuantizer
+from rqgen.quantizers.multiscale import ScaleUsage
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
 from .images import check_images, check_some
-from .pretrained import PretrainedModel, eval_mode
+from .interfaces import Tokenizer
+from .pretrained import eval_mode
 
 
 @dataclass
@@ -89,7 +91,7 @@ class MultiScaleVQVAELoss(NamedTuple):
     output: MultiScaleVQVAEOutput
 
 
-class MultiScaleVQVAE(PretrainedModel):
+class MultiScaleVQVAE(Tokenizer):
     """Encoder, multi-scale quantizer, decoder.
 
     Images are (B, channels, height, width) in [-1, 1], of the one size that the scales decide and of any floating-point
@@ -134,9 +136,23 @@ class MultiScaleVQVAE(PretrainedModel):
         return self.quantizer.codebook
 
     @property
-    def codebook_size(self) -> int:
-        """K."""
-        return self.config.quantizer.codebook_size
+    def layout(self) -> CodeLayout:
+        """A token map per scale."""
+        return self.quantizer.layout
+
+    @property
+    def usage(self) -> ScaleUsage:
+        """Counts of the codes chosen in training."""
+        return self.quantizer.usage
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution."""
+        return self.decoder.conv_out.weight
+
+    def code_tensors(self) -> list[Tensor]:
+        """All tensors that decide what a code stands for."""
+        return self.quantizer.code_tensors()
 
     @property
     def scales(self) -> list[list[int]]:
@@ -186,6 +202,10 @@ class MultiScaleVQVAE(PretrainedModel):
     def decode_latents(self, features: Tensor) -> Tensor:
         """Images (B, channels, H, W) from features (B, C, H, W). Differentiable."""
         return self.decoder(self.from_latents(features.to(self.dtype)))
+
+    def decode_vectors(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Images of vectors (B, h_k, w_k, C) for every scale, codes' own or mixtures of them. Differentiable."""
+        return self.decode_latents(self.quantizer.combine(vectors))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:

@@ -37,13 +37,16 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+MODELS: dict[str, type[PretrainedModel]] = {}
+"""Every model class that has been defined, by its `model_type`: see `rqgen.models.load_pretrained`."""
+
 
 class PretrainedModel(nn.Module):
     """A module that is wholly described by a config dataclass and its state dict.
 
-    Subclasses set `model_type` (a name written into the folder) and `config_class`, and take the config as
-    the first argument of `__init__`; further arguments need defaults. Models are made in float32, whatever torch's
-    default dtype is; cast them afterwards, by `.to(dtype)`.
+    Subclasses set `model_type` (a name written into the folder, by which `load_pretrained` finds the class) and
+    `config_class`, and take the config as the first argument of `__init__`; further arguments need defaults. Models
+    are made in float32, whatever torch's default dtype is; cast them afterwards, by `.to(dtype)`.
     """
 
     model_type: ClassVar[str]
@@ -55,6 +58,11 @@ class PretrainedModel(nn.Module):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             cls.__init__ = _in_float32(cls.__init__)  # type: ignore[method-assign]
+        if kind := vars(cls).get("model_type"):
+            other = MODELS.setdefault(kind, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"model_type: {kind!r} is that of {other.__module__}.{other.__qualname__} already")
+            MODELS[kind] = cls
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 import rqkernels
+from rqgen.checks import check_targets, integers
 from rqgen.config import check_bounds
+from rqgen.quantizers import CodeLayout
 
 from .changes import as_written, computes_as
-from .condition import check_range_without_waiting, check_targets, checked_class_names, condition_ids, integers
-from .kv_cache import KVCache
-from .pretrained import PretrainedModel
-from .transformer import Transformer, TransformerConfig
+from .condition import checked_class_names, condition_ids
+from .interfaces import LevelLoss, Prior, Tokenizer
+from .rqvae import RQVAE
+from .transformer import Cache, Transformer, TransformerConfig
 
 _INIT_STD = 0.02
 # name -> width, spatial layers, depth layers, heads
@@ -264,7 +266,7 @@ class CodeClassifier(nn.Module):
 
 
 @as_written("depth", "positions")
-class RQTransformer(PretrainedModel):
+class RQTransformer(Prior):
     """Spatial transformer over positions, depth transformer over the D codes of one position.
 
     With S_td the code at position t and depth d and e its embedding (equations 8-14 of the paper):
@@ -284,6 +286,9 @@ class RQTransformer(PretrainedModel):
 
     model_type: ClassVar[str] = "rqtransformer"
     config_class: ClassVar[type] = RQTransformerConfig
+    tokenizer_class: ClassVar[type[Tokenizer]] = RQVAE
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8")
+    edits = "rows"
     given_later: ClassVar[frozenset[str]] = frozenset({"codebooks"})
     config: RQTransformerConfig
     codebooks: Tensor | None
@@ -294,6 +299,7 @@ class RQTransformer(PretrainedModel):
         channels = config.embed_dim
         self.depth = depth
         self.positions = height * width
+        self._layout = CodeLayout.stacks(config.code_shape, config.codebook_size)
 
         # The last row is the null condition, where there is one.
         rows = max(config.condition_vocab_size, 1) + config.has_null_condition
@@ -366,8 +372,8 @@ class RQTransformer(PretrainedModel):
             TypeError, ValueError, IndexError: wrong dtype, shape or device; a code or condition out of range
                 (on CUDA the embedding kernel checks the range: reading it back here would stall training).
         """
-        batch = codes.shape[0] if isinstance(codes, Tensor) and codes.dim() else 0
-        self.check_codes(codes, self.config.code_shape)
+        self.layout.check(codes, device=self.device, owner="prior")
+        batch = len(codes)
         self.check_codebooks()
         if soft_labels is not None and soft_labels.residuals.shape[:-1] != codes.shape:
             expected, got = ", ".join(map(str, codes.shape)), tuple(soft_labels.residuals.shape)
@@ -395,6 +401,36 @@ class RQTransformer(PretrainedModel):
             condition_logits = self.condition_classifier(outputs_bnw[:, :last]).float()
         return RQTransformerOutput(logits, condition_logits, dropped, code_loss)
 
+    @property
+    def layout(self) -> CodeLayout:
+        """Stacks of D codes."""
+        return self._layout
+
+    @property
+    def condition_kind(self) -> str:
+        """ "none", "class" or "tokens"."""
+        return self.config.condition
+
+    @property
+    def condition_size(self) -> int:
+        """Classes, or token ids, that a condition may hold."""
+        return self.config.condition_vocab_size
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether the prior learnt the unconditional distribution too."""
+        return self.config.has_null_condition
+
+    def codebook_pairs(self, vae: RQVAE) -> list[tuple[Tensor, Tensor]]:
+        """The codebooks, where this prior carries any."""
+        return [] if self.codebooks is None else [(self.codebooks, vae.codebooks)]
+
+    def loss(self, codes: Tensor, condition: Tensor | None = None) -> LevelLoss:
+        """`prior_loss` of hard labels, token conditions included."""
+        tokens = condition if self.config.condition == "tokens" else None
+        loss = prior_loss(self(codes, condition), codes=codes, condition=tokens)
+        return LevelLoss(loss.total, loss.per_depth)
+
     def condition_ids(self, condition: Tensor | None, batch: int) -> Tensor:
         """The condition as int64 (B, L) ids of the condition embedding.
 
@@ -417,18 +453,6 @@ class RQTransformer(PretrainedModel):
             device=self.device,
         )
 
-    def check_codes(self, codes: Tensor, code_shape: tuple[int, int, int], name: str = "codes") -> None:
-        """Raises the errors of `forward` unless codes are int64 (B, *code_shape), in [0, K) and here."""
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(codes).__name__}")
-        if codes.dtype != torch.int64:
-            raise TypeError(f"{name}: expected int64, got {codes.dtype}")
-        if codes.dim() != 4 or codes.shape[1:] != code_shape:
-            expected = ", ".join(map(str, code_shape))
-            raise ValueError(f"{name}: expected shape (B, {expected}), got {tuple(codes.shape)}")
-        self._check_device(codes, name)
-        check_range_without_waiting(codes, self.config.codebook_size, name)
-
     def check_codebooks(self) -> None:
         """Raises ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
         if self.codebooks is None or self.codebooks.is_cuda or torch.compiler.is_compiling():
@@ -436,12 +460,8 @@ class RQTransformer(PretrainedModel):
         if bool(self.codebooks.flatten()[0].isnan()):
             raise ValueError("prior: it has no codebooks yet; call set_codebooks(tokenizer.codebooks) first")
 
-    def _check_device(self, tensor: Tensor, name: str) -> None:
-        if tensor.device != self.device:
-            raise ValueError(f"{name}: expected on {self.device}, where the prior is, got {tensor.device}")
-
     def spatial_outputs(
-        self, codes_bnd: Tensor, condition_bl: Tensor | None = None, cache: KVCache | None = None
+        self, codes_bnd: Tensor, condition_bl: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Outputs of the spatial transformer at the condition's tokens and at the n given stacks.
 
@@ -450,7 +470,7 @@ class RQTransformer(PretrainedModel):
         Args:
             codes_bnd: int64 (B, n, D): the stacks after those the cache has seen; from the first one without.
             condition_bl: int64 (B, L) from `condition_ids`, for the first call of a sequence alone.
-            cache: keys and values of what came before, see `new_caches`; moved on by this call.
+            cache: keys and values of what came before, see `rqgen.inference.kv_cache`; moved on by this call.
 
         Returns:
             (B, L + n, W), or (B, n, W) without a condition.
@@ -467,13 +487,13 @@ class RQTransformer(PretrainedModel):
         e_bnc = self._embed(self.config.spatial_embedding, codes_bnd).sum(dim=-2)
         return self.spatial_projection(e_bnc) if self.config.spatial_embedding == "codebook" else e_bnc
 
-    def sample_stack(self, context_bw: Tensor, draw: Callable[[Tensor, int], Tensor], cache: KVCache) -> Tensor:
-        """Draws the D codes of one position, one after another.
+    def sample_stack(self, context_bw: Tensor, sample: Callable[[Tensor, int], Tensor], cache: Cache) -> Tensor:
+        """Samples the D codes of one position, one after another.
 
         Args:
             context_bw: (B, W), the position's context from `spatial_outputs`.
-            draw: from float32 logits (B, K) and d = 0 .. D-1 to codes int64 (B,).
-            cache: the depth cache of `new_caches`; its former content is forgotten.
+            sample: from float32 logits (B, K) and d = 0 .. D-1 to codes int64 (B,).
+            cache: the depth transformer's; its former content is forgotten.
 
         Returns:
             int64 (B, D).
@@ -483,25 +503,13 @@ class RQTransformer(PretrainedModel):
         x_bw, sum_bc = context_bw, None
         for d in range(self.depth):
             state_bw = self.depth_transformer((x_bw + self.depth_positions[d])[:, None], cache)[:, 0]
-            codes.append(draw(self.classifier(state_bw, d), d))
+            codes.append(sample(self.classifier(state_bw, d), d))
             if d + 1 < self.depth:
                 e_bc = self._embed(self.config.depth_embedding, codes[d][:, None], first_depth=d)[:, 0]
                 cumulative = sum_bc is not None and self.config.depth_context == "cumulative"
                 sum_bc = sum_bc + e_bc if cumulative else e_bc
                 x_bw = self.depth_projection(sum_bc) if self.config.depth_embedding == "codebook" else sum_bc
         return torch.stack(codes, dim=-1)
-
-    def new_caches(self, batch: int) -> tuple[KVCache, KVCache]:
-        """Empty caches of the spatial and the depth transformer for sampling `batch` code maps."""
-        device = self.device
-        dtype = self.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        capacity = self.config.condition_length + self.positions - 1
-        return (
-            self.spatial_transformer.new_cache(batch, capacity, dtype=dtype, device=device),
-            self.depth_transformer.new_cache(batch, self.depth, dtype=dtype, device=device),
-        )
 
     def _depth_inputs(self, contexts_btw: Tensor, codes_btd: Tensor) -> Tensor:
         """v_td of whole maps: (B * T, D, W)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,11 +12,12 @@ from torch import Tensor
 
 import rqkernels
 from rqgen.config import check_bounds
-from rqgen.quantizers import Convolution, QuantizerConfig, ResidualQuantizer
+from rqgen.quantizers import CodeLayout, CodeUsage, Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
 from .images import check_images, check_some
-from .pretrained import PretrainedModel, eval_mode
+from .interfaces import Tokenizer
+from .pretrained import eval_mode
 
 
 @dataclass
@@ -146,7 +149,7 @@ class RQVAELoss(NamedTuple):
     output: RQVAEOutput
 
 
-class RQVAE(PretrainedModel):
+class RQVAE(Tokenizer):
     """Encoder, residual quantizer, decoder.
 
     Images are (B, channels, height, width) in [-1, 1], of any floating-point dtype (what comes in is cast to the
@@ -187,9 +190,23 @@ class RQVAE(PretrainedModel):
         return self.quantizer.codebooks
 
     @property
-    def codebook_size(self) -> int:
-        """K."""
-        return self.config.quantizer.codebook_size
+    def layout(self) -> CodeLayout:
+        """Stacks of D codes, of images of the configured size."""
+        return CodeLayout.stacks(self.config.code_shape, self.config.quantizer.codebook_size)
+
+    @property
+    def usage(self) -> CodeUsage:
+        """Counts of the codes chosen in training."""
+        return self.quantizer.usage
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution."""
+        return self.decoder.conv_out.weight
+
+    def code_tensors(self) -> list[Tensor]:
+        """All tensors that decide what a code stands for."""
+        return self.quantizer.code_tensors()
 
     @property
     def depth(self) -> int:
@@ -271,17 +288,21 @@ class RQVAE(PretrainedModel):
         return self.decoder(self.from_latents(latents_bchw.to(self.dtype)))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
-        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `frozen`, see `freeze`. Errors
-        as `encode_latents`. Images whose latents are not finite get codes -1, which `decode` refuses."""
+    def encode(self, images: Tensor, packed: rqkernels.PackedCodebook | None = None) -> Tensor:
+        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `packed`, see `pack_codebook`.
+        Errors as `encode_latents`. Images whose latents are not finite get codes -1, which `decode` refuses."""
         with eval_mode(self):
-            return self.quantizer.encode(self.encode_latents(images), frozen)
+            return self.quantizer.encode(self.encode_latents(images), packed)
 
-    def freeze(self, num_images: int) -> rqkernels.FrozenCodebook | None:
-        """What `encode` takes to encode about so many images with the codebook as it is now; None where preparing it
-        is not repaid (see `ResidualQuantizer.freeze`)."""
+    def pack_codebook(self, num_images: int) -> rqkernels.PackedCodebook | None:
+        """Packs the current codebook for encoding about `num_images` images; None if packing would not pay off (see
+        `ResidualQuantizer.pack_codebook`)."""
         h, w, _ = self.code_shape
-        return self.quantizer.freeze(num_images * h * w)
+        return self.quantizer.pack_codebook(num_images * h * w)
+
+    def encoder_for(self, num_images: int) -> Callable[[Tensor], Tensor]:
+        """`encode` for about `num_images` images, with a packed codebook where that pays off."""
+        return functools.partial(self.encode, packed=self.pack_codebook(num_images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -316,7 +337,7 @@ class RQVAE(PretrainedModel):
         Args:
             images: (B, channels, H, W) in [-1, 1].
             tau: temperature, > 0.
-            stochastic: draw the codes from the distributions (by `seed`, and `offset`, the index of the first
+            stochastic: sample the codes from the distributions (by `seed`, and `offset`, the index of the first
                 position) instead of taking the nearest.
 
         Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ import rqkernels
 from rqgen.config import check_bounds
 
 from .changes import as_written
-from .kv_cache import KVCache
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 # What `rqkernels.depth_attention` takes: more positions, or wider heads, are work for tiled kernels.
@@ -54,6 +54,29 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
+class Cache(Protocol):
+    """Keys and values of the positions that a stack has seen (see `rqgen.inference.kv_cache`). The stack writes behind
+    `length` and moves `length` on."""
+
+    length: int
+
+    def write(self, layer: int, k_bhnd: Tensor, v_bhnd: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new positions of one layer; gives its keys and values of all positions."""
+        ...
+
+    def mask(self, new: int) -> Tensor | None:
+        """Marks the keys that each of `new` positions sees; None where attention is plainly causal."""
+        ...
+
+    def advance(self, positions: int) -> None:
+        """Counts the positions that all layers have written."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets every position."""
+        ...
+
+
 @as_written()
 class QuickGELU(nn.Module):
     """`x * sigmoid(1.702 x)`, the sigmoid approximation of GELU (Hendrycks and Gimpel 2016)."""
@@ -77,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=config.attention_bias)
         self.out = nn.Linear(width, width, bias=config.attention_bias)
 
-    def forward(self, x_bnw: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x_bnw: Tensor, cache: Cache | None, layer: int) -> Tensor:
         batch, new, width = x_bnw.shape
         qkv = self.qkv(x_bnw).view(batch, new, 3, self.heads, width // self.heads)
         dropout = self.dropout if self.training else 0.0
@@ -112,7 +135,7 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x_bnw: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x_bnw: Tensor, cache: Cache | None, layer: int) -> Tensor:
         x_bnw = x_bnw + self.dropout(self.attention(self.attention_norm(x_bnw), cache, layer))
         return x_bnw + self.dropout(self.mlp(self.mlp_norm(x_bnw)))
 
@@ -134,15 +157,10 @@ class Transformer(nn.Module):
         self.heads = config.heads
         self.blocks = nn.ModuleList([TransformerBlock(config, width) for _ in range(config.layers)])
 
-    def forward(self, x_bnw: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_bnw: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, n, width) -> (B, n, width). With a cache, x holds only the positions it has not seen yet."""
         for layer, block in enumerate(self.blocks):
             x_bnw = block(x_bnw, cache, layer)
         if cache is not None:
             cache.advance(x_bnw.shape[1])
         return x_bnw
-
-    def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` positions."""
-        head_dim = self.width // self.heads
-        return KVCache(len(self.blocks), batch, self.heads, capacity, head_dim, dtype=dtype, device=device)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from rqgen.checks import check_targets
 from rqgen.config import check_bounds
-from rqgen.quantizers import MultiScaleConfig, MultiScaleDecoder
+from rqgen.quantizers import CodeLayout, MultiScaleConfig, MultiScaleDecoder
 
 from .changes import as_written
-from .condition import check_targets, checked_class_names, condition_ids
-from .kv_cache import KVCache
-from .pretrained import PretrainedModel
+from .condition import checked_class_names, condition_ids
+from .interfaces import LevelLoss, Prior, Tokenizer
+from .multiscale_vqvae import MultiScaleVQVAE
+from .transformer import Cache
 
 _MAX_LOG_SCALE = math.log(100.0)
 _PRESET_WIDTH = 64
@@ -164,7 +166,7 @@ class ScaleAttention(nn.Module):
             self.scale = 1.0
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_blw: Tensor, ends: Sequence[int], cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x_blw: Tensor, ends: Sequence[int], cache: Cache | None, layer: int) -> Tensor:
         batch, length, width = x_blw.shape
         # The layer is called, and not its weight used: adapters and hooks on it count.
         qkv = self.qkv(x_blw)
@@ -213,7 +215,7 @@ class AdaptiveBlock(nn.Module):
             self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
-        self, x_blw: Tensor, modulation: Tensor, ends: Sequence[int], cache: KVCache | None, layer: int
+        self, x_blw: Tensor, modulation: Tensor, ends: Sequence[int], cache: Cache | None, layer: int
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         y = self.attention(self.norm(x_blw) * (1 + scale1) + shift1, ends, cache, layer)
@@ -229,14 +231,14 @@ class AdaptiveBlock(nn.Module):
 
 
 @as_written()
-class VAR(PretrainedModel):
+class VAR(Prior):
     """Transformer over the token maps of a `MultiScaleVQVAE`, a whole map at a time.
 
         p(t_1, .., t_K | c) = prod_k p(t_k | t_1 .. t_{k-1}, c)         (equation 6 of the paper)
 
     Scale k's tokens see f_hat_{k-1}, what the scales before stand for, shrunken to (h_k, w_k): every place gets its
     vector through a linear layer, plus embeddings of level and place. The first scale sees the class. All tokens of
-    a scale are drawn at once.
+    a scale are sampled at once.
 
     Args:
         config: sizes and layout.
@@ -246,6 +248,9 @@ class VAR(PretrainedModel):
 
     model_type: ClassVar[str] = "var"
     config_class: ClassVar[type] = VARConfig
+    tokenizer_class: ClassVar[type[Tokenizer]] = MultiScaleVQVAE
+    edits = "regions"
+    has_smooth_sampling: ClassVar[bool] = True
     given_later: ClassVar[frozenset[str]] = frozenset({"quantizer.codebook"})
     config: VARConfig
 
@@ -319,6 +324,40 @@ class VAR(PretrainedModel):
         """[h_k, w_k] of each token map."""
         return self.config.quantizer.scales
 
+    @property
+    def layout(self) -> CodeLayout:
+        """A token map per scale."""
+        return self.quantizer.layout
+
+    @property
+    def condition_kind(self) -> str:
+        """Always "class"."""
+        return "class"
+
+    @property
+    def condition_size(self) -> int:
+        """Classes that it can be asked for."""
+        return self.config.num_classes
+
+    @property
+    def has_null_condition(self) -> bool:
+        """Whether the prior learnt the unconditional distribution too."""
+        return self.config.has_null_condition
+
+    def cfg_scale_per_level(self, cfg_scale: float) -> list[float]:
+        """`cfg_scale * k / (K - 1)` at scale k = 0 .. K - 1, as published: the coarse scales are guided less."""
+        last = max(self.levels - 1, 1)
+        return [cfg_scale * k / last for k in range(self.levels)]
+
+    def codebook_pairs(self, vae: MultiScaleVQVAE) -> list[tuple[Tensor, Tensor]]:
+        """The codebook and the refinements."""
+        theirs = vae.quantizer.fixed_tensors()
+        return [(tensor, theirs[name]) for name, tensor in self.quantizer.fixed_tensors().items()]
+
+    def loss(self, codes: Sequence[Tensor], condition: Tensor | None = None) -> LevelLoss:
+        """`var_loss` of these token maps."""
+        return LevelLoss(*var_loss(self(codes, condition), codes))
+
     def forward(self, codes: Sequence[Tensor], condition: Tensor | None = None) -> VAROutput:
         """Logits of every token given all scales before its own, in one pass.
 
@@ -378,7 +417,7 @@ class VAR(PretrainedModel):
         return Modulation(embedded.unsqueeze(1), blocks, self.modulation_out(activated).view(-1, 1, 2, width))
 
     def scale_input(self, k: int, features: Tensor | None, modulation: Modulation) -> Tensor:
-        """Input (B, h_k * w_k, W) of the transformer at scale k, from `quantizer.shrink(f_hat, k)`, None at k = 0."""
+        """Transformer's input (B, h_k * w_k, W) at scale k, from `quantizer.downsample(f_hat, k)`; None at k = 0."""
         begin = self.ends[k - 1] if k else 0
         level = torch.full((), k, dtype=torch.int64, device=self.positions.device)
         places = self.level_embedding(level) + self.positions[begin : self.ends[k]]
@@ -386,21 +425,12 @@ class VAR(PretrainedModel):
             return modulation.start + self.start_positions + places
         return self.word_embedding(features.flatten(1, 2).to(self.positions.dtype)) + places
 
-    def scale_logits(self, k: int, features: Tensor | None, modulation: Modulation, cache: KVCache) -> Tensor:
+    def scale_logits(self, k: int, features: Tensor | None, modulation: Modulation, cache: Cache) -> Tensor:
         """Logits float32 (B, h_k * w_k, K) of scale k alone; `cache` holds the scales before, and then this one."""
         x_blw = self.scale_input(k, features, modulation)
         return self._transform(x_blw, [x_blw.shape[1]], modulation, cache)
 
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for sampling `batch` images."""
-        dtype = self.dtype
-        if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)
-        heads = self.config.heads
-        head_dim = self.config.embed_dim // heads
-        return KVCache(len(self.blocks), batch, heads, self.ends[-1], head_dim, dtype=dtype, device=self.device)
-
-    def _transform(self, x_blw: Tensor, ends: Sequence[int], modulation: Modulation, cache: KVCache | None) -> Tensor:
+    def _transform(self, x_blw: Tensor, ends: Sequence[int], modulation: Modulation, cache: Cache | None) -> Tensor:
         for layer, block in enumerate(self.blocks):
             x_blw = block(x_blw, modulation.blocks[layer], ends, cache, layer)
         if cache is not None:

@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ import rqkernels
 from rqgen.config import check_bounds
 
 from .convolution import Convolution
-from .seeding import draw_vectors
+from .layout import CodeLayout
+from .seeding import sample_vectors
 from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
@@ -44,7 +45,7 @@ class MultiScaleConfig:
         refinements: R, how many 3x3 convolutions phi refine what is enlarged: 0 none, 1 for all scales, a number
             between shares them among neighbouring scales, one per scale where it is the number of scales.
         refinement_ratio: r of `phi(h) = (1 - r) h + r conv(h)`.
-        init: "data": the codebook is drawn from the first training batch; "random": normal numbers.
+        init: "data": the codebook is sampled from the first training batch; "random": normal numbers.
         usage_window: tokens of a scale over which codes_used and perplexity are taken (see `CodeUsage`).
     """
 
@@ -143,15 +144,13 @@ class MultiScaleDecoder(nn.Module):
         code_dim: C.
     """
 
-    # What figures and logs call the places that an image's token maps stand at.
-    axis: ClassVar[str] = "scale"
-
     def __init__(self, config: MultiScaleConfig, code_dim: int) -> None:
         super().__init__()
         if code_dim < 1:
             raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
         self.config = config
         self.code_dim = code_dim
+        self.layout = CodeLayout.maps(config.scales, config.codebook_size)
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim, dtype=torch.float32))
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
@@ -188,13 +187,13 @@ class MultiScaleDecoder(nn.Module):
     def combine(self, vectors: Sequence[Tensor]) -> Tensor:
         """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
         with torch.autocast(self.codebook.device.type, enabled=False):
-            return functools.reduce(torch.add, (self.added(k, some) for k, some in enumerate(vectors)))
+            return functools.reduce(torch.add, (self.contribution(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
-                yield self.shrink(total, k + 1)
+                yield self.downsample(total, k + 1)
 
     def steps(
         self, tokens_of: TokensOf, features: Tensor | None = None, scales: int | None = None
@@ -204,10 +203,10 @@ class MultiScaleDecoder(nn.Module):
         total, rest = None, features
         for k in range(self.num_scales if scales is None else scales):
             codes = tokens_of(k, rest)
-            added = self.added(k, self.embed(codes))
-            total = added if total is None else total + added
+            contribution = self.contribution(k, self.embed(codes))
+            total = contribution if total is None else total + contribution
             if rest is not None:
-                rest = rest - added.detach()
+                rest = rest - contribution.detach()
             yield ScaleStep(codes, total)
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -215,7 +214,7 @@ class MultiScaleDecoder(nn.Module):
         vectors = F.embedding(codes.clamp(min=0), self.codebook.float())
         return torch.where((codes < 0).unsqueeze(-1), torch.nan, vectors)
 
-    def added(self, k: int, vectors_bhwc: Tensor) -> Tensor:
+    def contribution(self, k: int, vectors_bhwc: Tensor) -> Tensor:
         """a_k, (B, C, H, W), of vectors (B, h_k, w_k, C): enlarged (bicubic) and refined."""
         h = vectors_bhwc.permute(0, 3, 1, 2)
         if self.config.scales[k] != self.config.scales[-1]:
@@ -223,36 +222,18 @@ class MultiScaleDecoder(nn.Module):
         refinement = self._refinement(k)
         return h.contiguous() if refinement is None else refinement(h)
 
-    def shrink(self, features: Tensor, k: int) -> Tensor:
+    def downsample(self, features: Tensor, k: int) -> Tensor:
         """Features (B, C, H, W) averaged to scale k: (B, h_k, w_k, C)."""
         if self.config.scales[k] != self.config.scales[-1]:
             features = F.interpolate(features, size=self.config.scales[k], mode="area")
         return features.permute(0, 2, 3, 1)
 
-    def check_codes(self, codes: Sequence[Tensor], name: str = "codes") -> None:
+    def check_codes(self, codes: Sequence[Tensor]) -> None:
         """Raises unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
 
         TypeError (not a list of int64 tensors), ValueError (number, shapes, device), IndexError (a code out of range).
         """
-        if isinstance(codes, Tensor) or not isinstance(codes, Sequence):
-            raise TypeError(f"{name}: expected a list of token maps, got {type(codes).__name__}")
-        if len(codes) != self.num_scales:
-            raise ValueError(f"{name}: expected {self.num_scales} token maps, got {len(codes)}")
-        size = self.config.codebook_size
-        for k, (tokens, (h, w)) in enumerate(zip(codes, self.config.scales, strict=True)):
-            if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-                got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-                raise TypeError(f"{name}[{k}]: expected an int64 tensor, got {got}")
-            if tokens.ndim != 3 or tuple(tokens.shape) != (codes[0].shape[0], h, w):
-                raise ValueError(f"{name}[{k}]: expected shape (B, {h}, {w}), got {tuple(tokens.shape)}")
-            if tokens.device != self.codebook.device:
-                raise ValueError(f"{name}[{k}]: expected on {self.codebook.device}, got {tokens.device}")
-            # On a GPU reading back would stall every training step, in a compiled graph it would break the graph.
-            if tokens.is_cuda or torch.compiler.is_compiling() or not tokens.numel():
-                continue
-            lowest, highest = (int(value) for value in tokens.aminmax())
-            if lowest < 0 or highest >= size:
-                raise IndexError(f"{name}[{k}]: expected 0 <= code < {size}, got {lowest}..{highest}")
+        self.layout.check(codes, device=self.codebook.device, owner="codebook")
 
     def _refinement(self, k: int) -> nn.Module | None:
         """phi of scale k, which stands at (k - 1) / (K - 1) of [0, 1]: the nearest of R that stand at even distances
@@ -330,7 +311,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         self.usage = ScaleUsage(self.num_scales, config.codebook_size, config.usage_window)
 
     def forward(self, features: Tensor) -> MultiScaleOutput:
-        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time draws the codebook.
+        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time samples the codebook.
 
         Raises:
             TypeError, ValueError: features that are not floating-point numbers (B, C, H, W); in train mode no features,
@@ -371,34 +352,34 @@ class MultiScaleQuantizer(MultiScaleDecoder):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
-        """Draws the codebook from features (B, C, H, W); `forward` does so with the first training batch.
+        """Samples the codebook from features (B, C, H, W); `forward` does so with the first training batch.
 
-        Every scale gets an equal share of the codes, drawn from the rest that it meets with the shares before it.
-        In a process group all processes take what the first one drew.
+        Every scale gets an equal share of the codes, sampled from the rest that it meets with the shares before it.
+        In a process group all processes take what the first one sampled.
         """
         self._check_features(features)
         if parametrize.is_parametrized(self, "codebook"):
-            raise ValueError("quantizer: its codebook is parametrized and cannot be drawn from data: do so before")
+            raise ValueError("quantizer: its codebook is parametrized and cannot be sampled from data: do so before")
         rest = features.detach().float()
         size, scales = self.config.codebook_size, self.num_scales
         codebook = self.codebook.detach()
         for k in range(scales):
             start, stop = size * k // scales, size * (k + 1) // scales
-            vectors_nc = self.shrink(rest, k).reshape(-1, self.code_dim)
+            vectors_nc = self.downsample(rest, k).reshape(-1, self.code_dim)
             vectors_nc = vectors_nc[vectors_nc.isfinite().all(dim=1)]
             if stop == start:
                 continue
-            codes = draw_vectors(vectors_nc, stop - start)
+            codes = sample_vectors(vectors_nc, stop - start)
             codebook[start:stop] = codes
-            found = rqkernels.residual_search(self.shrink(rest, k), codes, 1)
-            rest = rest - self.added(k, found.quantized)
+            found = rqkernels.residual_search(self.downsample(rest, k), codes, 1)
+            rest = rest - self.contribution(k, found.quantized)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(codebook, 0)
         self.usage.reset()
         self.initialized.fill_(True)
 
     def _nearest_of_rest(self, k: int, rest: Tensor) -> Tensor:
-        return self.nearest(self.shrink(rest, k))
+        return self.nearest(self.downsample(rest, k))
 
     def _check_features(self, features: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():

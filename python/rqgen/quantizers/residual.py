@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import rqkernels
 from rqgen.config import check_bounds
 
-from .seeding import draw_vectors, kmeans
+from .seeding import kmeans, sample_vectors
 from .state import is_recomputed, keeping_dtype
 from .usage import CodeUsage
 
@@ -50,7 +50,7 @@ class QuantizerConfig:
         ema_update: "after_all_depths": one update per training step, from all depths together.
             "per_depth": compatibility with the published training code, which updates after each depth, so
             that with a shared codebook a depth searches what the depth before has just moved.
-        init: "data": codes drawn from the first training batch; "kmeans": clustered from it; "random": normal
+        init: "data": codes sampled from the first training batch; "kmeans": clustered from it; "random": normal
             numbers, no look at data.
         kmeans_iterations: rounds of Lloyd's algorithm for init="kmeans".
         usage_window: positions over which codes_used and perplexity are taken (see `CodeUsage`).
@@ -119,7 +119,7 @@ class ResidualQuantizer(nn.Module):
 
     Codebooks are not trained by gradient: in train mode `forward` ends with `update_codebook`. So it must not be run
     again by `torch.utils.checkpoint`, which would find other codes. In eval mode no state ever changes. All state
-    (codebooks, averages, usage) lies in buffers; restarts and initialisation draw from torch's global generator (see
+    (codebooks, averages, usage) lies in buffers; restarts and initialisation sample by torch's global generator (see
     `rqgen.quantizers.seeding`), so that buffers and generator together resume a run bit for bit.
 
     Args:
@@ -129,9 +129,6 @@ class ResidualQuantizer(nn.Module):
     Buffers: `codebook` float32 (K, C) shared, or (D, K, C); `ema_count` and `ema_sum`, the moving averages
     of how many vectors chose a code in a step, and of their sum; `initialized`, a bool.
     """
-
-    # What figures and logs call the places that one position's codes stand at.
-    axis: ClassVar[str] = "depth"
 
     codebook: Tensor
     ema_count: Tensor
@@ -188,7 +185,7 @@ class ResidualQuantizer(nn.Module):
                 return_residuals=wanted,
                 return_statistics=self.training,
             )
-            quantized, codes, norms = found.quantized, found.codes, found.residual_norms
+            quantized, codes, norms = found.quantized, found.codes, found.residual_sq_norms
             mean_residual = None
             if wanted:
                 last = vectors - quantized
@@ -208,27 +205,27 @@ class ResidualQuantizer(nn.Module):
         return QuantizerOutput(straight_through, codes, loss)
 
     @torch.no_grad()
-    def encode(self, z: Tensor, frozen: rqkernels.FrozenCodebook | None = None) -> Tensor:
-        """Codes int64 (..., D) of vectors (..., C), searched in `frozen` (see `freeze`) where given. Changes no state
-        in any mode."""
+    def encode(self, z: Tensor, packed: rqkernels.PackedCodebook | None = None) -> Tensor:
+        """Codes int64 (..., D) of vectors (..., C), searched in `packed` (see `pack_codebook`) where given. Changes no
+        state in any mode."""
         self._check_vectors(z)
         return rqkernels.residual_search(
-            z.float(), self.codebook if frozen is None else frozen, self.config.depth
+            z.float(), self.codebook if packed is None else packed, self.config.depth
         ).codes
 
-    def freeze(self, count: int) -> rqkernels.FrozenCodebook | None:
+    def pack_codebook(self, count: int) -> rqkernels.PackedCodebook | None:
         """The codebook as it is now, prepared for encoding about `count` vectors (the codes are the same).
 
         None where that would not pay: few vectors, one depth, a codebook per depth, on a GPU, or where
-        `rqkernels.FrozenCodebook` has no products to offer.
+        `rqkernels.PackedCodebook` has no products to offer.
         """
         config = self.config
         if not config.shared_codebook or self.codebook.device.type != "cpu":
             return None
         if count * (config.depth - 1) < _REPAID_AFTER * config.codebook_size:
             return None
-        frozen = rqkernels.FrozenCodebook(self.codebook)
-        return frozen if frozen.has_gram else None
+        packed = rqkernels.PackedCodebook(self.codebook)
+        return packed if packed.has_gram else None
 
     def code_tensors(self) -> list[Tensor]:
         """All that decides what codes stand for."""
@@ -268,8 +265,8 @@ class ResidualQuantizer(nn.Module):
     def initialize(self, z: Tensor) -> None:
         """Sets codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
 
-        A codebook per depth is drawn (or clustered) from that depth's residuals. A shared one has an equal
-        share of its codes drawn from the residuals of every depth, each after quantization with the shares
+        A codebook per depth is sampled (or clustered) from that depth's residuals. A shared one has an equal
+        share of its codes sampled from the residuals of every depth, each after quantization with the shares
         before it: later depths meet much smaller vectors than the first, and need codes of their size.
         """
         self._check_vectors(z)
@@ -289,7 +286,7 @@ class ResidualQuantizer(nn.Module):
                 codes = (
                     kmeans(residual, count, config.kmeans_iterations)
                     if config.init == "kmeans"
-                    else draw_vectors(residual, count)
+                    else sample_vectors(residual, count)
                 )
                 book.codes[start:stop] = codes
                 book.sum[start:stop] = codes * self._first_count
@@ -305,7 +302,7 @@ class ResidualQuantizer(nn.Module):
         With `n_k` vectors of sum `s_k` assigned to code k: `N_k = decay N_k + (1 - decay) n_k`,
         `S_k = decay S_k + (1 - decay) s_k`, `e(k) = S_k / N'_k` with
         `N'_k = (N_k + epsilon) sum(N) / (sum(N) + K epsilon)` (van den Oord et al. 2017, appendix A.1). With
-        restarts, a code with `N_k < dead_code_threshold` is placed on a drawn vector v: `e(k) = v`,
+        restarts, a code with `N_k < dead_code_threshold` is placed on a sampled vector v: `e(k) = v`,
         `N_k = max(1, dead_code_threshold)`, `S_k = N_k v`.
 
         By this formula a code without vectors stays where it is as long as `N_k` is far above epsilon, and then
@@ -347,7 +344,7 @@ class ResidualQuantizer(nn.Module):
             quantized = quantized + found.quantized
             residual_sum = residual_sum + residual
             codes.append(found.codes)
-            norms.append(found.residual_norms)
+            norms.append(found.residual_sq_norms)
         return quantized, torch.cat(codes, -1), torch.cat(norms, -1), residual_sum / self.config.depth
 
     def _update_book(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor, counts: Tensor, sums: Tensor) -> None:
@@ -383,7 +380,7 @@ class ResidualQuantizer(nn.Module):
         finite = vectors_nc[codes_n >= 0] if num_dead else vectors_nc
         if num_dead == 0 or finite.shape[0] == 0:
             return None
-        vectors = draw_vectors(finite, num_dead)
+        vectors = sample_vectors(finite, num_dead)
         # The averages restart with the code: stale ones would pull it back to where it died.
         book.count[dead] = self._first_count
         book.sum[dead] = vectors * self._first_count

@@ -1,4 +1,4 @@
-"""First codebooks and replacement codes, drawn from data.
+"""First codebooks and replacement codes, sampled from data.
 
 All randomness comes from torch's global generator of the vectors' device: seeding and saving that generator,
 as every training loop does anyway, makes a run repeatable and a resumed run continue bit for bit.
@@ -17,38 +17,38 @@ KMEANS_VECTORS_PER_CODE = 256
 DUPLICATE_NOISE = 0.01
 
 
-def draw_vectors(vectors_nc: Tensor, count: int) -> Tensor:
-    """`count` rows of float32 (N, C), drawn without replacement as far as N reaches.
+def sample_vectors(vectors_nc: Tensor, count: int) -> Tensor:
+    """`count` rows of float32 (N, C), sampled without replacement as far as N reaches.
 
     Beyond N the rows repeat, and all get uniform noise of 1 % of each feature's standard deviation, so that
     no two are equal.
 
     Raises:
-        ValueError: there is no vector to draw from.
+        ValueError: there is no vector to sample from.
     """
     available = vectors_nc.shape[0]
     if available == 0:
-        raise ValueError("vectors_nc: expected at least one finite vector to draw codes from, got none")
+        raise ValueError("vectors_nc: expected at least one finite vector to sample codes from, got none")
     rounds = -(-count // available)
     rows = torch.cat([torch.randperm(available, device=vectors_nc.device) for _ in range(rounds)])[:count]
-    drawn = vectors_nc[rows]
+    sampled = vectors_nc[rows]
     if rounds > 1:
         spread = vectors_nc.std(dim=0, correction=0).clamp(min=torch.finfo(torch.float32).tiny)
-        drawn = drawn + (torch.rand_like(drawn) - 0.5) * (2 * DUPLICATE_NOISE * spread)
-    return drawn
+        sampled = sampled + (torch.rand_like(sampled) - 0.5) * (2 * DUPLICATE_NOISE * spread)
+    return sampled
 
 
 def kmeans(vectors_nc: Tensor, num_codes: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm from `num_codes` drawn vectors: float32 (num_codes, C) centres.
+    """Lloyd's algorithm from `num_codes` sampled vectors: float32 (num_codes, C) centres.
 
     Assignment is `rqkernels.residual_search` of depth 1 and the means come from `rqkernels.code_statistics`,
-    so nothing of N x K is allocated. A centre that loses all its vectors is drawn anew.
+    so nothing of N x K is allocated. A centre that loses all its vectors is sampled anew.
     """
     sample = vectors_nc
     limit = KMEANS_VECTORS_PER_CODE * num_codes
     if vectors_nc.shape[0] > limit:
-        sample = draw_vectors(vectors_nc, limit)
-    centres = draw_vectors(sample, num_codes)
+        sample = sample_vectors(vectors_nc, limit)
+    centres = sample_vectors(sample, num_codes)
     for _ in range(iterations):
         codes_n = rqkernels.residual_search(sample, centres, 1).codes.squeeze(-1)
         counts, sums = rqkernels.code_statistics(sample, codes_n, num_codes)
@@ -56,5 +56,5 @@ def kmeans(vectors_nc: Tensor, num_codes: int, iterations: int) -> Tensor:
         centres = sums / counts.clamp(min=1).unsqueeze(1)
         num_empty = int(empty.sum())
         if num_empty:
-            centres[empty] = draw_vectors(sample, num_empty)
+            centres[empty] = sample_vectors(sample, num_empty)
     return centres

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+
+
+class UsageCounts(Protocol):
+    """Counts of the codes chosen at each level (depth or scale) within a window."""
+
+    def counts(self) -> Tensor:
+        """int64 (levels, K)."""
+        ...
+
+    def codes_used(self) -> Tensor:
+        """int64 (levels,): number of different codes."""
+        ...
+
+    def perplexity(self) -> Tensor:
+        """float32 (levels,): exp of the entropy of the codes' frequencies."""
+        ...
 
 
 class CodeUsage(nn.Module):

@@ -1,18 +1,18 @@
 """Pictures of what was learnt."""
 
-from .figures import draw_coarse_to_fine, draw_code_usage, draw_edits, draw_losses, draw_reconstructions, draw_samples
-from .sampling_speed import draw_sampling_speed, draw_systems
-from .scaling import draw_scaling, power_of_ten
+from .figures import plot_coarse_to_fine, plot_code_usage, plot_edits, plot_losses, plot_reconstructions, plot_samples
+from .sampling_speed import plot_sampling_speed, plot_systems
+from .scaling import plot_scaling, power_of_ten
 
 __all__ = [
-    "draw_coarse_to_fine",
-    "draw_code_usage",
-    "draw_edits",
-    "draw_losses",
-    "draw_reconstructions",
-    "draw_samples",
-    "draw_sampling_speed",
-    "draw_scaling",
-    "draw_systems",
+    "plot_coarse_to_fine",
+    "plot_code_usage",
+    "plot_edits",
+    "plot_losses",
+    "plot_reconstructions",
+    "plot_samples",
+    "plot_sampling_speed",
+    "plot_scaling",
+    "plot_systems",
     "power_of_ten",
 ]

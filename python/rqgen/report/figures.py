@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rqgen.data.grid import image_grid, save_image
-from rqgen.models import RQVAE, MultiScaleVQVAE
+from rqgen.models import Tokenizer
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
-def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *, columns: int = 10) -> None:
+def plot_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *, columns: int = 10) -> None:
     """Rows of images, each above a row of their reconstructions; both (N, channels, H, W) in [-1, 1]."""
     if images.shape != reconstructions.shape:
         raise ValueError(f"reconstructions: expected shape {tuple(images.shape)}, got {tuple(reconstructions.shape)}")
@@ -37,11 +37,11 @@ def draw_reconstructions(images: Tensor, reconstructions: Tensor, path: Path, *,
 
 
 @torch.no_grad()
-def draw_coarse_to_fine(vae: RQVAE | MultiScaleVQVAE, images: Tensor, path: Path) -> None:
+def plot_coarse_to_fine(vae: Tokenizer, images: Tensor, path: Path) -> None:
     """Each image decoded from depths 1..1, 1..2, ... 1..D (or scales), then the image itself (figure 5 of the
     RQ-VAE's paper)."""
     codes = vae.encode(images)
-    kind, count = ("depths", vae.depth) if isinstance(codes, Tensor) else ("scales", len(codes))
+    kind, count = f"{vae.layout.axis}s", vae.layout.levels
     rows = [
         (image_grid(vae.decode_partial(codes, upto), columns=len(images)), f"{kind} 1..{upto}")
         for upto in range(1, count + 1)
@@ -50,7 +50,7 @@ def draw_coarse_to_fine(vae: RQVAE | MultiScaleVQVAE, images: Tensor, path: Path
     _stack_rows(rows, f"Decoded from more and more {kind}", path)
 
 
-def draw_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: Path) -> None:
+def plot_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: Path) -> None:
     """For each edit (name, images, mask, results) three rows: the images, the images with the masked part greyed,
     what came out. Images (N, channels, H, W) in [-1, 1], mask bool (H, W) or (N, H, W)."""
     rows = []
@@ -61,7 +61,7 @@ def draw_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: Path) 
     _stack_rows(rows, "Edits", path)
 
 
-def draw_code_usage(counts_dk: Tensor, path: Path, *, axis: str = "depth") -> None:
+def plot_code_usage(counts_dk: Tensor, path: Path, *, axis: str = "depth") -> None:
     """How often each code is used at each depth (or whatever ``axis`` says), most used first (figure 6 of the RQ-VAE's
     paper); counts (D, K)."""
     panels = len(counts_dk)
@@ -77,7 +77,7 @@ def draw_code_usage(counts_dk: Tensor, path: Path, *, axis: str = "depth") -> No
     save_figure(figure, path)
 
 
-def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """A panel for each training run: its logged loss terms against the step. ``histories`` maps a run's name
     to its records (see `rqgen.training.TrainingResult`)."""
     figure = Figure(figsize=(5.5 * len(histories), 4), layout="constrained")
@@ -99,7 +99,7 @@ def draw_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Pa
     save_figure(figure, path)
 
 
-def draw_samples(images: Tensor, path: Path, *, columns: int, row_labels: Sequence[str] = ()) -> None:
+def plot_samples(images: Tensor, path: Path, *, columns: int, row_labels: Sequence[str] = ()) -> None:
     """Samples (N, channels, H, W) in [-1, 1], ``columns`` per row: a class per row reads best, with its name as the
     row's label."""
     save_image(image_grid(images, columns=columns, row_labels=row_labels), path, scale=2)

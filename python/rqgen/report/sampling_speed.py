@@ -15,7 +15,7 @@ from .figures import COLOURS, save_figure, tidy
 _LINES = ("-", "--", "-.", ":")
 
 
-def draw_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Left: images per second, codes only, by batch size; a line per shape (colour) and contender (dashes), and the
     floor of the first contender as dashes. Right: milliseconds per image of the first contender, the decoder above the
     codes.
@@ -30,25 +30,25 @@ def draw_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     named = [("×".join(map(str, case["shape"])), _name(case), case) for case in cases]
     first = named[0][1]
     _speeds(figure, speed, named)
-    tidy(speed, f"drawing codes (dashes: floor of {first})")
+    tidy(speed, f"sampling codes (dashes: floor of {first})")
     _bars(parts, [case for case in cases if _name(case) == first], shapes, colours)
     tidy(parts, f"{first}: codes, and the decoder (pale)")
     save_figure(figure, path)
 
 
-def draw_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Left: images per second, codes only, by batch size; a line per system (colour) and way of drawing (dashes), and
+def plot_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Left: images per second, codes only, by batch size; a line per system (colour) and way of sampling (dashes), and
     the floor of the first way as dashes. Right: the counted work per image of each system over the last one's.
 
-    Each system has `name`, `steps` and `counted_per_image`, each case `system`, `precision`, `guidance`, `batch`,
+    Each system has `name`, `steps` and `counted_per_image`, each case `system`, `precision`, `cfg_scale`, `batch`,
     `ar_ms_per_image` and `floor_ms_per_image` (see `rqgen bench systems`).
     """
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     speed, work = figure.subplots(1, 2)
-    ways = [f"{case['precision']}, guided" if case["guidance"] else case["precision"] for case in cases]
+    ways = [f"{case['precision']}, guided" if case["cfg_scale"] else case["precision"] for case in cases]
     named = [(case["system"], way, case) for way, case in zip(ways, cases, strict=True)]
     _speeds(figure, speed, named)
-    tidy(speed, f"drawing codes (dashes: floor of {ways[0]})")
+    tidy(speed, f"sampling codes (dashes: floor of {ways[0]})")
     rows = {system["name"]: _work(system) for system in systems}
     names, kinds = list(rows), list(rows[systems[0]["name"]])
     width = 0.8 / len(names)

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 from .figures import COLOURS, save_figure, tidy
 
 
-def draw_scaling(sizes: Sequence[float], curves: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_scaling(sizes: Sequence[float], curves: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel per curve, both axes logarithmic: a point per model, the fitted law through them, its formula and the
     correlation coefficient above.
 

@@ -1,14 +1,15 @@
-"""What drawing code maps costs, counted from a prior's config: the work that no implementation can avoid."""
+"""Cost of sampling code maps, counted from a prior's config: the work that no implementation can avoid."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+import functools
+from typing import Any, NamedTuple
 
 from rqgen.models import RQTransformerConfig, VARConfig
 
 
 class Cost(NamedTuple):
-    """Work of one stack or scale (with what stands around it) while a batch of code maps is drawn."""
+    """Work of one stack or scale (with what stands around it) while a batch of code maps is sampled."""
 
     weights: int
     """Weights read, each once per step for the whole batch. A step is a position, a code of one, or a scale."""
@@ -29,17 +30,11 @@ class SamplingCost(NamedTuple):
     """The stack over the codes of a position, with the projection of the code vectors and the classifier."""
 
 
-@overload
-def sampling_cost(config: RQTransformerConfig, batch: int) -> SamplingCost: ...
-
-
-@overload
-def sampling_cost(config: VARConfig, batch: int) -> list[Cost]: ...
-
-
-def sampling_cost(config: RQTransformerConfig | VARConfig, batch: int) -> SamplingCost | list[Cost]:
-    """Work of drawing `batch` images' codes with caches, in parts that follow one another: of an RQ-Transformer its
-    two stacks, of a VAR its scales. With guidance every image is two rows: give twice as many.
+@functools.singledispatch
+def sampling_cost(config: Any, batch: int) -> Any:
+    """Work of sampling `batch` images' codes with caches, in parts that follow one another: of an RQ-Transformer its
+    two stacks (`SamplingCost`), of a VAR its scales (a list of `Cost`). With guidance every image is two rows: give
+    twice as many.
 
     RQ-Transformer, position by position and code by code. With width W, N_s and N_d layers, T positions, D codes at
     each of them, L condition tokens and B = `batch`, the leading terms are
@@ -61,8 +56,11 @@ def sampling_cost(config: RQTransformerConfig | VARConfig, batch: int) -> Sampli
     Biases, norms, position embeddings, condition and code look-ups are left out, and of a VAR what turns a token map
     into the next scale's input (3x3 convolutions of C channels).
     """
-    if isinstance(config, VARConfig):
-        return _scales_cost(config, batch)
+    raise TypeError(f"config: expected an RQTransformerConfig or a VARConfig, got {type(config).__name__}")
+
+
+@sampling_cost.register
+def _stacks_cost(config: RQTransformerConfig, batch: int) -> SamplingCost:
     width = config.embed_dim
     height, columns, depth = config.code_shape
     positions = height * columns
@@ -91,6 +89,7 @@ def sampling_cost(config: RQTransformerConfig | VARConfig, batch: int) -> Sampli
     )
 
 
+@sampling_cost.register
 def _scales_cost(config: VARConfig, batch: int) -> list[Cost]:
     width, layers = config.embed_dim, config.layers
     per_token = layers * (4 * width * width + 2 * width * round(config.mlp_ratio * width))
@@ -99,7 +98,7 @@ def _scales_cost(config: VARConfig, batch: int) -> list[Cost]:
     costs, seen = [], 0
     for k, tokens in enumerate(config.quantizer.tokens):
         seen += tokens
-        # The first scale sees the class, through the adaptive norms too; the others what was drawn.
+        # The first scale sees the class, through the adaptive norms too; the others what was sampled.
         embedding = config.code_dim * width if k else 0
         once = 0 if k else modulation
         costs.append(

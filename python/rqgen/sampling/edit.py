@@ -1,7 +1,8 @@
-"""Editing: a part of an image is drawn anew, the rest is kept."""
+"""Editing: a part of an image is sampled anew, the rest is kept."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,29 +10,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.models import MultiScaleVQVAE, RQTransformer
+from rqgen.inference import Engine, KnownRegion, SamplingParams, make_sampler
+from rqgen.models import VAR, MultiScaleVQVAE, Prior, RQTransformer, Tokenizer
 from rqgen.models.images import check_images
 from rqgen.models.pretrained import eval_mode
+from rqgen.quantizers import Codes
 
-from .arguments import Prior, Tokenizer, check_condition, check_integer, check_models, check_settings
-from .draw import finished_images
+from .arguments import KnownRows, check_condition, check_models, finished_images
 from .generate import generate
-from .scales import Given, sample_scales
 
+_NAMES = ("condition", "params", "precision")
 # How often what is encoded is corrected, at an encoding and a decoding each. After two the known half of a digit is
 # closer than the tokenizer brings it in a whole one (docs/sampling.md).
 _CORRECTIONS = 3
 
 
 class EditOutput(NamedTuple):
-    """What `edit` draws."""
+    """Result of `edit`."""
 
     images: Tensor
     """(N, channels, H, W) in [-1, 1]: the given pixels where the mask is False, `decoded` where it is True."""
-    codes: Tensor | list[Tensor]
+    codes: Codes
     """As `GenerateOutput.codes`."""
     decoded: Tensor
-    """(N, channels, H, W) in [-1, 1]: what the tokenizer makes of `codes`, known part and drawn part."""
+    """(N, channels, H, W) in [-1, 1]: what the tokenizer makes of `codes`, known part and sampled part."""
 
 
 def edit(
@@ -41,85 +43,98 @@ def edit(
     mask: Tensor,
     condition: Tensor | Sequence[Any] | None = None,
     *,
-    temperature: float | Sequence[float] = 1.0,
-    top_k: int | Sequence[int | None] | None = None,
-    top_p: float | Sequence[float | None] | None = None,
-    cfg_scale: float | None = None,
-    seed: int = 0,
-    offset: int = 0,
+    params: SamplingParams | None = None,
+    precision: str | Engine = "fp32",
+    **sampling: Any,
 ) -> EditOutput:
-    """Draws the masked part of images anew, under a condition, and keeps the rest.
+    """Samples the masked part of images anew, under a condition, and keeps the rest.
 
     In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
     (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask are never looked at: they are
     replaced by the mean of the image's others before it is encoded. The others come back as they are (`images`), and
     as the tokenizer has them (`decoded`).
 
-    A VAR takes the code nearest to the image for every place of every scale of which at least half is known, and draws
-    the others (see `sample_scales`). What was drawn and what is known then go through the tokenizer as one image, and
-    three times more, each time with the error of the time before added to the known part; of the four results each
+    A VAR takes the code nearest to the image for every place of every scale of which at least half is known, and
+    samples the others (see `ScaleSampler`). The sampled and the known part then go through the tokenizer as one image,
+    and three times more, each time with the error of the time before added to the known part; of the four results each
     image takes the one whose known part is closest.
 
-    An RQ-Transformer draws in raster order: a position sees what stands above it and to its left, never what stands
+    An RQ-Transformer samples in raster order: a position sees what stands above it and to its left, never what stands
     below or to its right. So it can complete images from the rows above, and nothing else.
 
     Args:
         prior, vae: as `generate` takes them.
         images: (N, channels, H, W) in [-1, 1], of the tokenizer's size and dtype, on its device; a little beyond is
             taken as it is, see `rqgen.models.images`.
-        mask: bool (H, W), or (N, H, W): True where an image is drawn anew. For an RQ-Transformer all rows from some
-            row on, the same for all images; it draws from the row of codes on that holds the first of them.
-        condition, temperature, top_k, top_p, cfg_scale, seed, offset: as in `generate`.
+        mask: bool (H, W), or (N, H, W): True where an image is sampled anew. For an RQ-Transformer all rows from some
+            row on, the same for all images; it samples from the row of codes on that holds the first of them.
+        condition, params, precision, sampling: as in `generate`; smooth sampling is not possible.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or against another one; a mask
             that covers an image whole, or that an RQ-Transformer cannot serve.
     """
     check_models(prior, vae)
+    params = SamplingParams.of(params, sampling, beside=_NAMES)
+    if params.smooth:
+        raise ValueError("smooth: expected False for edit, whose known places hold codes and no mixtures, got True")
+    engine = Engine.of(precision)
     known = _known_pixels(images, mask, vae)
-    if isinstance(prior, RQTransformer):
-        return _complete_rows(
-            prior,
-            vae,
-            images,
-            known,
-            condition,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            cfg_scale=cfg_scale,
-            seed=seed,
-            offset=offset,
-        )
     if condition is not None:
         condition = check_condition(condition, prior)
         if len(condition) != len(images):
             raise ValueError(f"condition: expected one per image ({len(images)}), got {len(condition)}")
-    settings = check_settings(
-        prior, condition, temperature=temperature, top_k=top_k, top_p=top_p, cfg_scale=cfg_scale, seed=seed
-    )
-    offset = check_integer(offset, "offset", 0, 2**62)
-    labels_n = prior.condition_ids(condition, len(images))[:, 0]
+    return _edit(prior, vae, images, known, condition, params, engine)
+
+
+@functools.singledispatch
+def _edit(
+    prior: Prior,
+    vae: Tokenizer,
+    images: Tensor,
+    known: Tensor,
+    condition: Tensor | None,
+    params: SamplingParams,
+    engine: Engine,
+) -> EditOutput:
+    """Edits images of which the pixels `known`, bool (N, 1, H, W), are kept, with the priors that are registered."""
+    raise TypeError(f"prior: a {type(prior).__name__} cannot edit images; expected a VAR or an RQTransformer")
+
+
+@_edit.register
+def _edit_scales(
+    prior: VAR,
+    vae: MultiScaleVQVAE,
+    images: Tensor,
+    known: Tensor,
+    condition: Tensor | None,
+    params: SamplingParams,
+    engine: Engine,
+) -> EditOutput:
+    resolved, sampler = params.resolve(prior, condition), make_sampler(prior, engine)
+    condition_nl = prior.condition_ids(condition, len(images))
     with torch.no_grad(), eval_mode(prior, vae):
         codes, decoded = [], []
-        # On the CPU each image goes alone, see `sample_scales`.
+        # On the CPU each image goes alone, see `ScaleSampler`.
         step = 1 if prior.device.type == "cpu" else len(images)
         for start in range(0, len(images), step):
-            some = slice(start, start + step)
+            some, first_image = slice(start, start + step), params.offset + start
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
-            given = Given(latents, vae.quantizer.nearest, F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:]))
-            sample = sample_scales(prior, labels_n[some], settings, first_image=offset + start, given=given)
-            drawn = finished_images(vae.decode(sample.codes), offset + start).to(images.dtype)
-            found = _as_one_image(vae, images[some], known[some], drawn)
+            share = F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:])
+            region = KnownRegion(latents, vae.quantizer.nearest, share)
+            sampled = sampler.sample(condition_nl[some], resolved, first_image=first_image, region=region)
+            drawn = finished_images(vae.decode(sampled.codes), first_image).to(images.dtype)
+            found = _refine_by_reencoding(vae, images[some], known[some], drawn)
             codes.append(found[0])
-            decoded.append(finished_images(found[1], offset + start))
+            decoded.append(finished_images(found[1], first_image))
     whole = torch.cat(decoded)
-    codes = [torch.cat(maps) for maps in zip(*codes, strict=True)]
-    return EditOutput(torch.where(known, images, whole.to(images.dtype)), codes, whole)
+    return EditOutput(torch.where(known, images, whole.to(images.dtype)), prior.layout.concatenate(codes), whole)
 
 
-def _as_one_image(vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Token maps of images whose unknown part was drawn, and what they decode to.
+def _refine_by_reencoding(
+    vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Token maps of images whose unknown part was sampled, and what they decode to.
 
     Latents beside the mask were made without what now lies there, coarse codes stand for both parts, and norms take
     their statistics of both: the known part comes back worse than from a whole image. So what is encoded is moved
@@ -137,8 +152,15 @@ def _as_one_image(vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Te
     return [torch.stack(scale)[best] for scale in zip(*maps, strict=True)], torch.stack(decoded)[best]
 
 
+@_edit.register
 def _complete_rows(
-    prior: RQTransformer, vae: Tokenizer, images: Tensor, known: Tensor, condition: Any, **settings: Any
+    prior: RQTransformer,
+    vae: Tokenizer,
+    images: Tensor,
+    known: Tensor,
+    condition: Tensor | None,
+    params: SamplingParams,
+    engine: Engine,
 ) -> EditOutput:
     height = images.shape[2]
     rows = known[:, 0].all(dim=2)
@@ -146,21 +168,13 @@ def _complete_rows(
     whole = torch.arange(height, device=known.device)[:, None].expand(known.shape[2:]) < first
     if not bool((known[:, 0] == whole).all()):
         raise ValueError(
-            "mask: an RQTransformer draws in raster order and sees only what stands above and to the left: expected "
+            "mask: an RQTransformer samples in raster order and sees only what stands above and to the left: expected "
             "all rows from some row on, the same for all images; a VAR takes any mask"
         )
-    start_row = first // (height // prior.config.code_shape[0])
     with torch.no_grad(), eval_mode(vae):
         codes = vae.encode(_filled(images, known))
-    out = generate(
-        prior,
-        vae,
-        condition,
-        None if condition is not None else len(images),
-        partial_codes=codes,
-        start_row=start_row,
-        **settings,
-    )
+    kept = KnownRows(codes, first // (height // prior.config.code_shape[0]))
+    out = generate(prior, vae, condition, params=params, known=kept, precision=engine)
     return EditOutput(torch.where(known, images, out.images.to(images.dtype)), out.codes, out.images)
 
 

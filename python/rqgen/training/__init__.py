@@ -1,6 +1,7 @@
 """Training of both stages: one loop, two sets of step functions."""
 
 from .checkpoint import latest_checkpoint
+from .codes import CodesStage, code_items
 from .encoding import encode_dataset
 from .loop import LoopConfig, StepResult, TrainingResult, train
 from .memory import check_memory
@@ -8,9 +9,10 @@ from .optim import OptimizerConfig
 from .prior import PriorConfig, PriorData, PriorStage, measure_tau, prior_data
 from .resume import check_resumable, newest_whole_checkpoint, refuse_other_run
 from .tokenizer import TokenizerStage
-from .var import VARPriorConfig, VARStage, var_prior_items
+from .var import VARPriorConfig
 
 __all__ = [
+    "CodesStage",
     "LoopConfig",
     "OptimizerConfig",
     "PriorConfig",
@@ -20,9 +22,9 @@ __all__ = [
     "TokenizerStage",
     "TrainingResult",
     "VARPriorConfig",
-    "VARStage",
     "check_memory",
     "check_resumable",
+    "code_items",
     "encode_dataset",
     "latest_checkpoint",
     "measure_tau",
@@ -30,5 +32,4 @@ __all__ = [
     "prior_data",
     "refuse_other_run",
     "train",
-    "var_prior_items",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 
@@ -10,10 +9,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.data.codes import Codes
+from rqgen.checks import check_within
 from rqgen.data.datasets import ImageDataset
-from rqgen.data.integers import check_within
-from rqgen.models import RQVAE, MultiScaleVQVAE
+from rqgen.models import Tokenizer
+from rqgen.quantizers import Codes
 
 from .progress import RunProgress
 
@@ -27,7 +26,7 @@ def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def encode_dataset(
-    vae: RQVAE | MultiScaleVQVAE,
+    vae: Tokenizer,
     images: ImageDataset,
     *,
     batch_size: int,
@@ -39,20 +38,18 @@ def encode_dataset(
     labels (N,), on the CPU. ``console`` shows how far it is."""
     vae.eval()
     count = len(images) if count is None else count
-    encode = vae.encode if codes else lambda images_nchw: vae.encode_latents(images_nchw).float()
-    if codes and isinstance(vae, RQVAE):  # a scale's search is one of depth 1, which a frozen codebook does not help
-        encode = functools.partial(vae.encode, frozen=vae.freeze(count))
+    encode = vae.encoder_for(count) if codes else lambda images_nchw: vae.encode_latents(images_nchw).float()
+    layout = vae.layout
     parts, labels = [], []
     began = time.perf_counter()
     with RunProgress(console, "encoding", count) as progress:
         for start in range(0, count, batch_size):
             batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
             encoded = encode(torch.stack([image for image, _ in batch]).to(vae.device))
-            parts.append([part.cpu() for part in ([encoded] if isinstance(encoded, Tensor) else encoded)])
+            parts.append(layout.map(Tensor.cpu, encoded) if codes else encoded.cpu())
             labels += [label for _, label in batch]
             progress.report(speed=len(labels) / max(1e-9, time.perf_counter() - began))
             progress.update(len(labels))
     if not parts:
         raise ValueError("images: expected at least one, got an empty dataset")
-    whole = [torch.cat(same) for same in zip(*parts, strict=True)]
-    return whole[0] if isinstance(encoded, Tensor) else whole, torch.tensor(labels)
+    return layout.concatenate(parts) if codes else torch.cat(parts), torch.tensor(labels)

@@ -74,7 +74,7 @@ class LoopConfig:
     log_every: int = 10
     """Steps between two entries of the history."""
     image_every: int = 500
-    """Draw image grids into TensorBoard; 0: never."""
+    """Steps between two sheets of images in TensorBoard; 0: none."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; 0: never."""
     keep_checkpoints: int = 2
@@ -127,8 +127,8 @@ class Stage(Protocol[ModelT]):
     def usage(self) -> dict[str, Tensor]:
         """Values per depth (D,), or per scale, over the running window, such as codes used and perplexity."""
 
-    def pictures(self, model: ModelT) -> dict[str, Tensor]:
-        """Sheets of images, bytes (channels, H, W), drawn with ``model`` (the averaged weights, if any)."""
+    def previews(self, model: ModelT) -> dict[str, Tensor]:
+        """Sheets of images, bytes (channels, H, W), made with ``model`` (the averaged weights, if any)."""
 
 
 @dataclass
@@ -248,7 +248,7 @@ def _train(
                         writer.scalars(record | {"images_per_second": speed}, step)
                 progress.update(step)
                 if writer is not None and config.image_every and (step % config.image_every == 0 or last):
-                    writer.pictures(_draw(stage, model, averaged), step)
+                    writer.images(_previews(stage, model, averaged), step)
                 if config.checkpoint_every and (step % config.checkpoint_every == 0 or last):
                     run.save()
         run.check_finite()
@@ -319,7 +319,7 @@ class _Run:
         self.window.extend(state["window"])
         for key, before, now in changed:
             logger.info("%s: '%s' was %s and is %s from now on", path.name, key, before, now)
-        # Last: nothing above may draw.
+        # Last: nothing above may take random numbers.
         restore_random_states(state["random"])
 
     def save(self) -> None:
@@ -405,15 +405,15 @@ def _codes_used(record: dict[str, float]) -> str:
 
 
 @torch.no_grad()
-def _draw(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights | None) -> dict[str, Tensor]:
+def _previews(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights | None) -> dict[str, Tensor]:
     if averaged is not None:
-        return stage.pictures(averaged.model)
+        return stage.previews(averaged.model)
     # Accelerate's mixed precision is a `forward` set on the instance, which sampling would have to take for a change of
-    # the model. Pictures are drawn without it, from averaged weights or not.
+    # the model. Previews are sampled without it, from averaged weights or not.
     forward = model.__dict__.pop("forward", None)
     model.eval()
     try:
-        return stage.pictures(model)
+        return stage.previews(model)
     finally:
         model.train()
         if forward is not None:
@@ -436,7 +436,7 @@ class _Writer:
                 if name != "step":
                     self._writer.add_scalar(name, value, step)
 
-    def pictures(self, sheets: dict[str, Tensor], step: int) -> None:
+    def images(self, sheets: dict[str, Tensor], step: int) -> None:
         with errors_name(self._folder):
             for name, sheet_chw in sheets.items():
                 self._writer.add_image(name, sheet_chw, step)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rqkernels
 from rqgen.config import check_bounds
-from rqgen.data.codes import EncodedImages, code_fingerprint
+from rqgen.data.codes import EncodedImages
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
 from rqgen.models.rqtransformer import RQTransformer, RQTransformerConfig, SoftLabels, prior_loss
@@ -56,7 +56,7 @@ class PriorConfig:
     soft_labels: bool = True
     """Learn Q_tau(k | r_{d-1}) of every depth's residual (equation 15) and not its one nearest code."""
     stochastic_codes: bool = True
-    """Draw the codes from Q_tau, anew each time an image is seen."""
+    """Sample the codes from Q_tau, anew each time an image is seen."""
     tau: float | None = None
     """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of what is left
     after the last depth, measured on the training images."""
@@ -127,7 +127,7 @@ def prior_data(
     for cached latents of varying images.
     """
     if isinstance(source, EncodedImages):
-        source.check_tokenizer(list(vae.code_shape), code_fingerprint(*vae.quantizer.code_tensors()))
+        source.check_tokenizer(vae.layout, vae.fingerprint())
         if config.condition == "class":
             check_labels(source.labels, source.class_names)
         if config.soft_labels or config.stochastic_codes:
@@ -159,9 +159,9 @@ def prior_data(
 def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
     """Half the mean of |r_D|^2: labels then spread over the codes that quantization itself can hardly tell
     apart, whatever the scale of the latents."""
-    frozen = vae.freeze(len(latents_nhwc))
-    codebooks = vae.codebooks if frozen is None else frozen
-    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_norms
+    packed = vae.pack_codebook(len(latents_nhwc))
+    codebooks = vae.codebooks if packed is None else packed
+    norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_sq_norms
     tau = 0.5 * norms[..., -1].mean().item()
     if not 0 < tau < float("inf"):
         raise ValueError(f"tau: cannot be measured, half the mean of |r_D|^2 is {tau}; give a number")
@@ -172,7 +172,7 @@ class PriorStage:
     """Cross-entropy over all codes, with soft labels or hard ones, from stochastic codes or nearest ones.
 
     ``kind`` says what a batch holds. The codes of a batch and the residuals of its soft labels come from one
-    search. Every draw has its own counter (seed, position in the run), so a resumed run draws the same codes.
+    search. Every sample has its own counter (seed, position in the run), so a resumed run samples the same codes.
     """
 
     name = "prior"
@@ -235,7 +235,7 @@ class PriorStage:
     def usage(self) -> dict[str, Tensor]:
         return {}
 
-    def pictures(self, model: RQTransformer) -> dict[str, Tensor]:
+    def previews(self, model: RQTransformer) -> dict[str, Tensor]:
         if self._preview is None:
             return {}
         return self._preview(model, self._vae)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rqgen.data.grid import image_grid
 from rqgen.data.stream import Batch
-from rqgen.models import RQVAE, MultiScaleVQVAE
+from rqgen.models import Tokenizer
 
 from .loop import StepResult
 
@@ -16,14 +16,14 @@ class TokenizerStage:
     """The tokenizer's own `loss`: of an RQ-VAE reconstruction and commitment (Lee et al. 2022, equations 6-7; the
     codebook learns by moving averages inside the model), of a multi-scale VQ-VAE these and the codebook's term.
 
-    ``examples`` (N, channels, H, W), if given, are drawn beside their reconstructions while training.
+    ``examples`` (N, channels, H, W), if given, are shown beside their reconstructions while training.
     """
 
     name = "tokenizer"
 
-    def __init__(self, model: RQVAE | MultiScaleVQVAE, examples: Tensor | None = None) -> None:
+    def __init__(self, model: Tokenizer, examples: Tensor | None = None) -> None:
         self.model = model
-        self.axis = model.quantizer.axis
+        self.axis = model.layout.axis
         self._examples = examples
 
     def to(self, device: torch.device) -> None:
@@ -36,10 +36,10 @@ class TokenizerStage:
         return StepResult(loss.total, terms)
 
     def usage(self) -> dict[str, Tensor]:
-        usage = self.model.quantizer.usage
-        return {"codes_used": usage.codes_used(), "perplexity": usage.perplexity()}
+        usage = self.model.usage
+        return {} if usage is None else {"codes_used": usage.codes_used(), "perplexity": usage.perplexity()}
 
-    def pictures(self, model: RQVAE | MultiScaleVQVAE) -> dict[str, Tensor]:
+    def previews(self, model: Tokenizer) -> dict[str, Tensor]:
         if self._examples is None:
             return {}
         both = torch.cat([self._examples, model(self._examples).reconstruction.float()])

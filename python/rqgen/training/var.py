@@ -1,22 +1,12 @@
-"""Stage 2 of VAR: the prior learns the tokenizer's token maps."""
+"""Settings of a VAR to train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from rich.console import Console
-from torch import Tensor
-
 from rqgen.config import check_bounds
-from rqgen.data.codes import EncodedImages, code_fingerprint, flatten_codes, unflatten_codes
-from rqgen.data.datasets import ImageDataset
-from rqgen.data.stream import Batch, TensorItems
-from rqgen.models import VAR, MultiScaleVQVAE, VARConfig, var_loss
-
-from .encoding import check_labels, encode_dataset
-from .loop import StepResult
+from rqgen.models import VAR, MultiScaleVQVAE, VARConfig
 
 
 @dataclass
@@ -78,66 +68,3 @@ class VARPriorConfig:
         return VARConfig(
             **common, embed_dim=self.embed_dim, layers=self.layers, heads=self.heads, drop_path=self.drop_path
         )
-
-
-def var_prior_items(
-    config: VARPriorConfig,
-    vae: MultiScaleVQVAE,
-    source: ImageDataset | EncodedImages,
-    *,
-    batch_size: int,
-    console: Console | None = None,
-) -> ImageDataset | TensorItems:
-    """What a prior learns from: all tokens of an image side by side, (L,), or the images themselves.
-
-    Raises ValueError for codes of another tokenizer, for labels that are no classes, and for cached codes of images
-    that differ from epoch to epoch.
-    """
-    if isinstance(source, EncodedImages):
-        source.check_tokenizer(vae.scales, code_fingerprint(*vae.quantizer.code_tensors()))
-        check_labels(source.labels, source.class_names)
-        return TensorItems(flatten_codes(source.codes), source.labels)
-    if not config.cache_codes:
-        return source
-    if source.varies:
-        raise ValueError("prior.cache_codes: the images differ from epoch to epoch (crops, flips): set it to false")
-    codes, labels = encode_dataset(vae, source, batch_size=batch_size, codes=True, console=console)
-    check_labels(labels, source.class_names)
-    return TensorItems(flatten_codes(codes), labels)
-
-
-class VARStage:
-    """Cross-entropy over all tokens of all scales."""
-
-    name = "prior"
-    axis = "scale"
-
-    def __init__(
-        self,
-        model: VAR,
-        vae: MultiScaleVQVAE,
-        *,
-        preview: Callable[[VAR, MultiScaleVQVAE], dict[str, Tensor]] | None = None,
-    ) -> None:
-        self.model = model
-        self._vae = vae.eval().requires_grad_(False)
-        self._preview = preview
-
-    def to(self, device: torch.device) -> None:
-        self._vae.to(device)
-
-    def step(self, batch: Batch) -> StepResult:
-        if batch.inputs.is_floating_point():
-            codes = self._vae.encode(batch.inputs)
-        else:
-            codes = unflatten_codes(batch.inputs, self._vae.scales)
-        loss = var_loss(self.model(codes, batch.labels), codes)
-        return StepResult(loss.total, {f"loss/scale_{k + 1}": term for k, term in enumerate(loss.per_scale)})
-
-    def usage(self) -> dict[str, Tensor]:
-        return {}
-
-    def pictures(self, model: VAR) -> dict[str, Tensor]:
-        if self._preview is None:
-            return {}
-        return self._preview(model, self._vae)

@@ -10,9 +10,9 @@ from PIL import Image
 from rqgen.bench import machine, sampling, systems
 from rqgen.bench.published import PublishedSampling
 from rqgen.bench.sampling import SamplingBench
+from rqgen.inference import Engine, SamplingParams, cast_prior, make_sampler
+from rqgen.inference.cuda_graph import CapturedSampler
 from rqgen.models import RQTransformer, RQTransformerConfig
-from rqgen.models.captured import CapturedSampler
-from rqgen.models.sampler import cast_prior, make_sampler
 from rqgen.models.transformer import TransformerConfig
 from rqgen.sampling import Cost, sampling_cost
 from rqkernels import _measure
@@ -61,7 +61,8 @@ def test_everything_is_measured_and_drawn(rqgen, tmp_path, monkeypatch):
 
 
 def bench_of(**settings):
-    return SamplingBench(**{**dict.fromkeys(SamplingBench.__dataclass_fields__), **settings})
+    unset = {**dict.fromkeys(SamplingBench.__dataclass_fields__), "use_graphs": True}
+    return SamplingBench(**{**unset, **settings})
 
 
 def test_the_published_formulation_has_our_precisions():
@@ -73,15 +74,15 @@ def test_the_published_formulation_has_our_precisions():
 
     assert of(["bf16", "fp32"]) == [("published formulation", "bf16"), ("published formulation", "fp32")]
     assert of(["int8"]) == [("published formulation", "fp32")]
-    codes = sampling._published(prior, "bf16").draw(prior.condition_ids(None, 3), 5, 0.9)
+    codes = sampling._published(prior, "bf16").sample(prior.condition_ids(None, 3), 5, 0.9)
     assert codes.shape == (3, 4, 2) and codes.min() >= 0 and codes.max() < 11
 
 
 def test_contenders_as_a_gpu_has_them(monkeypatch):
     """There ours computes with modules too, and both from weights of that precision."""
 
-    def modules(prior, precision, use_graphs):
-        return CapturedSampler(cast_prior(prior, precision), capture=False)
+    def modules(prior, engine):
+        return CapturedSampler(cast_prior(prior, engine.precision), capture=False)
 
     monkeypatch.setattr(sampling, "make_sampler", modules)
     prior = small_prior((2, 2, 2), condition="class", condition_vocab_size=5)
@@ -106,13 +107,13 @@ def test_codes_that_do_not_follow_from_the_weights_are_never_timed(monkeypatch):
 
 
 def test_what_does_not_fit_into_the_memory_is_named(rqgen, tmp_path, monkeypatch):
-    def draw(self, condition_bl, **settings):
+    def sample(self, condition_bl, **settings):
         if len(condition_bl) > 1:
             raise torch.OutOfMemoryError
         return original(self, condition_bl, **settings)
 
-    original = PublishedSampling.draw
-    monkeypatch.setattr(PublishedSampling, "draw", draw)
+    original = PublishedSampling.sample
+    monkeypatch.setattr(PublishedSampling, "sample", sample)
     monkeypatch.setattr(sampling, "peak_bytes", lambda call, device: call().nbytes)
     quick_peaks(monkeypatch)
     options = ["--shape", "2x2x2", "--batch", 1, "--batch", 2, "--published", "--decoder-channels", 0, "--seconds", 0]
@@ -144,11 +145,11 @@ def test_three_systems_side_by_side(rqgen, tmp_path, monkeypatch):
     for name in ("RQ_DECODER_CHANNELS", "SCALES_DECODER_CHANNELS"):
         monkeypatch.setattr(systems, name, 1)
     sizes = ["--image-side", 16, *SMALL, "--var-codebook-size", 16]
-    more = ["--batch", 1, "--batch", 2, "--precision", "fp32", "--precision", "int8", "--cfg", 2, "--decoder"]
+    more = ["--batch", 1, "--batch", 2, "--precision", "fp32", "--precision", "int8", "--cfg-scale", 2, "--decoder"]
     quick = ["--seconds", 0, "--device", "cpu", "--threads", 1]
     code, out, err = rqgen("bench", "systems", *sizes, *more, *quick, "--out", tmp_path)
     assert code == 0, err
-    assert "flat  batch   2  fp32 guidance 2" in out
+    assert "flat  batch   2  fp32 cfg_scale 2" in out
     result = json.loads((tmp_path / "systems.json").read_text())
     # The same number of layers; scales, positions and codes of each, or codes alone.
     assert [(system["name"], system["layers"], system["steps"]) for system in result["systems"]] == [
@@ -156,7 +157,7 @@ def test_three_systems_side_by_side(rqgen, tmp_path, monkeypatch):
         ("RQ-Transformer", [2, 1], [4, 12]),
         ("flat", [3], [16]),
     ]
-    drawn = [(case["system"], case["precision"], case["guidance"], case["batch"]) for case in result["cases"]]
+    drawn = [(case["system"], case["precision"], case["cfg_scale"], case["batch"]) for case in result["cases"]]
     every = [("VAR", "fp32", 0), ("VAR", "fp32", 2)]
     every += [(name, *way) for name in ("RQ-Transformer", "flat") for way in (("fp32", 0), ("fp32", 2), ("int8", 0))]
     assert drawn == [(*way, batch) for batch in (1, 2) for way in every]
@@ -172,7 +173,7 @@ def test_three_systems_side_by_side(rqgen, tmp_path, monkeypatch):
     for arguments, words in (
         (["--image-side", 100], "--image-side: expected one of 16, got 100"),
         (["--image-side", 16, "--precision", "fp64"], "--precision: expected one of fp32, bf16, int8, got 'fp64'"),
-        (["--image-side", 16, "--cfg", 0], "--cfg: expected a number > 0, got 0.0"),
+        (["--image-side", 16, "--cfg-scale", 0], "--cfg-scale: expected a number > 0, got 0.0"),
     ):
         code, _, err = rqgen("bench", "systems", *SMALL, *arguments, *quick, "--out", tmp_path)
         assert code == 1 and words in err and err.count("\n") == 1
@@ -201,16 +202,15 @@ def test_the_published_formulation_draws_the_same_likeliest_codes(shape):
     condition = {"condition": "class", "condition_vocab_size": 5} if shape[2] > 1 else {}
     prior = small_prior(shape, **condition)
     condition_bl = prior.condition_ids(torch.arange(5) if condition else None, 5)
-    depth = shape[2]
-    settings = {"temperature": [1.0] * depth, "top_k": [1] * depth, "top_p": [None] * depth, "seed": 0}
-    ours = make_sampler(prior, "fp32", True).sample(condition_bl, condition_bl.new_empty(5, 0, depth), **settings)
-    assert torch.equal(PublishedSampling(prior).draw(condition_bl, top_k=1), ours)
+    params = SamplingParams(top_k=1).resolve(prior, None)
+    ours = make_sampler(prior, Engine()).sample(condition_bl, params).codes
+    assert torch.equal(PublishedSampling(prior).sample(condition_bl, top_k=1), ours.flatten(1, 2))
 
 
 def test_the_published_formulation_draws_from_what_is_kept():
     prior = small_prior((2, 2, 2))
     condition_bl = prior.condition_ids(None, 400)
-    first = PublishedSampling(prior).draw(condition_bl, top_k=3, top_p=0.9)[:, 0, 0]
+    first = PublishedSampling(prior).sample(condition_bl, top_k=3, top_p=0.9)[:, 0, 0]
     logits = prior(torch.zeros(1, 2, 2, 2, dtype=torch.int64)).logits[0, 0, 0, 0]
     best, order = logits.topk(3)
     kept = (best.softmax(0).cumsum(0) - best.softmax(0)) < 0.9

@@ -5,11 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from rqgen import Pipeline
+from rqgen.checks import DIGIT_NAMES
 from rqgen.cli.app import main
 from rqgen.cli.demo import load_demo
-from rqgen.data import DataConfig, open_dataset
+from rqgen.data import DataConfig, open_dataset, read_codes
 from rqgen.data.grid import grid_size
 from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models.rqtransformer import RQTransformer
@@ -37,13 +40,29 @@ def demo(metrics_of):
 
 def test_every_file_is_written(demo):
     out, _ = demo
-    assert {path.name for path in out.iterdir()} == {*FIGURES, "metrics.json", "tokenizer", "prior"}
+    assert {path.name for path in out.iterdir()} == {*FIGURES, "metrics.json", "tokenizer", "prior", "pipeline.json"}
     for name in FIGURES:
         assert np.asarray(Image.open(out / name)).std() > 1
     # Ten of each class: ten rows of ten images of 32 pixels, and their names before them.
-    height, width = grid_size(100, 10, (32, 32), row_labels="0123456789")
+    height, width = grid_size(100, 10, (32, 32), row_labels=DIGIT_NAMES)
     assert height == 10 * 34 + 2 and width > 10 * 34 + 2
     assert Image.open(out / "samples.png").size == (2 * width, 2 * height)
+
+
+def test_the_folder_is_a_pipeline(demo, rqgen, tmp_path):
+    out, _ = demo
+    pipe = Pipeline.from_pretrained(out)
+    assert pipe.class_names == DIGIT_NAMES
+    sampled = pipe("seven", num=2, seed=4)
+    assert len(sampled.images) == 2 and sampled.images[0].size == (32, 32)
+    files = ["--out", tmp_path / "s.png", "--codes", tmp_path / "s.safetensors"]
+    code, _, err = rqgen("sample", out, "--class", "seven", "--num", 2, "--seed", 4, *files)
+    assert code == 0, err
+    assert torch.equal(read_codes(tmp_path / "s.safetensors").codes, sampled.codes)
+    code, _, err = rqgen("sample", out, "--tokenizer", out / "tokenizer")
+    assert code == 1 and err == f"error: --tokenizer: expected none beside RUN, {out}, which holds both models\n"
+    code, _, err = rqgen("sample", tmp_path / "nowhere")
+    assert code == 1 and "nowhere" in err and err.count("\n") == 1
 
 
 def test_models_are_in_our_format(demo):

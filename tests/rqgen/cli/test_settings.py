@@ -14,9 +14,8 @@ import yaml
 from PIL import Image
 
 from rqgen.cli.app import main
-from rqgen.cli.demo import DemoConfig, VARDemoConfig, load_demo
+from rqgen.cli.demo import load_demo
 from rqgen.cli.explain import COMMANDS, explain, field_help
-from rqgen.cli.runs import PriorRun, TokenizerRun, VARPriorRun, VARTokenizerRun
 from rqgen.cli.scaling import ScalingConfig
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load, nested_dataclasses, to_dict
@@ -24,6 +23,8 @@ from rqgen.data import DataConfig, open_dataset, read_codes
 from rqgen.evaluation import EvaluationConfig
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer, load_pretrained
 from rqgen.quantizers.multiscale import SCALES_256, SCALES_512, SCALES_1024, scales_up_to
+from rqgen.systems.rq import RQDemo, RQPriorRun, RQTokenizerRun
+from rqgen.systems.var import VARDemo, VARPriorRun, VARTokenizerRun
 from rqgen.training import check_memory, memory
 
 SMALL = ["model.base_channels=8", "loop.batch_size=4", "loop.steps=1", "loop.checkpoint_every=0"]
@@ -161,7 +162,7 @@ def test_nothing_held_out_trains(rqgen, tmp_path):
 
 # --- Recipes and bases
 
-KINDS = (TokenizerRun, PriorRun, VARTokenizerRun, VARPriorRun, DemoConfig, VARDemoConfig, ScalingConfig)
+KINDS = (RQTokenizerRun, RQPriorRun, VARTokenizerRun, VARPriorRun, RQDemo, VARDemo, ScalingConfig)
 
 
 @pytest.mark.parametrize("cls", KINDS)
@@ -180,7 +181,7 @@ def test_every_recipe_says_what_it_starts_from():
     for path in RECIPES.glob("*.yaml"):
         assert "base" in yaml.safe_load(path.read_text())
     assert {cls.recipe for cls in KINDS} | {"photos_tokenizer"} == {path.stem for path in RECIPES.glob("*.yaml")}
-    photos = load(TokenizerRun, RECIPES / "photos_tokenizer.yaml", recipes=RECIPES)
+    photos = load(RQTokenizerRun, RECIPES / "photos_tokenizer.yaml", recipes=RECIPES)
     assert photos.model.attention_resolutions == [8] and photos.model.code_shape == [8, 8, 4]
     assert photos.data.channels == photos.model.image_channels == 3 and photos.model.resolution == 64
 
@@ -190,10 +191,9 @@ def test_the_readmes_file_is_read(tmp_path):
     block = re.search(r"^    base: .*?(?=\n\n)", readme, re.MULTILINE | re.DOTALL)[0]
     path = tmp_path / "mine.yaml"
     path.write_text(textwrap.dedent(block))
-    run = load(TokenizerRun, path, recipes=RECIPES)
-    assert (
-        run.data.folder.path == Path("photos") and run.model.base_channels == 32 and run.model.code_shape == [16, 16, 4]
-    )
+    run = load(RQTokenizerRun, path, recipes=RECIPES)
+    assert run.data.folder.path == Path("photos")
+    assert run.model.base_channels == 32 and run.model.code_shape == [16, 16, 4]
 
 
 def test_a_base_from_the_command_line(rqgen, tmp_path):
@@ -214,7 +214,7 @@ def test_what_a_run_writes_reproduces_it(rqgen, mine, tmp_path):
     code, _, err = rqgen("train", "tokenizer", "--config", mine / "config.yaml", "--out", tmp_path / "again")
     assert code == 0, err
     assert (tmp_path / "again" / "config.yaml").read_text() == written
-    run = load(TokenizerRun, mine / "config.yaml")
+    run = load(RQTokenizerRun, mine / "config.yaml")
     assert run.data.classes == ["no", "010"] and run.loop.mixed_precision == "no"
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / "model" / name).read_bytes() == (mine / "model" / name).read_bytes()
@@ -239,21 +239,21 @@ def test_the_line_for_folders_trains_in_colour(mine, photos):
     assert vae.data["folder"]["path"] == str(photos) and vae.data["classes"] == ["no", "010"]
 
 
-@pytest.mark.parametrize("cls", [TokenizerRun, VARTokenizerRun])
+@pytest.mark.parametrize("cls", [RQTokenizerRun, VARTokenizerRun])
 @pytest.mark.parametrize("side", [8, 32, 64, 96, 128, 256])
 def test_size_and_channels_are_set_in_one_place(cls, side):
     for channels, more in ((3, []), (1, ["data.channels=1"])):
         run = load(cls, None, ["data.folder=x", f"data.resolution={side}", *more], recipes=RECIPES)
         assert run.data.source == "folder" and run.model.image_channels == run.data.channels == channels
         assert run.model.image_shape == (side, side)
-        if cls is TokenizerRun:
+        if cls is RQTokenizerRun:
             assert run.model.code_shape == [side // 8, side // 8, 4] and run.model.resolution == side
         else:
             assert run.model.quantizer.scales == [[one, one] for one in scales_up_to(side // 8)]
 
 
 def test_defaults_of_digits_stay_grey_and_the_models_own_defaults_are_the_published_ones():
-    run = load(TokenizerRun, None, recipes=RECIPES)
+    run = load(RQTokenizerRun, None, recipes=RECIPES)
     assert run.data == DataConfig() and run.data.channels == run.model.image_channels == 1
     from rqgen.models import RQVAEConfig
 
@@ -297,11 +297,11 @@ def test_contradictions_are_refused_with_both_values(rqgen, tmp_path, system, ov
 
 
 def test_the_split_of_a_demo_and_a_family_is_set_once():
-    for cls in (DemoConfig, VARDemoConfig, ScalingConfig):
+    for cls in (RQDemo, VARDemo, ScalingConfig):
         run = load(cls, None, ["tokenizer.data.resolution=16", "tokenizer.data.split_seed=4"], recipes=RECIPES)
         assert run.prior.data == run.tokenizer.data and run.tokenizer.model.image_shape == (16, 16)
     with pytest.raises(ValueError, match=r"prior\.data\.split_seed: 9, but tokenizer\.data\.split_seed is 0"):
-        load(DemoConfig, None, ["prior.data.split_seed=9"], recipes=RECIPES)
+        load(RQDemo, None, ["prior.data.split_seed=9"], recipes=RECIPES)
 
 
 # --- A prior and `encode` read the tokenizer's images
@@ -313,7 +313,7 @@ def test_a_prior_trains_on_the_images_of_its_tokenizer(rqgen, mine, tmp_path, ca
         code, _, err = rqgen("train", "prior", tokenizer, *SMALL_PRIOR, "--out", tmp_path / "prior")
     assert code == 0, err
     assert "hold" not in caplog.text
-    run, theirs = load(PriorRun, tmp_path / "prior" / "config.yaml"), load(TokenizerRun, mine / "config.yaml").data
+    run, theirs = load(RQPriorRun, tmp_path / "prior" / "config.yaml"), load(RQTokenizerRun, mine / "config.yaml").data
     # All but the flips: latents are encoded once.
     assert to_dict(run.data) == to_dict(theirs) | {"horizontal_flip": False} and theirs.horizontal_flip
     ours = open_dataset(run.data, "held_out")
@@ -332,7 +332,7 @@ def test_another_split_is_said_and_other_images_are_others(rqgen, mine, tmp_path
     with caplog.at_level(logging.WARNING):
         code, _, err = rqgen(*arguments, "data.source=digits", "--out", tmp_path / "b")
     assert code == 0, err
-    data = load(PriorRun, tmp_path / "b" / "config.yaml").data
+    data = load(RQPriorRun, tmp_path / "b" / "config.yaml").data
     assert data == DataConfig(channels=3) and "hold" not in caplog.text
     code, _, err = rqgen(*arguments, "data.resolution=64", "--out", tmp_path / "c")
     assert code == 1 and "data.resolution: 64, but the tokenizer is for images of 32x32" in err
@@ -396,7 +396,7 @@ def test_a_tokenizer_that_does_not_know_its_images_says_so(rqgen, mine, photos, 
         assert code == 1 and f"{prefix}source: the tokenizer in" in err and f"give {prefix}folder=PATH" in err
         code, _, err = rqgen(*arguments, f"{prefix}folder={photos}")
         assert code == 0, err
-    assert load(PriorRun, tmp_path / "prior" / "config.yaml").data == DataConfig(source="folder", folder=photos)
+    assert load(RQPriorRun, tmp_path / "prior" / "config.yaml").data == DataConfig(source="folder", folder=photos)
 
 
 def test_settings_of_images_that_a_damaged_file_holds_are_refused(rqgen, mine, tmp_path):
@@ -442,11 +442,11 @@ def test_config_prints_a_file_that_the_command_reads(rqgen, tmp_path, command, s
     content = yaml.safe_load(out)
     assert content["base"] is None
     cls = {
-        "train tokenizer": {"rq": TokenizerRun, "var": VARTokenizerRun},
-        "train prior": {"rq": PriorRun, "var": VARPriorRun},
+        "train tokenizer": {"rq": RQTokenizerRun, "var": VARTokenizerRun},
+        "train prior": {"rq": RQPriorRun, "var": VARPriorRun},
         "encode": {"rq": DataConfig, "var": DataConfig},
         "evaluate": {"rq": EvaluationConfig, "var": EvaluationConfig},
-        "demo": {"rq": DemoConfig, "var": VARDemoConfig},
+        "demo": {"rq": RQDemo, "var": VARDemo},
         "scaling": {"rq": ScalingConfig, "var": ScalingConfig},
     }[command][system]
     default = load(cls, None, recipes=RECIPES)
@@ -488,8 +488,8 @@ def test_a_printed_key_that_follows_may_be_left_out(rqgen, tmp_path):
     marked = [i for i, line in enumerate(lines) if "follows]" in line]
     path.write_text("\n".join(line for i, line in enumerate(lines) if i - 1 not in marked))
     overrides = ["data.source=folder", "data.folder=x", "data.resolution=64"]
-    run = load(TokenizerRun, path, overrides, recipes=RECIPES)
-    assert run == load(TokenizerRun, None, overrides, recipes=RECIPES) and run.model.code_shape == [8, 8, 4]
+    run = load(RQTokenizerRun, path, overrides, recipes=RECIPES)
+    assert run == load(RQTokenizerRun, None, overrides, recipes=RECIPES) and run.model.code_shape == [8, 8, 4]
 
 
 def test_config_of_a_prior_shows_the_images_of_its_tokenizer(rqgen, mine, photos):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from rqgen.cli.runs import PriorRun, TokenizerRun
+from rqgen.systems.rq import RQPriorRun, RQTokenizerRun
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load, to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset, read_codes, sources
@@ -75,7 +75,7 @@ def test_a_new_source_trains_both_stages_by_the_ordinary_command_line(rqgen, squ
     arguments = ["train", "tokenizer", "--out", tmp_path / "t", *small, "loop.batch_size=4", "loop.steps=1", *data]
     code, _, err = rqgen(*arguments)
     assert code == 0, err
-    run = load(TokenizerRun, tmp_path / "t" / "config.yaml")
+    run = load(RQTokenizerRun, tmp_path / "t" / "config.yaml")
     assert run.data.squares == SquaresOptions(12) and (run.data.resolution, run.data.channels) == (16, 1)
     vae = RQVAE.from_pretrained(tmp_path / "t" / "model")
     assert vae.config.image_shape == (16, 16) and vae.config.image_channels == 1
@@ -86,7 +86,7 @@ def test_a_new_source_trains_both_stages_by_the_ordinary_command_line(rqgen, squ
     tokenizer = tmp_path / "t" / "model"
     code, _, err = rqgen("train", "prior", f"tokenizer={tokenizer}", *SMALL_PRIOR, "--out", tmp_path / "p")
     assert code == 0, err
-    assert load(PriorRun, tmp_path / "p" / "config.yaml").data.squares == SquaresOptions(12)
+    assert load(RQPriorRun, tmp_path / "p" / "config.yaml").data.squares == SquaresOptions(12)
     code, out, err = rqgen("encode", "--tokenizer", tokenizer, "--out", tmp_path / "codes", "--split", "held_out")
     assert code == 0 and "4 images" in out, err
     assert read_codes(tmp_path / "codes").labels.tolist() == [0, 0, 1, 1]
@@ -111,7 +111,7 @@ def test_its_settings_are_printed_with_help_and_checked_as_all_others(rqgen, squ
     assert content["data"]["resolution"] == content["model"]["resolution"] == 16
     path = tmp_path / "mine.yaml"
     path.write_text(out)
-    assert load(TokenizerRun, path, recipes=RECIPES).data == DataConfig(source="squares", squares={"count": 7})
+    assert load(RQTokenizerRun, path, recipes=RECIPES).data == DataConfig(source="squares", squares={"count": 7})
     for override, words in (
         ("data.squares.cuont=3", "unknown key 'data.squares.cuont'; did you mean 'data.squares.count'?"),
         ("data.squares.count=many", "wrong value at 'data.squares.count': expected an integer, got 'many'"),
@@ -177,7 +177,7 @@ def test_what_older_versions_wrote_of_images_is_read(rqgen, trained, tmp_path):
     path = tmp_path / "config.yaml"
     old = {**OLD, "source": "folder", "folder": "photos", "channels": 3, "fit": "exact", "on_broken": "skip"}
     path.write_text(yaml.safe_dump({"base": None, "data": old}))
-    data = load(TokenizerRun, path).data
+    data = load(RQTokenizerRun, path).data
     options = FolderOptions("photos", fit="exact", on_broken="skip")
     assert to_dict(data) == to_dict(
         DataConfig(source="folder", folder=options, held_out_fraction=0.25, split_seed=3, channels=3)

@@ -8,11 +8,11 @@ import yaml
 from PIL import Image
 
 from rqgen.cli.app import main
-from rqgen.cli.runs import PriorRun, TokenizerRun
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
+from rqgen.systems.rq import RQPriorRun, RQTokenizerRun
 
 
 def test_a_run_leaves_model_checkpoints_logs_and_settings(trained):
@@ -33,7 +33,7 @@ def test_a_run_leaves_model_checkpoints_logs_and_settings(trained):
     model = RQTransformer.from_pretrained(prior / "model")
     assert model.config.condition_vocab_size == 10
     assert torch.equal(model.codebooks, RQVAE.from_pretrained(tokenizer / "model").codebooks)
-    written = load(TokenizerRun, tokenizer / "config.yaml")
+    written = load(RQTokenizerRun, tokenizer / "config.yaml")
     assert written.loop.steps == 3 and written.model.base_channels == 8
 
 
@@ -108,9 +108,9 @@ def test_a_folder_of_images_trains(rqgen, tmp_path, small_tokenizer):
 
 def test_every_shipped_configuration_is_valid():
     for name, kind in (
-        ("digits_tokenizer", TokenizerRun),
-        ("photos_tokenizer", TokenizerRun),
-        ("digits_prior", PriorRun),
+        ("digits_tokenizer", RQTokenizerRun),
+        ("photos_tokenizer", RQTokenizerRun),
+        ("digits_prior", RQPriorRun),
     ):
         load(kind, RECIPES / f"{name}.yaml")
     assert yaml.safe_load((RECIPES / "demo.yaml").read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rqgen.checks import DIGIT_NAMES
 from rqgen.data import DataConfig, open_dataset, read_codes, read_image
 from rqgen.data.grid import grid_size
 from rqgen.models.rqtransformer import RQTransformer
@@ -23,7 +24,7 @@ def test_encode_writes_the_codes_of_every_image(rqgen, trained, tmp_path):
     assert code == 0, err
     encoded, images = read_codes(file), open_dataset(DataConfig(), "held_out")
     assert torch.equal(encoded.codes[:70], RQVAE.from_pretrained(tokenizer).encode(images.images[:70]))
-    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == tuple("0123456789")
+    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == DIGIT_NAMES
     assert encoded.info["split"] == "held_out" and f"{len(images)} images as 4x4x4 codes" in out
 
 
@@ -76,16 +77,19 @@ def test_a_damaged_picture_is_one_line(rqgen, trained, tmp_path, recwarn):
 
 def test_sample_draws_a_row_per_class(rqgen, trained, tmp_path):
     models = ["--prior", trained[1] / "model", "--tokenizer", trained[0] / "model"]
-    arguments = ["--class", 3, "--class", 7, "--num", 4, "--seed", 5, "--cfg", 0.5, "--top-p", 0.9]
+    arguments = ["--class", 3, "--class", 7, "--num", 4, "--seed", 5, "--cfg-scale", 0.5, "--top-p", 0.9]
     files = ["--out", tmp_path / "s.png", "--codes", tmp_path / "s.safetensors"]
     code, out, err = rqgen("sample", *models, *arguments, *files)
     assert code == 0, err
     assert "8 images" in out
-    height, width = grid_size(8, 4, (32, 32), row_labels=("3", "7"))
-    assert (height, width) == (2 * 34 + 2, 4 * 34 + 2 + grid_size(2, 1, (32, 32), row_labels=("3", "7"))[1] - 36)
+    height, width = grid_size(8, 4, (32, 32), row_labels=("three", "seven"))
+    assert (height, width) == (
+        2 * 34 + 2,
+        4 * 34 + 2 + grid_size(2, 1, (32, 32), row_labels=("three", "seven"))[1] - 36,
+    )
     assert np.asarray(Image.open(tmp_path / "s.png")).shape == (2 * height, 2 * width)
     drawn = read_codes(tmp_path / "s.safetensors")
-    assert drawn.labels.tolist() == [3] * 4 + [7] * 4 and drawn.class_names == tuple("0123456789")
+    assert drawn.labels.tolist() == [3] * 4 + [7] * 4 and drawn.class_names == DIGIT_NAMES
     # The same seed draws the same images, however they are batched; another seed draws others.
     files = ["--out", tmp_path / "t.png", "--codes", tmp_path / "t.safetensors", "--batch-size", 3]
     assert rqgen("sample", *models, *arguments, *files)[0] == 0

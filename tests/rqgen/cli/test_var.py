@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rqgen.checks import DIGIT_NAMES
 from rqgen.cli.app import main
 from rqgen.data import DataConfig, image_grid, open_dataset, read_codes, save_image
 from rqgen.data.grid import grid_size
@@ -47,9 +48,9 @@ def test_both_stages_train_and_the_prior_draws(rqgen, trained, tmp_path):
     vae, prior = MultiScaleVQVAE.from_pretrained(trained[0]), VAR.from_pretrained(trained[1])
     assert torch.equal(vae.codebooks, prior.quantizer.codebook) and prior.config.num_classes == 10
     models = ["--tokenizer", trained[0], "--prior", trained[1]]
-    code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg", 1.5, "--out", tmp_path / "s.png")
+    code, out, err = rqgen("sample", *models, "--num", 3, "--class", 4, "--cfg-scale", 1.5, "--out", tmp_path / "s.png")
     assert code == 0, err
-    height, width = grid_size(3, 3, (32, 32), row_labels=("4",))
+    height, width = grid_size(3, 3, (32, 32), row_labels=("four",))
     assert "3 images" in out and Image.open(tmp_path / "s.png").size == (2 * width, 2 * height)
     assert height == 34 + 2 and width > 3 * 34 + 2
     code, _, err = rqgen("sample", "--tokenizer", trained[0], "--prior", trained[0])
@@ -65,7 +66,7 @@ def test_encode_writes_token_maps(rqgen, trained, tmp_path):
     expected = MultiScaleVQVAE.from_pretrained(trained[0]).encode(images.images[:70])
     assert len(encoded.codes) == 4
     assert all(torch.equal(maps[:70], first) for maps, first in zip(encoded.codes, expected, strict=True))
-    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == tuple("0123456789")
+    assert torch.equal(encoded.labels, images.labels) and encoded.class_names == DIGIT_NAMES
 
 
 def test_a_prior_learns_from_token_maps_on_disk_as_from_images(rqgen, trained, tmp_path):
@@ -106,7 +107,7 @@ def test_sample_writes_the_token_maps_it_drew(rqgen, trained, tmp_path):
     # What the file holds is what the sheet shows.
     vae = MultiScaleVQVAE.from_pretrained(trained[0])
     images = torch.cat([vae.decode([maps[i : i + 1] for maps in drawn.codes]) for i in range(4)])
-    save_image(image_grid(images, columns=2, row_labels=("4", "1")), tmp_path / "again.png", scale=2)
+    save_image(image_grid(images, columns=2, row_labels=("four", "one")), tmp_path / "again.png", scale=2)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again.png")), np.asarray(Image.open(tmp_path / "s.png")))
 
 
@@ -206,7 +207,7 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
     for change, words in (
         (["--label", 10], "--label: expected 0..9, got 10"),
         (["--mask", tmp_path / "small.png"], "expected 32x32 pixels, got 16x32"),
-        (["--mask", tmp_path / "black.png"], "leaves nothing to draw"),
+        (["--mask", tmp_path / "black.png"], "leaves nothing to sample"),
         (["--image", tmp_path / "none.png"], "image file not found"),
         (["--image", tmp_path / "text.png"], "not a readable image"),
         (["--prior", trained[0]], "--prior: "),
@@ -233,7 +234,7 @@ def test_convert(rqgen, published_var, tmp_path):
 
 
 def test_demo(rqgen, tmp_path, monkeypatch):
-    monkeypatch.setattr("rqgen.cli.demo.INPAINTED", 12)
+    monkeypatch.setattr("rqgen.systems.var.INPAINTED", 12)
     out = tmp_path / "demo"
     overrides = [*(f"tokenizer.{s}" for s in TOKENIZER), *(f"prior.{s}" for s in PRIOR)]
     steps = ["tokenizer.loop.steps=8", "prior.loop.steps=4", "sampling.count=100"]
@@ -245,6 +246,7 @@ def test_demo(rqgen, tmp_path, monkeypatch):
         "metrics.json",
         "tokenizer",
         "prior",
+        "pipeline.json",
     }
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["codes_used"]) == 4 and metrics["seed"] == 2

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import rqkernels
 from rqgen.convert import load_kakaobrain
+from rqgen.convert.kakaobrain.rqtransformer import build_rqtransformer
 from rqgen.models import RQVAE, RQTransformer, RQVAEConfig, prior_loss
-from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.quantizers import QuantizerConfig
-from rqgen.sampling import generate
+from rqgen.sampling import KnownRows, generate
 
 TOLERANCE = 1e-4
 PRIORS = {"rqtransformer-class": "rqvae-shared-8x8x4", "rqtransformer-text": "rqvae-separate-4x4x3"}
@@ -90,8 +90,7 @@ def test_greedy_sampling_from_half(published: Published) -> None:
         published.vae,
         published.expected["cond"],
         top_k=1,
-        partial_codes=codes,
-        start_row=codes.shape[1] // 2,
+        known=KnownRows(codes, codes.shape[1] // 2),
     )
     assert torch.equal(drawn.codes, published.expected["greedy_from_half"])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rqgen.checks import DIGIT_NAMES
 from rqgen.data import DataConfig, open_dataset
 from rqgen.data.datasets import stratified_split
 from rqgen.data.sources.folder import FolderOptions
@@ -38,7 +39,7 @@ def folder_config(folder, fit="crop", on_broken="fail", **settings):
 def test_digits_are_split_once_stratified_and_shuffled():
     train, held_out = (open_dataset(DataConfig(), split) for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 1797 and 290 <= len(held_out) <= 310
-    assert train.class_names == tuple("0123456789")
+    assert train.class_names == DIGIT_NAMES
     counts = torch.bincount(held_out.labels)
     assert counts.min() >= 28 and counts.max() <= 32
     image, label = train.item(0, 0)
@@ -73,9 +74,11 @@ def test_colour_digits_and_chosen_classes():
     dataset = open_dataset(DataConfig(channels=3, classes=["7", "2"], resolution=16), "train")
     image, _ = dataset.item(3, 0)
     assert image.shape == (3, 16, 16) and torch.equal(image[0], image[2])
-    assert dataset.class_names == ("7", "2") and set(dataset.labels.tolist()) == {0, 1}
+    assert dataset.class_names == ("seven", "two") and set(dataset.labels.tolist()) == {0, 1}
     sevens = open_dataset(DataConfig(channels=3, classes=["7"], resolution=16), "train")
     assert torch.equal(dataset.images[dataset.labels == 0], sevens.images)
+    by_name = open_dataset(DataConfig(channels=3, classes=["seven", "2"], resolution=16), "train")
+    assert by_name.class_names == ("seven", "two") and torch.equal(by_name.images, dataset.images)
 
 
 def test_split_parts_cover_everything():
@@ -301,6 +304,10 @@ def test_unknown_classes_suggest_the_nearest(folder):
         open_dataset(DataConfig(classes=["12"]), "all")
     with pytest.raises(ValueError, match="list of different class names"):
         open_dataset(DataConfig(classes=["1", "1"]), "all")
+    with pytest.raises(ValueError, match="list of different class names"):
+        open_dataset(DataConfig(classes=["1", "one"]), "all")
+    with pytest.raises(ValueError, match="unknown class 'sevn' in digits; did you mean 'seven'"):
+        open_dataset(DataConfig(classes=["sevn"]), "all")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rqgen.evaluation import evaluate_precision
+from rqgen.inference.packed import PackedPrior
 from rqgen.models import RQTransformer, RQTransformerConfig
-from rqgen.models.packed import PackedPrior
 from rqgen.models.transformer import TransformerConfig
 
 SHAPE = (2, 3, 2)

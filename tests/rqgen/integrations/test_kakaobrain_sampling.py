@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import rqgen
 from rqgen.convert import load_kakaobrain
-from rqgen.models.kakaobrain import build_rqtransformer
+from rqgen.convert.kakaobrain.rqtransformer import build_rqtransformer
+from rqgen.inference import LevelParams
+from rqgen.inference.packed import PackedPrior
 
 LAYOUTS = Path(__file__).parents[2] / "data" / "rqtransformer" / "published_layouts.safetensors"
 NAMES = (
@@ -148,15 +150,13 @@ def test_draws_are_those_of_the_converted_prior(published: Case) -> None:
     torch.manual_seed(5)
     drawn = case.sample(torch.zeros_like(case.expected["greedy"]), **settings)
     torch.manual_seed(5)
-    ours = rqgen.models.packed.PackedPrior(prior, "fp32").sample(
-        condition,
-        condition.new_empty(len(condition), 0, prior.depth),
-        temperature=[0.8] * prior.depth,
-        top_k=list(settings["top_k"]),
-        top_p=[0.9] * prior.depth,
+    params = LevelParams(
+        temperature=(0.8,) * prior.depth,
+        top_k=settings["top_k"],
+        top_p=(0.9,) * prior.depth,
         seed=int(torch.randint(2**63 - 1, ())),
     )
-    assert torch.equal(drawn.flatten(1, 2), ours)
+    assert torch.equal(drawn, PackedPrior(prior, "fp32").sample(condition, params).codes)
     assert not torch.equal(case.sample(torch.zeros_like(drawn), **settings), drawn)  # another seed
 
 

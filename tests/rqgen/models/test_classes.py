@@ -15,7 +15,7 @@ from rqgen.models import (
     VARConfig,
     load_pretrained,
 )
-from rqgen.models.classes import class_label, names_of_classes, number_of_classes
+from rqgen.models.classes import class_label, names_of_classes
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import MultiScaleConfig
 
@@ -89,7 +89,7 @@ def test_names_that_are_none(make, names, words):
 
 
 def labels(prior, *given):
-    return [class_label(one, prior, "--class") for one in given]
+    return [class_label(one, names_of_classes(prior), "--class") for one in given]
 
 
 def test_a_class_by_name_or_number(make):
@@ -113,6 +113,19 @@ def test_where_names_are_numbers_a_number_is_a_name(make):
         labels(make(["7", "2", "cat"]), "1")
 
 
+def test_numerals_name_digits(make):
+    digits = make(["zero", "one", "two"])
+    assert labels(digits, "one", "1", "0", "two") == [1, 1, 0, 2]
+    with pytest.raises(ValueError, match=r"--class: expected 0\.\.2, got 3"):
+        labels(digits, "3")
+    chosen = make(["seven", "three", "one"])
+    assert labels(chosen, "3", "seven", "1") == [1, 0, 2]
+    with pytest.raises(ValueError, match=r"unknown class '0'; .*a number is a name"):
+        labels(chosen, "0")
+    # Where something else is among them, a number is a label.
+    assert labels(make(["one", "two", "many"]), "1", "two") == [1, 1]
+
+
 def test_unknown_classes(make):
     prior = make(["circle", "square", "7up"])
     for given, words in (
@@ -130,7 +143,7 @@ def test_unknown_classes(make):
     with pytest.raises(ValueError, match="--class: unknown class 'circle'; there are: 0, 1, 2"):
         labels(make(), "circle")
     unconditional = rq_prior(classes=0, condition="none")
-    assert number_of_classes(unconditional) == 0 and names_of_classes(unconditional) == ()
+    assert unconditional.num_classes == 0 and names_of_classes(unconditional) == ()
     tokens = rq_prior(condition="tokens", condition_length=2)
     for without in (unconditional, tokens):
         with pytest.raises(ValueError, match="--class: expected none, as this prior knows no classes, got '0'"):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rqkernels
-from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_reconstruction
+from rqgen.inference.kv_cache import scale_cache, stack_caches
 from rqgen.models import (
     RQVAE,
     VAR,
@@ -34,7 +34,7 @@ from rqgen.models import (
     var_loss,
 )
 from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer, QuantizerConfig, ResidualQuantizer
+from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer, QuantizerConfig, ResidualQuantizer, code_fingerprint
 from rqgen.sampling import edit, generate
 
 K, C, CLASSES = 16, 8, 3
@@ -454,7 +454,7 @@ def test_models_do_not_follow_the_default_dtype(kind: str, dtype: torch.dtype, t
             assert torch.equal(prior(codes, LABELS).logits, logits)
             out = generate(prior, vae, LABELS, cfg_scale=0.5, top_p=0.9)
             assert same_codes(out.codes, drawn.codes) and torch.equal(out.images, decoded)
-            caches = prior.new_caches(2) if isinstance(prior, RQTransformer) else [prior.new_cache(2)]
+            caches = stack_caches(prior, 2) if isinstance(prior, RQTransformer) else [scale_cache(prior, 2)]
             assert {cache.keys.dtype for cache in caches} == {torch.float32}
     assert torch.get_default_dtype() == torch.float32
 
@@ -636,7 +636,7 @@ def test_no_images(kind: str, dtype: torch.dtype) -> None:
     if isinstance(vae, RQVAE):
         soft, codes = vae.soft_codes(images, 0.5)
         assert soft.shape == (0, 4, 4, 3, K) and codes.shape == (0, 4, 4, 3)
-        assert vae.encode(images, vae.freeze(100)).shape == (0, 4, 4, 3)
+        assert vae.encode(images, vae.pack_codebook(100)).shape == (0, 4, 4, 3)
     message = r"^images: expected at least one to train on, got shape \(0, 3, 8, 8\)$"
     before = state(vae)
     with pytest.raises(ValueError, match=message):
@@ -803,7 +803,7 @@ def test_copies_of_models(kind: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", round_trips())
-def test_copies_of_quantizers_and_frozen_codebooks(how: str) -> None:
+def test_copies_of_quantizers_and_packed_codebooks(how: str) -> None:
     copied = round_trips()[how]
     quantizer = ResidualQuantizer(QuantizerConfig(codebook_size=256, depth=3), 32)
     z = torch.randn(400, 32)
@@ -811,9 +811,9 @@ def test_copies_of_quantizers_and_frozen_codebooks(how: str) -> None:
     other = copied(quantizer)
     assert_same_state(state(quantizer), state(other))
     assert torch.equal(other.encode(z), quantizer.encode(z))
-    for frozen in (rqkernels.FrozenCodebook(quantizer.codebook), quantizer.freeze(10_000)):
-        if frozen is not None:
-            assert torch.equal(other.encode(z, copied(frozen)), quantizer.encode(z))
+    for packed in (rqkernels.PackedCodebook(quantizer.codebook), quantizer.pack_codebook(10_000)):
+        if packed is not None:
+            assert torch.equal(other.encode(z, copied(packed)), quantizer.encode(z))
     scales = MultiScaleQuantizer(MultiScaleConfig(codebook_size=K, scales=[1, 2, 4]), C)
     features = torch.randn(20, C, 4, 4)
     scales(features)

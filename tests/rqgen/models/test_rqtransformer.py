@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rqgen.config import from_dict, to_dict
+from rqgen.inference.kv_cache import stack_caches
 from rqgen.models import RQTransformer, RQTransformerConfig, RQTransformerOutput, SoftLabels, prior_loss
 from rqgen.models.rqtransformer import CodeClassifier, PriorLoss
 from rqgen.models.transformer import TransformerConfig
@@ -126,7 +127,7 @@ def test_stacks_drawn_with_caches_see_the_same_logits(settings: dict[str, Any]) 
     codes, condition = make_codes(prior), make_condition(prior)
     expected = prior(codes, condition).logits.reshape(3, prior.positions, prior.depth, K)
     stacks = codes.reshape(3, prior.positions, prior.depth)
-    spatial_cache, depth_cache = prior.new_caches(3)
+    spatial_cache, depth_cache = stack_caches(prior, 3)
     outputs = prior.spatial_outputs(stacks[:, :0], prior.condition_ids(condition, 3), spatial_cache)
     for t in range(prior.positions):
 
@@ -205,7 +206,7 @@ def test_logits_are_float32_under_autocast() -> None:
     codes, tokens = make_codes(prior), make_condition(prior)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = prior(codes, tokens)
-        spatial_cache, _ = prior.new_caches(3)
+        spatial_cache, _ = stack_caches(prior, 3)
         prior.spatial_outputs(codes.reshape(3, 6, 3)[:, :1], prior.condition_ids(tokens, 3), spatial_cache)
     assert output.logits.dtype == output.condition_logits.dtype == torch.float32
     assert spatial_cache.keys.dtype == torch.bfloat16

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.inference.kv_cache import KVCache, stack_cache
 from rqgen.models import transformer as transformer_module
-from rqgen.models.kv_cache import KVCache
 from rqgen.models.transformer import QuickGELU, Transformer, TransformerConfig
 
 WIDTH = 12
@@ -20,7 +20,7 @@ def stack(layers: int = 2, **settings: object) -> Transformer:
 
 
 def new_cache(transformer: Transformer, batch: int = 2, capacity: int = 7) -> KVCache:
-    return transformer.new_cache(batch, capacity, dtype=torch.float32, device=torch.device("cpu"))
+    return stack_cache(transformer, batch, capacity, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("pieces", [[1] * 7, [3, 1, 1, 1, 1], [1, 4, 2], [7]], ids=str)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rqgen.inference.kv_cache import scale_cache
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, VARConfig, var_loss
 from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
 
@@ -41,7 +42,7 @@ def test_scales_one_by_one_with_a_cache_give_the_same_logits(
     prior = make(**settings)
     labels = torch.tensor([2, 0])
     expected = prior(codes, labels).logits
-    cache, modulation = prior.new_cache(2), prior.modulation(labels)
+    cache, modulation = scale_cache(prior, 2), prior.modulation(labels)
     features = [None, *prior.quantizer.next_inputs(codes)]
     parts = [prior.scale_logits(k, features[k], modulation, cache) for k in range(3)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=2e-5, rtol=1e-5)

@@ -65,7 +65,7 @@ def test_decoding_of_some_scales_adds_up(features: torch.Tensor) -> None:
         inputs = list(quantizer.next_inputs(codes))
     assert torch.equal(quantizer.decode(codes), totals[-1])
     for k in range(2):
-        assert torch.equal(inputs[k], quantizer.shrink(totals[k], k + 1))
+        assert torch.equal(inputs[k], quantizer.downsample(totals[k], k + 1))
     # The last scale looks at single places, so it can only come closer than it was.
     error = [(features - total).square().mean() for total in totals]
     assert not torch.equal(totals[0], totals[1]) and error[2].isfinite()
@@ -171,11 +171,11 @@ def test_bad_arguments_are_named(features: torch.Tensor) -> None:
         quantizer.decode(codes[0])
     with pytest.raises(ValueError, match="codes: expected 3 token maps, got 2"):
         quantizer.decode(codes[:2])
-    with pytest.raises(TypeError, match=r"codes\[1\]: expected an int64 tensor, got torch.int32"):
+    with pytest.raises(TypeError, match=r"codes\[1\]: expected int64, got torch.int32"):
         quantizer.decode([codes[0], codes[1].int(), codes[2]])
     with pytest.raises(ValueError, match=r"codes\[2\]: expected shape \(B, 4, 5\), got \(3, 5, 4\)"):
         quantizer.decode([codes[0], codes[1], codes[2].transpose(1, 2)])
-    with pytest.raises(IndexError, match=r"codes\[2\]: expected 0 <= code < 16, got 0..16"):
+    with pytest.raises(IndexError, match=r"codes\[2\]: expected values in \[0, 16\), got 16"):
         quantizer.decode([codes[0], codes[1], torch.full((3, 4, 5), 16).index_fill(1, torch.tensor(0), 0)])
     with pytest.raises(ValueError, match=r"scales: expected 1..3, got 4"):
         quantizer.decode(codes, 4)

@@ -352,13 +352,13 @@ class Restarts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.drawn = 0
-        draw = residual.draw_vectors
+        draw = residual.sample_vectors
 
         def counted(vectors_nc: Tensor, count: int) -> Tensor:
             self.drawn += count
             return draw(vectors_nc, count)
 
-        monkeypatch.setattr(residual, "draw_vectors", counted)
+        monkeypatch.setattr(residual, "sample_vectors", counted)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -553,7 +553,7 @@ def test_codes_for_later_depths_come_from_their_residuals(shared: bool) -> None:
     first, second = (quantizer.codebook[:32], quantizer.codebook[32:]) if shared else tuple(quantizer.codebook)
     assert (first.norm(dim=1) > 100).all()
     assert (second.norm(dim=1) < 10).all()
-    errors = rqkernels.residual_search(z, quantizer.codebook, 2).residual_norms.mean(dim=(0, 1))
+    errors = rqkernels.residual_search(z, quantizer.codebook, 2).residual_sq_norms.mean(dim=(0, 1))
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -708,22 +708,22 @@ def test_the_watch_sees_a_distance_matrix(monkeypatch: pytest.MonkeyPatch) -> No
     assert largest_of_training_steps(quantizer, 1024) >= 1024 * 1024
 
 
-def test_frozen_where_that_is_repaid_and_the_same_codes() -> None:
+def test_packed_where_that_is_repaid_and_the_same_codes() -> None:
     quantizer = make(32, codebook_size=256, depth=3)
     z = torch.randn(300, 32)
-    assert quantizer.freeze(1023) is None  # 8 * 256 scans to be saved, two for each vector
-    frozen = quantizer.freeze(1024)
+    assert quantizer.pack_codebook(1023) is None  # 8 * 256 scans to be saved, two for each vector
+    packed = quantizer.pack_codebook(1024)
     if rqkernels.info()["cpu_capability"] == "avx512":
-        assert frozen is not None and frozen.has_gram
-        assert torch.equal(quantizer.encode(z, frozen), quantizer.encode(z))
+        assert packed is not None and packed.has_gram
+        assert torch.equal(quantizer.encode(z, packed), quantizer.encode(z))
         # As it was: what the codebook has become since is not searched.
         codes = quantizer.encode(z)
         quantizer.codebook.neg_()
-        assert torch.equal(quantizer.encode(z, frozen), codes) and not torch.equal(quantizer.encode(z), codes)
+        assert torch.equal(quantizer.encode(z, packed), codes) and not torch.equal(quantizer.encode(z), codes)
     else:
-        assert frozen is None
+        assert packed is None
     for other in (make(32, codebook_size=256, depth=1), make(32, codebook_size=256, shared_codebook=False), make(31)):
-        assert other.freeze(10**9) is None
+        assert other.pack_codebook(10**9) is None
 
 
 def test_a_parametrized_codebook_is_searched_and_not_trained() -> None:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rqgen.quantizers.seeding import draw_vectors, kmeans
+from rqgen.quantizers.seeding import kmeans, sample_vectors
 
 
 def test_draws_rows_without_replacement(device: torch.device) -> None:
     vectors = torch.arange(40.0, device=device).reshape(20, 2)
-    drawn = draw_vectors(vectors, 20)
+    drawn = sample_vectors(vectors, 20)
     assert torch.equal(drawn[drawn[:, 0].argsort()], vectors)
     assert not torch.equal(drawn, vectors)
 
@@ -16,16 +16,16 @@ def test_draws_rows_without_replacement(device: torch.device) -> None:
 def test_draws_follow_the_global_generator() -> None:
     vectors = torch.randn(50, 3)
     torch.manual_seed(5)
-    first = draw_vectors(vectors, 7)
-    other = draw_vectors(vectors, 7)
+    first = sample_vectors(vectors, 7)
+    other = sample_vectors(vectors, 7)
     torch.manual_seed(5)
-    assert torch.equal(draw_vectors(vectors, 7), first)
+    assert torch.equal(sample_vectors(vectors, 7), first)
     assert not torch.equal(other, first)
 
 
 def test_more_codes_than_vectors_are_near_copies_and_all_different() -> None:
     vectors = torch.randn(5, 3) * torch.tensor([1.0, 100.0, 0.01])
-    drawn = draw_vectors(vectors, 17)
+    drawn = sample_vectors(vectors, 17)
     assert drawn.unique(dim=0).shape[0] == 17
     spread = vectors.std(dim=0, correction=0)
     nearest = ((drawn[:, None] - vectors[None]) / spread).abs().amax(-1).amin(1)
@@ -34,7 +34,7 @@ def test_more_codes_than_vectors_are_near_copies_and_all_different() -> None:
 
 def test_nothing_to_draw_from() -> None:
     with pytest.raises(ValueError, match="at least one finite vector"):
-        draw_vectors(torch.zeros(0, 3), 2)
+        sample_vectors(torch.zeros(0, 3), 2)
 
 
 def test_kmeans_finds_separate_clusters(device: torch.device) -> None:
@@ -47,7 +47,7 @@ def test_kmeans_finds_separate_clusters(device: torch.device) -> None:
 
 def test_kmeans_lowers_the_error_of_drawn_codes() -> None:
     vectors = torch.randn(2000, 8)
-    drawn = torch.cdist(vectors, draw_vectors(vectors, 32)).amin(dim=1).square().mean()
+    drawn = torch.cdist(vectors, sample_vectors(vectors, 32)).amin(dim=1).square().mean()
     clustered = torch.cdist(vectors, kmeans(vectors, 32, iterations=10)).amin(dim=1).square().mean()
     assert clustered < 0.85 * drawn
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from rqgen.quantizers import CodeLayout
 from rqgen.report import (
-    draw_coarse_to_fine,
-    draw_code_usage,
-    draw_losses,
-    draw_reconstructions,
-    draw_samples,
-    draw_sampling_speed,
-    draw_scaling,
-    draw_systems,
+    plot_coarse_to_fine,
+    plot_code_usage,
+    plot_losses,
+    plot_reconstructions,
+    plot_samples,
+    plot_sampling_speed,
+    plot_scaling,
+    plot_systems,
     power_of_ten,
 )
 
@@ -33,7 +34,7 @@ def assert_drawn(path, *, least_side=100):
 class FakeTokenizer:
     """Decodes depth d to grey d/D: each row of the figure has its own shade."""
 
-    depth = 4
+    layout = CodeLayout.stacks((1, 1, 4), 8)
 
     def __init__(self):
         self.depths = []
@@ -48,7 +49,7 @@ class FakeTokenizer:
 
 def test_coarse_to_fine_decodes_every_depth(tmp_path):
     vae = FakeTokenizer()
-    draw_coarse_to_fine(vae, -torch.ones(3, 1, 8, 8), tmp_path / "c.png")
+    plot_coarse_to_fine(vae, -torch.ones(3, 1, 8, 8), tmp_path / "c.png")
     assert vae.depths == [1, 2, 3, 4]
     shades = {tuple(colour) for colour in assert_drawn(tmp_path / "c.png").reshape(-1, 3)}
     for depth in range(1, 5):
@@ -58,36 +59,36 @@ def test_coarse_to_fine_decodes_every_depth(tmp_path):
 
 def test_reconstructions(tmp_path):
     images = torch.rand(5, 3, 8, 8) * 2 - 1
-    draw_reconstructions(images, -images, tmp_path / "r.png", columns=3)
+    plot_reconstructions(images, -images, tmp_path / "r.png", columns=3)
     assert_drawn(tmp_path / "r.png")
     with pytest.raises(ValueError, match="reconstructions: expected shape"):
-        draw_reconstructions(images, images[:4], tmp_path / "x.png")
+        plot_reconstructions(images, images[:4], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
 
 def test_code_usage(tmp_path):
     counts = torch.tensor([[5, 0, 1], [0, 0, 0]])
-    draw_code_usage(counts, tmp_path / "u.png")
+    plot_code_usage(counts, tmp_path / "u.png")
     first = assert_drawn(tmp_path / "u.png")
-    draw_code_usage(torch.tensor([[1, 5, 0], [0, 0, 0]]), tmp_path / "same.png")
-    draw_code_usage(torch.tensor([[2, 2, 2], [0, 0, 0]]), tmp_path / "other.png")
+    plot_code_usage(torch.tensor([[1, 5, 0], [0, 0, 0]]), tmp_path / "same.png")
+    plot_code_usage(torch.tensor([[2, 2, 2], [0, 0, 0]]), tmp_path / "other.png")
     assert np.array_equal(first, pixels(tmp_path / "same.png"))
     assert not np.array_equal(first, pixels(tmp_path / "other.png"))
-    draw_code_usage(counts, tmp_path / "scales.png", axis="scale")
+    plot_code_usage(counts, tmp_path / "scales.png", axis="scale")
     assert not np.array_equal(first, pixels(tmp_path / "scales.png"))
 
 
 def test_losses(tmp_path):
     history = [{"step": s, "learning_rate": 1.0, "loss": 1 / s, "perplexity/depth_1": 9.0} for s in (1, 2, 3)]
-    draw_losses({"tokenizer": history, "prior": []}, tmp_path / "l.png")
+    plot_losses({"tokenizer": history, "prior": []}, tmp_path / "l.png")
     drawn = assert_drawn(tmp_path / "l.png")
-    draw_losses({"tokenizer": [record | {"loss": 1.0} for record in history], "prior": []}, tmp_path / "flat.png")
+    plot_losses({"tokenizer": [record | {"loss": 1.0} for record in history], "prior": []}, tmp_path / "flat.png")
     assert not np.array_equal(drawn, pixels(tmp_path / "flat.png"))
 
 
 def test_samples_are_a_plain_sheet(tmp_path):
     images = torch.stack([torch.full((1, 4, 4), value) for value in (-1.0, 1.0, 0.0, 1.0)])
-    draw_samples(images, tmp_path / "s.png", columns=2)
+    plot_samples(images, tmp_path / "s.png", columns=2)
     shown = pixels(tmp_path / "s.png")
     assert shown.shape == (2 * (2 + 2 * 6), 2 * (2 + 2 * 6), 3)
     assert (shown[4:12, 4:12] == 0).all() and (shown[16:24, 4:12] == 128).all()
@@ -112,7 +113,7 @@ def test_sampling_speed(tmp_path):
     ]
     pictures = []
     for more in ([], [case([16, 16, 1], 1, "rqgen", 60.0, None)], [case([16, 16, 1], 1, "rqgen", 60.0, 30.0)]):
-        draw_sampling_speed([*cases, *more], tmp_path / "speed.png")
+        plot_sampling_speed([*cases, *more], tmp_path / "speed.png")
         pictures.append(assert_drawn(tmp_path / "speed.png"))
     assert all((one != two).any() for one, two in ((pictures[0], pictures[1]), (pictures[1], pictures[2])))
 
@@ -123,7 +124,7 @@ def test_systems(tmp_path):
         return {"name": name, "steps": steps, "counted_per_image": [work, work | {"batch": 8, "weights": 2.5e6}]}
 
     def case(name, batch, ms, **way):
-        way = {"precision": "fp32", "guidance": 0.0, **way}
+        way = {"precision": "fp32", "cfg_scale": 0.0, **way}
         return {"system": name, "batch": batch, "ar_ms_per_image": ms, "floor_ms_per_image": 1.0, **way}
 
     systems = [system("VAR", [10], 7e10), system("flat", [256], 2e10)]
@@ -132,10 +133,10 @@ def test_systems(tmp_path):
     for other, more in (
         (systems, []),
         (systems, [case("flat", 1, 90.0, precision="int8")]),
-        (systems, [case("VAR", 1, 90.0, guidance=1.5)]),
+        (systems, [case("VAR", 1, 90.0, cfg_scale=1.5)]),
         ([systems[0], system("flat", [256], 3e10)], []),
     ):
-        draw_systems(other, [*cases, *more], tmp_path / "systems.png")
+        plot_systems(other, [*cases, *more], tmp_path / "systems.png")
         pictures.append(assert_drawn(tmp_path / "systems.png"))
     assert all((pictures[0] != picture).any() for picture in pictures[1:])
 
@@ -145,7 +146,7 @@ def test_scaling(tmp_path):
 
     def drawn(name, **changes):
         curve = {"title": "test loss", "values": [3.0, 2.5, 2.2], "alpha": -0.07, "log_beta": -27.2, "correlation": -1}
-        draw_scaling(sizes, [{**curve, **changes}, {**curve, "title": "token error rate"}], tmp_path / name)
+        plot_scaling(sizes, [{**curve, **changes}, {**curve, "title": "token error rate"}], tmp_path / name)
         return assert_drawn(tmp_path / name)
 
     first = drawn("one.png")

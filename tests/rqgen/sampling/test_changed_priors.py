@@ -21,12 +21,12 @@ from torch.nn.utils import parametrize, prune
 
 import rqkernels
 from rqgen.evaluation import evaluate_precision
+from rqgen.inference import Engine, make_sampler
 from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from rqgen.models.changes import find_change
-from rqgen.models.sampler import make_sampler
 from rqgen.models.transformer import Transformer, TransformerBlock, TransformerConfig
 from rqgen.quantizers import QuantizerConfig
-from rqgen.sampling import edit, generate
+from rqgen.sampling import KnownRows, edit, generate
 
 K, C, W = 11, 4, 32
 SHAPE = (2, 2, 3)
@@ -391,7 +391,7 @@ def test_a_changed_prior_is_guided_and_continued(vae: RQVAE, name: str) -> None:
     with pytest.warns(UserWarning, match="modules are called instead"):
         drawn = generate(prior, vae, LABELS, seed=7, cfg_scale=1.5)
     assert torch.equal(drawn.codes, expected)
-    again = generate(prior, vae, LABELS, seed=7, cfg_scale=1.5, partial_codes=drawn.codes, start_row=1)
+    again = generate(prior, vae, LABELS, seed=7, cfg_scale=1.5, known=KnownRows(drawn.codes, 1))
     assert torch.equal(again.codes, expected)
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[2:] = True
@@ -690,4 +690,4 @@ def test_every_module_of_a_prior_is_known(vae: RQVAE) -> None:
     for layout in ({}, {"spatial_embedding": "table"}, {"spatial": TransformerConfig(2, 4, activation="quick_gelu")}):
         prior = make_prior(vae, **layout)
         assert find_change(prior, copy.deepcopy(prior), "prior") is None
-        assert make_sampler(prior, "fp32", use_graphs=True).precision == "fp32"
+        assert make_sampler(prior, Engine()).precision == "fp32"

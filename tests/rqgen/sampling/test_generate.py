@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 import rqkernels
-from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig, captured
-from rqgen.models.captured import CapturedSampler
-from rqgen.models.packed import PackedPrior
-from rqgen.models.sampler import make_sampler
+from rqgen.inference import Engine, LevelParams, cuda_graph, make_sampler
+from rqgen.inference.cuda_graph import CapturedSampler
+from rqgen.inference.packed import PackedPrior
+from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import QuantizerConfig
-from rqgen.sampling import generate
+from rqgen.sampling import KnownRows, generate
 
 K, C, W = 11, 4, 48
 SHAPE = (2, 2, 3)
+ZEROS = torch.zeros(2, *SHAPE, dtype=torch.int64)
 CLASS = {"condition": "class", "condition_vocab_size": 5, "condition_dropout": 0.1}
 TOKENS = {"condition": "tokens", "condition_vocab_size": 6, "condition_length": 3, "condition_dropout": 0.1}
 
@@ -256,28 +257,30 @@ def test_the_step_that_a_gpu_captures_draws_the_same(
     vae: RQVAE, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
-    monkeypatch.setattr(captured, "BUCKET", 3)  # several graphs' worth of positions
+    monkeypatch.setattr(cuda_graph, "BUCKET", 3)  # several graphs' worth of positions
     prior = make_prior(vae.codebooks, **config)
     condition = None if not config else torch.arange(6) % 5 if config == CLASS else torch.randint(0, 6, (6, 3))
     condition_bl = prior.condition_ids(condition, 6)
-    known_btd = torch.randint(0, K, (6, 2 * settings.get("start_row", 0), SHAPE[2]))
+    rows = settings.get("start_row", 0)
+    known_bn = torch.randint(0, K, (6, 2 * rows * SHAPE[2]))
     moved: list[int] = []
-    drawing = {
-        "temperature": [1.0, 0.5, 1.0],
-        "top_k": [None, 5, None],
-        "top_p": [None, None, 0.9],
-        "guidance": settings.get("cfg_scale", 0.0),
-        "seed": 13,
-        "advance": lambda: moved.append(1),
-    }
-    steps, chosen = CapturedSampler(prior, capture=False), make_sampler(prior, "fp32", use_graphs=True)
+    params = LevelParams(
+        temperature=(1.0, 0.5, 1.0),
+        top_k=(None, 5, None),
+        top_p=(None, None, 0.9),
+        cfg_scale=(settings["cfg_scale"],) * 3 if "cfg_scale" in settings else (),
+        seed=13,
+    )
+    steps, chosen = CapturedSampler(prior, capture=False), make_sampler(prior, Engine())
     assert isinstance(chosen, PackedPrior)
     # The second call finds the memory of the first.
-    steps.sample(condition_bl.flip(0), known_btd[:, :0], **drawing, offset=7)
-    moved.clear()
-    plain, packed = (sampler.sample(condition_bl, known_btd, **drawing, offset=40) for sampler in (steps, chosen))
-    assert torch.equal(plain, packed) and torch.equal(plain[:, : known_btd.shape[1]], known_btd)
-    assert len(moved) == 2 * (4 - known_btd.shape[1])
+    steps.sample(condition_bl.flip(0), params, first_image=7)
+    plain, packed = (
+        sampler.sample(condition_bl, params, first_image=40, known=known_bn, advance=moved.append).codes
+        for sampler in (steps, chosen)
+    )
+    assert torch.equal(plain, packed) and torch.equal(plain[:, :rows].flatten(1), known_bn)
+    assert moved == [6] * 2 * (4 - 2 * rows) and steps.steps(known_bn.shape[1]) == 4 - 2 * rows
 
 
 @pytest.mark.gpu
@@ -287,7 +290,7 @@ def test_graphs_draw_the_same(precision: str) -> None:
     prior = make_prior(vae.codebooks, **CLASS).cuda()
     settings = {"seed": 3, "cfg_scale": 0.5, "precision": precision, "top_p": 0.9}
     replayed = generate(prior, vae, LABELS, **settings)
-    launched = generate(prior, vae, LABELS, use_graphs=False, **settings)
+    launched = generate(prior, vae, LABELS, **{**settings, "precision": Engine(precision, use_graphs=False)})
     assert torch.equal(replayed.codes, launched.codes)
     with pytest.raises(ValueError, match='precision: "int8" is for priors on the CPU'):
         generate(prior, vae, LABELS, precision="int8")
@@ -369,7 +372,7 @@ def test_every_position_is_computed_once(
 def test_continuing_from_given_rows(prior: RQTransformer, vae: RQVAE, batch_size: int | None) -> None:
     given = torch.randint(0, K, (20, *SHAPE))
     settings = {"seed": 6, "cfg_scale": 0.5, "batch_size": batch_size}
-    drawn = generate(prior, vae, LABELS, partial_codes=given, start_row=1, **settings)
+    drawn = generate(prior, vae, LABELS, known=KnownRows(given, 1), **settings)
     assert torch.equal(drawn.codes[:, :1], given[:, :1])
     expected = draw_plainly(prior, LABELS, 20, seed=6, guidance=0.5, start=given, start_row=1)
     assert torch.equal(drawn.codes, expected)
@@ -379,16 +382,16 @@ def test_what_is_below_the_given_rows_does_not_matter(unconditional: RQTransform
     given = torch.randint(0, K, (4, *SHAPE))
     hidden = given.clone()
     hidden[:, 1:] = -1
-    first = generate(unconditional, vae, partial_codes=given, start_row=1, seed=8)
-    second = generate(unconditional, vae, num=4, partial_codes=hidden, start_row=1, seed=8)
+    first = generate(unconditional, vae, known=KnownRows(given, 1), seed=8)
+    second = generate(unconditional, vae, num=4, known=KnownRows(hidden, 1), seed=8)
     assert torch.equal(first.codes, second.codes)
-    scratch = generate(unconditional, vae, partial_codes=hidden, start_row=0, seed=8)
+    scratch = generate(unconditional, vae, known=KnownRows(hidden, 0), seed=8)
     assert torch.equal(scratch.codes, generate(unconditional, vae, num=4, seed=8).codes)
 
 
 def test_a_drawn_map_continues_as_it_was_drawn(prior: RQTransformer, vae: RQVAE) -> None:
     drawn = generate(prior, vae, LABELS, seed=9)
-    again = generate(prior, vae, LABELS, seed=9, partial_codes=drawn.codes, start_row=1)
+    again = generate(prior, vae, LABELS, seed=9, known=KnownRows(drawn.codes, 1))
     assert torch.equal(again.codes, drawn.codes)
 
 
@@ -478,28 +481,35 @@ def test_half_precision(vae: RQVAE) -> None:
         ({"offset": -1}, ValueError, "offset: expected an integer in"),
         ({"offset": None}, TypeError, "offset: expected an integer, got None"),
         ({"precision": "fp16"}, ValueError, "precision: expected one of fp32, bf16, int8, got 'fp16'"),
-        ({"use_graphs": "no"}, TypeError, "use_graphs: expected True or False, got 'no'"),
+        ({"precision": None}, ValueError, "precision: expected one of fp32, bf16, int8, got None"),
+        ({"use_graphs": False}, TypeError, r"use_graphs: unknown; give precision=Engine\(precision, use_graphs\)"),
+        ({"temprature": 1.0}, TypeError, "temprature: unknown; did you mean 'temperature'"),
+        ({"batchsize": 1}, TypeError, "batchsize: unknown; did you mean 'batch_size'"),
+        ({"guidance_scale": 2.0}, TypeError, "guidance_scale: unknown; cfg_scale is guidance_scale - 1"),
+        ({"params": {"seed": 1}}, TypeError, "params: expected a SamplingParams, got dict"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ({"batch_size": 1.5}, TypeError, "batch_size: expected an integer, got 1.5"),
-        ({"start_row": 1}, ValueError, "start_row: 1 needs partial_codes"),
-        ({"start_row": -1}, ValueError, r"start_row: expected an integer in \[0, 1\], got -1"),
-        ({"start_row": 2}, ValueError, r"start_row: expected an integer in \[0, 1\], got 2"),
-        ({"partial_codes": [[1]]}, TypeError, "partial_codes: expected a tensor, got list"),
-        ({"partial_codes": torch.zeros(2, *SHAPE)}, TypeError, "partial_codes: expected int64"),
+        ({"start_row": 1}, TypeError, r"start_row: unknown; give known=KnownRows\(codes, rows\)"),
+        ({"known": torch.zeros(2, *SHAPE).long()}, TypeError, "known: expected a KnownRows, got Tensor"),
+        ({"known": KnownRows(ZEROS, -1)}, ValueError, r"known.rows: expected an integer in \[0, 1\], got -1"),
+        ({"known": KnownRows(ZEROS, 2)}, ValueError, r"known.rows: expected an integer in \[0, 1\], got 2"),
+        ({"known": KnownRows(ZEROS, 0.0)}, TypeError, "known.rows: expected an integer, got 0.0"),
+        ({"known": KnownRows([[1]], 1)}, TypeError, "known.codes: expected a tensor, got list"),
+        ({"known": KnownRows(ZEROS.float(), 1)}, TypeError, "known.codes: expected int64"),
         (
-            {"partial_codes": torch.zeros(2, 2, 2, 4).long()},
+            {"known": KnownRows(torch.zeros(2, 2, 2, 4).long(), 1)},
             ValueError,
-            r"partial_codes: expected shape \(num, 2, 2, 3\), got \(2, 2, 2, 4\)",
+            r"known.codes: expected shape \(num, 2, 2, 3\), got \(2, 2, 2, 4\)",
         ),
         (
-            {"partial_codes": torch.zeros(3, *SHAPE).long()},
+            {"known": KnownRows(torch.zeros(3, *SHAPE).long(), 1)},
             ValueError,
-            "partial_codes: the number of images differs: {'condition': 2, 'partial_codes': 3}",
+            "known.codes: the number of images differs: {'condition': 2, 'known.codes': 3}",
         ),
         (
-            {"partial_codes": torch.full((2, *SHAPE), K), "start_row": 1},
+            {"known": KnownRows(ZEROS + K, 1)},
             IndexError,
-            r"partial_codes above start_row: expected values in \[0, 11\), got 11",
+            r"known.codes in the known rows: expected values in \[0, 11\), got 11",
         ),
     ],
     ids=str,

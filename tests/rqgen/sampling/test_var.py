@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import rqkernels
+from rqgen.inference import SamplingParams, ScaleSampler
+from rqgen.inference.kv_cache import KVCache
 from rqgen.models import (
     RQVAE,
     VAR,
@@ -25,13 +27,10 @@ from rqgen.models import (
     RQVAEConfig,
     VARConfig,
 )
-from rqgen.models.kv_cache import KVCache
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import MultiScaleConfig, QuantizerConfig
-from rqgen.sampling import edit, generate, sampling_cost
-from rqgen.sampling.draw import DrawSettings
-from rqgen.sampling.edit import _as_one_image
-from rqgen.sampling.scales import sample_scales
+from rqgen.sampling import KnownRows, edit, generate, sampling_cost
+from rqgen.sampling.edit import _refine_by_reencoding
 
 K = 12
 CLASSES = 3
@@ -150,9 +149,9 @@ def test_weights_are_read_once_per_scale_and_nothing_is_computed_twice(
         return write(cache, layer, k_bhnd, v_bhnd)
 
     monkeypatch.setattr(KVCache, "write", watched_write)
-    settings = DrawSettings([1.0] * 3, [None] * 3, [None] * 3, guidance, seed=0)
+    params = SamplingParams(cfg_scale=guidance).resolve(prior, LABELS[:1])
     with Work() as work:
-        sample_scales(prior, LABELS[:1], settings, first_image=0)
+        ScaleSampler(prior).sample(LABELS[:1, None], params)
     rows, tokens, ends = 2 if guidance else 1, (1, 4, 16), (1, 5, 21)
     # Each linear layer once per scale, for that scale's tokens alone; the condition's once, for one token.
     seen: dict[str, list[int]] = {}
@@ -199,8 +198,7 @@ def test_smooth_mixtures(prior: VAR, vae: MultiScaleVQVAE) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"partial_codes": torch.zeros(1, 2, 2, 2)}, "partial_codes: a VAR draws whole token maps; rqgen.edit"),
-        ({"start_row": 1}, "partial_codes: a VAR draws whole token maps"),
+        ({"known": KnownRows(torch.zeros(1, 2, 2, 2), 1)}, "known: a VAR samples whole token maps; rqgen.edit"),
         ({"precision": "int8"}, "precision: a VAR is sampled in 'fp32', got 'int8'"),
         ({"top_k": [1, 2]}, r"top_k: expected one value, or 3 \(one per scale\), got 2"),
     ],
@@ -390,7 +388,7 @@ def test_known_places_are_as_close_as_the_tokenizer_comes(prior: VAR, vae: Multi
 def test_each_image_takes_the_correction_that_brings_its_known_part_closest(vae: MultiScaleVQVAE) -> None:
     images, drawn = torch.rand(2, 12, *SHAPE, generator=torch.Generator().manual_seed(6)) * 2 - 1
     known = ~lower_half().expand(12, 1, 8, 8)
-    maps, decoded = _as_one_image(vae, images, known, drawn)
+    maps, decoded = _refine_by_reencoding(vae, images, known, drawn)
     assert torch.equal(vae.decode(maps), decoded)
     target, errors = torch.where(known, images, drawn), []
     for _ in range(4):
@@ -470,11 +468,11 @@ def test_an_rqtransformer_completes_from_the_rows_above() -> None:
     filled[:, :, 4:] = images[:, :, :4].mean(dim=(2, 3), keepdim=True)
     codes = rqvae.encode(filled)
     assert torch.equal(edited.codes[:, :2], codes[:, :2])
-    again = generate(rows_prior, rqvae, partial_codes=codes, start_row=2, seed=3)
+    again = generate(rows_prior, rqvae, known=KnownRows(codes, 2), seed=3)
     assert torch.equal(edited.decoded, again.images)
     assert torch.equal(edited.images, torch.where(lower_half(), again.images, images))
     for mask in (~lower_half(), lower_half().t()):
-        with pytest.raises(ValueError, match="mask: an RQTransformer draws in raster order and sees only what stands"):
+        with pytest.raises(ValueError, match="mask: an RQTransformer samples in raster order and sees only what"):
             edit(rows_prior, rqvae, images, mask)
 
 

@@ -161,7 +161,7 @@ class LineStage:
     def usage(self):
         return {"codes_used": torch.tensor([4, 7])}
 
-    def pictures(self, model):
+    def previews(self, model):
         return {"sheet": torch.zeros(3, 4, 4, dtype=torch.uint8)}
 
 
@@ -222,9 +222,9 @@ def test_pictures_are_drawn_without_what_mixed_precision_sets(tmp_path):
             seen.append("forward" in self.model.__dict__)
             return super().step(batch)
 
-        def pictures(self, model):
+        def previews(self, model):
             seen.append("forward" in model.__dict__)
-            return super().pictures(model)
+            return super().previews(model)
 
     config = loop_config(
         steps=2, batch_size=4, tensorboard=True, image_every=1, checkpoint_every=0, mixed_precision="bf16"

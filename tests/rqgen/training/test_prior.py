@@ -7,11 +7,11 @@ import torch
 
 import rqkernels
 from rqgen.data import Batch, EncodedImages, TensorItems
-from rqgen.data.codes import code_fingerprint
 from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models import SoftLabels, prior_loss
 from rqgen.models.rqvae import RQVAE
 from rqgen.models.transformer import TransformerConfig
+from rqgen.quantizers import code_fingerprint
 from rqgen.training import PriorConfig, PriorStage, encode_dataset, measure_tau, prior_data
 
 
@@ -135,7 +135,7 @@ def test_prepared_data(vae, images):
     latents = vae.encode_latents(images.inputs).detach()
     assert cached.kind == "latents" and torch.allclose(cached.items.inputs, latents, atol=1e-5)
     assert torch.equal(cached.items.labels, images.labels)
-    norms = rqkernels.residual_search(latents, vae.codebooks, 2).residual_norms[..., -1]
+    norms = rqkernels.residual_search(latents, vae.codebooks, 2).residual_sq_norms[..., -1]
     assert cached.tau == pytest.approx(0.5 * norms.mean().item(), rel=1e-4)
     fresh = prior_data(small(cache_latents=False), vae, images, batch_size=10)
     assert fresh.items is images and fresh.kind == "images" and fresh.tau == pytest.approx(cached.tau)
@@ -174,20 +174,20 @@ def test_bad_settings(vae):
         make_stage(small(), vae, tau=None)
 
 
-def test_a_large_dataset_is_encoded_with_a_frozen_codebook(vae_config, images, searched):
+def test_a_large_dataset_is_encoded_with_a_packed_codebook(vae_config, images, searched):
     torch.manual_seed(0)
     vae = RQVAE(replace(vae_config, embed_dim=32, quantizer=replace(vae_config.quantizer, codebook_size=128))).eval()
     many = TensorItems(images.inputs.repeat(3, 1, 1, 1), images.labels.repeat(3))
     plain = torch.cat([vae.encode(part) for part in many.inputs.split(10)])
     tau = measure_tau(vae, vae.encode_latents(images.inputs))
-    assert not any(isinstance(codebooks, rqkernels.FrozenCodebook) for codebooks in searched)
+    assert not any(isinstance(codebooks, rqkernels.PackedCodebook) for codebooks in searched)
     searched.clear()
     codes, _ = encode_dataset(vae, many, batch_size=10, codes=True)
     assert torch.equal(codes, plain)
     assert evaluate_reconstruction(vae, many).code_counts.sum() == codes.numel()
     latents = vae.encode_latents(images.inputs).repeat(3, 1, 1, 1)
     assert measure_tau(vae, latents) == pytest.approx(tau, rel=1e-5)
-    kind = rqkernels.FrozenCodebook if rqkernels.info()["cpu_capability"] == "avx512" else torch.Tensor
+    kind = rqkernels.PackedCodebook if rqkernels.info()["cpu_capability"] == "avx512" else torch.Tensor
     assert len(searched) == 8 + 1 + 1 and all(isinstance(codebooks, kind) for codebooks in searched)
     # A few images of them are not worth it.
     searched.clear()

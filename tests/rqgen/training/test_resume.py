@@ -61,7 +61,7 @@ class PairStage:
     def usage(self):
         return {"codes_used": torch.tensor([3.0])}
 
-    def pictures(self, model):
+    def previews(self, model):
         return {}
 
 

@@ -31,7 +31,7 @@ def _search(depth: int, x: Tensor, codebooks: Tensor) -> list[Tensor]:
 
 
 def _packed(depth: int, x: Tensor, codebook: Tensor) -> Sequence[Tensor]:
-    return rqkernels.residual_search(x, rqkernels.FrozenCodebook(codebook), depth)[:3]
+    return rqkernels.residual_search(x, rqkernels.PackedCodebook(codebook), depth)[:3]
 
 
 def _shared(x: Tensor, codebooks: Tensor, codes: Tensor) -> list[Tensor]:
@@ -77,7 +77,7 @@ def _arguments(package: ModuleType) -> dict[str, Any]:
 def _random(rng: Random) -> dict[str, Any]:
     books, channels, _ = codebooks(rng)
     if books["codebooks"].dim() == 2 and rng.random() < 0.3:
-        books["codebooks"] = rqkernels.FrozenCodebook(books["codebooks"])
+        books["codebooks"] = rqkernels.PackedCodebook(books["codebooks"])
     flags = {name: rng.random() < 0.5 for name in ("return_residuals", "return_statistics")}
     return {"x": normal(rng, *leading(rng), channels), **books, **flags}
 
@@ -91,7 +91,7 @@ FUNCTIONS = {
         integers={"depth": (1, 31)},
         flags=("return_residuals", "return_statistics"),
     ),
-    "FrozenCodebook": Function(
+    "PackedCodebook": Function(
         lambda package: {"codebook": Small.draw().codebook},
         lambda rng: {"codebook": normal(rng, rng.choice([1, 9, 200]), rng.choice([1, 17, 40]))},
     ),

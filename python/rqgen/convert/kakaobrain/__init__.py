@@ -8,12 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from rqgen.models import RQVAE, RQTransformer
-from rqgen.models.kakaobrain import build_rqtransformer
 from rqgen.models.pretrained import CONFIG_NAME
 from rqgen.reading import shorten
 
 from ..published import KAKAOBRAIN_PRIOR, KAKAOBRAIN_RQVAE, expect_model
 from .checkpoint import Checkpoint, read_checkpoint, section
+from .rqtransformer import build_rqtransformer
 from .rqvae import build_rqvae
 
 __all__ = ["load_kakaobrain"]

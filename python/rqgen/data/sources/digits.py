@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rqgen.checks import DIGIT_NAMES
+
 from ..datasets import Augmentation, ImageDataset, Split, choose_classes, stratified_split
 from . import Source, register
 
@@ -28,14 +30,14 @@ class Digits(Source):
 
 
 class DigitImages(ImageDataset):
-    """scikit-learn's 1,797 handwritten digits (8x8, values 0..16), enlarged (Lanczos); kept in memory."""
+    """scikit-learn's 1,797 handwritten digits (8x8, values 0..16), enlarged (Lanczos); kept in memory. Classes are
+    called "zero" to "nine"; numerals name them too."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        names = [str(digit) for digit in range(10)]
-        self.class_names, chosen = choose_classes(names, config.classes, "digits")
+        self.class_names, chosen = choose_classes(DIGIT_NAMES, config.classes, "digits")
         indices = [index for index, label in enumerate(digits.target) if int(label) in chosen]
         labels = [chosen[int(digits.target[index])] for index in indices]
         keep = stratified_split(labels, config.held_out_fraction, config.split_seed, split)

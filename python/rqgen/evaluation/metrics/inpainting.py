@@ -36,6 +36,11 @@ class Inpainting(Metric):
     options = InpaintingOptions
     needs = ("tokenizer", "prior", "images", "condition", "samples")
 
+    def fits(self, run: Run, options: InpaintingOptions) -> str | None:
+        if run.prior.edits == "nothing":
+            return f"needs a prior that can edit images, and a {run.prior.model_type} cannot"
+        return None
+
     def compute(self, run: Run, options: InpaintingOptions) -> dict[str, Any]:
         images, labels = run.some(options.count)
         images = images.to(run.tokenizer.device)

@@ -33,9 +33,10 @@ class Precision(Metric):
     needs = ("tokenizer", "prior", "images", "condition")
 
     def fits(self, run: Run, options: PrecisionOptions) -> str | None:
-        if run.tokenizer.quantizer.axis != "depth":
-            return "needs a prior that can be sampled in several precisions: an RQ-Transformer"
-        if "int8" in (options.precisions or ()) and run.prior.device.type != "cpu":
+        wanted = options.precisions or ["bf16"]
+        if missing := [name for name in wanted if name not in run.prior.precisions]:
+            return f"needs a prior that can be sampled in {missing[0]}, and a {run.prior.model_type} cannot"
+        if "int8" in wanted and run.prior.device.type != "cpu":
             return 'needs a prior on the CPU for precision "int8"'
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
+from rqgen.models import RQTransformer
+from rqgen.models.transformer import Transformer, TransformerConfig
 
 from .kv_cache import KVCache
-from .rqtransformer import RQTransformer
-from .transformer import Transformer, TransformerConfig
+from .params import LevelParams
+from .sampler import Sampled, no_progress
 
 
 class PackedPrior:
@@ -24,8 +26,8 @@ class PackedPrior:
     place of a product, which has the same bits in every batch. (The products that make the tables are float64, so
     that the number of threads does not show in them.)
 
-    Nothing of the prior's modules but their tensors gets here: `rqgen.models.sampler.make_sampler` says which priors
-    that is all of.
+    Nothing of the prior's modules but their tensors gets here: `rqgen.inference.stacks` says which priors that is
+    all of.
 
     Args:
         prior: on the CPU.
@@ -62,46 +64,47 @@ class PackedPrior:
     @torch.no_grad()
     def sample(
         self,
-        condition_bl: Tensor,
-        known_btd: Tensor,
+        condition_ids: Tensor,
+        params: LevelParams,
         *,
-        temperature: Sequence[float],
-        top_k: Sequence[int | None],
-        top_p: Sequence[float | None],
-        guidance: float = 0.0,
-        seed: int,
-        offset: int = 0,
-        advance: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        """See `rqgen.models.sampler.Sampler`. Codes are the same in every batch, with every number of threads."""
-        batch, known, depth = known_btd.shape
-        if guidance:
+        first_image: int = 0,
+        known: Tensor | None = None,
+        advance: Callable[[int], None] = no_progress,
+    ) -> Sampled:
+        """See `rqgen.inference.Sampler`. Codes are the same in every batch, with every number of threads."""
+        known_btd = known_stacks(condition_ids, known, self.config.code_shape[2])
+        (batch, given, depth), copies = known_btd.shape, params.copies
+        condition_bl = condition_ids
+        if params.cfg_scale:
             condition_bl = torch.cat([condition_bl, torch.full_like(condition_bl, self.config.condition_vocab_size)])
-        copies = len(condition_bl) // batch
         cache = self._new_cache(len(condition_bl))
         codes_btd = known_btd.new_empty(batch, self.positions, depth)
-        codes_btd[:, :known] = known_btd
+        codes_btd[:, :given] = known_btd
         u_bnw = torch.cat([self._condition_inputs(condition_bl), self._stack_inputs(known_btd, copies)], dim=1)
-        for position in range(known, self.positions):
-            if position > known:
+        for position in range(given, self.positions):
+            if position > given:
                 u_bnw = self._stack_inputs(codes_btd[:, position - 1 : position], copies, first=position - 1)
             codes_btd[:, position] = rqkernels.depth_decode(
                 self._step(u_bnw, cache)[:, -1],
                 self.decoder,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance=guidance,
-                seed=seed,
-                offset=offset,
+                temperature=list(params.temperature),
+                top_k=list(params.top_k),
+                top_p=list(params.top_p),
+                guidance=params.cfg_scale[0] if params.cfg_scale else 0.0,
+                seed=params.seed,
+                offset=first_image,
                 stream=position * depth,
             )
-            advance()
-        return codes_btd
+            advance(batch)
+        return Sampled(codes_btd.view(batch, *self.config.code_shape))
+
+    def steps(self, known: int = 0) -> int:
+        """Positions that are not known."""
+        return self.positions - known // self.config.code_shape[2]
 
     @torch.no_grad()
     def logits(self, codes: Tensor, condition_bl: Tensor) -> Tensor:
-        """What `sample` would draw from after each of these codes: `RQTransformer.forward` at this precision.
+        """Logits that `sample` would sample from after each of these codes: `RQTransformer.forward` at this precision.
 
         Args:
             codes: int64 (B, h, w, D) in [0, K).
@@ -139,6 +142,13 @@ class PackedPrior:
         outputs_bnw = rqkernels.transformer_step(u_bnw, self.spatial, cache.keys, cache.values, cache.length)
         cache.advance(u_bnw.shape[1])
         return outputs_bnw
+
+
+def known_stacks(condition_ids: Tensor, known: Tensor | None, depth: int) -> Tensor:
+    """The known codes (B, n) of a `Sampler` as stacks (B, n / D, D)."""
+    if known is None:
+        known = condition_ids.new_empty(len(condition_ids), 0)
+    return known.reshape(len(known), known.shape[1] // depth, depth)
 
 
 def pack_transformer(

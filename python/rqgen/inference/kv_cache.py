@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rqgen.models import VAR, RQTransformer
+from rqgen.models.transformer import Transformer
+
 
 class KVCache:
     """Preallocated keys and values of every layer of one stack, written in place.
@@ -98,3 +101,33 @@ class PlacedCache(KVCache):
 
     def advance(self, positions: int) -> None:
         """Does nothing: the owner of `place` moves it."""
+
+
+def cache_dtype(prior: RQTransformer | VAR) -> torch.dtype:
+    """Dtype of a prior's keys and values: its own, or autocast's."""
+    if torch.is_autocast_enabled(prior.device.type):
+        return torch.get_autocast_dtype(prior.device.type)
+    return prior.dtype
+
+
+def stack_cache(stack: Transformer, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """An empty cache of one stack for `batch` rows of up to `capacity` positions."""
+    head_dim = stack.width // stack.heads
+    return KVCache(len(stack.blocks), batch, stack.heads, capacity, head_dim, dtype=dtype, device=device)
+
+
+def stack_caches(prior: RQTransformer, batch: int) -> tuple[KVCache, KVCache]:
+    """Empty caches of the spatial and the depth transformer for sampling `batch` code maps."""
+    made = {"dtype": cache_dtype(prior), "device": prior.device}
+    capacity = prior.config.condition_length + prior.positions - 1
+    return (
+        stack_cache(prior.spatial_transformer, batch, capacity, **made),
+        stack_cache(prior.depth_transformer, batch, prior.depth, **made),
+    )
+
+
+def scale_cache(prior: VAR, batch: int) -> KVCache:
+    """An empty cache of all tokens for sampling `batch` images of a VAR."""
+    heads = prior.config.heads
+    shape = len(prior.blocks), batch, heads, prior.ends[-1], prior.config.embed_dim // heads
+    return KVCache(*shape, dtype=cache_dtype(prior), device=prior.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from pathlib import Path
 
 import torch
@@ -10,15 +12,8 @@ import torch
 from rqgen.files import existing_folder
 from rqgen.reading import read_json, shorten
 
-from .multiscale_vqvae import MultiScaleVQVAE
-from .pretrained import CONFIG_NAME, PretrainedModel
-from .rqtransformer import RQTransformer
+from .pretrained import CONFIG_NAME, MODELS, PretrainedModel
 from .rqvae import RQVAE
-from .var import VAR
-
-_MODELS: dict[str, type[PretrainedModel]] = {
-    model.model_type: model for model in (RQVAE, RQTransformer, MultiScaleVQVAE, VAR)
-}
 
 
 def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PretrainedModel:
@@ -27,6 +22,14 @@ def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device =
     kind = RQVAE.model_type  # whose `from_pretrained` says what is wrong with a file without it
     if path.is_file():
         kind = read_json(path).get("model_type", kind)
-        if not isinstance(kind, str) or kind not in _MODELS:
-            raise ValueError(f"{path}: expected model_type one of {', '.join(_MODELS)}, got {shorten(kind)}")
-    return _MODELS[kind].from_pretrained(folder, device)
+        if not isinstance(kind, str) or kind not in _known_models(kind):
+            raise ValueError(f"{path}: expected model_type one of {', '.join(MODELS)}, got {shorten(kind)}")
+    return MODELS[kind].from_pretrained(folder, device)
+
+
+def _known_models(kind: str) -> dict[str, type[PretrainedModel]]:
+    """All models by their type; those of this room that nobody has asked for yet are looked for in its files."""
+    if kind not in MODELS:
+        for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+            importlib.import_module(f"{__package__}.{module.name}")
+    return MODELS

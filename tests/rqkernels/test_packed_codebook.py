@@ -1,4 +1,4 @@
-"""A FrozenCodebook finds what its codebook finds, bit for bit, wherever it takes another way to find it."""
+"""A PackedCodebook finds what its codebook finds, bit for bit, wherever it takes another way to find it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def assert_same_as_plain(
-    x: torch.Tensor, codebook: torch.Tensor, depth: int, frozen: rqk.FrozenCodebook | None = None
+    x: torch.Tensor, codebook: torch.Tensor, depth: int, packed: rqk.PackedCodebook | None = None
 ) -> rqk.ResidualCodes:
-    frozen = rqk.FrozenCodebook(codebook) if frozen is None else frozen
-    ours = rqk.residual_search(x, frozen, depth, return_residuals=True, return_statistics=True)
+    packed = rqk.PackedCodebook(codebook) if packed is None else packed
+    ours = rqk.residual_search(x, packed, depth, return_residuals=True, return_statistics=True)
     plain = rqk.residual_search(x, codebook, depth, return_residuals=True, return_statistics=True)
     for a, b in zip((*ours[:4], *ours.statistics), (*plain[:4], *plain.statistics), strict=True):
         assert same(a, b)
@@ -46,9 +46,9 @@ def test_same_as_the_plain_codebook(draw: Draw, kind: str, n: int, k: int, c: in
 @pytest.mark.parametrize("kind", ["gaussian", "power-law", "offset", "integers"])
 def test_same_as_the_definition(draw: Draw, kind: str, device: torch.device) -> None:
     x, e = draw(kind, 60, 600, 64, device)
-    ours = rqk.residual_search(x, rqk.FrozenCodebook(e), 16)
+    ours = rqk.residual_search(x, rqk.PackedCodebook(e), 16)
     assert torch.equal(ours.codes, rqk.reference.residual_search(x, e, 16).codes)
-    twin = rqk.reference.FrozenCodebook(e)
+    twin = rqk.reference.PackedCodebook(e)
     assert torch.equal(ours.codes, rqk.reference.residual_search(x, twin, 16).codes)
 
 
@@ -64,14 +64,14 @@ def test_residuals_that_shrink_by_orders_of_magnitude(device: torch.device) -> N
     e[0] = 0
     x = e[torch.randint(0, 2048, (200, 6), device=device)].sum(1)
     out = assert_same_as_plain(x, e, 16)
-    assert out.residual_norms[:, -1].median() < 1e-2 * out.residual_norms[:, 0].median()
+    assert out.residual_sq_norms[:, -1].median() < 1e-2 * out.residual_sq_norms[:, 0].median()
 
 
 def test_residuals_that_grow(device: torch.device) -> None:
     # Every code leads away from zero, so that scores leave the range they were stored for.
     e = torch.randn(300, 64, device=device) + 30
     out = assert_same_as_plain(torch.randn(50, 64, device=device), e, 12)
-    assert out.residual_norms[:, -1].min() > 10 * out.residual_norms[:, 0].max()
+    assert out.residual_sq_norms[:, -1].min() > 10 * out.residual_sq_norms[:, 0].max()
 
 
 def test_a_residual_that_overflows(device: torch.device) -> None:
@@ -89,23 +89,23 @@ def test_a_residual_that_overflows(device: torch.device) -> None:
 def test_half_types_and_strides(x_dtype: torch.dtype, codebook_dtype: torch.dtype, device: torch.device) -> None:
     x = torch.randn(3, 64, 20, device=device).to(x_dtype).transpose(1, 2)
     e = torch.randn(64, 400, device=device).to(codebook_dtype).T[::2]
-    frozen = rqk.FrozenCodebook(e)
-    assert frozen.codebook.dtype == torch.float32 and torch.equal(frozen.codebook, e.float())
-    assert assert_same_as_plain(x, e, 4, frozen).quantized.dtype == x_dtype
+    packed = rqk.PackedCodebook(e)
+    assert packed.codebook.dtype == torch.float32 and torch.equal(packed.codebook, e.float())
+    assert assert_same_as_plain(x, e, 4, packed).quantized.dtype == x_dtype
 
 
 def test_codes_do_not_depend_on_batch_or_threads() -> None:
     x, e = torch.randn(1000, 64), torch.randn(700, 64)
-    frozen = rqk.FrozenCodebook(e)
-    whole = rqk.residual_search(x, frozen, 6)
+    packed = rqk.PackedCodebook(e)
+    whole = rqk.residual_search(x, packed, 6)
     for size in (1, 7, 333):
-        parts = [rqk.residual_search(part, frozen, 6) for part in x[: 3 * size].split(size)]
+        parts = [rqk.residual_search(part, packed, 6) for part in x[: 3 * size].split(size)]
         assert torch.equal(torch.cat([p.codes for p in parts]), whole.codes[: 3 * size])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            again = rqk.residual_search(x, rqk.FrozenCodebook(e), 6)
+            again = rqk.residual_search(x, rqk.PackedCodebook(e), 6)
             assert torch.equal(again.codes, whole.codes) and torch.equal(again.quantized, whole.quantized)
     finally:
         torch.set_num_threads(threads)
@@ -118,12 +118,12 @@ digest = hashlib.sha256()
 for n, k, c in ((129, 257, 64), (50, 1000, 65), (5, 5, 1), (133, 640, 256)):
     for offset in (0.0, 500.0):
         x, e = torch.randn(n, c) + offset, torch.randn(k, c) + offset
-        frozen = rqk.FrozenCodebook(e)
-        ours, plain = rqk.residual_search(x, frozen, 8), rqk.residual_search(x, e, 8)
+        packed = rqk.PackedCodebook(e)
+        ours, plain = rqk.residual_search(x, packed, 8), rqk.residual_search(x, e, 8)
         for a, b in zip(ours[:3], plain[:3]):
             assert torch.equal(a, b)
             digest.update(a.numpy().tobytes())
-print(rqk.info()["cpu_capability"], frozen.has_gram, digest.hexdigest())
+print(rqk.info()["cpu_capability"], packed.has_gram, digest.hexdigest())
 """
 
 
@@ -144,43 +144,43 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 def test_the_original_may_change(device: torch.device) -> None:
     x, e = torch.randn(100, 64, device=device), torch.randn(300, 64, device=device)
     before = e.clone()
-    frozen = rqk.FrozenCodebook(e)
+    packed = rqk.PackedCodebook(e)
     e.mul_(-3)
-    assert_same_as_plain(x, before, 4, frozen)
+    assert_same_as_plain(x, before, 4, packed)
 
 
 def test_the_copy_must_not_change(device: torch.device) -> None:
-    frozen = rqk.FrozenCodebook(torch.randn(300, 64, device=device))
-    frozen.codebook[3] += 1
+    packed = rqk.PackedCodebook(torch.randn(300, 64, device=device))
+    packed.codebook[3] += 1
     with pytest.raises(ValueError, match="was changed in place"):
-        rqk.residual_search(torch.randn(10, 64, device=device), frozen, 2)
+        rqk.residual_search(torch.randn(10, 64, device=device), packed, 2)
 
 
 def test_pickled_and_copied_by_its_codebook(device: torch.device) -> None:
     x, e = torch.randn(100, 64, device=device), torch.randn(300, 64, device=device)
-    frozen = rqk.FrozenCodebook(e)
-    assert len(pickle.dumps(frozen)) < 2 * e.nbytes
-    for other in (pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
-        assert other.codebook is not frozen.codebook and other.nbytes == frozen.nbytes
+    packed = rqk.PackedCodebook(e)
+    assert len(pickle.dumps(packed)) < 2 * e.nbytes
+    for other in (pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed)):
+        assert other.codebook is not packed.codebook and other.nbytes == packed.nbytes
         assert_same_as_plain(x, e, 4, other)
 
 
 def test_made_in_inference_mode_used_outside(device: torch.device) -> None:
     with torch.inference_mode():
         e = torch.randn(300, 64, device=device)
-        frozen = rqk.FrozenCodebook(e)
-        inside = rqk.residual_search(e[:50] + 1, frozen, 3).codes
-    assert torch.equal(rqk.residual_search(e[:50].clone() + 1, frozen, 3).codes, inside)
+        packed = rqk.PackedCodebook(e)
+        inside = rqk.residual_search(e[:50] + 1, packed, 3).codes
+    assert torch.equal(rqk.residual_search(e[:50].clone() + 1, packed, 3).codes, inside)
 
 
 def test_what_it_holds() -> None:
     k, c = 1024, 64
     e = torch.randn(k, c)
-    frozen = rqk.FrozenCodebook(e)
-    assert frozen.has_gram == INT8
-    packed = frozen.nbytes - e.nbytes
-    assert (k * k if INT8 else 0) <= packed <= (k * k if INT8 else 0) + 1.2 * e.nbytes + 64 * k
-    assert f"{k} codes of {c} channels, cpu, {'Gram rows' if INT8 else 'packed'}" in repr(frozen)
+    packed = rqk.PackedCodebook(e)
+    assert packed.has_gram == INT8
+    beside = packed.nbytes - e.nbytes
+    assert (k * k if INT8 else 0) <= beside <= (k * k if INT8 else 0) + 1.2 * e.nbytes + 64 * k
+    assert f"{k} codes of {c} channels, cpu, {'Gram rows' if INT8 else 'packed'}" in repr(packed)
 
 
 @pytest.mark.parametrize(
@@ -190,18 +190,18 @@ def test_what_it_holds() -> None:
 )
 def test_where_gram_rows_would_not_serve(k: int, c: int, scale: float) -> None:
     e = torch.randn(k, c) * scale
-    frozen = rqk.FrozenCodebook(e)
-    assert not frozen.has_gram
-    assert frozen.nbytes < 2.5 * e.nbytes + 64 * k
-    assert_same_as_plain(torch.randn(20, c) * scale, e, 3, frozen)
+    packed = rqk.PackedCodebook(e)
+    assert not packed.has_gram
+    assert packed.nbytes < 2.5 * e.nbytes + 64 * k
+    assert_same_as_plain(torch.randn(20, c) * scale, e, 3, packed)
 
 
 _PEAK = """
 import resource, torch, rqkernels as rqk
-x, frozen = torch.randn(65536, 64), rqk.FrozenCodebook(torch.randn(2048, 64))
-rqk.residual_search(x[:64], frozen, 2)
+x, packed = torch.randn(65536, 64), rqk.PackedCodebook(torch.randn(2048, 64))
+rqk.residual_search(x[:64], packed, 2)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rqk.residual_search(x, frozen, 2)
+rqk.residual_search(x, packed, 2)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -220,22 +220,22 @@ def test_nothing_of_rows_times_codes_is_allocated() -> None:
         (torch.zeros(3, 8, 4), ValueError, r"codebook must be \(K, C\), not empty, got \(3, 8, 4\)"),
         (torch.zeros(0, 4), ValueError, r"codebook must be \(K, C\), not empty, got \(0, 4\)"),
         (torch.zeros(8, 4, device="meta"), ValueError, "codebook must be on cpu or cuda, got meta"),
-        (torch.full((8, 4), torch.inf), ValueError, "FrozenCodebook: codebook must be finite, got inf in code 0"),
+        (torch.full((8, 4), torch.inf), ValueError, "PackedCodebook: codebook must be finite, got inf in code 0"),
     ],
 )  # fmt: skip
 def test_bad_codebooks_are_named(codebook: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        rqk.FrozenCodebook(codebook)
+        rqk.PackedCodebook(codebook)
 
 
 def test_the_search_checks_its_arguments_as_ever() -> None:
-    frozen = rqk.FrozenCodebook(torch.zeros(8, 4))
+    packed = rqk.PackedCodebook(torch.zeros(8, 4))
     with pytest.raises(ValueError, match="depth is required with a shared codebook"):
-        rqk.residual_search(torch.zeros(2, 4), frozen)
+        rqk.residual_search(torch.zeros(2, 4), packed)
     with pytest.raises(ValueError, match=r"x \(2, 5\) has 5 channels, codebooks \(8, 4\) have 4"):
-        rqk.residual_search(torch.zeros(2, 5), frozen, 2)
+        rqk.residual_search(torch.zeros(2, 5), packed, 2)
     with pytest.raises(TypeError, match="x must be float32"):
-        rqk.residual_search(torch.zeros(2, 4).double(), frozen, 2)
+        rqk.residual_search(torch.zeros(2, 4).double(), packed, 2)
 
 
 def test_memory_that_is_not_of_this_codebook_is_refused() -> None:
@@ -266,10 +266,10 @@ def test_opcheck() -> None:
 
 
 def test_compiles_as_one_graph(device: torch.device) -> None:
-    frozen = rqk.FrozenCodebook(torch.randn(300, 64, device=device))
+    packed = rqk.PackedCodebook(torch.randn(300, 64, device=device))
 
     def quantize(x: torch.Tensor) -> torch.Tensor:
-        out = rqk.residual_search(x * 2, frozen, 3, return_statistics=True)
+        out = rqk.residual_search(x * 2, packed, 3, return_statistics=True)
         return out.quantized + out.statistics[0].sum()
 
     x = torch.randn(50, 64, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rqkernels
-from rqgen.models import RQTransformer, RQTransformerConfig, captured
-from rqgen.models.captured import CapturedSampler
+from rqgen.inference import LevelParams, cuda_graph
+from rqgen.inference.cuda_graph import CapturedSampler
+from rqgen.models import RQTransformer, RQTransformerConfig
 from rqgen.models.transformer import TransformerConfig
 
 K, DEPTH, CLASSES = 11, 3, 5
-DRAWING: dict[str, Any] = {"temperature": [1.0, 0.5, 1.0], "top_k": [None, 5, None], "top_p": [None, None, 0.9]}
+PARAMS = LevelParams(temperature=(1.0, 0.5, 1.0), top_k=(None, 5, None), top_p=(None, None, 0.9), seed=13)
 
 
 def make_prior(side: int = 3) -> RQTransformer:
@@ -32,12 +34,21 @@ def make_prior(side: int = 3) -> RQTransformer:
     return prior
 
 
-def draw(sampler: CapturedSampler, first_label: int = 0, known: int = 0, **settings: Any) -> Tensor:
-    """Codes of four images."""
+def draw(
+    sampler: CapturedSampler,
+    first_label: int = 0,
+    known: int = 0,
+    offset: int = 0,
+    guidance: float = 0.0,
+    **params: Any,
+) -> Tensor:
+    """Codes (4, T, D) of four images."""
     device = sampler.prior.device
     labels = (torch.arange(4) + first_label) % CLASSES
     known_btd = (torch.arange(4 * known * DEPTH).view(4, known, DEPTH) % K).to(device)
-    return sampler.sample(labels[:, None].to(device), known_btd, **{**DRAWING, "seed": 13, **settings})
+    params = replace(PARAMS, cfg_scale=(guidance,) * DEPTH if guidance else (), **params)
+    sampled = sampler.sample(labels[:, None].to(device), params, first_image=offset, known=known_btd.flatten(1))
+    return sampled.codes.flatten(1, 2)
 
 
 # --- on the CPU
@@ -115,10 +126,10 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         "device": contextlib.nullcontext,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(captured, "BUCKET", 3)
-    captured._aside.cache_clear()
+    monkeypatch.setattr(cuda_graph, "BUCKET", 3)
+    cuda_graph._capture_stream.cache_clear()
     yield begun
-    captured._aside.cache_clear()
+    cuda_graph._capture_stream.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 1.5}, {"known": 1}], ids=str)

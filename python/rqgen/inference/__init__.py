@@ -1,0 +1,21 @@
+"""Everything between a prior and sampled codes: settings, samplers, caches, packed weights, CUDA graphs."""
+
+from .params import LevelParams, SamplingParams
+from .sampler import PRECISIONS, Engine, Sampled, Sampler, StepSampler, make_sampler
+from .scales import KnownRegion, ScaleSampler
+from .stacks import cast_prior, change_of_prior
+
+__all__ = [
+    "PRECISIONS",
+    "Engine",
+    "KnownRegion",
+    "LevelParams",
+    "Sampled",
+    "Sampler",
+    "SamplingParams",
+    "ScaleSampler",
+    "StepSampler",
+    "cast_prior",
+    "change_of_prior",
+    "make_sampler",
+]

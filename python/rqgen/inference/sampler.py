@@ -1,0 +1,164 @@
+"""Samplers: what every way of sampling codes from a prior takes and gives, and which one fits a prior."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rqgen.checks import check_flag
+from rqgen.models import Prior
+from rqgen.quantizers import Codes
+
+from .params import LevelParams, refuse_failed
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a prior is computed while it is sampled from.
+
+    Attributes:
+        precision: "fp32"; of an RQ-Transformer also "bf16": weights rounded to bfloat16 (on a GPU all arithmetic is, on
+            the CPU products are float32), and on the CPU "int8": weights in 8 bits with a scale per output, activations
+            in 16. See `rqgen.evaluation.evaluate_precision` for the loss. Autocast has no say. Where modules are called
+            "bf16" is all arithmetic on the CPU too, and "int8" is refused.
+        use_graphs: capture the steps of an RQ-Transformer's position in CUDA graphs and replay them. On the CPU, and of
+            a VAR, there are none; the codes are the same either way.
+    """
+
+    precision: str = "fp32"
+    use_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        object.__setattr__(self, "use_graphs", check_flag(self.use_graphs, "use_graphs"))
+
+    @classmethod
+    def of(cls, precision: str | Engine) -> Engine:
+        """The engine itself, or that of a precision."""
+        return precision if isinstance(precision, cls) else cls(precision)  # type: ignore[arg-type]
+
+    def check_prior(self, prior: Prior) -> None:
+        """Raises ValueError for a precision that the prior cannot be sampled in."""
+        if self.precision not in prior.precisions:
+            allowed = " or ".join(map(repr, prior.precisions))
+            raise ValueError(f"precision: a {type(prior).__name__} is sampled in {allowed}, got {self.precision!r}")
+
+
+class Sampled(NamedTuple):
+    """What a sampler returns for B images."""
+
+    codes: Codes
+    """As the prior's layout has them; with smooth sampling the codes that weigh most."""
+    vectors: list[Tensor] | None = None
+    """With smooth sampling, in the place of codes: float32 (B, h_k, w_k, C), see `Tokenizer.decode_vectors`."""
+
+
+class Sampler(Protocol):
+    """A prior made ready to sample from."""
+
+    def steps(self, known: int = 0) -> int:
+        """How often `sample` calls `advance` for an image of which `known` codes are given."""
+        ...
+
+    def sample(
+        self,
+        condition_ids: Tensor,
+        params: LevelParams,
+        *,
+        first_image: int = 0,
+        known: Tensor | None = None,
+        advance: Callable[[int], None] = ...,
+    ) -> Sampled:
+        """Samples the codes that follow the known ones, step by step.
+
+        Args:
+            condition_ids: (B, L) of `Prior.condition_ids`.
+            params: of every level.
+            first_image: number of the first image. Code i (of the L in `CodeLayout.flatten`) of image b is sampled as
+                by `rqkernels.sample_logits` with row first_image + b and stream i.
+            known: int64 (B, n), the first n codes where they are given, whole steps of them.
+            advance: called with a number of images that moved on by one step.
+
+        Raises:
+            ValueError: logits with NaN, +inf, or nothing but -inf; known where all codes are sampled.
+        """
+        ...
+
+
+def no_progress(images: int) -> None:
+    """Ignores that images moved on by one step."""
+
+
+@functools.singledispatch
+def make_sampler(prior: Prior, engine: Engine) -> Sampler:
+    """Makes `prior`, in eval mode, ready to sample from.
+
+    The samplers of a system are registered by the class of its prior (`make_sampler.register`). Every other prior is
+    called as a whole for each step, see `StepSampler`.
+
+    Raises:
+        TypeError, ValueError: what the sampler cannot serve, such as a precision.
+    """
+    engine.check_prior(prior)
+    return StepSampler(prior)
+
+
+class StepSampler:
+    """Samples each step from `prior(codes, condition)`: in this everything takes part that was done to the prior, hooks
+    on it and a `forward` of its own included. The definition of what all samplers sample.
+
+    Args:
+        prior: in eval mode whenever codes are sampled.
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        self.prior = prior
+
+    def steps(self, known: int = 0) -> int:
+        """The prior's steps that are not known."""
+        return sum(places.start >= known for _, places in self.prior.steps)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition_ids: Tensor,
+        params: LevelParams,
+        *,
+        first_image: int = 0,
+        known: Tensor | None = None,
+        advance: Callable[[int], None] = no_progress,
+    ) -> Sampled:
+        """See `Sampler`."""
+        prior, batch = self.prior, len(condition_ids)
+        codes_bl = torch.zeros(batch, prior.layout.count, dtype=torch.int64, device=prior.device)
+        given = 0 if known is None else known.shape[1]
+        if known is not None:
+            codes_bl[:, :given] = known
+        with torch.autocast(prior.device.type, enabled=False):
+            for level, places in prior.steps:
+                if places.start < given:
+                    continue
+                logits = step_logits(prior, codes_bl, condition_ids, places)
+                if params.cfg_scale:
+                    nulls = prior.condition_ids(None, batch)
+                    logits = params.guide(torch.cat([logits, step_logits(prior, codes_bl, nulls, places)]), level)
+                drawn = params.sample(logits, level, first_image=first_image, first_stream=places.start)
+                refuse_failed(drawn.amin(1), first_image)
+                codes_bl[:, places] = drawn
+                advance(batch)
+        return Sampled(prior.layout.unflatten(codes_bl))
+
+
+def step_logits(prior: Prior, codes_bl: Tensor, condition_ids: Tensor, places: slice) -> Tensor:
+    """Logits float32 (B, l, K) of one step, from `prior(codes, condition)`; codes from it on are not looked at."""
+    null = prior.condition_kind == "none" or bool((condition_ids == prior.condition_size).all())
+    logits = prior(prior.layout.unflatten(codes_bl), None if null else condition_ids).logits
+    return logits.flatten(1, -2)[:, places].float()

@@ -1,0 +1,111 @@
+"""Samplers of an RQ-Transformer: packed weights on a CPU, CUDA graphs, or its modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from rqgen.models import RQTransformer, RQTransformerConfig
+from rqgen.models.changes import Change, find_change, warn_once
+
+from .cuda_graph import CapturedSampler
+from .packed import packed_prior
+from .sampler import Engine, Sampler, StepSampler, make_sampler
+
+
+@make_sampler.register
+def make_stack_sampler(prior: RQTransformer, engine: Engine) -> Sampler:
+    """Makes an RQ-Transformer ready.
+
+    Packed weights, and what a CUDA graph has captured, are a prior that computes from its tensors what `RQTransformer`
+    says. Of another one (see `change_of_prior`) the modules are called, step by step with their keys and values kept;
+    and where it is the prior itself that was changed, or every module, the prior as a whole for each code.
+
+    Raises:
+        TypeError, ValueError: as `change_of_prior`.
+    """
+    change = change_of_prior(prior, engine.precision)
+    if change is None and prior.device.type == "cpu":
+        return packed_prior(prior, engine.precision)
+    ready = cast_prior(prior, engine.precision)
+    if change is not None and not change.name:
+        return StepSampler(ready)
+    return CapturedSampler(ready, capture=engine.use_graphs and change is None)
+
+
+def change_of_prior(prior: RQTransformer, precision: str) -> Change | None:
+    """The first thing that a prior's weights do not tell (see `rqgen.models.changes`), said by a warning, once; None
+    where they tell all.
+
+    Raises:
+        TypeError, ValueError: as `check_precision`; a change at "int8", which there is in packed weights alone.
+    """
+    check_precision(prior, precision)
+    change = find_change(prior, _as_built(prior.config), "prior")
+    if change is None:
+        return None
+    if precision == "int8":
+        raise ValueError(f'precision: "int8" has packed weights alone and calls no modules, but {change.text}')
+    warn_once(
+        prior,
+        f"{change.text}, which packed weights and CUDA graphs do not know of: the prior's modules are called instead, "
+        "which takes longer",
+    )
+    return change
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out random numbers, for which torch imports a second's worth of modules on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_BUILT: dict[str, RQTransformer] = {}
+
+
+def _as_built(config: RQTransformerConfig) -> RQTransformer:
+    """A prior of this config, without memory for its tensors."""
+    key = repr(config)
+    if key not in _BUILT:
+        with torch.device("meta"), _WithoutValues():
+            built = RQTransformer(copy.deepcopy(config))
+        if len(_BUILT) >= 8:
+            _BUILT.clear()
+        _BUILT[key] = built
+    return _BUILT[key]
+
+
+def check_precision(prior: RQTransformer, precision: str) -> None:
+    """Raises what is wrong with sampling from `prior` at `precision`.
+
+    Raises:
+        TypeError: a prior with float64 weights.
+        ValueError: an unknown precision, or one that the device does not support; weights on several devices, or on
+            none (meta).
+    """
+    Engine(precision).check_prior(prior)
+    for name, tensor in (*prior.named_parameters(), *prior.named_buffers()):
+        if tensor.dtype == torch.float64:
+            raise TypeError(f"prior: expected float32, float16 or bfloat16 weights, got float64 ({name})")
+        if tensor.is_meta:
+            raise ValueError(f"prior: {name} is on the meta device and has no values; load them first")
+        if tensor.device != prior.device:
+            raise ValueError(f"prior: expected all weights on {prior.device}, got {name} on {tensor.device}")
+    if precision == "int8" and prior.device.type != "cpu":
+        raise ValueError('precision: "int8" is for priors on the CPU; on a GPU use "bf16"')
+
+
+def cast_prior(prior: RQTransformer, precision: str) -> RQTransformer:
+    """A prior whose modules compute in "fp32" or "bf16": itself where they do, or a copy."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    tensors = (*prior.parameters(), *prior.buffers())
+    if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):
+        return prior
+    return copy.deepcopy(prior).to(dtype)

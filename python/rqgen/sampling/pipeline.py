@@ -1,0 +1,183 @@
+"""A tokenizer, a prior and the names of its classes in one folder, and images sampled from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from typing_extensions import Self
+
+from rqgen.checks import check_integer
+from rqgen.data.grid import to_uint8
+from rqgen.files import existing_folder, new_folder, write_json
+from rqgen.models import Prior, Tokenizer, load_pretrained
+from rqgen.models.classes import class_label, names_of_classes
+from rqgen.models.condition import checked_class_names
+from rqgen.models.pretrained import check_replaceable
+from rqgen.quantizers import Codes
+from rqgen.reading import read_json, shorten
+
+from .arguments import check_condition, check_models
+from .generate import generate
+
+DESCRIPTION = "pipeline.json"
+FORMAT_VERSION = 1
+_PARTS = ("tokenizer", "prior")
+
+
+class PipelineOutput(NamedTuple):
+    """Result of calling a `Pipeline`."""
+
+    images: list[Image.Image]
+    """PIL images, "L" or "RGB"."""
+    tensors: Tensor
+    """The same as float32 (num, channels, H, W) in [-1, 1]."""
+    codes: Codes
+    """As `GenerateOutput.codes`."""
+
+
+class Pipeline:
+    """A tokenizer and a prior over its codes.
+
+        pipe = rqgen.Pipeline.from_pretrained("runs/demo")
+        pipe("seven", num=4, cfg_scale=1.5).images[0].save("seven.png")
+
+    Args:
+        tokenizer, prior: of one system, on one device.
+        class_names: of the prior's classes; None: its own.
+
+    Raises:
+        TypeError, ValueError: models that do not belong together; another number of names than classes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prior: Prior, *, class_names: Sequence[str] | None = None) -> None:
+        check_models(prior, tokenizer)
+        self.tokenizer, self.prior = tokenizer, prior
+        self.class_names = names_of_classes(prior)
+        if class_names:
+            self.class_names = checked_class_names(class_names, prior.num_classes)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
+        """Reads a folder that `save_pretrained`, or `rqgen demo`, wrote: tokenizer/, prior/ and pipeline.json. A folder
+        with the two models alone is read too.
+
+        Raises:
+            FileNotFoundError: no such folder, or one of the models is missing.
+            ValueError: a file is damaged, or the models do not belong together.
+        """
+        source = existing_folder(Path(folder))
+        if not source.is_dir():
+            raise FileNotFoundError(f"folder: no folder {source}")
+        for part in _PARTS:
+            if not (source / part).is_dir():
+                raise FileNotFoundError(f"folder: expected tokenizer/ and prior/ in {source}, but {part}/ is missing")
+        names = _read_names(source / DESCRIPTION) if (source / DESCRIPTION).is_file() else None
+        tokenizer, prior = (load_pretrained(source / part, device) for part in _PARTS)
+        for name, model, kind in (("tokenizer", tokenizer, Tokenizer), ("prior", prior, Prior)):
+            if not isinstance(model, kind):
+                raise ValueError(f"{source / name}: expected a {name}, got a {model.model_type}")
+        try:
+            return cls(tokenizer, prior, class_names=names)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes tokenizer/, prior/ and pipeline.json into `folder`, whole or not at all.
+
+        Raises:
+            FileExistsError: `folder` is not a folder, or holds files of something else.
+            OSError, ValueError: as `PretrainedModel.save_pretrained`.
+        """
+        target = Path(folder).absolute()
+        if target.exists():
+            if not target.is_dir():
+                raise FileExistsError(f"folder: {target} exists and is not a folder")
+            foreign = sorted({entry.name for entry in target.iterdir()} - {*_PARTS, DESCRIPTION})
+            if foreign:
+                raise FileExistsError(f"folder: {target} holds files of no pipeline, not replaced: {foreign[:5]}")
+            for part in _PARTS:
+                check_replaceable(target / part)
+        with new_folder(target) as written:
+            self.tokenizer.save_pretrained(written / "tokenizer")
+            self.prior.save_pretrained(written / "prior")
+            write_description(written, self.class_names if self.prior.num_classes else ())
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves both models; returns the pipeline."""
+        self.tokenizer.to(device)
+        self.prior.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.prior.device
+
+    def __call__(self, condition: Any = None, num: int | None = None, **settings: Any) -> PipelineOutput:
+        """Samples images.
+
+        Args:
+            condition: a class by its name or number, of which `num` images are sampled (1 by default); or a list of
+                classes, an image each; or token ids (num, L), as the prior's config says. None: no condition, or the
+                null condition of a prior that learned one.
+            num: how many images, without a condition or of a single class.
+            settings: as `generate` takes them: the fields of `SamplingParams`, or params, batch_size, known, precision,
+                progress.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `generate`.
+        """
+        if condition is not None:
+            single = self._single_class(condition)
+            if single is not None:
+                count = 1 if num is None else check_integer(num, "num", 1)
+                condition, num = [single] * count, None
+            condition = check_condition(condition, self.prior, self.class_names)
+        sampled = generate(self.prior, self.tokenizer, condition, num, **settings)
+        tensors = sampled.images.float()
+        return PipelineOutput([_to_pil(image) for image in to_uint8(tensors).cpu()], tensors, sampled.codes)
+
+    def _single_class(self, condition: Any) -> int | None:
+        """The label of a class that is given by itself; None for a list or tensor of several."""
+        if isinstance(condition, str):
+            names = self.class_names if self.prior.num_classes else ()
+            return class_label(condition, names, "condition")
+        if isinstance(condition, (int, np.integer)) or (
+            isinstance(condition, (Tensor, np.ndarray)) and not condition.ndim
+        ):
+            if not self.prior.num_classes:
+                raise ValueError(f"condition: expected none, as this prior knows no classes, got {condition!r}")
+            return check_integer(condition, "condition", 0, self.prior.num_classes - 1)
+        return None
+
+
+def write_description(folder: Path, class_names: Sequence[str]) -> None:
+    """Writes `folder`/pipeline.json, which makes a pipeline of the folder's tokenizer/ and prior/."""
+    write_json(folder / DESCRIPTION, {"format_version": FORMAT_VERSION, "class_names": list(class_names)})
+
+
+def _read_names(path: Path) -> tuple[str, ...]:
+    description = read_json(path)
+    version = description.get("format_version")
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {shorten(version)}")
+    names = description.get("class_names", [])
+    if not isinstance(names, list):
+        raise ValueError(f"{path}: class_names: expected a list of names, got {shorten(names)}")
+    try:
+        return checked_class_names(names)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _to_pil(image_chw: Tensor) -> Image.Image:
+    """A PIL image of bytes (1 or 3, H, W)."""
+    pixels = image_chw.permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -1,0 +1,153 @@
+"""A system as the commands see it, and what the settings of all systems have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from rqgen.config import Given, to_dict
+from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid
+from rqgen.evaluation import SamplingConfig
+from rqgen.models import Prior, Tokenizer
+from rqgen.models.classes import names_of_classes
+from rqgen.sampling import generate
+from rqgen.training import LoopConfig
+from rqgen.training.loop import Stage
+
+PREVIEW_COLUMNS, PREVIEW_CLASSES = 8, 10
+
+
+@dataclass
+class TokenizerRun:
+    """`rqgen train tokenizer`. Each system adds its `model`, whose class takes the images' size, channels and class
+    names, and the name of its recipe."""
+
+    recipe: ClassVar[str | None] = None
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images; ``model`` follows their size and channels."""
+    model: Any = None
+    """The tokenizer."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """The training."""
+
+
+@dataclass
+class PriorRun:
+    """`rqgen train prior`. Each system adds its `prior`, with a method ``model_config(vae, num_classes)``, and the name
+    of its recipe."""
+
+    recipe: ClassVar[str | None] = None
+    tokenizer: Path = Path("runs/tokenizer/model")
+    """The folder of the trained tokenizer: the one with config.json and model.safetensors."""
+    codes: Path | None = None
+    """Learn from codes that `rqgen encode` wrote and not from images; ``data`` is then not read."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images. What is not given is as the tokenizer had it, flips and shifts aside."""
+    prior: Any = None
+    """The prior, and what it learns."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """The training."""
+
+
+@dataclass
+class DemoSamplingConfig(SamplingConfig):
+    """Settings of sampling whose images fill the figure: ten of each digit at least."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 100 or self.count % 10:
+            raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
+
+
+@dataclass
+class DemoConfig:
+    """Both training runs, which must read the same split of the same images, and the sampling. Each system adds its own
+    runs, and the name of its recipe."""
+
+    recipe: ClassVar[str | None] = None
+    tokenizer: Any = None
+    """Stage 1."""
+    prior: Any = None
+    """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
+    sampling: DemoSamplingConfig = field(default_factory=DemoSamplingConfig)
+    """The sampling of the judged images."""
+
+    @classmethod
+    def implied(cls, given: Given[Any]) -> dict[str, Any]:
+        """Both stages read the same images."""
+        return {"prior": {"data": to_dict(given.read("tokenizer.data"))}}
+
+    def __post_init__(self) -> None:
+        check_one_split(self.tokenizer.data, self.prior.data)
+        if self.tokenizer.data.source != "digits":
+            raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
+
+
+@dataclass(frozen=True)
+class System:
+    """What differs between the systems on the command line.
+
+    Attributes:
+        name: as ``--system`` takes it.
+        tokenizer, prior: classes of the two models.
+        tokenizer_run, prior_run: settings of `rqgen train`.
+        prior_stage: (run, tokenizer, images or codes, console) -> the stage with a new prior, and what it learns from.
+        demo: settings of `rqgen demo`; None: the system has none.
+    """
+
+    name: str
+    tokenizer: type[Tokenizer]
+    prior: type[Prior]
+    tokenizer_run: type[TokenizerRun]
+    prior_run: type[PriorRun]
+    prior_stage: Callable[
+        [Any, Any, ImageDataset | EncodedImages, Console | None], tuple[Stage[Any], ImageDataset | TensorItems]
+    ]
+    demo: type[DemoConfig] | None = None
+
+    def run(self, stage: str) -> type[TokenizerRun] | type[PriorRun]:
+        """Settings of a stage, "tokenizer" or "prior"."""
+        return self.tokenizer_run if stage == "tokenizer" else self.prior_run
+
+
+def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
+    """Raises ValueError where the two stages would not hold out the same images."""
+    first, second = to_dict(tokenizer), to_dict(prior)
+    for name in {**first, **second}:
+        if (ours := second.get(name)) != (theirs := first.get(name)):
+            raise ValueError(
+                f"prior.data.{name}: {ours}, but tokenizer.data.{name} is {theirs}: expected the same settings, "
+                "one split for both"
+            )
+
+
+def feature_side(given: Given[Any], data: DataConfig) -> int:
+    """Side of a tokenizer's feature map for images of ``data``, of a model with one level per factor of two
+    (``model.channel_multipliers``)."""
+    levels = len(given.read("model.channel_multipliers"))
+    stride = 2 ** min(max(levels - 1, 0), 32)
+    if data.resolution % stride:
+        below = data.resolution // stride * stride
+        raise given.error(
+            "data.resolution",
+            f"expected a multiple of {stride}, as the model has {levels} levels (model.channel_multipliers), "
+            f"such as {below or stride} or {below + stride if below else 2 * stride}; got {data.resolution}",
+        )
+    return data.resolution // stride
+
+
+def preview_samples(prior: Prior, vae: Tokenizer) -> dict[str, Tensor]:
+    """The same few samples at every call, so that progress can be seen: of the first classes a row each."""
+    classes = min(prior.num_classes, PREVIEW_CLASSES)
+    if not classes:
+        sampled = generate(prior, vae, None, 4 * PREVIEW_COLUMNS, seed=0)
+        return {"samples": image_grid(sampled.images, columns=PREVIEW_COLUMNS)}
+    columns = PREVIEW_COLUMNS // 2
+    sampled = generate(prior, vae, torch.arange(classes).repeat_interleave(columns), seed=0)
+    return {"samples": image_grid(sampled.images, columns=columns, row_labels=names_of_classes(prior)[:classes])}
