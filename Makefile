@@ -1,5 +1,6 @@
 # `make test` and `make demo` need git, make, Python >= 3.10 and a C++ compiler; the rest comes into .venv.
-# Variables: PYTHON (makes .venv), RQK_CUDA=auto|0|1 (build the CUDA library), ARGS (passed on), OUT (gpu-check).
+# Variables: PYTHON (makes .venv), RQK_CUDA=auto|0|1 (build the CUDA library), ARGS (passed on), OUT (gpu-check),
+# NAME (new-op).
 
 PYTHON ?= python3
 ARGS ?=
@@ -15,14 +16,14 @@ INSTALL := $(PIP) install -c $(CONSTRAINTS)
 BUILD_TOOLS := torch numpy setuptools cmake ninja
 WITH_EXTRAS := -e '.[gen,test]'
 SOURCES := CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-CXX_FILES := $(filter csrc/%,$(SOURCES))
+CXX_FILES := $(filter csrc/%,$(SOURCES)) $(shell find tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # A warm heap (large blocks stay with the process) and no second spinning OpenMP pool: see benchmarks/README.md.
 BENCH_ENV := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help build emulation test demo lint format bench gpu-check clean FORCE
+.PHONY: help build emulation test demo new-op lint format bench gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +74,9 @@ test: build emulation ## all tests (ARGS="-k search" passes options to pytest)
 
 demo: build ## train both stages on handwritten digits and draw what they learned, into runs/demo
 	$(VENV)/bin/rqgen demo $(ARGS)
+
+new-op: $(VENV)/.lint ## write the files of a new operator (NAME=my_op): kernels, reference, tests, benchmark
+	@$(PY) tools/new_op.py "$(NAME)"
 
 lint: $(VENV)/.lint ## ruff and clang-format, changing nothing
 	$(VENV)/bin/ruff check .

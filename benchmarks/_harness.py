@@ -33,6 +33,7 @@ import torch
 from rqkernels import _measure
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "support"))  # op_calls
 RESULTS = ROOT / "benchmarks" / "results"
 # Files that benchmarks and renderers write: they do not make a tree dirty.
 GENERATED = (

@@ -29,15 +29,14 @@ from typing import Any
 import _harness
 import torch
 
-from rqgen.cli.demo import digits, load_demo
+from rqgen.cli.demo import load_demo, run_of
 from rqgen.cli.runs import fit_prior, fit_tokenizer
 from rqgen.config import to_dict
-from rqgen.data import DigitImages
-from rqgen.evaluation import ImageClassifier
+from rqgen.evaluation import evaluate
 from rqgen.files import write_json
-from rqgen.models.rqtransformer import RQTransformer, prior_loss
+from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
-from rqgen.systems.system import DemoConfig, sample_classes
+from rqgen.systems.system import DemoConfig
 from rqgen.training import latest_checkpoint
 from rqkernels import _measure
 
@@ -70,26 +69,15 @@ def prior_of(config: DemoConfig, vae: RQVAE, folder: Path, *, soft: bool, stocha
     return RQTransformer.from_pretrained(folder / "model").to(vae.device)
 
 
-@torch.no_grad()
-def hard_label_nll(prior: RQTransformer, vae: RQVAE, images: DigitImages) -> list[float]:
-    """Depth by depth, of the images' nearest codes given their label."""
-    codes = vae.encode(images.images.to(vae.device))
-    return prior_loss(prior(codes, images.labels.to(vae.device)), codes=codes).per_depth.tolist()
-
-
-def judged(config: DemoConfig, vae: RQVAE, prior: RQTransformer, judge: ImageClassifier) -> dict[str, Any]:
-    held_out = digits(config, "held_out")
-
-    def accuracy(**changes: Any) -> float:
-        samples, labels = sample_classes(prior, vae, replace(config.sampling, **changes), len(held_out.class_names))
-        return judge.accuracy(samples, labels)
-
-    per_depth = hard_label_nll(prior, vae, held_out)
+def judged(config: DemoConfig, vae: RQVAE, prior: RQTransformer) -> dict[str, Any]:
+    plain = replace(config.sampling, cfg_scale=None, top_p=None, top_k=None, temperature=1.0)
+    metrics = evaluate(run_of(config, vae, prior), ["classifier", "token_prediction"]).results
+    unguided = evaluate(run_of(replace(config, sampling=plain), vae, prior), ["classifier"]).results
     return {
-        "sample_accuracy": accuracy(),
-        "plain_sample_accuracy": accuracy(cfg_scale=None, top_p=None, top_k=None, temperature=1.0),
-        "hard_label_nll": statistics.fmean(per_depth),
-        "hard_label_nll_per_depth": per_depth,
+        "sample_accuracy": metrics["classifier"]["sample_accuracy"],
+        "plain_sample_accuracy": unguided["classifier"]["sample_accuracy"],
+        "hard_label_nll": metrics["token_prediction"]["loss"],
+        "hard_label_nll_per_depth": metrics["token_prediction"]["level_losses"],
     }
 
 
@@ -102,14 +90,12 @@ def run(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[
         config = load_demo(seed, [*often, *overrides])
         folder = out / f"seed-{seed}"
         refuse_other_settings(config, folder)
-        train = digits(config, "train")
-        judge = ImageClassifier().fit(train.images, train.labels)
         vae = tokenizer_of(config, folder / "tokenizer")
         for name, (soft, stochastic) in VARIANTS.items():
             path = folder / name / "metrics.json"
             if not path.is_file():
                 prior = prior_of(config, vae, folder / name, soft=soft, stochastic=stochastic)
-                write_json(path, judged(config, vae, prior, judge))
+                write_json(path, judged(config, vae, prior))
             record = json.loads(path.read_text())
             records.append({"seed": seed, "soft_labels": soft, "stochastic_codes": stochastic, **record})
             print(f"seed {seed}, {name}: {record}", flush=True)

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "support"))  # op_calls
 # The search first: it is what most is asked of.
 BENCHMARKS = sorted(
     (ROOT / "benchmarks").glob("bench_*.py"), key=lambda path: (path.stem != "bench_residual_search", path)
@@ -325,225 +326,37 @@ def test_outcomes(report: Path) -> dict[str, str]:
     return {f"{case.get('classname')}::{case.get('name')}": case[0].tag if len(case) else "passed" for case in cases}
 
 
-# --- one call of each operator ---------------------------------------------------------------------------
+# --- calls of each operator ------------------------------------------------------------------------------
+
+
+def every_call(kind: str) -> Iterator[tuple[str, Any]]:
+    """Calls of every operator, "ragged" or "typical" ones, each with its operator's name."""
+    import torch
+    from op_calls import OPS, calls_of
+
+    for op in OPS:
+        module = calls_of(op)
+        calls = module.RAGGED if kind == "ragged" else module.typical(torch.device("cuda"), QUICK)
+        yield from ((op, call) for call in calls)
 
 
 def call_ragged() -> None:
     """Shapes that fit no tile, each result compared with the CPU's: for compute-sanitizer."""
-    import torch
-
-    import rqkernels
-
-    generator = torch.Generator().manual_seed(0)
-
-    def everything(x: Any, codebooks: Any, depth: int) -> list[Any]:
-        found = rqkernels.residual_search(x, codebooks, depth, return_residuals=True, return_statistics=True)
-        decoded = rqkernels.residual_decode(found.codes, codebooks, check=False)
-        counted = rqkernels.code_statistics(x, found.codes[..., 0], codebooks.shape[-2])
-        results = [*found[:4], *found.statistics, decoded, *counted]
-        if codebooks.dim() == 2:
-            results += rqkernels.residual_search(x, rqkernels.PackedCodebook(codebooks), depth)[:3]
-        return results
-
-    shapes = [(0, 5, 4, 1), (1, 1, 1, 1), (129, 257, 17, 3), (70, 256, 256, 2), (300, 31, 8, 4), (1500, 1, 3, 1)]
-    for n, k, c, depth in shapes:
-        for leading in ((), (depth,)):
-            x = torch.randn(n, c, generator=generator)
-            codebooks = torch.randn(*leading, k, c, generator=generator)
-            if n > 3:
-                x[2] = torch.nan
-            ours, expected = everything(x.cuda(), codebooks.cuda(), depth), everything(x, codebooks, depth)
-            for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
-                same = torch.allclose(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
-                assert same, f"result {i} differs from the CPU's at N, K, C, D = {n, k, c, depth}"
-    for n, k, c in [(1, 1, 1), (129, 257, 17), (70, 300, 256), (9, 40, 900)]:
-        x, codebook, logits = (torch.randn(*size, generator=generator) for size in ((n, c), (k, c), (n, k)))
-        tau = c / 4
-
-        def labelled(x: Any, codebook: Any, logits: Any, tau: float = tau) -> list[Any]:
-            leaf = logits.detach().requires_grad_()
-            loss = rqkernels.soft_label_cross_entropy(leaf, x, codebook, tau)
-            drawn = rqkernels.stochastic_residual_search(x, codebook, 2, tau=tau, seed=1)
-            grad = torch.autograd.grad(loss, leaf)[0]
-            # The rows as what a classifier sees, and the codes as its weights, for logits of size 1.
-            leaves = [t.requires_grad_() for t in (x / x.shape[1] ** 0.5, codebook.detach().clone())]
-            fused = rqkernels.fused_linear_soft_label_cross_entropy(*leaves, logits[0], x, codebook, tau)
-            grads = torch.autograd.grad(fused, leaves)
-            written = logits.detach().clone().requires_grad_() * 1.0
-            rqkernels.soft_label_cross_entropy(written, x, codebook, tau, inplace=True)
-            softmax = rqkernels.distance_softmax(x, codebook, tau)
-            return [loss, grad, softmax, fused, *grads, written.detach(), drawn.codes]
-
-        ours, expected = labelled(x.cuda(), codebook.cuda(), logits.cuda()), labelled(x, codebook, logits)
-        for i, (a, b) in enumerate(zip(ours[:-1], expected[:-1], strict=True)):
-            assert torch.allclose(a.cpu(), b, rtol=1e-4, atol=1e-6), f"soft labels {i} differ at N, K, C = {n, k, c}"
-        # A draw may fall on the other side of a boundary that the two round differently.
-        same = (ours[-1].cpu() == expected[-1]).double().mean().item()
-        assert same > 0.98, f"only {same:.1%} of the codes drawn are the CPU's at N, K, C = {n, k, c}"
-    for n, k in [(0, 5), (1, 1), (129, 257), (9, 3000)]:
-        logits = torch.randn(n, k, generator=generator)
-        for settings in ({}, {"temperature": 0}, {"top_k": 1 + k // 2}, {"top_k": 1 + k // 2, "top_p": 0.9}):
-            ours, expected = (rqkernels.sample_logits(x, seed=1, **settings) for x in (logits.cuda(), logits))
-            assert torch.equal(ours.cpu(), expected), f"codes differ from the CPU's at N, K = {n, k}, {settings}"
-
-    def attended(q: Any, k: Any, v: Any) -> list[Any]:
-        leaves = [t.requires_grad_() for t in (q, k, v)]
-        out = rqkernels.depth_attention(*leaves)
-        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
-
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for n, heads, queries, keys, head_dim in (
-            (3, 5, 4, 4, 64),
-            (7, 1, 3, 9, 20),
-            (1, 2, 32, 32, 128),
-            (0, 1, 2, 2, 8),
-        ):
-            given = [torch.randn(n, heads, r, head_dim, generator=generator).to(dtype) for r in (queries, keys, keys)]
-            ours, expected = attended(*(t.cuda() for t in given)), attended(*given)
-            close = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-            for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
-                same = torch.allclose(a.cpu(), b, rtol=close, atol=close)
-                assert same, f"result {i} differs from the CPU's at {dtype}, {n, heads, queries, keys, head_dim}"
-
-    # Shapes that fill no tile, with more than one block of rows; a decoder whose stack is the identity.
-    sizes = [(1, 5, 70, 40, 1), (40, 33, 9, 131, 2)]
-    cases = [(precision, *size) for size in sizes for precision in ("fp32", "bf16", "int8")] + [("fp32", 3, 8, 4, 7, 0)]
-    for precision, rows, width, hidden, k, layers in cases:
-        ours, expected = (
-            position_of(move, generator.manual_seed(rows), precision, rows, width, hidden, k, layers)
-            for move in (lambda tensor: tensor.cuda(), lambda tensor: tensor)
-        )
-        for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
-            where = f"result {i} of {precision} at {rows} rows of width {width}"
-            if a.dtype == torch.int64:
-                # Of two codes that are nearly as likely either may be the likeliest.
-                same = (a.cpu() == b).double().mean().item()
-                assert same > 0.95, f"only {same:.1%} of {where} are the CPU's"
-            else:  # a step of int8's is 1/32639 of a row's largest
-                close = 1e-4 * max(1.0, b.abs().max().item())
-                assert torch.allclose(a.cpu(), b, rtol=0, atol=close), f"{where} differs from the CPU's"
-
-
-def packed_decoder(
-    move: Callable[[Any], Any],
-    generator: Any,
-    precision: str,
-    width: int,
-    hidden: int,
-    heads: int,
-    k: int,
-    layers: int,
-    depth: int,
-) -> Any:
-    """A decoder of random weights, each moved to its device; with an output layer for every depth where D is odd."""
-    import torch
-
-    import rqkernels
-
-    def weights(*sizes: int) -> Any:
-        return move(torch.randn(*sizes, generator=generator) / sizes[-1] ** 0.5)
-
-    def linear(outputs: int, inputs: int) -> tuple[Any, Any]:
-        return weights(outputs, inputs), weights(outputs)
-
-    def block() -> Any:
-        attention = linear(3 * width, width), linear(width, width)
-        mlp = linear(hidden, width), linear(width, hidden)
-        parts = (weights(width), weights(width)), *attention, (weights(width), weights(width)), *mlp
-        return rqkernels.BlockWeights(*(tensor for part in parts for tensor in part))
-
-    blocks = [block() for _ in range(layers)]
-    device = move(torch.empty(0)).device
-    stack = rqkernels.PackedTransformer(blocks, heads, precision=precision, width=width, device=device)
-    norm = {"norm_weight": weights(width), "norm_bias": weights(width)}
-    classifier = 5 * (weights(depth, k, width) if depth % 2 else weights(k, width))
-    return rqkernels.PackedDepthDecoder(
-        stack, weights(depth, width), weights(k, width), **norm, classifier_weight=classifier
-    )
-
-
-def position_of(
-    move: Callable[[Any], Any],
-    generator: Any,
-    precision: str,
-    rows: int,
-    width: int,
-    hidden: int,
-    k: int,
-    layers: int,
-) -> list[Any]:
-    """Every call of the sampling of a position, after two tokens and one more: contexts, greedy codes, logits."""
-    import torch
-
-    import rqkernels
-
-    depth = 3
-    decoder = packed_decoder(move, generator, precision, width, hidden, 1, k, layers, depth)
-    keys, values = (move(torch.zeros(layers, 2 * rows, 1, 5, width)) for _ in range(2))
-    x = torch.randn(2 * rows, 3, width, generator=generator)
-    first, last = move(x[:, :2].contiguous()), move(x[:, 2].contiguous())
-    step = move(torch.ones(1)).to(torch.int64)
-    rqkernels.transformer_step(first, decoder.transformer, keys, values, 0)
-    context = rqkernels.transformer_step(last, decoder.transformer, keys, values, 1, step=step)
-    codes = rqkernels.depth_decode(context, decoder, temperature=0.0, seed=0)
-    guided = rqkernels.depth_decode(context, decoder, temperature=0.0, guidance=0.5, seed=0, step=step)
-    drawn = rqkernels.depth_decode(context, decoder, top_k=1 + k // 2, top_p=0.9, seed=0)
-    assert ((drawn >= 0) & (drawn < k)).all()
-    # Of given codes, so that a code that falls on the other side of a rounding changes nothing else.
-    given = torch.arange(2 * rows * depth, device=context.device).view(-1, depth) % k
-    return [context, codes, guided, rqkernels.depth_logits(context, given, decoder)]
+    for op, call in every_call("ragged"):
+        inputs = call.draw(0)
+        ours = call.run(*(tensor.cuda() for tensor in inputs))
+        try:
+            call.check(ours, call.run(*inputs))
+        except AssertionError as error:
+            raise AssertionError(f"{op}: {error}") from None
 
 
 def call_typical(device: str = "cuda") -> None:
     """Every operator in the shapes of the benchmarks, one call each: for ncu."""
     import torch
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from _shapes import SHAPES
-
-    import rqkernels
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*sizes: int) -> Any:
-        return torch.randn(*sizes, generator=generator).to(device)
-
-    for case in SHAPES[:3]:
-        x = random(case.rows(torch.device(device)), case.channels)
-        codebooks = case.codebooks(generator).to(device)
-        found = rqkernels.residual_search(x, codebooks, case.depth, return_statistics=True)
-        rqkernels.residual_decode(found.codes, codebooks, check=False)
-        rqkernels.code_statistics(x, found.codes[..., 0], codebooks.shape[-2])
-        if codebooks.dim() == 2:
-            rqkernels.residual_search(x, rqkernels.PackedCodebook(codebooks), case.depth)
-    # Codes drawn and soft labels, of an RQ-VAE's codes and of a VAR's.
-    for rows, channels, k, tau in ((64, 8, 16, 4.0),) if QUICK else ((8192, 256, 16384, 20.0), (65536, 32, 4096, 2.0)):
-        x, codebook, logits = random(rows, channels), random(k, channels), random(rows, k).requires_grad_()
-        rqkernels.stochastic_residual_search(x, codebook, 1, tau=tau, seed=0)
-        rqkernels.distance_softmax(x[: rows // 8], codebook, tau)
-        rqkernels.soft_label_cross_entropy(logits, x, codebook, tau).backward()
-        rqkernels.soft_label_cross_entropy(logits * 1.0, x, codebook, tau, inplace=True)
-        del logits
-        classifier = random(k, 2 * channels).requires_grad_(), random(k).requires_grad_()
-        hidden = random(rows, 2 * channels).requires_grad_()
-        rqkernels.fused_linear_soft_label_cross_entropy(hidden, *classifier, x, codebook, tau).backward()
-    # What drawing 500 images of the 1.4B prior takes: a position of one block in each stack, and the codes.
-    rows, width, heads, k = (4, 16, 2, 32) if QUICK else (500, 1536, 24, 16384)
-    logits = random(rows, k)
-    rqkernels.sample_logits(logits, seed=0)
-    rqkernels.sample_logits(logits, top_k=k // 8, top_p=0.95, seed=0)
-    decoder = packed_decoder(lambda tensor: tensor.to(device), generator, "bf16", width, 4 * width, heads, k, 1, 4)
-    for batch in (1, rows):
-        keys, values = random(2, 1, batch, heads, 64, width // heads)
-        context = rqkernels.transformer_step(random(batch, width), decoder.transformer, keys, values, 32)
-        codes = rqkernels.depth_decode(context, decoder, top_k=k // 8, top_p=0.95, seed=0)
-        rqkernels.depth_logits(context, codes, decoder)
-    # And what training it takes for 256 images.
-    for depth in (4, 8, 16):
-        stacks = 8 if QUICK else 65536 // depth
-        qkv = random(stacks, depth, 3, heads, width // heads).bfloat16().requires_grad_()
-        rqkernels.depth_attention_packed(qkv).float().sum().backward()
-        rqkernels.depth_attention(*(t.contiguous() for t in qkv.permute(2, 0, 3, 1, 4))).float().sum().backward()
+    for _, call in every_call("typical"):
+        call.run(*(tensor.to(device) for tensor in call.draw(0)))
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -51,11 +51,13 @@ FILES_OF_A_SLUG = (
     "csrc/ops/{slug}/op.cpp",
     "csrc/ops/{slug}/cpu.cpp",
     "csrc/ops/{slug}/cpu_simd.cpp",
+    "csrc/ops/{slug}/kernel_table.h",
     "csrc/ops/{slug}/kernel.cuh",
     "csrc/ops/{slug}/cuda.cu",
     "csrc/emulation/ops/{slug}.cpp",
     "rqkernels/ops/{slug}.py",
     "rqkernels/reference/{slug}.py",
+    "tests/support/op_calls/{slug}.py",
     "tests/rqkernels/test_{slug}.py",
     "tests/emulation/test_{slug}.py",
     "benchmarks/bench_{slug}.py",
@@ -222,7 +224,7 @@ def kernel_package_violations(root: Path) -> list[str]:
 
 
 def include_violations(root: Path) -> list[str]:
-    """No operator's folder includes another's, common/ includes none, and device code sees no torch."""
+    """No operator's folder includes another's, shared/ none of them, common/ neither; device code sees no torch."""
     found = []
     csrc = root / "csrc"
     slugs = slugs_of(root)
@@ -236,11 +238,72 @@ def include_violations(root: Path) -> list[str]:
             target = posixpath.normpath(match.group(1))
             at = where(path, root, number)
             for other in set(target.split("/")[:-1]) & (set(slugs) - {here}):
-                if here in slugs or here == "common":
+                if here in slugs or here in ("common", "shared"):
                     found.append(f"{at}: {here} includes {other}")
+            if here == "common" and "shared" in target.split("/")[:-1]:
+                found.append(f"{at}: common includes shared")
             if (path.name == "params.h" or path.suffix == ".cuh") and target.split("/")[0] in ("torch", "ATen", "c10"):
                 found.append(f"{at}: {path.name} includes {target}")
     return found
+
+
+def csrc_includes(path: Path, csrc: Path) -> Iterator[Path]:
+    """The headers of csrc that a file includes itself."""
+    for found in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE):
+        for target in (csrc / found, path.parent / found):
+            if target.is_file():
+                yield target.resolve()
+
+
+def shared_violations(root: Path) -> list[str]:
+    """Every header of csrc/shared serves two operators: what one alone includes belongs in that one's folder."""
+    csrc = (root / "csrc").resolve()
+    users: dict[Path, set[str]] = {path: set() for path in sorted((csrc / "shared").glob("*"))}
+    for slug in slugs_of(root):
+        pending = [p for p in (csrc / "ops" / slug).iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+        reached: set[Path] = set()
+        while pending:
+            reached.add(path := pending.pop())
+            pending += [p for p in csrc_includes(path, csrc) if p not in reached]
+        for path in users.keys() & reached:
+            users[path].add(slug)
+    return [
+        f"{path.relative_to(csrc.parent).as_posix()}: included by {', '.join(sorted(slugs)) or 'no operator'} alone"
+        for path, slugs in users.items()
+        if len(slugs) < 2
+    ]
+
+
+def constant_violations(root: Path) -> list[str]:
+    """No constant of an operator has the name of another that its files see: one would hide the other in silence."""
+    found = []
+    csrc = (root / "csrc").resolve()
+    for slug in slugs_of(root):
+        pending = [p for p in (csrc / "ops" / slug).iterdir() if p.suffix in (".h", ".cuh")]
+        seen: dict[str, Path] = {}
+        reached: set[Path] = set()
+        while pending:
+            reached.add(path := pending.pop())
+            pending += [p for p in csrc_includes(path, csrc) if p not in reached]
+        for path in sorted(p for p in reached if "emulation" not in p.parts):
+            declarations = re.findall(r"^constexpr ([^;]*);", path.read_text(), re.MULTILINE)
+            # Several in one file are the branches of an #if.
+            for name in set(re.findall(r"\b(k[A-Z]\w*)(?:\[[^=]*\])? ?=(?!=)", "\n".join(declarations))):
+                other = seen.setdefault(name, path)
+                if other != path:
+                    here, there = (p.relative_to(csrc).as_posix() for p in (path, other))
+                    found.append(f"{slug}: {name} is defined in {there} and {here}")
+    return found
+
+
+def build_violations(root: Path) -> list[str]:
+    """CMake builds the folders of csrc/ops as they stand: no list of operators is kept beside them."""
+    return [
+        f"{path.relative_to(root).as_posix()}: names {slug}"
+        for path in (root / "CMakeLists.txt", root / "csrc" / "emulation" / "CMakeLists.txt")
+        for slug in slugs_of(root)
+        if re.search(rf"\b{slug}\b", path.read_text())
+    ]
 
 
 def emulation_violations(root: Path) -> list[str]:
@@ -283,39 +346,18 @@ def public_functions(path: Path) -> set[str]:
 
 
 def cases_of(path: Path) -> list[str]:
-    """The functions of an operator's emulation file that are cases, to be run by name."""
+    """The cases that an operator's emulation file registers, to be run by name."""
     text = path.read_text() if path.exists() else ""
-    return re.findall(r"^std::vector<Array> (\w+)\(const Inputs& inputs\)", text, re.MULTILINE)
+    return re.findall(r"^RQK_CASE\((\w+)\)", text, re.MULTILINE)
 
 
-def built_slugs(cmake_lists: Path) -> list[str]:
-    """What CMakeLists.txt compiles: the names in RQK_OPS."""
-    (names,) = re.findall(r"^set\(RQK_OPS\s+([\w\s]*)\)", cmake_lists.read_text(), re.MULTILINE)
-    return names.split()
-
-
-def table_violations(root: Path) -> list[str]:
-    """Every slug stands in the tables: what CMake builds, what the emulation runs by name, what a GPU is tried on."""
-    found = []
-    built = built_slugs(root / "CMakeLists.txt")
-    emulation = root / "csrc" / "emulation"
-    header, table = ((emulation / name).read_text() for name in ("cases.h", "cases.cpp"))
-    gpu_check = (root / "benchmarks" / "gpu_check.py").read_text()
-    for slug in slugs_of(root):
-        if slug not in built:
-            found.append(f"{slug}: RQK_OPS in CMakeLists.txt does not name it")
-        cases = cases_of(emulation / "ops" / f"{slug}.cpp")
-        if not cases:
-            found.append(f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case")
-        for case in cases:
-            if f" {case}(const Inputs& inputs);" not in header:
-                found.append(f"{slug}: csrc/emulation/cases.h does not declare {case}")
-            if f'{{"{case}", {case}}}' not in table:
-                found.append(f"{slug}: kOperators in csrc/emulation/cases.cpp does not name {case}")
-        public = public_functions(root / "rqkernels" / "ops" / f"{slug}.py")
-        if not any(f"rqkernels.{name}(" in gpu_check for name in public):
-            found.append(f"{slug}: benchmarks/gpu_check.py does not call it")
-    return found
+def case_violations(root: Path) -> list[str]:
+    """Every slug has a case that the emulation runs by name."""
+    return [
+        f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case"
+        for slug in slugs_of(root)
+        if not cases_of(root / "csrc" / "emulation" / "ops" / f"{slug}.cpp")
+    ]
 
 
 def inventory_violations(root: Path) -> list[str]:
@@ -348,9 +390,12 @@ RULES = (
     parameter_violations,
     kernel_package_violations,
     include_violations,
+    shared_violations,
+    constant_violations,
+    build_violations,
     emulation_violations,
     inventory_violations,
-    table_violations,
+    case_violations,
 )
 
 
@@ -393,19 +438,16 @@ GOOD_TREE: dict[str, str] = {
     "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/device.h"\n',
     "csrc/emulation/device.h": '#include "emulation/runtime.h"\n',
     "csrc/emulation/CMakeLists.txt": "add_library(x OBJECT x.cpp)  # install()s nothing\n",
-    "csrc/emulation/ops/search.cpp": (
-        '#include "ops/search/params.h"\nstd::vector<Array> search(const Inputs& inputs) {\n'
-    ),
-    "csrc/emulation/cases.h": "std::vector<Array> search(const Inputs& inputs);\n",
-    "csrc/emulation/cases.cpp": '    {"search", search},\n',
-    "CMakeLists.txt": "set(RQK_OPS search)\n",
-    "benchmarks/gpu_check.py": "    rqkernels.search(x)\n",
+    "csrc/emulation/ops/search.cpp": '#include "ops/search/params.h"\nRQK_CASE(search) {\n',
+    "CMakeLists.txt": "file(GLOB op_sources CONFIGURE_DEPENDS csrc/ops/*/op.cpp)\n",
     "csrc/ops/search/params.h": "#include <cstdint>\n",
     "csrc/ops/search/op.cpp": '#include "common/checks.h"\n#include "ops/search/params.h"\n',
     "csrc/ops/search/cpu.cpp": '#include "params.h"\n',
-    "csrc/ops/search/cpu_simd.cpp": '#include "params.h"\n',
+    "csrc/ops/search/cpu_simd.cpp": '#include "kernel_table.h"\n',
+    "csrc/ops/search/kernel_table.h": '#include "params.h"\n',
     "csrc/ops/search/kernel.cuh": '#include "../../common/philox.h"\n#include "params.h"\n',
     "csrc/ops/search/cuda.cu": '#include "kernel.cuh"\n',
+    "tests/support/op_calls/search.py": "",
     "tests/rqkernels/test_search.py": "",
     "tests/emulation/test_search.py": "",
     "benchmarks/bench_search.py": "",
@@ -513,6 +555,9 @@ def test_a_broken_kernel_package_is_found(tmp_path: Path, file: str, text: str, 
         ("ops/search/cpu.cpp", "<ops/decode/params.h>", "search includes decode"),
         ("ops/decode/kernel.cuh", '"search/kernel.cuh"', "decode includes search"),
         ("common/checks.h", '"ops/search/params.h"', "csrc/common/checks.h:1: common includes search"),
+        ("common/checks.h", '"shared/rows.h"', "csrc/common/checks.h:1: common includes shared"),
+        ("common/checks.h", '"../shared/rows.h"', "common includes shared"),
+        ("shared/rows.h", '"ops/search/params.h"', "csrc/shared/rows.h:1: shared includes search"),
         ("ops/search/kernel.cuh", "<torch/csrc/stable/tensor.h>", "kernel.cuh includes torch/csrc"),
         ("ops/search/scan.cuh", "<torch/csrc/stable/tensor.h>", "scan.cuh includes torch/csrc"),
         ("ops/search/params.h", "<torch/csrc/stable/tensor.h>", "params.h includes torch/csrc"),
@@ -522,6 +567,45 @@ def test_a_broken_include_is_found(tmp_path: Path, file: str, include: str, mess
     files = {"csrc/ops/decode/params.h": "", f"csrc/{file}": f"  #  include {include}\n"}
     (violation,) = include_violations(plant(tmp_path, files))
     assert message in violation
+
+
+@pytest.mark.parametrize(
+    ("includes", "message"),
+    [
+        ({}, "csrc/shared/rows.h: included by no operator alone"),
+        ({"search/cpu.cpp": '"shared/rows.h"'}, "csrc/shared/rows.h: included by search alone"),
+        ({"search/cpu.cpp": '"tile.h"', "search/tile.h": '"../../shared/rows.h"'}, "included by search alone"),
+    ],
+)
+def test_a_shared_header_of_one_operator_is_found(tmp_path: Path, includes: dict[str, str], message: str) -> None:
+    files = {f"csrc/ops/{name}": f"#include {header}\n" for name, header in includes.items()}
+    (violation,) = shared_violations(plant(tmp_path, {"csrc/shared/rows.h": "", **files}))
+    assert message in violation
+
+
+def test_a_shared_header_may_be_reached_through_another(tmp_path: Path) -> None:
+    files = {
+        "csrc/shared/rows.h": "",
+        "csrc/shared/tile.h": '#include "shared/rows.h"\n',
+        "csrc/ops/search/cpu.cpp": '#include "shared/tile.h"\n',
+        "csrc/ops/decode/cpu.cpp": '#include "shared/tile.h"\n',
+    }
+    assert shared_violations(plant(tmp_path, files)) == []
+
+
+def test_a_constant_that_hides_another_is_found(tmp_path: Path) -> None:
+    files = {
+        "csrc/ops/search/scan.cuh": "namespace scan {\nconstexpr int kChunk = 32, kOther = 1;\n",
+        "csrc/ops/search/kernel.cuh": '#include "../../common/tile.h"\nconstexpr double kSeldom = 1;\n',
+        "csrc/common/tile.h": "#if X\nconstexpr int kA = 1, kChunk = 16;\n#else\nconstexpr int kChunk = 8;\n#endif\n",
+    }
+    found = constant_violations(plant(tmp_path, files))
+    assert found == ["search: kChunk is defined in common/tile.h and ops/search/scan.cuh"]
+
+
+@pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/emulation/CMakeLists.txt"])
+def test_a_list_of_operators_in_cmake_is_found(tmp_path: Path, file: str) -> None:
+    assert build_violations(plant(tmp_path, {file: "set(OPS search)\n"})) == [f"{file}: names search"]
 
 
 @pytest.mark.parametrize(
@@ -558,15 +642,6 @@ def test_a_broken_inventory_is_found(tmp_path: Path, files: dict[str, str], mess
     assert message in violation
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("CMakeLists.txt", "set(RQK_OPS other\n    another)\n", "search: RQK_OPS in CMakeLists.txt does not name it"),
-        ("csrc/emulation/ops/search.cpp", "", "search: csrc/emulation/ops/search.cpp defines no case"),
-        ("csrc/emulation/cases.h", "", "search: csrc/emulation/cases.h does not declare search"),
-        ("csrc/emulation/cases.cpp", "", "search: kOperators in csrc/emulation/cases.cpp does not name search"),
-        ("benchmarks/gpu_check.py", "", "search: benchmarks/gpu_check.py does not call it"),
-    ],
-)
-def test_an_operator_that_a_table_lacks_is_found(tmp_path: Path, file: str, text: str, message: str) -> None:
-    assert table_violations(plant(tmp_path, {file: text})) == [message]
+def test_an_operator_without_a_case_is_found(tmp_path: Path) -> None:
+    file = "csrc/emulation/ops/search.cpp"
+    assert case_violations(plant(tmp_path, {file: "// RQK_CASE(search)\n"})) == [f"search: {file} defines no case"]

@@ -1,8 +1,8 @@
-// How numbers below the normal ones are treated by the thread that holds one of these, until it is gone.
-// torch.set_flush_denormal would otherwise decide, thread by thread.
+// Denormal handling of the current thread, for the lifetime of an object. Without it torch.set_flush_denormal would
+// decide, thread by thread.
 #pragma once
 
-#ifdef RQK_X86
+#if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
@@ -10,7 +10,7 @@ namespace rqk {
 
 template <bool kFlush>
 class DenormalResults {
-#ifdef RQK_X86
+#if defined(__x86_64__)
  public:
   DenormalResults() : saved_(_mm_getcsr()) {
     _mm_setcsr((saved_ & ~(kFlushToZero | kDenormalsAreZero)) | (kFlush ? kFlushToZero : 0));
@@ -28,10 +28,10 @@ class DenormalResults {
 #endif
 };
 
-// Kept, in and out: of two tiny distances it must be clear which is smaller.
+// Keeps denormal operands and results: of two tiny distances, the smaller one must stay recognizable.
 using KeepDenormals = DenormalResults<false>;
-// Results become zero, which is all they are worth in a sum of probabilities: each costs over a hundred cycles
-// otherwise. Operands are kept. (Elsewhere than on x86 they cost nothing, and stay.)
+// Flushes denormal results to zero: they contribute nothing to a sum of probabilities, and each costs over a hundred
+// cycles. Operands are kept. Without effect outside x86, where denormals cost nothing.
 using FlushDenormals = DenormalResults<true>;
 
 }  // namespace rqk

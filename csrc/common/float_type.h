@@ -1,4 +1,4 @@
-// The floating types that operators read and write as they come.
+// The floating-point types that operators read and write without conversion.
 #pragma once
 
 #include <cstdint>

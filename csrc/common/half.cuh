@@ -1,4 +1,4 @@
-// Numbers of two bytes in kernels, without NVIDIA's types: the emulation has none.
+// Fp16 and bf16 loads and stores in kernels, without NVIDIA's types, which the emulation lacks.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace rqk {
 
-// The 32 bits of two numbers, the first one low.
+// Two elements packed into 32 bits, the first one in the low half.
 template <FloatType kType>
 __device__ inline float2 unpack(uint32_t two) {
   if constexpr (kType == FloatType::kFloat16) {

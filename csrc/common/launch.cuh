@@ -1,4 +1,4 @@
-// What launchers (cuda.cu) share: one way to launch a kernel, on a GPU's stream or on the emulation's host.
+// Kernel launches for cuda.cu files, on a GPU's stream or in the emulation.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,15 @@
 
 namespace rqk {
 
-// What launchers size their work by, of the current device.
+// Properties of the current device that launchers size their work by.
 struct DeviceLimits {
   int multiprocessors;
-  int64_t shared_bytes;  // of a block that asks for all it may have
+  int64_t shared_bytes;  // per block, if the block opts in to the maximum
 };
 
 inline DeviceLimits device_limits(const char* op) {
 #ifdef __CUDACC__
-  // Attributes are known to the host: nothing here waits for the device.
+  // Attributes are cached on the host: no host-device sync here.
   int device = 0, multiprocessors = 0, shared_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -34,24 +34,24 @@ inline DeviceLimits device_limits(const char* op) {
 #endif
 }
 
-// Blocks of a kernel that loops over `items` with a stride of the grid.
+// Number of blocks for a kernel with a grid-stride loop over `items`.
 inline unsigned grid_for(int64_t items) {
 #ifdef RQK_EMULATION
-  // Fewer under some schedules, so that the loop goes round more than once.
+  // Fewer under some schedules, so that the loop runs more than once.
   items = emulation::strided_grid(items);
 #endif
   return static_cast<unsigned>(std::min<int64_t>(items, INT32_MAX));
 }
 
-// What every launch may use of shared memory, static and dynamic. More must be asked for, which takes time: it is done
-// where the dynamic part alone is above 36 KiB, and a kernel that has a smaller one may declare 12 KiB.
-constexpr size_t kFreeShared = 48 * 1024, kUnaskedShared = 36 * 1024;
+// Shared memory available to every launch: in total, and its dynamic part. More needs cudaFuncSetAttribute, which is
+// slow; it is called only for more than 36 KiB of dynamic memory, so a kernel with less may declare 12 KiB of static.
+constexpr size_t kDefaultShared = 48 * 1024, kDefaultDynamicShared = 36 * 1024;
 
 #ifdef __CUDACC__
-// Asks for all that the device has, once for a kernel and device: were it for `shared` bytes, then another thread could
-// ask for less before this one launches.
+// Raises the kernel's limit to all that the device has, once per kernel and device. A limit of `shared` bytes would be
+// a race: another thread could lower it before this one launches.
 template <class Kernel>
-cudaError_t ask_for_shared(const char* op, Kernel* kernel, size_t shared) {
+cudaError_t raise_shared_limit(const char* op, Kernel* kernel, size_t shared) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
@@ -62,22 +62,23 @@ cudaError_t ask_for_shared(const char* op, Kernel* kernel, size_t shared) {
 }
 #endif
 
-// `shared` is dynamic shared memory in bytes. An empty grid is nothing to do.
+// `shared`: dynamic shared memory in bytes. An empty grid is a no-op.
 template <class... Params, class... Args>
 void launch_kernel(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, void* stream,
                    const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-  cudaError_t error = shared > kUnaskedShared ? ask_for_shared(op, kernel, shared) : cudaSuccess;
+  cudaError_t error = shared > kDefaultDynamicShared ? raise_shared_limit(op, kernel, shared) : cudaSuccess;
   if (error == cudaSuccess) kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(args...);
-  // A launch reports a bad configuration here, and an error of an earlier kernel too. What failed before it is
-  // forgotten, or the next launch would find it.
+  // Reports a bad configuration of this launch, but also the error of an earlier kernel. Clear it in any case, or the
+  // next launch would report it again.
   const cudaError_t latest = cudaGetLastError();
   if (error == cudaSuccess) error = latest;
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
 #else
   static_cast<void>(stream);
-  const size_t most = shared > kUnaskedShared ? static_cast<size_t>(emulation::device().shared_bytes) : kFreeShared;
+  const size_t most =
+      shared > kDefaultDynamicShared ? static_cast<size_t>(emulation::device().shared_bytes) : kDefaultShared;
   emulation::launch(op, grid, block, shared, most, [&] { kernel(args...); });
 #endif
 }

@@ -1,5 +1,5 @@
-// What the CPU library offers beside the operators: which instruction set its kernels run with, and for which GPUs the
-// CUDA library of the same build was compiled (asked here, because that library is only loaded where it can serve).
+// Functions of the CPU library beside the operators: the instruction set in use, and the GPU architectures that the
+// CUDA library of the same build was compiled for (asked here, because `_cuda` is loaded only where it can run).
 #include "common/cpu_capability.h"
 #include "common/tensors.h"
 

@@ -1,5 +1,5 @@
-// Errors for memory that cannot be had, in torch's own words: RuntimeError on a CPU; on a GPU rqkernels/_library.py
-// makes torch.OutOfMemoryError of it, which only Python can raise.
+// Out-of-memory errors with torch's own text: a RuntimeError on a CPU. On a GPU rqkernels/_library.py turns it into
+// torch.OutOfMemoryError, which only Python can raise.
 #pragma once
 
 #include <cstdint>

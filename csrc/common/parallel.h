@@ -18,7 +18,7 @@ namespace {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Uninitialised memory, aligned to a cache line.
+// Uninitialized memory, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
@@ -26,7 +26,7 @@ class Buffer {
   explicit Buffer(int64_t size) : Buffer(if_available(size)) {
     if (data_ == nullptr) refuse_cpu_bytes(bytes(size));
   }
-  // Empty where there is no memory left.
+  // Null if there is not enough memory.
   static Buffer if_available(int64_t size) {
     Buffer buffer;
     buffer.data_ = static_cast<T*>(::operator new(bytes(size), kAlignment, std::nothrow));
@@ -46,7 +46,7 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// work(task) on all threads, which treat denormals as said.
+// Runs work(task) on all threads, which handle denormals as `Denormals` says.
 template <class Denormals = KeepDenormals, class Work>
 void for_each_task(int64_t tasks, Work work) {
   torch::stable::parallel_for(0, tasks, 1, [&work](int64_t begin, int64_t end) {
@@ -55,20 +55,20 @@ void for_each_task(int64_t tasks, Work work) {
   });
 }
 
-// Phases of tasks that all threads work on together, each phase begun when the one before is complete. For many short
-// phases: a parallel region for each costs several microseconds, this a fraction of one. A thread that comes late skips
-// what is over, and nobody waits for a thread that has not come, so any number of them may.
+// A sequence of short phases that all threads work on; each phase begins when the previous one is complete. A parallel
+// region per phase would cost several microseconds, this costs a fraction of one. A late thread skips finished phases,
+// and no thread waits for one that has not arrived, so any number of threads may take part.
 class Phases {
  public:
-  // work(task) for tasks 0 .. tasks - 1, at least one, on the threads that are here. Every thread runs the same phases
-  // in the same order, numbered from 0. Returns when the phase is complete.
+  // Runs work(task) for tasks 0 .. tasks - 1 (at least one) on the threads that have arrived. Every thread must run the
+  // same phases in the same order, numbered from 0. Returns when the phase is complete.
   template <class Work>
   void run(uint32_t phase, uint32_t tasks, Work work) {
     for (int turns = 0;;) {
       uint64_t next = next_.load(std::memory_order_acquire);
       if (next >> 32 != phase) return;
       if (uint32_t(next) >= tasks) {
-        // All are taken. A core that another process has may take long to complete its own.
+        // All tasks are taken. Completing them may take long if another process holds the core.
         if (++turns > kTurns) std::this_thread::yield();
         relax();
         continue;
@@ -85,11 +85,11 @@ class Phases {
  private:
   static constexpr int kTurns = 2000;
   static void relax() {
-#ifdef RQK_X86
+#if defined(__x86_64__)
     _mm_pause();
 #endif
   }
-  alignas(64) std::atomic<uint64_t> next_{0};  // the phase, and its next task
+  alignas(64) std::atomic<uint64_t> next_{0};  // the phase (high half) and its next task
   alignas(64) std::atomic<uint32_t> complete_{0};
 };
 

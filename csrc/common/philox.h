@@ -1,25 +1,21 @@
 // Counter-based uniforms: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One
-// source for the CPU and the GPU: integers only, so both draw the same numbers.
+// source for CPU and GPU. It uses integers only, so both give the same numbers.
 //
-// A draw is a pure function of (seed, row, stream, op): key = seed, counter = (row low, row high, stream, op).
+// A uniform is a pure function of (seed, row, stream, op): key = seed, counter = (row low, row high, stream, op).
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RQK_HOST_DEVICE __host__ __device__
-#else
-#define RQK_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace rqk {
 
-// The fourth counter word: which operation draws. Two operations never share a uniform.
-constexpr uint32_t kDrawStochasticResidualSearch = 1;
-constexpr uint32_t kDrawSampleLogits = 2;
+// The fourth word of the counter: the operator that samples. Two operators never share a uniform.
+constexpr uint32_t kPhiloxStochasticResidualSearch = 1;
+constexpr uint32_t kPhiloxSampleLogits = 2;
 
 // In (0, 1): (word 0 + 0.5) 2^-32, exact in float64.
-RQK_HOST_DEVICE inline double philox_uniform(uint64_t seed, uint64_t row, uint32_t stream, uint32_t op) {
+RQK_HD double philox_uniform(uint64_t seed, uint64_t row, uint32_t stream, uint32_t op) {
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   uint32_t word0 = uint32_t(row), word1 = uint32_t(row >> 32), word2 = stream, word3 = op;
   for (int round = 0; round < 10; ++round) {

@@ -1,11 +1,12 @@
-// All inline assembly of the kernels, each instruction with a body for the device and one for the host.
+// All inline assembly of the kernels; each instruction has a device body and a host body.
 //
-// Fragments are those of the PTX ISA, section "Matrix multiply-accumulate operation using mma instruction". With E
-// elements to a register (4 of int8, 2 of f16 or bf16, 1 of tf32), g = lane / 4 and t = lane % 4, element j of
-//   a[i] is A(g + 8 (i % 2), E t + j + 4 E (i / 2)),   b[i] is B(E t + j + 4 E i, g),   d[i] is D(g + 8 (i / 2), 2 t +
-//   i % 2).
-// Every lane of the warp must call mma and ldmatrix. How a device rounds within an mma is its own affair: the host adds
-// exact products in float64 and rounds once, except that tf32 inputs are cut off to 10 bits of fraction first.
+// Fragments follow the PTX ISA, section "Matrix multiply-accumulate operation using mma instruction". With E elements
+// per register (4 for int8, 2 for f16 or bf16, 1 for tf32), g = lane / 4 and t = lane % 4, element j is
+//   a[i] = A(g + 8 (i % 2), E t + j + 4 E (i / 2))
+//   b[i] = B(E t + j + 4 E i, g)
+//   d[i] = D(g + 8 (i / 2), 2 t + i % 2)
+// All lanes of the warp must call mma and ldmatrix. The rounding within an mma is up to the device. The host adds exact
+// products in float64 and rounds once, after truncating tf32 inputs to 10 bits of fraction.
 #pragma once
 
 #include <cstdint>
@@ -20,23 +21,23 @@ __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Starts a copy of 16 bytes, both ends 16-byte aligned; zeros where not `valid` (nothing is read then).
+// Starts a copy of 16 bytes, both addresses 16-byte aligned. If not `valid`, writes zeros and reads nothing.
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid = true) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
 
-// Closes a group: all copies that this thread has started since the last one.
+// Commits a group: all copies that this thread has started since the last commit.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending groups of this thread are under way. Others see the data behind a barrier.
+// Waits until at most kPending groups of this thread are in flight. Other threads see the data after a barrier.
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, 16-byte aligned.
+// Loads four 8x8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8, 16-byte aligned.
 // d[i] holds elements (lane / 4, 2 (lane % 4)) and the next one of matrix i, or of its transpose.
 template <bool kTranspose>
 __device__ inline void ldmatrix_x4(uint32_t (&d)[4], const void* row) {
@@ -72,7 +73,7 @@ RQK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32", float, "f")
 RQK_MMA(mma_s8, "m16n8k32.row.col.s32.s8.s8.s32", int32_t, "r")
 #undef RQK_MMA
 
-// Numbers of two bytes by their bits; to nearest even.
+// Fp16 and bf16 conversions on bit patterns, rounding to nearest even.
 __device__ inline float float_of_half(uint16_t half) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
@@ -136,7 +137,7 @@ inline uint16_t half_of_float(float value) {
   const uint32_t bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);
-  // The last place of 0.5 is half's smallest number: the addition rounds.
+  // The last place of 0.5 is the smallest fp16 denormal, so the addition rounds correctly.
   if (rest < 0x38800000) {
     return uint16_t(sign | (__float_as_uint(__fadd_rn(__uint_as_float(rest), 0.5f)) - 0x3f000000));
   }

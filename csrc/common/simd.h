@@ -1,6 +1,6 @@
-// One vector of floats for whichever instruction set this file is compiled for. For cpu_simd.cpp files alone: they
-// are compiled once per level, so they include nothing of the standard library that has inline functions (the linker
-// would keep one level's copy of those for all).
+// A vector of floats for the instruction set that this file is compiled for. For cpu_simd.cpp files only: they are
+// compiled once per level, so they must not include standard headers with inline functions (the linker would keep one
+// level's copy for all).
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,9 @@ struct Vec {
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec fill(float a) { return {_mm512_set1_ps(a)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  // Past the caches, to an aligned address; finish_streams() before another thread may read it.
-  void stream(float* p) const { _mm512_stream_ps(p, v); }
-  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-  void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  // The first n floats, 0 < n < kSize; the other lanes are loaded as zeros.
+  static Vec load_partial(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store_partial(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 };
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -36,10 +34,10 @@ inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline float smallest_of(Vec a) { return _mm512_reduce_min_ps(a.v); }
-inline float largest_of(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_min(Vec a) { return _mm512_reduce_min_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
-inline uint32_t at_most(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LE_OQ); }
+inline uint32_t cmp_le_mask(Vec a, Vec limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LE_OQ); }
 
 struct VecInt {
   __m512i v;
@@ -48,28 +46,27 @@ struct VecInt {
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm512_add_epi32(a.v, b.v)}; }
 #if defined(__AVX512VNNI__)
-// sum += the four products of each lane, unsigned bytes times signed bytes. Assembly, because GCC 12 copies the sums of
-// its intrinsic to memory and back: half the speed.
+// sum += the four products of each lane, unsigned bytes times signed bytes. In assembly, because GCC 12 spills the sums
+// of its intrinsic to memory, at half the speed.
 inline void multiply_add(VecInt& sum, __m512i bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(bytes), "v"(signed_bytes));
 }
 #endif
 inline Vec rounded(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a 2^n for an integral n; what falls below the normal floats becomes zero.
+// a 2^n for an integral n; results below the normal range become zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
   const __mmask16 normal = _mm512_cmp_ps_mask(n.v, _mm512_set1_ps(-126), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(normal, a.v, n.v)};
 }
 inline VecInt nearest_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline Vec to_float(VecInt a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline int32_t sum_of(VecInt a) { return _mm512_reduce_add_epi32(a.v); }
+inline int32_t reduce_add(VecInt a) { return _mm512_reduce_add_epi32(a.v); }
 inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm512_cvtepi32_epi8(a.v));
 }
 
-// Past the caches, to an address that is a multiple of the vector's size; in order after end_streams.
+// Non-temporal store; see stream_fence().
 inline void stream(Vec a, float* p) { _mm512_stream_ps(p, a.v); }
-inline void end_streams() { _mm_sfence(); }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -105,7 +102,7 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
   }
 }
 
-// Adds squares of floats in float64.
+// Accumulates squares of floats in float64.
 struct SquareSum {
   __m512d sum = _mm512_setzero_pd();
   void add(Vec a) {
@@ -117,18 +114,18 @@ struct SquareSum {
   double total() const { return _mm512_reduce_add_pd(sum); }
 };
 
-// Eight numbers of float64.
+// Eight float64 lanes.
 struct Lanes8 {
   __m512d v;
   static Lanes8 zero() { return {_mm512_setzero_pd()}; }
   static Lanes8 load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
-  static Lanes8 load_first(const float* p, int64_t n) {
+  static Lanes8 load_partial(const float* p, int64_t n) {
     return {_mm512_cvtps_pd(_mm256_maskz_loadu_ps(__mmask8((1u << n) - 1), p))};
   }
   static Lanes8 fill(double a) { return {_mm512_set1_pd(a)}; }
   static Lanes8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
-  // By halves: lane j + lane j + 4, and so on.
+  // Adds lane j and lane j + 4, and so on: the fixed summation order.
   double sum() const {
     const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -139,12 +136,12 @@ inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm512_add_pd(a.v, b.v)}; 
 inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm512_max_pd(a.v, b.v)}; }
-// Fused where the instruction set can.
+// Fused if the instruction set has it.
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 // a[j] where bit j is set, else zero.
 inline Lanes8 keep(Lanes8 a, uint32_t bits) { return {_mm512_maskz_mov_pd(__mmask8(bits), a.v)}; }
 inline Vec keep(Vec a, uint32_t bits) { return {_mm512_maskz_mov_ps(__mmask16(bits), a.v)}; }
-// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+// Moves the lowest bits of a (nine of a float, twelve of a float64) into the place of sign and exponent.
 inline Vec low_bits_as_exponent(Vec a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
@@ -152,7 +149,7 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a.v), 52))};
 }
 
-// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+// Stores the lanes whose bits are set next to each other; may overwrite a whole vector from p on.
 inline void compress(Vec a, uint32_t bits, float* p) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(bits), a.v));
 }
@@ -169,11 +166,9 @@ struct Vec {
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec fill(float a) { return {_mm256_set1_ps(a)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-  // Past the caches, to an aligned address; finish_streams() before another thread may read it.
-  void stream(float* p) const { _mm256_stream_ps(p, v); }
-  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
-  void store_first(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
+  // The first n floats, 0 < n < kSize; the other lanes are loaded as zeros.
+  static Vec load_partial(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+  void store_partial(float* p, int64_t n) const { _mm256_maskstore_ps(p, first(n), v); }
   static __m256i first(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -186,14 +181,14 @@ inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline float smallest_of(Vec a) {
+inline float reduce_min(Vec a) {
   const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
 }
-inline float largest_of(Vec a) { return -smallest_of(Vec::zero() - a); }
+inline float reduce_max(Vec a) { return -reduce_min(Vec::zero() - a); }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
-inline uint32_t at_most(Vec a, Vec limit) {
+inline uint32_t cmp_le_mask(Vec a, Vec limit) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, limit.v, _CMP_LE_OQ)));
 }
 
@@ -204,7 +199,7 @@ struct VecInt {
 };
 inline VecInt operator+(VecInt a, VecInt b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline Vec rounded(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// a 2^n for an integral n <= 127; what falls below the normal floats becomes zero.
+// a 2^n for an integral n <= 127; results below the normal range become zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126), _CMP_NLT_UQ);
@@ -212,7 +207,7 @@ inline Vec times_power_of_two(Vec a, Vec n) {
 }
 inline VecInt nearest_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline Vec to_float(VecInt a) { return {_mm256_cvtepi32_ps(a.v)}; }
-inline int32_t sum_of(VecInt a) {
+inline int32_t reduce_add(VecInt a) {
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
   return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
@@ -224,9 +219,8 @@ inline void store_bytes(VecInt a, uint8_t* bytes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes), _mm_packus_epi16(words, words));
 }
 
-// Past the caches, to an address that is a multiple of the vector's size; in order after end_streams.
+// Non-temporal store; see stream_fence().
 inline void stream(Vec a, float* p) { _mm256_stream_ps(p, a.v); }
-inline void end_streams() { _mm_sfence(); }
 inline Vec load_float16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -261,7 +255,7 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
   }
 }
 
-// Adds squares of floats in float64.
+// Accumulates squares of floats in float64.
 struct SquareSum {
   __m256d sum = _mm256_setzero_pd();
   void add(Vec a) {
@@ -277,7 +271,7 @@ struct SquareSum {
   }
 };
 
-// Eight numbers of float64.
+// Eight float64 lanes.
 struct Lanes8 {
   __m256d low, high;
   static Lanes8 zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
@@ -285,14 +279,14 @@ struct Lanes8 {
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))};
   }
   static Lanes8 load(const float* p) { return of(Vec::load(p)); }
-  static Lanes8 load_first(const float* p, int64_t n) { return of(Vec::load_first(p, n)); }
+  static Lanes8 load_partial(const float* p, int64_t n) { return of(Vec::load_partial(p, n)); }
   static Lanes8 fill(double a) { return {_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
   static Lanes8 load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
   void store(double* p) const {
     _mm256_storeu_pd(p, low);
     _mm256_storeu_pd(p + 4, high);
   }
-  // By halves: lane j + lane j + 4, and so on.
+  // Adds lane j and lane j + 4, and so on: the fixed summation order.
   double sum() const {
     const __m256d four = _mm256_add_pd(low, high);
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -303,7 +297,7 @@ inline Lanes8 operator+(Lanes8 a, Lanes8 b) { return {_mm256_add_pd(a.low, b.low
 inline Lanes8 operator-(Lanes8 a, Lanes8 b) { return {_mm256_sub_pd(a.low, b.low), _mm256_sub_pd(a.high, b.high)}; }
 inline Lanes8 operator*(Lanes8 a, Lanes8 b) { return {_mm256_mul_pd(a.low, b.low), _mm256_mul_pd(a.high, b.high)}; }
 inline Lanes8 max(Lanes8 a, Lanes8 b) { return {_mm256_max_pd(a.low, b.low), _mm256_max_pd(a.high, b.high)}; }
-// Fused where the instruction set can.
+// Fused if the instruction set has it.
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) {
   return {_mm256_fmadd_pd(a.low, b.low, c.low), _mm256_fmadd_pd(a.high, b.high, c.high)};
 }
@@ -320,7 +314,7 @@ inline Vec keep(Vec a, uint32_t bits) {
   const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lanes), lanes);
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(kept))};
 }
-// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+// Moves the lowest bits of a (nine of a float, twelve of a float64) into the place of sign and exponent.
 inline Vec low_bits_as_exponent(Vec a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
@@ -329,7 +323,7 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
           _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.high), 52))};
 }
 
-// For each set of bits, where they are.
+// For each mask, the positions of its set bits.
 struct BitPlaces {
   uint8_t at[256][8] = {};
   constexpr BitPlaces() {
@@ -346,10 +340,10 @@ inline __m256 compressed(__m256 a, uint32_t bits) {
   return _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(places));
 }
 
-// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+// Stores the lanes whose bits are set next to each other; may overwrite a whole vector from p on.
 inline void compress(Vec a, uint32_t bits, float* p) { _mm256_storeu_ps(p, compressed(a.v, bits)); }
 inline void compress(Lanes8 a, uint32_t bits, double* p) {
-  // Each bit twice, for the two halves of a number.
+  // Each bit doubled, for the two 32-bit halves of a float64.
   constexpr uint8_t kTwice[16] = {0,   3,   12,  15,  48,  51,  60,  63,  //
                                   192, 195, 204, 207, 240, 243, 252, 255};
   const __m256 low = compressed(_mm256_castpd_ps(a.low), kTwice[bits & 15]);
@@ -360,7 +354,7 @@ inline void compress(Lanes8 a, uint32_t bits, double* p) {
 
 #else
 
-// GCC's and Clang's generic vectors: SSE2 on x86-64, NEON on aarch64.
+// Generic vectors of GCC and Clang: SSE2 on x86-64, NEON on aarch64.
 struct Vec {
   static constexpr int kSize = 4;
   typedef float Lanes __attribute__((vector_size(16)));
@@ -373,15 +367,9 @@ struct Vec {
   }
   static Vec fill(float a) { return {Lanes{a, a, a, a}}; }
   void store(float* p) const { __builtin_memcpy(p, &v, sizeof v); }
-  // Past the caches where the processor can, to an aligned address; finish_streams() before another thread may read it.
-#if defined(__SSE2__)
-  void stream(float* p) const { _mm_stream_ps(p, (__m128)v); }
-#else
-  void stream(float* p) const { store(p); }
-#endif
-  // The first n floats alone, 0 < n < kSize; loaded with zeros behind them.
-  static Vec load_first(const float* p, int64_t n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
-  void store_first(float* p, int64_t n) const {
+  // The first n floats, 0 < n < kSize; the other lanes are loaded as zeros.
+  static Vec load_partial(const float* p, int64_t n) { return {Lanes{p[0], n > 1 ? p[1] : 0, n > 2 ? p[2] : 0, 0}}; }
+  void store_partial(float* p, int64_t n) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 };
@@ -389,7 +377,7 @@ inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 // Bit j: a[j] <= limit[j]; false where either is NaN.
-inline uint32_t at_most(Vec a, Vec limit) {
+inline uint32_t cmp_le_mask(Vec a, Vec limit) {
 #if defined(__SSE2__)
   return uint32_t(_mm_movemask_ps(_mm_cmple_ps((__m128)a.v, (__m128)limit.v)));
 #else
@@ -402,16 +390,16 @@ inline uint32_t at_most(Vec a, Vec limit) {
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-inline float smallest_of(Vec a) {
+inline float reduce_min(Vec a) {
   const float x = a.v[0] < a.v[1] ? a.v[0] : a.v[1], y = a.v[2] < a.v[3] ? a.v[2] : a.v[3];
   return x < y ? x : y;
 }
-inline float largest_of(Vec a) { return -smallest_of(Vec::zero() - a); }
+inline float reduce_max(Vec a) { return -reduce_min(Vec::zero() - a); }
 inline Vec rounded(Vec a) {
   for (int j = 0; j < Vec::kSize; ++j) a.v[j] = __builtin_rintf(a.v[j]);
   return a;
 }
-// a 2^n for an integral n <= 127; what falls below the normal floats becomes zero.
+// a 2^n for an integral n <= 127; results below the normal range become zero.
 inline Vec times_power_of_two(Vec a, Vec n) {
   for (int j = 0; j < Vec::kSize; ++j) {
     if (n.v[j] < -126) {
@@ -426,9 +414,14 @@ inline Vec times_power_of_two(Vec a, Vec n) {
   return a;
 }
 
-// Past the caches, where the instruction set can.
-inline void stream(Vec a, float* p) { a.store(p); }
-inline void end_streams() {}
+// Non-temporal store where the instruction set has one; see stream_fence().
+inline void stream(Vec a, float* p) {
+#if defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)a.v);
+#else
+  a.store(p);
+#endif
+}
 inline float bits_to_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
@@ -454,7 +447,7 @@ inline Vec load_float16(const uint16_t* p) {
   Vec a;
   for (int j = 0; j < Vec::kSize; ++j) {
     const uint32_t sign = uint32_t(p[j] & 0x8000) << 16, rest = p[j] & 0x7fff;
-    // Below the normal ones a multiple of 2^-24; infinity and NaN keep the largest exponent.
+    // Below the normal range a multiple of 2^-24; infinity and NaN keep the largest exponent.
     const float size = rest < 0x400    ? float(rest) * 0x1p-24f
                        : rest < 0x7c00 ? bits_to_float((rest << 13) + (112u << 23))
                                        : bits_to_float((rest << 13) + (224u << 23));
@@ -468,7 +461,7 @@ inline void store_float16(Vec a, uint16_t* p) {
     uint32_t half;
     if (bits > 0x7f800000) {
       half = 0x7e00;
-    } else if (bits >= 0x477ff000) {  // 65520, from where on it rounds to infinity
+    } else if (bits >= 0x477ff000) {  // 65520, the smallest value that rounds to infinity
       half = 0x7c00;
     } else if (bits >= 0x38800000) {  // 2^-14
       half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
@@ -483,7 +476,7 @@ inline void store_columns(Vec a, Vec b, Vec c, Vec d, float* rows, int64_t strid
   for (int j = 0; j < Vec::kSize; ++j) Vec{Vec::Lanes{a.v[j], b.v[j], c.v[j], d.v[j]}}.store(rows + j * stride);
 }
 
-// Eight numbers of float64.
+// Eight float64 lanes.
 struct Lanes8 {
   double v[8];
   static Lanes8 zero() { return {}; }
@@ -494,13 +487,13 @@ struct Lanes8 {
     return lanes;
   }
   void store(double* p) const { __builtin_memcpy(p, v, sizeof v); }
-  static Lanes8 load(const float* p) { return load_first(p, 8); }
-  static Lanes8 load_first(const float* p, int64_t n) {
+  static Lanes8 load(const float* p) { return load_partial(p, 8); }
+  static Lanes8 load_partial(const float* p, int64_t n) {
     Lanes8 lanes{};
     for (int64_t j = 0; j < n; ++j) lanes.v[j] = double(p[j]);
     return lanes;
   }
-  // By halves: lane j + lane j + 4, and so on.
+  // Adds lane j and lane j + 4, and so on: the fixed summation order.
   double sum() const {
     const double four[4] = {v[0] + v[4], v[1] + v[5], v[2] + v[6], v[3] + v[7]};
     return (four[0] + four[2]) + (four[1] + four[3]);
@@ -519,13 +512,13 @@ inline Lanes8 max(Lanes8 a, Lanes8 b) {
   for (int j = 0; j < 8; ++j) a.v[j] = a.v[j] > b.v[j] ? a.v[j] : b.v[j];
   return a;
 }
-// Fused where the instruction set can.
+// Fused if the instruction set has it.
 inline Lanes8 fma(Lanes8 a, Lanes8 b, Lanes8 c) { return a * b + c; }
 // a[j] where bit j is set, else zero.
 inline Lanes8 keep(Lanes8 a, uint32_t bits) {
   uint64_t lanes[8];
   __builtin_memcpy(lanes, a.v, sizeof lanes);
-  for (int j = 0; j < 8; ++j) lanes[j] &= -uint64_t(bits >> j & 1);  // no branch: bits are as good as random
+  for (int j = 0; j < 8; ++j) lanes[j] &= -uint64_t(bits >> j & 1);  // branch-free: the bits are unpredictable
   __builtin_memcpy(a.v, lanes, sizeof lanes);
   return a;
 }
@@ -534,7 +527,7 @@ inline Vec keep(Vec a, uint32_t bits) {
   const IntLanes lanes = {1, 2, 4, 8}, all = IntLanes{} + int32_t(bits);
   return {(Vec::Lanes)((IntLanes)a.v & ((all & lanes) == lanes))};
 }
-// The number with the lowest bits of a's representation, twelve of a float64 and nine of a float, as sign and exponent.
+// Moves the lowest bits of a (nine of a float, twelve of a float64) into the place of sign and exponent.
 inline Vec low_bits_as_exponent(Vec a) { return {(Vec::Lanes)((IntLanes)a.v << 23)}; }
 inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   uint64_t bits[8];
@@ -544,7 +537,7 @@ inline Lanes8 low_bits_as_exponent(Lanes8 a) {
   return a;
 }
 
-// The lanes whose bits are set, side by side; what else lies within a vector from p on may be overwritten.
+// Stores the lanes whose bits are set next to each other; may overwrite a whole vector from p on.
 template <class Lanes, class T>
 inline void compress(Lanes a, uint32_t bits, T* p) {
   T lanes[sizeof(Lanes) / sizeof(T)];
@@ -554,7 +547,7 @@ inline void compress(Lanes a, uint32_t bits, T* p) {
 
 #endif
 
-// How numbers of each type become vectors of float, and back.
+// Conversion of each dtype to vectors of float, and back.
 struct Float32 {
   using T = float;
   static constexpr bool kStreams = true;
@@ -574,9 +567,9 @@ struct BFloat16 {
   static void store(Vec a, T* p) { store_bfloat16(a, p); }
 };
 
-// The first n of a vector, fewer than there are, then `rest`.
+// Loads the first n elements, n < kSize; the other lanes get `rest`.
 template <class F>
-inline Vec load_first(const typename F::T* p, int64_t n, float rest) {
+inline Vec load_partial(const typename F::T* p, int64_t n, float rest) {
   typename F::T raw[Vec::kSize] = {};
   float values[Vec::kSize];
   __builtin_memcpy(raw, p, size_t(n) * sizeof(*p));
@@ -586,33 +579,32 @@ inline Vec load_first(const typename F::T* p, int64_t n, float rest) {
 }
 
 template <class F>
-inline void store_first(Vec a, typename F::T* p, int64_t n) {
+inline void store_partial(Vec a, typename F::T* p, int64_t n) {
   typename F::T raw[Vec::kSize];
   F::store(a, raw);
   __builtin_memcpy(p, raw, size_t(n) * sizeof(*p));
 }
 
-// Nearest in relative error to e^r for |r| <= ln 2 / 2 among polynomials of this degree: off by less than 2e-8.
+// Polynomial for e^r, |r| <= ln 2 / 2, with the least relative error for its degree: below 2e-8.
 constexpr float kExpSeries[] = {
     1.38367701e-3f, 8.37485678e-3f, 4.16682288e-2f, 1.66664198e-1f, 4.99999911e-1f, 1.0f, 1.0f};
 
-// e^x for x <= 88, off by less than 2 units in the last place; below -87.3 zero, NaN where x is. x = n ln 2 + r with
-// |r| <= ln 2 / 2 (ln 2 in two parts, so that r is as good as x).
+// e^x for x <= 88, off by less than 2 units in the last place; zero below -87.3, NaN for NaN. Bound B16
+// (docs/bounds.md).
 inline Vec exp(Vec x) {
   const Vec n = rounded(x * Vec::fill(1.44269504f));
   Vec r = fma(n, Vec::fill(-0.693359375f), x);
   r = fma(n, Vec::fill(2.12194440e-4f), r);
   Vec series = Vec::fill(kExpSeries[0]);
   for (int i = 1; i < 7; ++i) series = fma(series, r, Vec::fill(kExpSeries[i]));
-  return times_power_of_two(series, n);  // far below, where r has no digits, zero whatever the series is
+  return times_power_of_two(series, n);  // far below, where r has no digits left, the factor is zero anyway
 }
 
 constexpr double kExpSeries64[] = {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
                                    1.0 / 24,      1.0 / 6,      0.5,         1.0,        1.0};
 
-// e^x for x <= 709, off by a relative (7e-15 + |x| 2^-52) at most; below -709 zero. As the one above, with the terms
-// from r^12 / 12! on left out. n comes by rounding to 2^52 and more, where integers are all there is, and with 1023
-// added its bits are the exponent of 2^n: of -1023 zero.
+// e^x for x <= 709, with a relative error of at most 7e-15 + |x| 2^-52; zero below -709. Bound B16. n is computed by
+// rounding at 2^52, where floats are integers; with 1023 added, its low bits are the exponent of 2^n (zero for -1023).
 inline Lanes8 exp(Lanes8 x) {
   constexpr double kInteger = 0x1.8p52 + 1023;
   x = max(x, Lanes8::fill(-1023 * 0.6931471805599453));
@@ -623,7 +615,9 @@ inline Lanes8 exp(Lanes8 x) {
   return series * low_bits_as_exponent(shifted);
 }
 
-inline void finish_streams() {
+// Orders all earlier stream() calls before what follows; call it before another thread may read the data. Addresses
+// passed to stream() must be aligned to the vector.
+inline void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif

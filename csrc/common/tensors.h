@@ -1,4 +1,4 @@
-// What op.cpp files share: the stable tensor API under short names, and errors a tired person understands.
+// The stable tensor API under short names, and readable error messages. For op.cpp files.
 //
 // Errors are std::invalid_argument (ValueError in Python) and std::out_of_range (IndexError).
 #pragma once
@@ -25,7 +25,7 @@
 #include "common/float_type.h"
 #include "common/memory.h"
 
-// What torch said of the latest error of this thread: only torch >= 2.13 has it, and this library loads in older ones.
+// Text of torch's latest error in this thread. Only torch >= 2.13 has it, and this library also loads in older ones.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rqk {
@@ -59,7 +59,7 @@ inline std::string shape_of(const Tensor& t) {
   return text + ")";
 }
 
-// As Python has them: C++ prints a NaN's sign too.
+// Formats a number as Python does: C++ also prints the sign of a NaN.
 inline std::string number_text(double value) {
   if (std::isnan(value)) return "nan";
   std::ostringstream text;
@@ -67,11 +67,11 @@ inline std::string number_text(double value) {
   return text.str();
 }
 
-// No memory holds more: only strides of zero lead there, and sums over so many would be waited for in vain. What is
-// computed from the sizes of tensors that pass does not overflow.
+// A limit on the elements of a tensor. No memory holds more: only zero strides reach it, and a sum over so many would
+// never finish. Sizes below it can be multiplied without overflow.
 constexpr int64_t kMostElements = int64_t(1) << 40;
 
-// Dimensions of size zero count as one: the others must be usable as they are.
+// Counts dimensions of size zero as one, so that the other sizes are checked too.
 inline void check_elements(const char* op, const char* name, const Tensor& t) {
   int64_t elements = 1;
   for (const int64_t size : t.sizes()) {
@@ -105,7 +105,7 @@ inline int64_t bytes_of(ScalarType type) {
   }
 }
 
-// Straight from the allocator: through the dispatcher it costs 1 us more, and 20 us where the caches are cold.
+// Calls the allocator directly: the dispatcher adds 1 us, and 20 us with cold caches.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t elements = 1, bytes = 0;
@@ -130,19 +130,19 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Te
   return Tensor(handle);
 }
 
-// A contiguous copy of this dtype. Memory comes from `empty`, whose error says how much.
+// A contiguous copy with this dtype. Allocates through `empty`, whose error states the size.
 inline Tensor copy_of(const Tensor& t, ScalarType type) {
   Tensor copy = empty(sizes_of(t), type, t);
   torch::stable::copy_(copy, t);
   return copy;
 }
 
-// Itself where it already is.
+// Returns t itself if it is contiguous.
 inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : copy_of(t, t.scalar_type()); }
 
 inline Tensor to_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : copy_of(t, type); }
 
-// The tensor as contiguous float32; itself where it already is.
+// The tensor as contiguous float32; t itself if it already is.
 inline Tensor as_float(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float && t.is_contiguous() ? t : copy_of(t, ScalarType::Float);
 }
@@ -169,7 +169,7 @@ inline void check_same_device(const char* op, const char* name_a, const Tensor& 
   }
 }
 
-// Makes the device of `t` current while it lives, and names the stream that launches go to. Both nothing on a CPU.
+// Makes the device of `t` current during its lifetime and provides the stream for launches. No effect on a CPU.
 #ifdef RQK_CUDA_LIBRARY
 class LaunchScope {
  public:
@@ -190,7 +190,7 @@ class LaunchScope {
 };
 #endif
 
-// The memory from a tensor's first element to its last; nothing where it has none.
+// The memory from a tensor's first element to its last; empty for a tensor without elements.
 struct MemoryRange {
   uintptr_t begin, end;
 };
@@ -208,7 +208,7 @@ inline bool may_overlap(const Tensor& a, const Tensor& b) {
   return x.begin < y.end && y.begin < x.end;
 }
 
-// An operator as torch calls it: memory that a container asks for and does not get has the class that torch's has.
+// An operator as torch calls it. If a standard container runs out of memory, the error has the class of torch's own.
 template <auto kOperator>
 struct Registered;
 
@@ -228,7 +228,7 @@ struct Registered<kOperator> {
 }  // namespace rqk
 
 // op.cpp is compiled into both libraries: `_C` defines the schema and registers the CPU kernel, `_cuda` registers the
-// CUDA kernel under it.
+// CUDA kernel for the same schema.
 #ifdef RQK_CUDA_LIBRARY
 #define RQK_REGISTER(name, schema, function) \
   STABLE_TORCH_LIBRARY_IMPL(rqkernels, CUDA, m) { m.impl(name, TORCH_BOX((&rqk::Registered<&function>::call))); }

@@ -14,10 +14,10 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Here it would mean a variable per thread, in silence.
+// Without this, it would silently declare one variable per thread.
 #define __shared__ _Pragma("GCC error \"declare shared memory with CU_SHARED or CU_DYN_SMEM (common/device.h)\"")
 
-// The variable's address is looked up once per thread and block; the static's address is its identity.
+// The address is looked up once per thread and block, by the address of the static key.
 #define CU_SHARED(T, name, ...)                   \
   static constexpr char name##_key = 0;           \
   using name##_type = T __VA_ARGS__;              \
@@ -57,7 +57,7 @@ inline float __uint_as_float(unsigned v) { return rqk_bits<float>(v); }
 inline long long __double_as_longlong(double v) { return rqk_bits<long long>(v); }
 inline double __longlong_as_double(long long v) { return rqk_bits<double>(v); }
 
-// The compiler is told not to contract (-ffp-contract=off).
+// Not fused: compiled with -ffp-contract=off.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -82,7 +82,7 @@ RQK_MIN_MAX(unsigned long)
 RQK_MIN_MAX(long long)
 RQK_MIN_MAX(unsigned long long)
 #undef RQK_MIN_MAX
-// As on a device: a number wins over NaN.
+// As on a device, NaN loses against a number.
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }
@@ -92,7 +92,7 @@ inline T __ldg(const T* address) {
   return *address;
 }
 
-// Blocks run one after another and fibers on one core: memory is always in order. A missing fence is not seen.
+// Blocks run one after another and fibers on one core, so memory is always in order: a missing fence is not detected.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -157,7 +157,7 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, rqk_
 
 // --- votes, matches, reductions ------------------------------------------------------------------------
 
-// Every lane brings a value and gets fold(fold(a, b), c).. over the lanes of the mask.
+// Every lane passes a value and receives the fold over the lanes of the mask.
 template <class T, class Fold>
 inline T rqk_reduce(unsigned mask, const char* kind, T value, const rqk_site& at) {
   rqk::emulation::warp_exchange(
@@ -217,7 +217,7 @@ RQK_REDUCE(int, min)
 RQK_REDUCE(int, max)
 #undef RQK_REDUCE
 
-// The lanes that brought the same bits.
+// Returns the mask of lanes that passed the same bits.
 template <class T>
 inline unsigned __match_any_sync(unsigned mask, T value, rqk_site at = rqk_site::current()) {
   struct Argument {
@@ -249,7 +249,8 @@ inline unsigned __match_all_sync(unsigned mask, T value, int* all, rqk_site at =
 
 // --- atomics -------------------------------------------------------------------------------------------
 
-// Not instrumented for races: it is told to the checker as what it is. Not inlined: its caller is the line to name.
+// Not instrumented: the race checker is told that the access is atomic. Not inlined, so that reports name the caller's
+// line.
 template <class T, class Change>
 __attribute__((noinline, no_sanitize("thread"))) T rqk_atomic(T* address, Change change) {
   rqk::emulation::before_atomic(address, sizeof(T), __builtin_return_address(0));

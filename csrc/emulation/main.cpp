@@ -1,8 +1,9 @@
-// A sanitized build as an executable: NAME SEEDS FOLDER, where SEEDS is "0,1,2" and FOLDER holds 0.npy, 1.npy, ... in
-// the order of the inputs. Results go into FOLDER as out0.npy, out1.npy, ... The exit status is 1, with a line on
-// stderr, where a kernel breaks a rule of CUDA; a sanitizer that finds something ends the process on its own.
+// A sanitized build as an executable: NAME SEEDS FOLDER, where SEEDS is "0,1,2" and FOLDER/in holds the arguments, each
+// as NAME.npy. Results go into FOLDER/out as 0.npy, 1.npy, ... The exit status is 1, with a line on stderr, where a
+// kernel breaks a rule of CUDA; a sanitizer that finds something ends the process on its own.
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <sstream>
@@ -29,14 +30,14 @@ std::string between(const std::string& text, const std::string& before, const st
   return text.substr(start + before.size(), end - start - before.size());
 }
 
-bool load(const std::string& path, Array& array) {
+Array load(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) return false;
   const std::string all((std::istreambuf_iterator<char>(file)), {});
   if (all.size() < kPreamble || all.compare(0, 7, kMagic) != 0) fail(path + " is no .npy file of version 1");
   const size_t header = static_cast<unsigned char>(all[8]) | static_cast<unsigned char>(all[9]) << 8;
   const std::string text = all.substr(kPreamble, header);
   if (text.find("'fortran_order': False") == std::string::npos) fail(path + " must be C-contiguous");
+  Array array;
   array.dtype = between(text, "'descr': '", "'");
   std::istringstream sizes(between(text, "'shape': (", ")"));
   for (std::string size; std::getline(sizes, size, ',');) {
@@ -44,7 +45,7 @@ bool load(const std::string& path, Array& array) {
   }
   array.data.resize(all.size() - kPreamble - header);
   if (!array.data.empty()) std::memcpy(array.data.data(), all.data() + kPreamble + header, array.data.size());
-  return true;
+  return array;
 }
 
 void save(const std::string& path, const Array& array) {
@@ -63,15 +64,15 @@ void save(const std::string& path, const Array& array) {
 }
 
 int run(const std::string& name, const std::string& seed_list, const std::string& folder) {
-  std::vector<Array> arrays;
-  for (Array array; load(folder + "/" + std::to_string(arrays.size()) + ".npy", array); array = {}) {
-    arrays.push_back(array);
+  std::map<std::string, Array> arguments;
+  for (const auto& file : std::filesystem::directory_iterator(folder + "/in")) {
+    arguments.emplace(file.path().stem().string(), load(file.path().string()));
   }
   std::vector<uint64_t> seeds;
   std::istringstream list(seed_list);
   for (std::string seed; std::getline(list, seed, ',');) seeds.push_back(std::stoull(seed));
-  const std::vector<Array> results = run_case(name, Inputs(std::move(arrays)), seeds);
-  for (size_t i = 0; i < results.size(); ++i) save(folder + "/out" + std::to_string(i) + ".npy", results[i]);
+  const Results results = run_case(name, std::move(arguments), seeds);
+  for (size_t i = 0; i < results.size(); ++i) save(folder + "/out/" + std::to_string(i) + ".npy", results[i]);
   return 0;
 }
 

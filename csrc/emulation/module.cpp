@@ -1,4 +1,4 @@
-// The plain build as a Python module: cases on numpy arrays.
+// The plain build as a Python module: cases on named numpy arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,15 +32,14 @@ PYBIND11_MODULE(rqk_emulation, module) {
   module.doc() = "CUDA kernels on the CPU, see csrc/emulation";
   module.def(
       "run",
-      [](const std::string& name, const std::vector<py::array>& inputs, const std::vector<uint64_t>& seeds) {
-        std::vector<Array> arrays;
-        for (const py::array& input : inputs) arrays.push_back(from_numpy(input));
+      [](const std::string& name, const std::map<std::string, py::array>& arguments,
+         const std::vector<uint64_t>& seeds) {
+        std::map<std::string, Array> arrays;
+        for (const auto& [argument, value] : arguments) arrays.emplace(argument, from_numpy(value));
         std::vector<py::array> results;
-        for (const Array& result : run_case(name, Inputs(std::move(arrays)), seeds)) {
-          results.push_back(to_numpy(result));
-        }
+        for (const Array& result : run_case(name, std::move(arrays), seeds)) results.push_back(to_numpy(result));
         return results;
       },
-      py::arg("name"), py::arg("inputs"), py::arg("seeds"),
+      py::arg("name"), py::arg("arguments"), py::arg("seeds"),
       "Results of a case, run once per schedule seed (0 is in order); RuntimeError where a kernel breaks a rule");
 }

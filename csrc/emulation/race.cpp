@@ -1,9 +1,8 @@
-// The race checker: for each byte the last write and two reads, and who made them when.
+// The race checker. It stores for each byte the last write and two reads, with thread, block and time.
 //
-// Two accesses conflict when they are not ordered, one of them writes and not both are atomic. In one thread all is
-// ordered; threads of a block are ordered by a block barrier between them (a count of barriers, the epoch), lanes of a
-// warp also by __syncwarp (a vector clock); blocks of one launch by nothing; launches always. Writes of equal values
-// conflict too.
+// Two accesses conflict if they are not ordered, at least one of them writes, and not both are atomic. Accesses of one
+// thread are ordered; threads of a block are ordered by a block barrier (counted in epochs), lanes of a warp also by
+// __syncwarp (vector clocks); blocks of a launch are not ordered; launches are. Writes of equal values conflict too.
 #include "emulation/race.h"
 
 #include <unistd.h>
@@ -35,7 +34,7 @@ struct Access {
 struct Byte {
   Access write;
   Access reads[2];
-  bool written = false;  // by anyone, ever (in this block, for shared memory)
+  bool written = false;  // ever, by any thread (for shared memory: in this block)
 };
 
 struct Region {
@@ -47,8 +46,8 @@ struct Region {
 };
 
 struct Lane {
-  uint32_t clock = 1;         // of its own; rises at each __syncwarp
-  uint32_t seen[kWarp] = {};  // what it knows of the others'
+  uint32_t clock = 1;         // own time, incremented at each __syncwarp
+  uint32_t seen[kWarp] = {};  // the times of other lanes that are visible to this one
 };
 
 std::vector<Region>& regions() {
@@ -88,7 +87,7 @@ bool concurrent(const Access& before) {
   return before.clock > lanes[thread].seen[before.thread % kWarp];
 }
 
-// "kernel.cuh:88" of an address of code, by binutils; the address itself where that fails.
+// Converts a code address to "kernel.cuh:88" by binutils; returns the address itself if that fails.
 std::string line_of(uint64_t pc) {
   char command[128], text[512] = "";
   std::snprintf(command, sizeof(command), "addr2line -s -e /proc/%d/exe 0x%llx 2>/dev/null", getpid(),
@@ -117,7 +116,8 @@ std::string place(const Region& region, size_t offset) {
 }
 
 void remember_read(Byte& byte, const Access& access) {
-  // Two readers of which no write is ordered after both by being one of them, or of their warp.
+  // Keeps two reads of different warps if possible, so that no later write can be ordered after both by being in the
+  // same warp.
   Access* slot = &byte.reads[1];
   for (Access& read : byte.reads) {
     if (read.launch != access.launch || read.block != access.block || read.epoch != access.epoch) slot = &read;
@@ -139,7 +139,7 @@ void check(const void* address, size_t bytes, bool reads, bool writes, bool atom
                       static_cast<uint16_t>(thread),  atomic};
   for (size_t i = 0; i < bytes; ++i) {
     const size_t offset = static_cast<size_t>(first - region->start) + i;
-    if (offset >= region->bytes) return;  // out of bounds is the address build's to find
+    if (offset >= region->bytes) return;  // the address build reports accesses out of bounds
     Byte& byte = region->shadow[offset];
     auto conflict = [&](const Access& before, bool before_writes) {
       if ((before.atomic && atomic) || !concurrent(before)) return;

@@ -1,4 +1,4 @@
-// What the runtime tells the race checker; nothing at all in the builds without one.
+// Calls from the runtime to the race checker; empty in builds without one.
 #pragma once
 
 #include <cstddef>
@@ -8,23 +8,23 @@ namespace rqk::emulation::race {
 
 #ifdef RQK_EMULATION_RACE
 
-// Memory that is watched. Shared memory starts unwritten in every block.
+// Registers memory to watch. Shared memory starts uninitialized in every block.
 void add_region(const void* start, size_t bytes, const char* name, bool shared, bool initialised);
 void remove_region(const void* start);
 
 void begin_launch();
 void begin_block(uint32_t block, unsigned threads);
 void end_launch();
-// The running thread, an index into its block.
+// Sets the running thread, an index into its block.
 void set_thread(unsigned thread);
-// All threads of the block, or these lanes of the running thread's warp, have met: what they did before is visible.
+// All threads of the block, or these lanes of the running thread's warp, have met: their earlier accesses are visible.
 void block_barrier();
 void warp_barrier(uint32_t mask);
 
 void atomic(const void* address, size_t bytes, const void* pc);
 void read(const void* address, size_t bytes, const void* pc);
 void write(const void* address, size_t bytes, const void* pc);
-// A write of nothing: to be read only when written anew.
+// Marks the bytes uninitialized: reading them before the next write is an error.
 void poison(const void* address, size_t bytes, const void* pc);
 
 #else

@@ -1,4 +1,4 @@
-// Fibers, barriers, collectives and memory of the emulation. Never instrumented for races itself.
+// Fibers, barriers, collectives and memory of the emulation. Never instrumented for races.
 #include "emulation/runtime.h"
 
 #include <sys/mman.h>
@@ -27,8 +27,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Saves the callee-saved registers on the running stack and its pointer in *save, then goes on where `load` was saved.
-// 7 ns; ucontext makes a system call for the signal mask and takes 30 times that.
+// Saves the callee-saved registers on the current stack and the stack pointer in *save, then resumes the stack `load`.
+// Takes 7 ns; ucontext takes 30 times as long, because it saves the signal mask by a system call.
 extern "C" void rqk_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -63,7 +63,7 @@ constexpr size_t kMaxStaticShared = 48 * 1024;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
 
-// --- chance --------------------------------------------------------------------------------------------
+// --- random numbers ------------------------------------------------------------------------------------
 
 struct Random {
   uint64_t state = 0;
@@ -81,7 +81,7 @@ uint64_t schedule_seed = 0;
 
 // --- stacks --------------------------------------------------------------------------------------------
 
-// A stack with a page below it that ends the process; kept for the next block.
+// A stack with a guard page below it; reused by the next block.
 struct Stack {
   Stack() {
     void* all = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -101,7 +101,7 @@ std::vector<Stack>& stacks() {
 
 enum class State { ready, at_barrier, at_exchange, returned };
 
-// A copy that a thread has started and not waited for; a null destination closes a group.
+// A copy that was started and not yet waited for; a null destination ends a group.
 struct AsyncCopy {
   void* shared;
   const void* global;
@@ -117,7 +117,7 @@ struct Fiber {
   uint3 index{};
   unsigned linear = 0;
   State state = State::ready;
-  // What it waits for.
+  // What the fiber waits for.
   Site site{};
   const char* waits_in = nullptr;
   uint32_t mask = 0;
@@ -145,14 +145,14 @@ struct Launch {
   const void* main_bottom = nullptr;
   size_t main_bytes = 0;
 
-  // Fibers that can go on, in the order in which they became so: a ring with room for all.
+  // Ready fibers in order, in a ring buffer with room for all.
   unsigned wrapped(unsigned i) const { return i < ready.size() ? i : i - static_cast<unsigned>(ready.size()); }
   std::vector<unsigned> ready;
   unsigned first_ready = 0, num_ready = 0;
   Random random;
   bool latest_first = false;
 
-  // Lanes of each warp that wait in a collective, and that are gone or were never there.
+  // Lanes of each warp that wait in a collective, and lanes that have returned or do not exist.
   struct Warp {
     uint32_t waiting = 0, absent = 0;
   };
@@ -170,10 +170,10 @@ struct Launch {
   std::string error;
 };
 
-Launch* current = nullptr;  // null outside launches
+Launch* current = nullptr;  // null outside of launches
 bool from_main = false;
 
-// Lists of threads as ranges: "0-31, 64"
+// Formats thread numbers as ranges: "0-31, 64"
 std::string ranges(const std::vector<unsigned>& threads) {
   std::string text;
   for (size_t i = 0; i < threads.size();) {
@@ -221,7 +221,7 @@ void enter(Fiber& fiber) {
   race::set_thread(fiber.linear);
 }
 
-// `leaving`: where to keep the running stack; null for a fiber that will not run again.
+// `leaving`: where to save the current stack; null for a fiber that will not run again.
 void switch_to_main(Fiber& leaving, bool returned) {
   before_switch(returned ? nullptr : &leaving.asan_fake_stack, current->main_bottom, current->main_bytes);
   rqk_switch_stack(&leaving.stack_pointer, current->main_stack_pointer);
@@ -240,7 +240,8 @@ void make_ready(Fiber& fiber) {
   l.ready[l.wrapped(l.first_ready + l.num_ready++)] = fiber.linear;
 }
 
-// A ready fiber: the first in order, or by the seed any of them or (to let some warps run far ahead) mostly the latest.
+// Picks a ready fiber: the first in order, or depending on the seed a random one or mostly the latest, so that some
+// warps run far ahead.
 Fiber* take_ready() {
   Launch& l = *current;
   if (l.num_ready == 0) return nullptr;
@@ -255,7 +256,7 @@ Fiber* take_ready() {
   return &fiber;
 }
 
-// Who waits where, for a launch that cannot go on.
+// Describes which threads wait where, for a launch that cannot continue.
 std::string waiting_threads() {
   Launch& l = *current;
   std::string text;
@@ -282,7 +283,7 @@ std::string waiting_threads() {
   return text;
 }
 
-// Runs others until this fiber, which has put itself into a waiting state or back among the ready, is picked again.
+// Runs other fibers until this one is picked again; it must be waiting or in the ready ring.
 void wait(Fiber& self) {
   Fiber* next = take_ready();
   if (next == nullptr) fail("deadlock:" + waiting_threads());
@@ -413,8 +414,8 @@ void run_block(Launch& l, uint3 index, uint32_t linear) {
 
 // --- memory --------------------------------------------------------------------------------------------
 
-// Exactly `bytes` of shared memory, 8 or 16 bytes off any better alignment than was asked for: a kernel that loads
-// vectors from it must say so in its declaration.
+// Allocates exactly `bytes` of shared memory, misaligned by 8 or 16 bytes beyond the declared alignment: a kernel that
+// loads vectors from it must declare that.
 SharedVariable& add_shared(Launch& l, const void* key, const char* name, size_t bytes, size_t alignment) {
   const size_t shift = alignment <= 8 ? 8 : alignment == 16 ? 16 : 0;
   void* allocation = nullptr;
@@ -501,7 +502,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size
   blockDim = block;
   gridDim = grid;
 
-  // Whatever ends the launch leaves no trace of it.
+  // Cleans up however the launch ends.
   struct Scope {
     explicit Scope(Launch& l) : launch(l) {
       current = &l;
@@ -563,7 +564,7 @@ void* dynamic_shared() {
   for (const SharedVariable& variable : current->shared) {
     if (variable.key == nullptr) return variable.data;
   }
-  // As on a device: an address at which nothing may be read.
+  // As on a device, an address that must not be read.
   return nullptr;
 }
 
@@ -611,7 +612,7 @@ void warp_exchange(uint32_t mask, const char* kind, void* argument, void (*combi
   self.argument = argument;
   here.waiting |= 1u << lane;
 
-  // Lanes that wait in another collective than this one are found when all of the mask wait, or in the deadlock.
+  // Lanes that wait in a different collective are found when all lanes of the mask wait, or by deadlock.
   if ((mask & ~here.waiting) == 0) {
     Lanes lanes{mask, {}};
     for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
@@ -671,8 +672,8 @@ void before_atomic(void* address, size_t bytes, const void* pc) {
 
 namespace {
 
-// Whether bytes lie within one variable of this block. Where shared memory is expected, a device takes the lower half
-// of any other address for a place in it.
+// Whether the bytes lie within one variable of this block. For other addresses, a device would use the lower half as a
+// shared address.
 bool is_shared(const void* address, size_t bytes) {
   const char* first = static_cast<const char*>(address);
   for (const SharedVariable& variable : current->shared) {
@@ -704,7 +705,7 @@ void async_wait(size_t pending_groups) {
   size_t groups = 0;
   for (const AsyncCopy& copy : copies) groups += copy.shared == nullptr;
   size_t done = 0;
-  // Groups finish in order, and only whole: what was not committed is not waited for.
+  // Groups complete in order and as a whole; uncommitted copies are not waited for.
   for (; groups > pending_groups; ++done) {
     const AsyncCopy& copy = copies[done];
     if (copy.shared == nullptr) {
@@ -724,7 +725,7 @@ void load_matrices(uint32_t (&d)[4], const void* row, bool transpose, const Site
     fail("ldmatrix at " + describe(site) + ": rows must be aligned to 16 bytes");
   }
   if (!is_shared(row, kRowBytes)) fail("ldmatrix at " + describe(site) + ": a row is not within one shared variable");
-  // This lane's row is read in its name, wherever the elements go.
+  // The read belongs to this lane, wherever the elements go.
   race::read(row, kRowBytes, __builtin_return_address(0));
   struct Argument {
     uint16_t row[8];
@@ -823,7 +824,7 @@ void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint
               magnitudes += std::fabs(product);
             }
             if (type == Element::s8) {
-              // Wraps around, as the device does without .satfinite; the products of 32 int8 fit.
+              // Wraps around, like the device without .satfinite; the products of 32 int8 fit.
               const auto start = static_cast<uint32_t>(static_cast<const int32_t*>(lane_of(lane)->c)[i]);
               static_cast<int32_t*>(lane_of(lane)->d)[i] =
                   static_cast<int32_t>(start + static_cast<uint32_t>(static_cast<int32_t>(sum)));

@@ -1,7 +1,7 @@
-// Runs one kernel launch on the host: every CUDA thread of a block is a fiber, blocks run one after another.
+// Runs a kernel launch on the host: each CUDA thread of a block is a fiber, and blocks run one after another.
 //
-// All is checked that CUDA leaves undefined: limits of a launch, barriers and warp collectives that not all threads
-// reach, deadlocks, and in the race build conflicting accesses. What breaks a rule ends the launch with an Error.
+// Checks what CUDA leaves undefined: limits of a launch, barriers and warp collectives that not all threads reach,
+// deadlocks, and in the race build conflicting accesses. A violation ends the launch with an Error.
 #pragma once
 
 #include <cstddef>
@@ -36,22 +36,22 @@ std::string describe(const Site& site);
 // The order in which blocks and threads run: 0 in order, anything else seeds a shuffle.
 void set_schedule(uint64_t seed);
 
-// Blocks for a kernel that would take `items` of them but works with any number: fewer under every second seed.
+// Number of blocks for a kernel that works with any number: `items`, or fewer under every second seed.
 int64_t strided_grid(int64_t items);
 
-// What a device is like. An H100 unless a case says otherwise; launches keep to it.
+// Properties of the emulated device, by default an H100; launches respect them.
 struct Device {
   int multiprocessors = 132;
-  int shared_bytes = 227 * 1024;  // of a block
-  // An mma of floats errs by so much of the sum of its terms' magnitudes, up or down by the schedule's chance. How a
-  // device adds them is not documented: what a kernel assumes can be tried.
+  int shared_bytes = 227 * 1024;  // per block
+  // Relative error of a float mma: its result is off by this fraction of the sum of its terms' magnitudes, up or down
+  // at random. The rounding of a real device is not documented, so a kernel's assumption can be tested.
   double mma_error = 0;
 };
 Device& device();
 
 // --- launches and memory -------------------------------------------------------------------------------
 
-// `most_shared`: bytes that a block may have, static and dynamic.
+// `most_shared`: maximum bytes of shared memory per block, static and dynamic.
 void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size_t most_shared, void (*thread)(void*),
             void* context);
 
@@ -62,7 +62,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared, size
       const_cast<Thread*>(&thread));
 }
 
-// Global memory: exactly as large as asked for, 256-byte aligned, 0xFF (NaN, -1) where the host gives nothing.
+// Global memory of exactly the requested size, 256-byte aligned, filled with 0xFF (NaN, -1) unless the host gives data.
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(size_t bytes, const void* host = nullptr);
@@ -71,6 +71,10 @@ class DeviceBuffer {
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
 
   void* data() const { return data_; }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
   size_t bytes() const { return bytes_; }
 
  private:
@@ -78,40 +82,40 @@ class DeviceBuffer {
   size_t bytes_;
 };
 
-// This block's copy of the shared variable that `key` stands for; 0xFF at the start of each block.
+// This block's copy of the shared variable identified by `key`; 0xFF at the start of each block.
 void* shared_variable(const void* key, const char* name, size_t bytes, size_t alignment);
 void* dynamic_shared();
 
-// --- threads meet --------------------------------------------------------------------------------------
+// --- barriers and collectives --------------------------------------------------------------------------
 
 enum class Barrier { plain, count, all, any };
 
-// __syncthreads and its kin. Complete when every thread that has not returned is here, all from one site.
+// __syncthreads and its variants. Completes when every thread that has not returned is here, all at the same site.
 int block_barrier(Barrier kind, bool predicate, const Site& site);
 
-// What the lanes of a warp brought to a collective; null for lanes outside the mask.
+// The arguments that the lanes of a warp passed to a collective; null for lanes outside the mask.
 struct Lanes {
   uint32_t mask;
   void* argument[32];
 };
 
-// Waits until all lanes of `mask` are here with the same kind, mask and site; then `combine` reads and writes what
-// all of them brought, once.
+// Waits until all lanes of `mask` are here with the same kind, mask and site; then `combine` runs once on their
+// arguments.
 void warp_exchange(uint32_t mask, const char* kind, void* argument, void (*combine)(const Lanes&), const Site& site);
 
 void warp_barrier(uint32_t mask, const Site& site);
 unsigned lane_index();
 
-// The value of lane `source` (checked: it must take part).
+// The value of lane `source`, which must take part.
 struct Shuffle {
   uint64_t value;
   int source;
 };
 uint64_t warp_shuffle(uint32_t mask, const char* kind, Shuffle argument, const Site& site);
 
-// --- what common/ptx.cuh has no assembly for -------------------------------------------------------------
+// --- instructions of common/ptx.cuh --------------------------------------------------------------------
 
-// The destination is 0xFF, and unwritten to the race checker, until the thread has waited for the copy.
+// Until the thread has waited for the copy, the destination is 0xFF, and uninitialized for the race checker.
 void async_copy(void* shared, const void* global, size_t copied, size_t bytes, const Site& site);
 void async_commit();
 void async_wait(size_t pending_groups);
@@ -123,7 +127,7 @@ enum class Element { bf16, f16, tf32, s8 };
 void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint32_t (&b)[2], const void* c,
                        const Site& site);
 
-// Called before a read-modify-write: others may run first.
+// Called before a read-modify-write, so that other threads may run first.
 void before_atomic(void* address, size_t bytes, const void* pc);
 
 }  // namespace rqk::emulation

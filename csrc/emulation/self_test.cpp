@@ -1,5 +1,5 @@
-// Compiled like a kernel file, by nvcc too (.ci/registers.py): what is emulated is CUDA. Each broken kernel differs
-// from a right one in one line.
+// Test kernels, compiled like a kernel file, also by nvcc (.ci/registers.py), which shows that they are CUDA. Each
+// broken kernel differs from a correct one in one line.
 #include "emulation/self_test.h"
 
 #include <type_traits>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// --- right kernels -------------------------------------------------------------------------------------
+// --- correct kernels -----------------------------------------------------------------------------------
 
 // out[i] = in[last of the block - i]; the last block may be ragged.
 template <bool kBarrier>
@@ -64,7 +64,7 @@ __global__ void collectives(SelfTestParams p) {
   put(__syncthreads_or(v == p.in[63]));
 }
 
-// The halves of a warp go different ways and shuffle among themselves.
+// The halves of a warp diverge and shuffle among themselves.
 __global__ void half_warps(SelfTestParams p) {
   const int t = threadIdx.x, v = p.in[t];
   if (t < 16) {
@@ -74,7 +74,7 @@ __global__ void half_warps(SelfTestParams p) {
   }
 }
 
-// Threads beyond the elements return before the barrier, which the others pass.
+// Threads past the elements return before the barrier, which the others pass.
 __global__ void early_return(SelfTestParams p) {
   CU_SHARED(int32_t, sum);
   if (threadIdx.x >= p.elements) return;
@@ -90,7 +90,7 @@ __global__ void atomics(SelfTestParams p) {
   const int32_t v = p.in[blockIdx.x * blockDim.x + threadIdx.x];
   atomicAdd(&p.out[0], v);
   atomicSub(&p.out[1], v);
-  atomicAdd(&p.out[2], atomicExch(&p.out[9], v));  // the sum of all but the last one, and the start
+  atomicAdd(&p.out[2], atomicExch(&p.out[9], v));  // the sum of all but the last one, plus the initial value
   atomicMin(&p.out[3], v);
   atomicMax(&p.out[4], v);
   atomicAnd(&p.out[5], v);
@@ -107,8 +107,8 @@ __global__ void three_dimensions(SelfTestParams p) {
   p.out[i] = static_cast<int32_t>(i) + p.in[i];
 }
 
-// One mma on 10 registers of each lane, a (4), b (2) and d (4); d comes back in the first 4, and once more in the next
-// 4 from the form that leaves its addend alone, which stands in the last 2.
+// One mma on 10 registers per lane, a (4), b (2) and d (4). d is returned in the first 4 registers; the next 4 hold the
+// result of the form with a separate addend, which is returned in the last 2.
 #define RQK_MULTIPLY(name, mma, T)                                                              \
   __global__ void name(SelfTestParams p) {                                                      \
     const int32_t* in = p.in + 10 * threadIdx.x;                                                \
@@ -225,7 +225,7 @@ __global__ void bad_width(SelfTestParams p) {
   p.out[threadIdx.x] = __shfl_down_sync(kFullWarp, p.in[threadIdx.x], 1, 12);
 }
 
-#ifndef __CUDACC__  // ptxas refuses it
+#ifndef __CUDACC__  // ptxas rejects it
 __global__ void too_much_static_shared(SelfTestParams p) {
   CU_SHARED(int32_t, large, [12289]);
   large[threadIdx.x] = p.in[threadIdx.x];
@@ -233,8 +233,8 @@ __global__ void too_much_static_shared(SelfTestParams p) {
 }
 #endif
 
-// Together more than every launch may use, and the dynamic part is too small for launch_kernel to ask for more.
-__global__ void too_much_unasked_shared(SelfTestParams p) {
+// Exceeds the memory of a default launch in total, but its dynamic part is too small for launch_kernel to ask for more.
+__global__ void too_much_default_shared(SelfTestParams p) {
   CU_SHARED(int32_t, large, [5 * 1024]);
   CU_DYN_SMEM(int32_t, tile);
   large[threadIdx.x] = tile[threadIdx.x] = p.in[threadIdx.x];
@@ -306,7 +306,7 @@ __global__ void misaligned_vector(SelfTestParams p) {
   p.out[threadIdx.x] = v.x + v.w;
 }
 
-// An array of int promises no alignment for vectors, on a device either.
+// An array of int is not aligned for vectors, on a device either.
 __global__ void misaligned_shared_vector(SelfTestParams p) {
   CU_SHARED(int32_t, tile, [4]);
   if (threadIdx.x < 4) tile[threadIdx.x] = p.in[threadIdx.x];
@@ -386,7 +386,7 @@ void run_reverse(const SelfTestParams& p) {
 __global__ void fill(SelfTestParams p) { p.out[threadIdx.x] = p.in[0]; }
 
 void run_atomics(const SelfTestParams& p) {
-  // Each result starts from in[0]: a kernel of its own, since one block cannot wait for another.
+  // Each result starts from in[0]. This needs its own kernel, since blocks cannot wait for each other.
   run<fill, 1, 11>(p);
   run<atomics, 2, 48>({p.in + 1, p.out, p.elements - 1});
 }
@@ -432,7 +432,7 @@ const SelfTest self_tests[] = {
 #ifndef __CUDACC__
     {"too_much_static_shared", run<too_much_static_shared>},
 #endif
-    {"too_much_unasked_shared", run<too_much_unasked_shared, 1, 64, 30 * 1024>},
+    {"too_much_default_shared", run<too_much_default_shared, 1, 64, 30 * 1024>},
     {"too_much_dynamic_shared", run<copy, 1, 64, 227 * 1024 + 1>},
     {"too_many_threads", run<copy, 1, 1025>},
     {"read_past_global", run<read_past_global>},

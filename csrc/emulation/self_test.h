@@ -1,4 +1,4 @@
-// Kernels that test the emulation: right ones, and one for each kind of bug that must be caught.
+// Kernels that test the emulation: correct ones, and one for each kind of bug that must be detected.
 #pragma once
 
 #include <cstdint>

@@ -153,3 +153,8 @@ def find_name(given: str, names: Sequence[str]) -> int | None:
             return list(names).index(wanted)
     known = [unicodedata.normalize("NFC", name) for name in names]
     return known.index(normalized) if normalized in known else None
+
+
+def same_names(given: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether these are the same names in the same order, as `find_name` finds them."""
+    return len(given) == len(names) and all(find_name(name, names) == label for label, name in enumerate(given))

@@ -4,6 +4,10 @@ Every configuration of this package is a dataclass. A scalar in a file or an ove
 type reads it: `010` is the class "010" where a class name stands and 10 where a number does. Nothing is resolved or
 executed: `${...}`, tags and merge keys have no meaning here. Every value remembers where it was written, so that an
 error names the file, the line and the dotted key.
+
+Three class attributes of a settings dataclass are read here: ``recipe`` (see `load`), ``shorthand``, the field that a
+scalar stands for where the section is expected (`data.folder=PATH`), and ``moved``, which maps keys that older versions
+wrote to where they stand now (`{"fit": "folder.fit"}`).
 """
 
 from __future__ import annotations
@@ -17,12 +21,12 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import yaml
 
@@ -31,17 +35,22 @@ ConfigT = TypeVar("ConfigT")
 __all__ = [
     "MAX_SEED",
     "Given",
+    "Registry",
     "check_bounds",
     "check_finite",
     "check_seeds",
     "did_you_mean",
+    "fill_sections",
     "find_file",
     "from_dict",
     "given",
     "load",
     "nested_dataclasses",
+    "open_sections",
     "read_yaml",
     "scalar_text",
+    "setting_names",
+    "shorthands",
     "to_dict",
     "to_yaml",
 ]
@@ -69,6 +78,9 @@ def check_finite(settings: Any, prefix: str = "") -> None:
         value, name = getattr(settings, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             check_finite(value, f"{name}.")
+        if field.name == _OPTIONS and isinstance(value, dict):
+            for section, options in value.items():
+                check_finite(options, f"{prefix}{section}.")
         for item in value if isinstance(value, (list, tuple)) else (value,):
             is_float = isinstance(item, numbers.Real) and not isinstance(item, numbers.Integral)
             if is_float and not math.isfinite(item):
@@ -95,6 +107,181 @@ def check_seeds(settings: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(settings, name) <= MAX_SEED:
             raise ValueError(f"{name}: expected a seed within 0..{MAX_SEED} (32 bits), got {getattr(settings, name)}")
+
+
+# --- Sections that a registry names
+
+
+class Registered(Protocol):
+    """A class that a `Registry` takes: it has a name, and a dataclass of options or None."""
+
+    name: ClassVar[str]
+    options: ClassVar[type | None]
+
+
+EntryT = TypeVar("EntryT", bound=Registered)
+
+
+class Registry(Generic[EntryT]):
+    """Entries of one kind, such as data sources, by name. ``kind`` names one entry in error messages."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._entries: dict[str, EntryT] = {}
+        self._reserved: frozenset[str] = frozenset()
+
+    def register(self, entry: type[EntryT]) -> type[EntryT]:
+        """Adds a class under its ``name``, and returns it: usable as a decorator.
+
+        Raises:
+            TypeError: it lacks a method, or ``options`` is neither None nor a dataclass whose fields all have defaults.
+            ValueError: ``name`` is no lower-case identifier, is an attribute of the settings beside which the options
+                stand, or belongs to another class.
+        """
+        name, options = getattr(entry, "name", None), getattr(entry, "options", None)
+        if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+            raise ValueError(f"{entry.__name__}.name: expected a lower-case identifier such as 'mine', got {name!r}")
+        if name in self._reserved:
+            raise ValueError(f"{entry.__name__}.name: {name!r} is a setting that every {self._kind} has")
+        there = type(self._entries[name]) if name in self._entries else entry
+        if (there.__module__, there.__qualname__) != (entry.__module__, entry.__qualname__):
+            raise ValueError(
+                f"{entry.__name__}.name: the {self._kind} {name!r} is {there.__module__}.{there.__qualname__} already"
+            )
+        if options is not None:
+            _require_options(entry.__name__, options)
+        self._entries[name] = entry()
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Forgets an entry. Raises ValueError as `find`."""
+        self.find(name, "name")
+        del self._entries[name]
+
+    def names(self) -> list[str]:
+        """All names, in the order of registration."""
+        return list(self._entries)
+
+    def find(self, name: str, argument: str) -> EntryT:
+        """The entry of a name. Raises ValueError that starts with ``argument`` and suggests the nearest name."""
+        if name not in self._entries:
+            raise ValueError(f"{argument}: unknown {self._kind} {name!r}; {did_you_mean(name, self.names())}")
+        return self._entries[name]
+
+    def sections(self) -> dict[str, type]:
+        """Name -> options dataclass, of the entries that have options."""
+        return {name: entry.options for name, entry in self._entries.items() if entry.options is not None}
+
+    def reserve(self, names: Sequence[str]) -> None:
+        """Keeps names from being registered. Raises ValueError where one is."""
+        for name in names:
+            if name in self._entries:
+                raise ValueError(f"{name}: a {self._kind} has this name")
+        self._reserved |= frozenset(names)
+
+
+def _require_options(owner: str, options: Any) -> None:
+    if not (isinstance(options, type) and dataclasses.is_dataclass(options)):
+        raise TypeError(f"{owner}.options: expected a dataclass or None, got {options!r}")
+    for one in dataclasses.fields(options):
+        if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise TypeError(f"{owner}.options: {options.__name__}.{one.name} has no default")
+    shorthand = getattr(options, "shorthand", None)
+    if shorthand is not None and shorthand not in _declared_hints(options):
+        raise TypeError(f"{owner}.options: {options.__name__}.shorthand: {shorthand!r} is no field")
+
+
+class _Opened(NamedTuple):
+    registry: Registry[Any]
+    chosen_by: str | None
+
+
+_OPTIONS = "options"
+_CLOSED = _Opened(Registry("section"), None)
+
+
+def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> Callable[[type[ConfigT]], type[ConfigT]]:
+    """Adds the options of a registry's entries to a settings dataclass, each as a section beside its fields.
+
+    A decorator above `@dataclass`. The class has a field ``options: dict[str, Any]`` (name -> options), whose keys
+    stand in files and on the command line where a field would, and calls `fill_sections` first in its
+    ``__post_init__``. Each section is also a keyword of its constructor, and an attribute.
+
+    With ``chosen_by``, the name of a field, one entry is chosen: that field takes the registry's names. Options of the
+    others are kept only where they differ from their defaults. A ``shorthand`` field of the options whose default is
+    None must be given for the chosen entry and for no other; where it is given, ``chosen_by`` follows from it.
+    """
+
+    def add(cls: type[ConfigT]) -> type[ConfigT]:
+        registry.reserve([*dir(cls), *(one.name for one in dataclasses.fields(cls))])  # type: ignore[arg-type]
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def __init__(self: Any, *arguments: Any, **values: Any) -> None:
+            if given := {name: values.pop(name) for name in registry.sections() if name in values}:
+                values[_OPTIONS] = {**values.get(_OPTIONS, {}), **given}
+            init(self, *arguments, **values)
+
+        def __getattr__(self: Any, name: str) -> Any:
+            section = registry.sections().get(name)
+            if section is None:
+                raise AttributeError(f"{cls.__name__} has no setting {name!r}")
+            options = vars(self).get(_OPTIONS, {})
+            return options[name] if name in options else section()
+
+        cls.__init__ = __init__  # type: ignore[method-assign,assignment]
+        cls.__getattr__ = __getattr__  # type: ignore[attr-defined]
+        cls._opened = _Opened(registry, chosen_by)  # type: ignore[attr-defined]
+        return cls
+
+    return add
+
+
+def fill_sections(settings: Any) -> None:
+    """Checks and completes ``settings.options``, see `open_sections`. A section is given as its dataclass, as plain
+    data, or by its shorthand. Raises ValueError that starts with the name of a section or a field."""
+    registry, chosen_by = _opened(type(settings))
+    given, sections = settings.options, registry.sections()
+    for name in given:
+        if name not in sections:
+            raise ValueError(f"{_OPTIONS}: unknown section {name!r}; {did_you_mean(name, list(sections))}")
+    chosen = None if chosen_by is None else getattr(settings, chosen_by)
+    if chosen_by is not None and chosen not in registry.names():
+        raise ValueError(f"{chosen_by}: expected one of {', '.join(registry.names())}, got {chosen!r}")
+    filled = {}
+    for name, cls in sections.items():
+        default = cls()
+        options = _options(cls, given.get(name, default), name)
+        shorthand = getattr(cls, "shorthand", None)
+        if chosen is not None and shorthand is not None and getattr(default, shorthand) is None:
+            value = getattr(options, shorthand)
+            if (name == chosen) != (value is not None):
+                hint = _without_null(_hints(cls)[shorthand])
+                raise ValueError(
+                    f"{name}: expected {_in_words(hint)} for {chosen_by} '{name}' and none otherwise, got {value}"
+                )
+        if chosen in (None, name) or options != default:
+            filled[name] = options
+    settings.options = filled
+
+
+def _options(cls: type, value: Any, name: str) -> Any:
+    if isinstance(value, cls):
+        return value
+    node = _canonical_value(cls, _wrap(value, name))
+    if isinstance(node.value, dict):
+        _refuse_unknown_keys(cls, node.value, root=cls, prefix=f"{name}.")
+    return _build(cls, node, f"{name}.")
+
+
+def shorthands(cls: type) -> dict[str, str]:
+    """Section -> dotted path of the field that a scalar in its place stands for."""
+    found = {name: getattr(section, "shorthand", None) for name, section in nested_dataclasses(cls).items()}
+    return {name: f"{name}.{field}" for name, field in found.items() if field is not None}
+
+
+def _opened(cls: type) -> _Opened:
+    return getattr(cls, "_opened", _CLOSED)
 
 
 # --- Values, and where they were written
@@ -320,7 +507,7 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> 
     _require_dataclass(cls)
     if not isinstance(mapping, Mapping):
         raise TypeError(f"{where}: expected a mapping of settings, got {type(mapping).__name__}")
-    return Given(cls, _wrap(mapping, where).value, where).build()
+    return Given(cls, _tree(cls, mapping, where), where).build()
 
 
 class Given(Generic[ConfigT]):
@@ -360,7 +547,7 @@ class Given(Generic[ConfigT]):
         """The typed settings. ``below``: plain data, from ``where``, for keys that were not given."""
         tree = self._tree
         if below:
-            lower = _wrap(below, where or self._where).value
+            lower = _tree(self._cls, below, where or self._where)
             _refuse_unknown_keys(self._cls, lower, root=self._cls, prefix=self._prefix)
             tree = _merge(self._cls, lower, tree)
         return _build(self._cls, _Node(tree, self._where), self._prefix)
@@ -379,16 +566,30 @@ class Given(Generic[ConfigT]):
 
 
 def _default(cls: type, name: str) -> Any:
+    if name in (sections := _opened(cls).registry.sections()):
+        return sections[name]()
     one = next(one for one in dataclasses.fields(cls) if one.name == name)
     return one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
 
 
-def _followed(cls: type, tree: dict[str, _Node], where: str, prefix: str) -> set[str]:
-    paths: set[str] = set()
+def _with_implied(cls: type, tree: dict[str, _Node], where: str, prefix: str) -> dict[str, _Node]:
+    """A tree, and below it the settings that follow from it."""
+    chosen_by = _opened(cls).chosen_by
+    if chosen_by is not None and chosen_by not in tree:
+        given = Given(cls, tree, where, prefix)
+        # Whoever gives the path of a folder means it.
+        named = [name for name, path in shorthands(cls).items() if given.has(path) and given.read(path) is not None]
+        if named:
+            tree = {chosen_by: _Node(named[0], where), **tree}
     if hasattr(cls, "implied"):
-        full = _merge(cls, _wrap(cls.implied(Given(cls, tree, where, prefix)), where).value, tree)
-        paths = _leaves(full, prefix) - _leaves(tree, prefix)
-        tree = full
+        tree = _merge(cls, _tree(cls, cls.implied(Given(cls, tree, where, prefix)), where), tree)
+    return tree
+
+
+def _followed(cls: type, tree: dict[str, _Node], where: str, prefix: str) -> set[str]:
+    full = _with_implied(cls, tree, where, prefix)
+    paths = _leaves(full, prefix) - _leaves(tree, prefix)
+    tree = full
     for name, inner in nested_dataclasses(cls).items():
         if name in tree and isinstance(tree[name].value, dict):
             paths |= _followed(inner, tree[name].value, where, f"{prefix}{name}.")
@@ -410,24 +611,20 @@ def _build(cls: type[ConfigT], node: _Node, prefix: str) -> ConfigT:
         raise node.error(
             f"wrong value at '{prefix.rstrip('.')}': expected settings ({cls.__name__}), got {node.shown()}"
         )
-    tree = node.value
-    if hasattr(cls, "implied"):
-        implied = cls.implied(Given(cls, tree, node.where, prefix))
-        tree = _merge(cls, _wrap(implied, node.where).value, tree)
-    values = {}
-    for one in dataclasses.fields(cls):
-        if not one.init:
-            continue
-        if one.name in tree:
-            values[one.name] = _convert(tree[one.name], _hints(cls)[one.name], f"{prefix}{one.name}")
-        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+    tree = _with_implied(cls, node.value, node.where, prefix)
+    hints = _hints(cls)
+    fields = [one for one in dataclasses.fields(cls) if one.init]  # type: ignore[arg-type]
+    for one in fields:
+        if one.name not in tree and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
             raise ValueError(f"{node.where}: '{prefix}{one.name}' has no default and must be given")
+    names = [name for name in (*(one.name for one in fields), *_opened(cls).registry.sections()) if name in tree]
+    values = {name: _convert(tree[name], hints[name], f"{prefix}{name}") for name in names}
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
         # "steps: expected ...": that field's place is known better than the section's.
         name = re.match(r"\w*", str(error))[0]  # type: ignore[index]
-        path = prefix if name in _hints(cls) or not prefix else f"{prefix[:-1]}: "
+        path = prefix if name in hints or not prefix else f"{prefix[:-1]}: "
         raise tree.get(name, node).error(f"{path}{error}") from error
 
 
@@ -548,6 +745,11 @@ def _shape_of(node: _Node) -> str:
     return "list" if isinstance(node.value, list) else "scalar"
 
 
+def _without_null(hint: Any) -> Any:
+    members = [member for member in typing.get_args(hint) if member is not types.NoneType]
+    return members[0] if len(members) == 1 else hint
+
+
 def _in_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -631,10 +833,10 @@ def _layers(cls: type, path: Path, recipes: Path | None, chain: tuple[Path, ...]
     if real in chain:
         circle = " -> ".join(one.name for one in (*chain, path))
         raise ValueError(f"{path}: base: the files name each other in a circle: {circle}")
-    content = _read_file(path)
+    settings = _canonical(cls, _read_file(path).value)
     chain = (*chain, real)
-    below = {} if "base" in content.value else _recipe(cls, recipes, chain)
-    return _above(cls, content.value, below, path.parent, recipes, chain)
+    below = {} if "base" in settings else _recipe(cls, recipes, chain)
+    return _above(cls, settings, below, path.parent, recipes, chain)
 
 
 def _recipe(cls: type, recipes: Path | None, chain: tuple[Path, ...]) -> dict[str, _Node]:
@@ -691,6 +893,7 @@ def _read_override(cls: type, override: str) -> dict[str, _Node]:
     names = key.strip().split(".")
     if not equals or not all(names):
         raise ValueError(f"override {_shortened(repr(override))}: expected the form section.key=value")
+    names = _located(cls, names)
     where = f"override {_shortened(repr(override))}"
     node = _override_value(_hint_at(cls, names), text.strip(), where)
     tree = {names[-1]: node}
@@ -698,6 +901,54 @@ def _read_override(cls: type, override: str) -> dict[str, _Node]:
         tree = {name: _Node(tree, where)}
     _refuse_unknown_keys(cls, tree, root=cls)
     return tree
+
+
+def _located(cls: type, names: Sequence[str]) -> list[str]:
+    """Translates a path: keys that moved, and a section's name that stands for its shorthand."""
+    found: list[str] = []
+    for name in names:
+        for part in getattr(cls, "moved", {}).get(name, name).split("."):
+            found.append(part)
+            cls = nested_dataclasses(cls).get(part, object)
+    shorthand = getattr(cls, "shorthand", None)
+    return [*found, shorthand] if shorthand is not None else found
+
+
+def _tree(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, _Node]:
+    """Plain data as a tree of nodes."""
+    return _canonical(cls, _wrap(mapping, where).value)
+
+
+def _canonical(cls: type, tree: Mapping[str, _Node], prefix: str = "") -> dict[str, _Node]:
+    """Translates a tree: keys of older versions, and scalars in the place of a section."""
+    moved, sections = getattr(cls, "moved", {}), nested_dataclasses(cls)
+    found: dict[str, _Node] = {}
+    for key, node in tree.items():
+        name, _, inner = moved.get(key, key).partition(".")
+        if inner:
+            node = dataclasses.replace(node, value={inner: node}, plain=False)
+        if name in sections:
+            node = _canonical_value(sections[name], node, f"{prefix}{name}.")
+        if name in found:
+            before, value = found[name].value, node.value
+            both = isinstance(before, dict) and isinstance(value, dict)
+            if twice := (before.keys() & value.keys() if both else {name}):
+                path = f"{prefix}{name}.{min(twice)}" if both else f"{prefix}{name}"
+                raise node.error(f"'{path}' is given twice, once by a key of older versions")
+            node = dataclasses.replace(node, value={**before, **value})
+        found[name] = node
+    return found
+
+
+def _canonical_value(cls: type, node: _Node, prefix: str = "") -> _Node:
+    """The value of a section."""
+    shorthand = getattr(cls, "shorthand", None)
+    nothing = node.plain and node.value == "" and node.line is not None  # all of its lines are comments
+    if shorthand is not None and not (nothing or isinstance(node.value, (dict, cls))):
+        node = dataclasses.replace(node, value={shorthand: node}, plain=False)
+    if isinstance(node.value, dict):
+        node = dataclasses.replace(node, value=_canonical(cls, node.value, prefix))
+    return node
 
 
 def _hint_at(cls: type, names: Sequence[str]) -> Any:
@@ -721,7 +972,7 @@ def _override_value(hint: Any, text: str, where: str) -> _Node:
 
 def _refuse_unknown_keys(cls: type, tree: Mapping[str, _Node], *, root: type, prefix: str = "") -> None:
     nested = nested_dataclasses(cls)
-    names = [one.name for one in dataclasses.fields(cls)]
+    names = setting_names(cls)
     for key, node in tree.items():
         if key not in names:
             raise node.error(f"unknown key '{prefix}{key}'; {_suggestion(key, names, prefix, root)}")
@@ -745,7 +996,7 @@ def _suggestion(key: str, names: list[str], prefix: str, root: type) -> str:
 
 def _all_paths(cls: type, prefix: str) -> list[str]:
     nested = nested_dataclasses(cls)
-    paths = [f"{prefix}{one.name}" for one in dataclasses.fields(cls)]
+    paths = [f"{prefix}{name}" for name in setting_names(cls)]
     for name, inner in nested.items():
         paths += _all_paths(inner, f"{prefix}{name}.")
     return paths
@@ -763,20 +1014,45 @@ def _require_dataclass(cls: Any) -> None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _declared_hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def _hints(cls: type) -> dict[str, Any]:
+    """Setting -> type, of a registry's sections too."""
+    hints = _declared_hints(cls)
+    if not hasattr(cls, "_opened"):
+        return hints
+    registry, chosen_by = _opened(cls)
+    hints = {**hints, **registry.sections()}
+    if chosen_by is not None:
+        hints[chosen_by] = Literal[tuple(registry.names())]  # type: ignore[valid-type]
+    return hints
+
+
+def setting_names(cls: type) -> list[str]:
+    """The names of all settings of a dataclass, a registry's sections (see `open_sections`) last."""
+    names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if hasattr(cls, "_opened"):
+        names = [name for name in names if name != _OPTIONS] + list(_opened(cls).registry.sections())
+    return names
+
+
 @functools.cache
-def nested_dataclasses(cls: type) -> dict[str, type]:
-    """Field name -> dataclass, for fields declared as ``SomeDataclass`` or ``SomeDataclass | None``."""
+def _declared_dataclasses(cls: type) -> dict[str, type]:
     nested: dict[str, type] = {}
-    for name, hint in _hints(cls).items() if dataclasses.is_dataclass(cls) else ():
+    for name, hint in _declared_hints(cls).items() if dataclasses.is_dataclass(cls) else ():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         for candidate in typing.get_args(hint) if union else (hint,):
             if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
                 nested[name] = candidate
     return nested
+
+
+def nested_dataclasses(cls: type) -> dict[str, type]:
+    """Setting -> dataclass, for fields declared as ``SomeDataclass`` or ``SomeDataclass | None``, and for the sections
+    that a registry names (see `open_sections`)."""
+    return {**_declared_dataclasses(cls), **_opened(cls).registry.sections()}
 
 
 # --- And back
@@ -787,7 +1063,9 @@ def to_dict(instance: Any) -> dict[str, Any]:
     hold."""
     if isinstance(instance, type) or not dataclasses.is_dataclass(instance):
         raise TypeError(f"instance: expected an instance of a dataclass, got {instance!r}")
-    return {one.name: _plain(getattr(instance, one.name)) for one in dataclasses.fields(instance)}
+    plain = {one.name: _plain(getattr(instance, one.name)) for one in dataclasses.fields(instance)}
+    options = plain.pop(_OPTIONS) if hasattr(type(instance), "_opened") else {}
+    return {**plain, **options}
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

@@ -37,6 +37,8 @@ _SCRATCH = re.compile(r"\.rqgen-\d+-[0-9a-f]{8}\.tmp")
 _OURS = re.compile(r"/\.rqgen[^/]*\.(tmp|lock)")
 _LOCK_NAME = ".rqgen.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# Between two attempts another process may remove a folder or a lock; not that often.
+_TRIES = 1000
 # Errors of a write, which the system reports without the file's name.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -204,12 +206,19 @@ def _scratch(parent: Path) -> Iterator[tuple[Path, int]]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     _sweep(parent)
-    lock = None
-    while lock is None:
+    for _ in range(_TRIES):
         scratch = parent / f".rqgen-{os.getpid()}-{secrets.token_hex(4)}.tmp"
         scratch.mkdir()
-        # None: another process took the folder, still without its lock, for a dead one's.
-        lock = _lock(scratch / _LOCK_NAME)
+        try:
+            lock = _lock(scratch / _LOCK_NAME)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        if lock is not None:
+            break
+        # Another process took the folder, still without its lock, for a dead one's.
+    else:
+        raise _error(errno.ENOENT, "no file can be made in its folder", parent)
     try:
         yield scratch, stat.S_IMODE(os.fstat(lock).st_mode)
     finally:
@@ -225,6 +234,13 @@ def _sweep(parent: Path) -> None:
                 if lock is not None:
                     shutil.rmtree(parent / name, ignore_errors=True)
                     _unlock(lock)
+
+
+def check_json_name(path: Path, name: str) -> None:
+    """Raises ValueError for a file name that says another format than JSON: before the work whose result the file would
+    hold."""
+    if path.suffix.lower() not in ("", ".json"):
+        raise ValueError(f"{name}: expected a name that ends in .json, got '{path}'")
 
 
 # --- one process at a time -------------------------------------------------------------------------------
@@ -314,17 +330,13 @@ def claim_file(path: Path) -> Iterator[None]:
 def _claimed(path: Path, folder: Path, name: str) -> Iterator[None]:
     made = [missing for missing in (folder, *folder.parents) if not missing.exists()]
     try:
-        lock = None
         with errors_name(path):
-            while lock is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = _lock(folder / name)
-                if lock is None and (other := _owner(folder / name)):
-                    raise _error(errno.EWOULDBLOCK, f"in use by {other}: wait for it, or write elsewhere", path)
-            host, command = socket.gethostname(), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            os.ftruncate(lock, 0)
-            os.write(lock, f"process {os.getpid()} on {host} ({command[:200]})".encode())
+            lock = _lock_of(path, folder, name)
         try:
+            with errors_name(path):
+                host, command = socket.gethostname(), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+                os.ftruncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {host} ({command[:200]})".encode(errors="replace"))
             yield
         finally:
             (folder / name).unlink(missing_ok=True)
@@ -333,6 +345,19 @@ def _claimed(path: Path, folder: Path, name: str) -> Iterator[None]:
         for empty in made:
             with contextlib.suppress(OSError):
                 empty.rmdir()
+
+
+def _lock_of(path: Path, folder: Path, name: str) -> int:
+    """Descriptor of the lock ``name`` in ``folder``, made where it is missing, for whoever writes ``path``."""
+    for _ in range(_TRIES):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder / name)
+        if lock is not None:
+            return lock
+        if other := _owner(folder / name):
+            raise _error(errno.EWOULDBLOCK, f"in use by {other}: wait for it, or write elsewhere", path)
+    # Some file systems have folders without new files, such as /proc.
+    raise _error(errno.ENOENT, "no file can be made in its folder", path)
 
 
 def _owner(lock: Path) -> str:
@@ -393,6 +418,11 @@ def check_json(path: Path, content: Mapping[str, Any], *beside: Path) -> None:
     found = _checksum(content, path)
     if found is not None and _digest(_unsigned(path.read_bytes(), found), beside) != found:
         raise _damaged(path, beside)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex, as `sha256sum` prints it."""
+    return _digest(b"", [path]).removeprefix("sha256:")
 
 
 def sign_tensors(path: Path, *beside: Path) -> None:

@@ -77,11 +77,11 @@ def sample_logits(
     seed = check_counter(_OP, "seed", seed, 64)
     offset, stream = check_place(_OP, "offset", offset, 63), check_place(_OP, "stream", stream, 32)
     streams = check_counter(_OP, "streams", streams, 32)
-    offset_there = stream_there = None
+    offset_tensor = stream_tensor = None
     if isinstance(offset, Tensor):
-        offset, offset_there = 0, offset
+        offset, offset_tensor = 0, offset
     if isinstance(stream, Tensor):
-        stream, stream_there = 0, stream
+        stream, stream_tensor = 0, stream
     if logits.requires_grad:
         logits = logits.detach()
     return call(
@@ -94,8 +94,8 @@ def sample_logits(
         signed_seed(seed),
         offset,
         stream,
-        offset_there,
-        stream_there,
+        offset_tensor,
+        stream_tensor,
         streams,
     )
 
@@ -109,15 +109,15 @@ def _fake(
     seed: int,
     offset: int,
     stream: int,
-    offset_there: Tensor | None = None,
-    stream_there: Tensor | None = None,
+    offset_tensor: Tensor | None = None,
+    stream_tensor: Tensor | None = None,
     streams: int = 1,
 ) -> Tensor:
     check_shapes(
         _OP,
         logits,
-        offset if offset_there is None else offset_there,
-        stream if stream_there is None else stream_there,
+        offset if offset_tensor is None else offset_tensor,
+        stream if stream_tensor is None else stream_tensor,
         streams,
     )
     rows = logits.shape[:-1].numel()

@@ -44,7 +44,7 @@ def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{op}: q, k and v must agree in N, H and head_dim, got q {shape_of(q)} and {name} {shape_of(tensor)}"
             )
     if differ(v.shape[2], k.shape[2]):
-        raise ValueError(f"{op}: k and v must have as many depths, got k {shape_of(k)} and v {shape_of(v)}")
+        raise ValueError(f"{op}: k and v must have the same number of depths, got k {shape_of(k)} and v {shape_of(v)}")
     if isinstance(q.shape[2], int) and is_below(k.shape[2], q.shape[2]):
         raise ValueError(
             f"{op}: k must have at least the depths of q (a query sees its own key), "

@@ -385,7 +385,7 @@ def check_decode_shapes(
     check_context(op, context, width)
     copies = 2 if guidance > 0 else 1
     if isinstance(context.shape[0], int) and context.shape[0] % copies:
-        raise ValueError(f"{op}: with guidance context must be (2 B, W), got {shape_of(context)}")
+        raise ValueError(f"{op}: context must be (2 B, W) with guidance, got {shape_of(context)}")
     rows = context.shape[0] // copies
     if isinstance(rows, int) and not 0 <= offset <= (1 << 63) - 1 - rows:
         raise ValueError(f"{op}: offset must be >= 0, and offset + rows below 2^63; got {offset} with {rows} rows")

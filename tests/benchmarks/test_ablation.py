@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rqgen.cli.demo import digits
 from rqgen.models import RQVAE, RQTransformer
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
@@ -67,7 +68,7 @@ def test_the_nll_is_that_of_nearest_codes(ablation: ModuleType, done: tuple[Path
     out, records = done
     vae = RQVAE.from_pretrained(out / "seed-3" / "tokenizer" / "model").eval()
     prior = RQTransformer.from_pretrained(out / "seed-3" / "soft-labels-stochastic-codes" / "model").eval()
-    held_out = ablation.digits(ablation.load_demo(3, SMALL), "held_out")
+    held_out = digits(ablation.load_demo(3, SMALL), "held_out")
     with torch.no_grad():
         codes = vae.encode(held_out.images)
         expected = F.cross_entropy(prior(codes, held_out.labels).logits.flatten(0, -2), codes.flatten())

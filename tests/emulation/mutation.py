@@ -88,7 +88,7 @@ def make_mutants(slugs: Sequence[str], target: Path) -> list[Mutant]:
         file.write(CHOSEN)
     found: list[Mutant] = []
     for slug in slugs:
-        files = sorted((csrc / "ops" / slug).glob("*.cuh")) + [csrc / "common" / name for name in SHARED.get(slug, ())]
+        files = sorted((csrc / "ops" / slug).glob("*.cuh")) + [csrc / "shared" / name for name in SHARED.get(slug, ())]
         for path in files:
             file = path.relative_to(csrc)
             text, barriers = mutated(path.read_text(), len(found) + 1)

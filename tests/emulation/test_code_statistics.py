@@ -11,8 +11,14 @@ from rqkernels import reference
 from .harness import Emulation, ragged_grid
 
 
+def statistics(
+    emulation: Emulation, x: np.ndarray, codes: np.ndarray, num_codes: int, codebooks: int = 1
+) -> list[np.ndarray]:
+    return emulation.run("code_statistics", x=x, codes=codes, num_codes=num_codes, codebooks=codebooks)
+
+
 def check(emulation: Emulation, x_nc: np.ndarray, codes_n: np.ndarray, k: int) -> None:
-    counts, sums = emulation.run("code_statistics", x_nc[:, None], codes_n[:, None], k, 1)
+    counts, sums = statistics(emulation, x_nc[:, None], codes_n[:, None], k)
     expected = reference.code_statistics(torch.from_numpy(x_nc), torch.from_numpy(codes_n), k)
     np.testing.assert_array_equal(counts, expected[0][None].numpy())
     np.testing.assert_array_equal(sums, expected[1][None].numpy())
@@ -81,7 +87,7 @@ def test_depths_each_for_themselves(emulation: Emulation, shared_x: bool) -> Non
     n, d, k, c = 150, 3, 100, 4
     x, codes = normal(n, 1 if shared_x else d, c), some_codes(k, n, d)
     codes[5, 1:] = -1
-    counts, sums = emulation.run("code_statistics", x, codes, k, d)
+    counts, sums = statistics(emulation, x, codes, k, codebooks=d)
     for i in range(d):
         expected = reference.code_statistics(
             torch.from_numpy(x[:, 0 if shared_x else i].copy()), torch.from_numpy(codes[:, i].copy()), k
@@ -92,7 +98,7 @@ def test_depths_each_for_themselves(emulation: Emulation, shared_x: bool) -> Non
 
 def test_depths_together_share_rows(emulation: Emulation) -> None:
     x, codes = normal(150, 1, 4), some_codes(30, 150, 3)
-    counts, sums = emulation.run("code_statistics", x, codes, 30, 1)
+    counts, sums = statistics(emulation, x, codes, 30)
     repeated = torch.from_numpy(x).expand(150, 3, 4)
     expected = reference.code_statistics(repeated, torch.from_numpy(codes), 30)
     np.testing.assert_array_equal(counts[0], expected[0].numpy())
@@ -105,5 +111,5 @@ def test_depths_together_share_rows(emulation: Emulation) -> None:
 def test_a_bad_code_makes_all_nan(emulation: Emulation, bad: int, where: int) -> None:
     codes = np.arange(where + 20) % 3
     codes[where] = bad
-    counts, sums = emulation.run("code_statistics", normal(len(codes), 1, 1), codes[:, None], 5, 1)
+    counts, sums = statistics(emulation, normal(len(codes), 1, 1), codes[:, None], 5)
     assert np.isnan(counts).all() and np.isnan(sums).all()

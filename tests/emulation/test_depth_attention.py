@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rqkernels import reference
 
-from .harness import Emulation, KernelError
+from .harness import Device, Emulation, KernelError
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
 
 
@@ -40,7 +40,7 @@ def run(
     swapped: bool = False,
     offset: int = 0,
     padding: int = 0,
-    shared_bytes: int = 0,
+    device: Device | None = None,
 ) -> list[Tensor]:
     """out and the three gradients; (n, d, h, head_dim) in memory with `swapped`, and other numbers around each row."""
     dtype, head_dim = given.q.dtype, given.q.shape[-1]
@@ -53,10 +53,12 @@ def run(
     scale = head_dim**-0.5 if scale is None else scale
     results = emulation.run(
         "depth_attention",
-        *(lay(t) for t in given),
-        *(TYPES[dtype], int(swapped), head_dim, offset),
-        np.float32([scale]),
-        shared_bytes,
+        **{name: lay(t) for name, t in given._asdict().items()},
+        swapped=swapped,
+        head_dim=head_dim,
+        offset=offset,
+        scale=scale,
+        device=device,
     )
     seen = []
     for result in results:
@@ -137,7 +139,7 @@ def test_large_scores_and_equal_ones(emulation: Emulation) -> None:
 def test_shared_memory_that_several_heads_do_not_fit_into(emulation: Emulation) -> None:
     given = normal(3, 1, 8, 8, 16)  # four lanes to a head
     usual = run(emulation, given)
-    for ours, before in zip(run(emulation, given, shared_bytes=18 << 10), usual, strict=True):
+    for ours, before in zip(run(emulation, given, device=Device(shared_kib=18)), usual, strict=True):
         torch.testing.assert_close(ours, before, rtol=1e-5, atol=1e-6)
     with pytest.raises((KernelError, ValueError), match="bytes of shared memory, this device has 8192; call torch"):
-        run(emulation, given, shared_bytes=8 << 10)
+        run(emulation, given, device=Device(shared_kib=8))

@@ -15,14 +15,14 @@ from torch import Tensor
 
 import rqkernels
 from rqkernels import reference
-from rqkernels.reference.depth_decode import ACTIVATIONS, PRECISIONS, BlockWeights
+from rqkernels.reference.depth_decode import PRECISIONS, BlockWeights
 
-from .harness import Emulation
+from .harness import Device, Emulation
 
 # Relative to the largest. PyTorch's float32 is off by 3e-7 on these; what two parts leave of an activation is up to
 # 4e-6 of it; a step of int8's is 1/32639 of a row's largest.
 ERROR = {"fp32": 6e-7, "bf16": 1e-5, "int8": 1e-4}
-H100 = 132
+H100 = Device()
 
 
 def random_block(width: int, hidden: int, generator: torch.Generator, *, bias: bool = True) -> BlockWeights:
@@ -46,20 +46,25 @@ def random_block(width: int, hidden: int, generator: torch.Generator, *, bias: b
 class Stack(NamedTuple):
     kernel: rqkernels.PackedTransformer
     truth: reference.PackedTransformer
-    sizes: list[int]  # of the case
+    device: Device = H100
 
     @classmethod
     def random(
         cls, precision: str, width: int, hidden: int, heads: int, layers: int = 2, activation: str = "gelu",
-        multiprocessors: int = H100, bias: bool = True,
+        bias: bool = True,
     ) -> Stack:  # fmt: skip
         generator = torch.Generator().manual_seed(width + hidden)
         blocks = [random_block(width, hidden, generator, bias=bias) for _ in range(layers)]
         options = {"activation": activation, "precision": precision, "eps": 1e-5}
         kernel = rqkernels.PackedTransformer(blocks, heads, width=width, **options)
-        names = (ACTIVATIONS.index(activation), PRECISIONS.index(precision))
-        sizes = [layers, kernel.hidden, heads, *names, multiprocessors]
-        return cls(kernel, reference.PackedTransformer(blocks, heads, width=width, **options), sizes)
+        return cls(kernel, reference.PackedTransformer(blocks, heads, width=width, **options))
+
+    def arguments(self) -> dict[str, object]:
+        """The stack as both cases take it."""
+        k = self.kernel
+        names = {"activation": k.activation, "precision": k.precision}
+        sizes = {"layers": k.layers, "hidden": k.hidden, "heads": k.heads, "eps": k.eps}
+        return {"blocks": k._blocks.numpy(), **sizes, **names, "device": self.device}
 
 
 def assert_close(ours: np.ndarray, truth: Tensor, precision: str) -> None:
@@ -71,8 +76,12 @@ def step(
 ) -> list[np.ndarray]:
     return emulation.run(
         "transformer_step",
-        *(x.numpy(), stack.kernel._blocks.numpy(), keys.numpy(), values.numpy(), np.array(stack.sizes)),
-        *(np.array([stack.kernel.eps]), length, np.array([] if step is None else [step], dtype=np.int64)),
+        x=x.numpy(),
+        keys=keys.numpy(),
+        values=values.numpy(),
+        length=length,
+        step=step,
+        **stack.arguments(),
     )
 
 
@@ -163,14 +172,26 @@ class Decoder(NamedTuple):
             values = value if isinstance(value, list) else [value] * depth
             return np.array([none if v is None else v for v in values], dtype=dtype)
 
-        sizes = [k.num_codes, len(self.truth.classifier_weights), int(k.cumulative), seed, offset, stream]
         return emulation.run(
             "depth_decode",
-            *(context.numpy(), k.transformer._blocks.numpy(), k._classifier.numpy(), k._positions.numpy()),
-            *(k._vectors.numpy(), np.array(self.stack.sizes + sizes), np.array([k.transformer.eps, k.eps, guidance])),
-            *(by_depth(temperature, 1.0, np.float64), by_depth(top_k, k.num_codes, np.int64)),
-            *(by_depth(top_p, 1.0, np.float64), np.array([] if step is None else [step], dtype=np.int64)),
-            np.zeros((0, depth), np.int64) if given is None else given.numpy(),
+            context=context.numpy(),
+            **self.stack.arguments(),
+            classifier=k._classifier.numpy(),
+            classifiers=len(self.truth.classifier_weights),
+            classifier_eps=k.eps,
+            num_codes=k.num_codes,
+            positions=k._positions.numpy(),
+            vectors=k._vectors.numpy(),
+            cumulative=k.cumulative,
+            guidance=guidance,
+            temperature=by_depth(temperature, 1.0, np.float64),
+            top_k=by_depth(top_k, k.num_codes, np.int64),
+            top_p=by_depth(top_p, 1.0, np.float64),
+            seed=seed,
+            offset=offset,
+            stream=stream,
+            step=step,
+            given=None if given is None else given.numpy(),
         )[0]
 
     def check(self, emulation: Emulation, context: Tensor, **options: object) -> np.ndarray:
@@ -222,7 +243,7 @@ def test_rows_do_not_depend_on_those_beside_them(emulation: Emulation) -> None:
         stack = Stack.random(precision, width, 72, 2, 1)
         decoder = Decoder.random(stack, 2, 130)
         context, given = contexts(rows, width), torch.arange(2 * rows).view(rows, 2) % 130
-        few_multiprocessors = decoder._replace(stack=stack._replace(sizes=[*stack.sizes[:5], 1]))
+        few_multiprocessors = decoder._replace(stack=stack._replace(device=Device(multiprocessors=1)))
         whole = decoder.run(emulation, context, given=given)
         np.testing.assert_array_equal(few_multiprocessors.run(emulation, context, given=given), whole)
         for row in (0, rows - 1):

@@ -15,7 +15,7 @@ ROWS = {"plain": 129, "asan": 129, "race": 17}
 
 def check(emulation: Emulation, codes_nd: np.ndarray, codebooks_dkc: np.ndarray, depth: int) -> int:
     """The flag of the kernel, after its sums were compared with the definition's."""
-    decoded, any_bad = emulation.run("residual_decode", codes_nd, codebooks_dkc, depth)
+    decoded, any_bad = emulation.run("residual_decode", codes=codes_nd, codebooks=codebooks_dkc, depth=depth)
     codebooks = torch.from_numpy(codebooks_dkc)
     expected = reference.residual_decode(
         torch.from_numpy(codes_nd), codebooks[0] if len(codebooks) == 1 else codebooks, depth, check=False

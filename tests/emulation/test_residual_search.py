@@ -14,18 +14,13 @@ import torch
 
 from rqkernels import reference
 
-from .harness import Emulation, ragged_grid
+from .harness import Device, Emulation, ragged_grid
 
 # The sanitized builds take the same corners with fewer rows.
 ROWS = {"plain": 129, "asan": 5, "race": 3}
 
 
-class Device(NamedTuple):
-    multiprocessors: int
-    shared_kib: int  # of a block
-
-
-H100 = Device(132, 227)
+H100 = Device()
 RTX_4090 = Device(128, 99)
 WAYS = {
     "split": H100,
@@ -46,14 +41,10 @@ def search(
     codebooks_dkc: np.ndarray,
     depth: int,
     device: Device,
-    mma_bits: int = 0,
     **options: Any,
 ) -> list[np.ndarray]:
     """Codes, quantized, norms, residuals, counted."""
-    return emulation.run(
-        *("residual_search", x_nc, codebooks_dkc, depth, device.multiprocessors, device.shared_kib * 1024, mma_bits),
-        **options,
-    )
+    return emulation.run("residual_search", x=x_nc, codebooks=codebooks_dkc, depth=depth, device=device, **options)
 
 
 def check(
@@ -184,8 +175,8 @@ def test_an_mma_may_err_as_far_as_the_bound_assumes(emulation: Emulation) -> Non
     base = normal(1, 48)
     x, codebook = base + 3 * normal(40, 48, seed=1), (base + 1e-3 * normal(600, 48, seed=2))[None]
     for schedule in (1, 2):
-        check(emulation, x, codebook, 1, H100, mma_bits=18, schedules=(schedule,))
-    codes, *_ = search(emulation, x, codebook, 1, H100, mma_bits=4, schedules=(1,))
+        check(emulation, x, codebook, 1, H100._replace(mma_bits=18), schedules=(schedule,))
+    codes, *_ = search(emulation, x, codebook, 1, H100._replace(mma_bits=4), schedules=(1,))
     expected = reference.residual_search(torch.from_numpy(x), torch.from_numpy(codebook[0]), 1)
     assert (codes != expected.codes.numpy()).any()
 

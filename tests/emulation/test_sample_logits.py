@@ -28,11 +28,18 @@ def draw(
     streams: int = 1,
     on_device: bool = False,
 ) -> np.ndarray:
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    top_k = logits_nk.shape[1] if top_k is None else top_k
-    numbers = np.array([temperature, top_p])
-    counters = (signed, offset, stream, int(on_device), streams)
-    (codes,) = emulation.run("sample_logits", logits_nk, numbers, top_k, *counters)
+    (codes,) = emulation.run(
+        "sample_logits",
+        logits=logits_nk,
+        temperature=temperature,
+        top_k=logits_nk.shape[1] if top_k is None else top_k,
+        top_p=top_p,
+        seed=seed,
+        offset=offset,
+        stream=stream,
+        streams=streams,
+        on_device=on_device,
+    )
     return codes
 
 

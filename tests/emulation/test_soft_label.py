@@ -10,20 +10,12 @@ import torch
 
 from rqkernels import reference
 
-from .harness import SCHEDULES, Emulation, ragged_grid
+from .harness import SCHEDULES, Device, Emulation, ragged_grid
 
 # A block has 64 rows, a warp 16 of them and 64 of a tile's 128 codes, 16 channels at a time; on the direct way 32 rows,
 # a warp four of them, and 128 codes, 32 channels at a time.
 ROWS = {"plain": 129, "asan": 66, "race": 66}
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-class Device(NamedTuple):
-    shared_kib: int = 227  # of a block
-    mma_bits: int = 0  # after which an mma errs; 0: it is exact
-
-    def array(self) -> np.ndarray:
-        return np.array([self.shared_kib * 1024, self.mma_bits], np.int64)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 H100 = Device()
@@ -52,7 +44,7 @@ def labels_and_direct_rows(
     # Each schedule has errors of its own.
     schedules = (3,) if device.mma_bits > 0 else SCHEDULES
     q, direct = emulation.run(
-        "distance_softmax", x_oic, codebooks, np.float64(tau), device.array(), schedules=schedules
+        "distance_softmax", x=x_oic, codebooks=codebooks, tau=tau, device=device, schedules=schedules
     )
     return q, int(direct[0])
 
@@ -84,7 +76,7 @@ def cross_entropy(
     weight: np.ndarray | None = None,
     swapped: bool = False,
     padding: int = 0,
-    how: int = 1,
+    how: str = "packed",
     device: Device = H100,
 ) -> Result:
     k = logits.shape[-1]
@@ -92,14 +84,19 @@ def cross_entropy(
     given = given.transpose(0, 1).contiguous() if swapped else given
     losses, total, gradient, direct = emulation.run(
         "soft_label_cross_entropy",
-        *(to_numpy(given), x_oic, codebooks, np.float64(tau)),
-        np.ones(x_oic.shape[:2], np.uint8) if mask is None else mask.astype(np.uint8),
-        np.zeros(0, np.float32) if weight is None else weight,
-        *(TYPES[logits.dtype], int(swapped), how, device.array()),
+        logits=to_numpy(given),
+        x=x_oic,
+        codebooks=codebooks,
+        tau=tau,
+        mask=np.ones(x_oic.shape[:2], np.uint8) if mask is None else mask.astype(np.uint8),
+        weight=weight,
+        swapped=swapped,
+        gradient=how,
+        device=device,
     )
     written = torch.from_numpy(gradient)
     written = written.view(torch.bfloat16) if logits.dtype == torch.bfloat16 else written
-    if how == 2:
+    if how == "in_place":
         assert (written[..., k:] == 7.0).all()  # what lies between rows
         written = (written.transpose(0, 1) if swapped else written)[..., :k]
     return Result(losses, float(total[0]), written, int(direct[0]))
@@ -243,13 +240,13 @@ def test_it_is_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("how", [1, 2], ids=["packed", "in-place"])
-def test_a_codebook_per_depth_masks_weights_strides_dtypes(emulation: Emulation, dtype: torch.dtype, how: int) -> None:
+@pytest.mark.parametrize("how", ["packed", "in_place"])
+def test_a_codebook_per_depth_masks_weights_strides_dtypes(emulation: Emulation, dtype: torch.dtype, how: str) -> None:
     x, e = normal(34, 3, 5), normal(3, 130, 5, seed=1)
     logits = torch.from_numpy(2 * normal(34, 3, 130, seed=2)).to(dtype)
     mask = np.random.default_rng(3).random((34, 3)) < 0.7
     weight = 64 * np.random.default_rng(4).random(34 * 3).astype(np.float32)
-    padded = dict(swapped=True, padding=3) if how == 2 else dict(padding=1)
+    padded = dict(swapped=True, padding=3) if how == "in_place" else dict(padding=1)
     check(emulation, logits, x, e, 2.0, mask=mask, weight=weight, how=how, **padded)
 
 
@@ -292,7 +289,9 @@ def test_no_gradient_is_asked_for(emulation: Emulation) -> None:
     # Two blocks' rows: where one block takes both, nothing but its own care keeps them apart.
     x, e, logits = normal(34, 1, 34), normal(1, 9, 34, seed=1), torch.from_numpy(normal(34, 1, 9, seed=2))
     for device in (H100, DIRECT):
-        with_gradient, without = (cross_entropy(emulation, logits, x, e, 0.5, how=how, device=device) for how in (1, 0))
+        with_gradient, without = (
+            cross_entropy(emulation, logits, x, e, 0.5, how=how, device=device) for how in ("packed", "none")
+        )
         np.testing.assert_array_equal(without.losses, with_gradient.losses)
 
 

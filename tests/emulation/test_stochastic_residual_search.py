@@ -27,8 +27,8 @@ def draw(
     seed: int,
     offset: int = 0,
 ) -> list[np.ndarray]:
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    return emulation.run("stochastic_residual_search", x_nc, codebooks_dkc, np.array([tau]), depth, signed, offset)
+    arguments = {"x": x_nc, "codebooks": codebooks_dkc, "depth": depth, "tau": tau, "seed": seed, "offset": offset}
+    return emulation.run("stochastic_residual_search", **arguments)
 
 
 def check(

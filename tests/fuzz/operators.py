@@ -36,16 +36,23 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+from op_calls import Twin, functions
+from op_calls.depth_decode import random_stack
+
 import rqkernels
 
 MEMORY = 3 << 30  # of a child, above what it has after importing torch
 GIANT = 1 << 40
+FUNCTIONS = functions()
 COMPARED = 0.3  # share of the calls that are compared with the reference
 
 Random = random.Random
@@ -59,249 +66,6 @@ class Call(NamedTuple):
     hostile: tuple[str, ...]  # the arguments that were changed
     context: str
     planted: str = ""
-
-
-# --- valid calls -----------------------------------------------------------------------------------------
-
-FLOATS = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
-
-
-def normal(rng: Random, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.randn(*sizes).to(dtype or rng.choice(FLOATS))
-
-
-def leading(rng: Random) -> tuple[int, ...]:
-    return rng.choice([(), (1,), (5,), (2, 3), (0,), (40,), (3, 0)])
-
-
-def codebooks(rng: Random) -> tuple[dict[str, Any], int, int]:
-    """codebooks and depth; channels; codes"""
-    k, c, d = rng.choice([1, 7, 40]), rng.choice([1, 4, 17]), rng.choice([1, 3])
-    if rng.random() < 0.5:
-        return {"codebooks": normal(rng, k, c), "depth": d}, c, k
-    return {"codebooks": normal(rng, d, k, c), "depth": rng.choice([None, d])}, c, k
-
-
-def residual_search(rng: Random) -> dict[str, Any]:
-    books, channels, _ = codebooks(rng)
-    if books["codebooks"].dim() == 2 and rng.random() < 0.3:
-        books["codebooks"] = rqkernels.PackedCodebook(books["codebooks"])
-    flags = {name: rng.random() < 0.5 for name in ("return_residuals", "return_statistics")}
-    return {"x": normal(rng, *leading(rng), channels), **books, **flags}
-
-
-def stochastic_residual_search(rng: Random) -> dict[str, Any]:
-    books, channels, _ = codebooks(rng)
-    more = {"tau": rng.choice([0.5, 2, math.inf]), "seed": rng.choice([0, 5, 2**64 - 1]), "offset": rng.choice([0, 9])}
-    return {"x": normal(rng, *leading(rng), channels), **books, **more, "return_residuals": rng.random() < 0.5}
-
-
-def residual_decode(rng: Random) -> dict[str, Any]:
-    books, _, num_codes = codebooks(rng)
-    depth = books["depth"] or books["codebooks"].shape[0]
-    codes = torch.randint(num_codes, (*leading(rng), depth))
-    return {"codes": codes, "codebooks": books["codebooks"], "depth": rng.choice([None, depth, 1]), "check": True}
-
-
-def code_statistics(rng: Random) -> dict[str, Any]:
-    rows, k = leading(rng), rng.choice([1, 6, 300])
-    return {"x": normal(rng, *rows, rng.choice([1, 5])), "codes": torch.randint(-1, k, rows), "num_codes": k}
-
-
-def labels(rng: Random) -> tuple[dict[str, Any], tuple[int, ...], int]:
-    k, c = rng.choice([1, 7, 40]), rng.choice([1, 4, 17])
-    rows = leading(rng)
-    books = (rows[-1],) if rows and rows[-1] > 0 and rng.random() < 0.4 else ()
-    tau = rng.choice([0.5, 2, math.inf])
-    return {"x": normal(rng, *rows, c), "codebook": normal(rng, *books, k, c), "tau": tau}, rows, k
-
-
-def distance_softmax(rng: Random) -> dict[str, Any]:
-    return labels(rng)[0]
-
-
-def loss_options(rng: Random, rows: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "mask": rng.choice([None, torch.rand(rows) < 0.6]),
-        "reduction": rng.choice(["mean", "sum", "none"]),
-        "losses_out": rng.choice([None, torch.zeros(rows, dtype=torch.float32)]),
-    }
-
-
-def soft_label_cross_entropy(rng: Random) -> dict[str, Any]:
-    arguments, rows, k = labels(rng)
-    logits = normal(rng, *rows, k)
-    inplace = rng.random() < 0.3
-    if rng.random() < 0.5:
-        logits = logits.requires_grad_()
-        logits = logits * 1 if inplace else logits
-    return {"logits": logits, **arguments, **loss_options(rng, rows), "inplace": inplace}
-
-
-def fused_linear_soft_label_cross_entropy(rng: Random) -> dict[str, Any]:
-    arguments, rows, k = labels(rng)
-    h, dtype = rng.choice([1, 6]), rng.choice(FLOATS)
-    hidden, weight, bias = (normal(rng, *sizes, dtype=dtype) for sizes in ((*rows, h), (k, h), (k,)))
-    if rng.random() < 0.5:
-        hidden.requires_grad_(), weight.requires_grad_()
-    bias = rng.choice([None, bias])
-    return {"hidden": hidden, "weight": weight, "bias": bias, **arguments, **loss_options(rng, rows)}
-
-
-def depth_attention(rng: Random) -> dict[str, Any]:
-    n, h, d, dim = rng.choice([0, 1, 3]), rng.choice([1, 2]), rng.choice([1, 4, 32]), rng.choice([1, 8, 17])
-    keys, dtype = rng.choice([d, min(d + 2, 32)]), rng.choice(FLOATS)
-    q, k, v = (normal(rng, n, h, rows, dim, dtype=dtype) for rows in (d, keys, keys))
-    if rng.random() < 0.4:
-        q.requires_grad_()
-    return {"q": q, "k": k, "v": v, "scale": rng.choice([None, 0.3, 1])}
-
-
-def depth_attention_packed(rng: Random) -> dict[str, Any]:
-    sizes = (rng.choice([0, 1, 3]), rng.choice([1, 4, 32]), 3, rng.choice([1, 2]), rng.choice([1, 8, 17]))
-    return {"qkv": normal(rng, *sizes).requires_grad_(rng.random() < 0.4), "scale": rng.choice([None, 0.3])}
-
-
-def sample_logits(rng: Random) -> dict[str, Any]:
-    rows = leading(rng)
-    number = math.prod(rows)
-    place = [0, 3, torch.tensor(2), torch.tensor([4])]
-    return {
-        "logits": normal(rng, *rows, rng.choice([1, 7, 100])),
-        "temperature": rng.choice([0, 0.7, 1.0]),
-        "top_k": rng.choice([None, 1, 3, 1000]),
-        "top_p": rng.choice([None, 0.5, 1.0]),
-        "seed": rng.choice([0, 2**64 - 1]),
-        "offset": rng.choice(place),
-        "stream": rng.choice(place),
-        "streams": rng.choice([s for s in (1, 2, 5) if number % s == 0]),
-    }
-
-
-def block_weights(rng: Random, width: int, hidden: int) -> rqkernels.BlockWeights:
-    dtype = rng.choice(FLOATS)
-
-    def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
-        return normal(rng, outputs, inputs, dtype=dtype), rng.choice([None, normal(rng, outputs, dtype=dtype)])
-
-    norm = (torch.ones(width), torch.zeros(width))
-    return rqkernels.BlockWeights(
-        *norm, *linear(3 * width, width), *linear(width, width), *norm, *linear(hidden, width), *linear(width, hidden)
-    )
-
-
-def stack_arguments(rng: Random, width: int = 0) -> dict[str, Any]:
-    width = width or rng.choice([1, 6, 40])
-    layers, hidden = rng.choice([0, 1, 2]), rng.choice([1, 2 * width])
-    return {
-        "blocks": [block_weights(rng, width, hidden) for _ in range(layers)],
-        "heads": rng.choice([1, width]),
-        "activation": rng.choice(["gelu", "quick_gelu"]),
-        "precision": rng.choice(["fp32", "bf16", "int8"]),
-        "eps": rng.choice([1e-5, 0.1]),
-        "width": rng.choice([None, width]) if layers else width,
-        "device": rng.choice([None, "cpu", torch.device("cpu")]),
-    }
-
-
-class Twin(NamedTuple):
-    """A packed object and the reference's of the same weights."""
-
-    kernel: Any
-    reference: Any
-
-
-def stack(rng: Random) -> Twin:
-    given = stack_arguments(rng)
-    return Twin(rqkernels.PackedTransformer(**given), rqkernels.reference.PackedTransformer(**given))
-
-
-def decoder_arguments(rng: Random) -> dict[str, Any]:
-    transformer = stack(rng)
-    width, depth, k = transformer.kernel.width, rng.choice([1, 3]), rng.choice([1, 9])
-    per_depth = (depth,) if rng.random() < 0.5 else ()
-    vectors = rng.choice([(k, width), (depth * k, width), (depth, k, width)])
-    return {
-        "transformer": transformer,
-        "depth_positions": normal(rng, depth, width),
-        "vectors": normal(rng, *vectors),
-        "norm_weight": torch.ones(width),
-        "norm_bias": torch.zeros(width),
-        "classifier_weight": normal(rng, *per_depth, k, width),
-        "classifier_bias": rng.choice([None, normal(rng, *per_depth, k)]),
-        "cumulative": rng.random() < 0.5,
-        "eps": 1e-5,
-    }
-
-
-def decoder(rng: Random) -> Twin:
-    given = decoder_arguments(rng)
-    of = [{**given, "transformer": twin} for twin in given["transformer"]]
-    return Twin(rqkernels.PackedDepthDecoder(**of[0]), rqkernels.reference.PackedDepthDecoder(**of[1]))
-
-
-def transformer_step(rng: Random) -> dict[str, Any]:
-    packed = stack(rng)
-    kernel, batch, new = packed.kernel, rng.choice([0, 1, 3]), rng.choice([0, 1, 4])
-    capacity, length = new + 3, rng.choice([0, 2])
-    shape = (kernel.layers, batch, kernel.heads, capacity, kernel.width // kernel.heads)
-    x = torch.randn(batch, new, kernel.width) if new != 1 else torch.randn(batch, kernel.width)
-    keys, values = torch.randn(shape), torch.randn(shape)
-    step = rng.choice([None, torch.tensor(1), torch.tensor([0])])
-    return {"x": x, "packed": packed, "keys": keys, "values": values, "length": length, "step": step}
-
-
-def depth_decode(rng: Random) -> dict[str, Any]:
-    twin = decoder(rng)
-    depth, guidance = twin.kernel.depth, rng.choice([0.0, 0, 1.5])
-    rows = rng.choice([0, 1, 5]) * (2 if guidance else 1)
-
-    def per_depth(values: list[Any]) -> Any:
-        return rng.choice([rng.choice(values), [rng.choice(values) for _ in range(depth)]])
-
-    return {
-        "context": torch.randn(rows, twin.kernel.transformer.width),
-        "decoder": twin,
-        "temperature": per_depth([0, 0.7, 1.0]),
-        "top_k": per_depth([None, 1, 5, 10**6]),
-        "top_p": per_depth([None, 0.5, 1.0]),
-        "guidance": guidance,
-        "seed": rng.choice([0, 2**64 - 1]),
-        "offset": rng.choice([0, 3]),
-        "stream": rng.choice([0, 8]),
-        "step": rng.choice([None, torch.tensor(1)]),
-    }
-
-
-def depth_logits(rng: Random) -> dict[str, Any]:
-    twin = decoder(rng)
-    rows = rng.choice([0, 1, 5])
-    codes = torch.randint(twin.kernel.num_codes, (rows, twin.kernel.depth))
-    return {"context": torch.randn(rows, twin.kernel.transformer.width), "codes": codes, "decoder": twin}
-
-
-def packed_codebook(rng: Random) -> dict[str, Any]:
-    return {"codebook": normal(rng, rng.choice([1, 9, 200]), rng.choice([1, 17, 40]))}
-
-
-MAKERS: dict[str, Callable[[Random], dict[str, Any]]] = {
-    "residual_search": residual_search,
-    "stochastic_residual_search": stochastic_residual_search,
-    "residual_decode": residual_decode,
-    "code_statistics": code_statistics,
-    "distance_softmax": distance_softmax,
-    "soft_label_cross_entropy": soft_label_cross_entropy,
-    "fused_linear_soft_label_cross_entropy": fused_linear_soft_label_cross_entropy,
-    "depth_attention": depth_attention,
-    "depth_attention_packed": depth_attention_packed,
-    "sample_logits": sample_logits,
-    "transformer_step": transformer_step,
-    "depth_decode": depth_decode,
-    "depth_logits": depth_logits,
-    "PackedCodebook": packed_codebook,
-    "PackedTransformer": stack_arguments,
-    "PackedDepthDecoder": decoder_arguments,
-}
 
 
 # --- hostile arguments -----------------------------------------------------------------------------------
@@ -476,7 +240,7 @@ def hostile(value: Any, rng: Random) -> Any:
     if isinstance(value, Tensor):
         return hostile_tensor(value, rng)
     if isinstance(value, Twin):
-        others = [value.kernel.__class__, "packed", stack(rng), small_packed_codebook(rng), *OBJECTS]
+        others = [value.kernel.__class__, "packed", random_stack(rng), small_packed_codebook(rng), *OBJECTS]
         return rng.choice(others)
     if isinstance(value, rqkernels.PackedCodebook):
         return rng.choice([hostile_tensor(value.codebook, rng), rqkernels.PackedCodebook, *OBJECTS])
@@ -540,8 +304,8 @@ def make_call(seed: int, number: int, planted: dict[int, str]) -> Call:
         return Call("residual_decode", codes, changed, "", planted[number])
     rng = Random(f"{seed}/{number}")
     torch.manual_seed(rng.randrange(1 << 40))
-    name = rng.choice(list(MAKERS))
-    arguments = MAKERS[name](rng)
+    name = rng.choice(list(FUNCTIONS))
+    arguments = FUNCTIONS[name].random(rng)
     changed = []
     for argument in rng.sample(list(arguments), min(len(arguments), rng.choice([0, 1, 1, 1, 2, 3]))):
         arguments[argument] = hostile(arguments[argument], rng)
@@ -635,11 +399,6 @@ def is_moderate(call: Call) -> bool:
     return call.context not in ("flush", "autocast")
 
 
-EXACT = {"residual_search", "residual_decode", "code_statistics"}
-DRAWN = {"stochastic_residual_search", "sample_logits", "depth_decode"}
-PRODUCTS = {"transformer_step", "depth_logits"}  # whose kernels round activations, or add in another order
-
-
 def difference(call: Call, ours: Any, theirs: Any) -> str | None:
     """What the reference says otherwise; None where nothing, or where rounding may have told."""
     mine, others = leaves(ours), leaves(theirs)
@@ -657,17 +416,18 @@ def difference(call: Call, ours: Any, theirs: Any) -> str | None:
 
 
 def agree(call: Call, a: Tensor, b: Tensor) -> bool:
-    if call.name in EXACT:
+    results = FUNCTIONS[call.name].results
+    if results == "exact":
         return call.context == "flush" or torch.equal(a.nan_to_num(nan=7.25), b.nan_to_num(nan=7.25))
     if not is_moderate(call) or a.numel() == 0:
         return True
-    if call.name in DRAWN:
+    if results == "drawn":
         # A draw falls otherwise where u is within rounding of a boundary: one of many. What depends on it too.
         depends = a.is_floating_point() or call.name == "depth_decode"
         return depends or int((a != b).sum()) <= 1 + a.numel() // 10
     halves = (torch.float16, torch.bfloat16)
     are_halves = any(isinstance(value, Tensor) and value.dtype in halves for value in call.arguments.values())
-    coarse = 2e-2 if are_halves or call.name in PRODUCTS else 2e-4
+    coarse = 2e-2 if are_halves or results == "products" else 2e-4
     scale = max(1.0, float(b.double().nan_to_num(0, 0, 0).abs().max()))
     return torch.allclose(a.double(), b.double(), rtol=coarse, atol=coarse * scale, equal_nan=True)
 

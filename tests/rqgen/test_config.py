@@ -1,5 +1,6 @@
 """Settings: typed, nested, with errors that name the key and the nearest right one."""
 
+import copy
 import dataclasses
 import importlib
 import os
@@ -663,3 +664,183 @@ def test_a_float_that_is_nan_or_infinite_is_refused_by_name(cls: type, name: str
     for value in (float("nan"), float("inf"), -float("inf"), np.float32("nan")):
         with pytest.raises(ValueError, match=rf"^{name}: expected a finite number, got (nan|-?inf)"):
             cls(**{**required, name: value})
+
+
+# --- Sections that a registry names
+
+
+@dataclass
+class DiskOptions:
+    shorthand: ClassVar[str] = "path"
+    path: Path | None = None
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        config.check_finite(self)
+        if self.rate < 0:
+            raise ValueError(f"rate: expected at least 0, got {self.rate}")
+
+
+class Disk:
+    name, options = "disk", DiskOptions
+
+
+class Tape:
+    """Has no options."""
+
+    name, options = "tape", None
+
+
+@pytest.fixture
+def places():
+    """A registry, and settings that choose one of its entries."""
+    registry = config.Registry("place")
+
+    @config.open_sections(registry, chosen_by="kind")
+    @dataclass
+    class Open:
+        moved: ClassVar[dict[str, str]] = {"speed": "disk.rate"}
+        kind: str = "tape"
+        size: int = 1
+        options: dict[str, Any] = field(default_factory=dict)
+
+        def __post_init__(self) -> None:
+            config.fill_sections(self)
+
+    registry.register(Tape)
+    registry.register(Disk)
+    return registry, Open
+
+
+def test_options_of_what_is_registered_are_a_section(places, tmp_path):
+    registry, cls = places
+    path = tmp_path / "mine.yaml"
+    path.write_text("disk:\n  path: /a\n  rate: 2\n")
+    loaded = config.load(cls, path, ["disk.rate=3", "size=4"])
+    assert loaded == cls(kind="disk", size=4, disk=DiskOptions(Path("/a"), 3.0))
+    assert loaded.disk.path == Path("/a") and cls().disk == DiskOptions()
+    assert config.setting_names(cls) == ["kind", "size", "disk"]
+    plain = config.to_dict(loaded)
+    assert plain == {"kind": "disk", "size": 4, "disk": {"path": "/a", "rate": 3.0}}
+    assert config.from_dict(cls, plain, where="here") == loaded
+    assert copy.deepcopy(loaded) == loaded == dataclasses.replace(loaded)
+    assert config.to_dict(cls()) == {"kind": "tape", "size": 1}
+    # What is registered later is a section from then on.
+    registry.register(type("Net", (), {"name": "net", "options": Part}))
+    assert config.load(cls, None, ["kind=net", "net.width=5"]).net == Part(width=5)
+    registry.remove("net")
+    with pytest.raises(ValueError, match=r"unknown key 'net'"):
+        config.load(cls, None, ["net.width=5"])
+
+
+@pytest.mark.parametrize("value", ["/a #1", "a: b", "[x]", "*x", "{x}", "a=b"])
+def test_a_scalar_stands_for_a_field_of_its_section(places, tmp_path, value):
+    _, cls = places
+    assert config.load(cls, None, [f"disk={value}"]) == cls(kind="disk", disk=DiskOptions(Path(value)))
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"disk: '{value}'\n")
+    merged = config.load(cls, path, ["disk.rate=2"])
+    assert (
+        merged
+        == config.load(cls, None, ["disk.rate=2", f"disk={value}"])
+        == cls(kind="disk", disk={"path": value, "rate": 2})
+    )
+    assert config.from_dict(cls, {"disk": value}, where="here") == cls(kind="disk", disk=value)
+    settings = config.given(cls, None, [f"disk={value}"])
+    assert settings.has("disk.path") and settings.followed() == {"kind"}
+
+
+def test_only_the_chosen_section_must_be_there(places, tmp_path):
+    _, cls = places
+    for overrides, words in (
+        (["kind=disk"], "disk: expected a path for kind 'disk' and none otherwise, got None"),
+        (["kind=disk", "disk=null"], "disk: expected a path for kind 'disk' and none otherwise, got None"),
+        (["kind=tape", "disk=x"], "disk: expected a path for kind 'disk' and none otherwise, got x"),
+        (["kind=disc"], "wrong value at 'kind': expected one of tape, disk, got 'disc'"),
+        (["disk.rate=-1"], "override 'disk.rate=-1': disk.rate: expected at least 0, got -1.0"),
+        (["disk.rat=1"], "unknown key 'disk.rat'; did you mean 'disk.rate'?"),
+        (["disk=[x]", "disk.path=y", "tape=z"], "unknown key 'tape'"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            config.load(cls, None, overrides)
+        assert words in str(caught.value)
+    for arguments, words in (
+        ({"kind": "disc"}, "kind: expected one of tape, disk, got 'disc'"),
+        ({"options": {"dsk": 1}}, "options: unknown section 'dsk'; did you mean 'disk'?"),
+        ({"disk": {"rat": 1}}, "disk: unknown key 'disk.rat'"),
+        ({"disk": DiskOptions("x")}, "disk: expected a path for kind 'disk' and none otherwise, got x"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            cls(**arguments)
+        assert words in str(caught.value)
+    with pytest.raises(AttributeError, match="Open has no setting 'tape'"):
+        cls().tape  # noqa: B018
+    # What was said of an entry that is not chosen is kept, but for defaults.
+    assert config.to_dict(config.load(cls, None, ["disk.rate=2"])) == {
+        "kind": "tape",
+        "size": 1,
+        "disk": {"path": None, "rate": 2.0},
+    }
+    assert config.load(cls, None, ["disk.rate=1"]) == cls()
+    path = tmp_path / "empty.yaml"
+    path.write_text("size: 2\ndisk:\n  # path: x\n")
+    assert config.load(cls, path) == cls(size=2)
+
+
+def test_keys_of_older_versions_are_read_where_they_stand_now(places, tmp_path):
+    _, cls = places
+    path = tmp_path / "old.yaml"
+    path.write_text("kind: disk\nspeed: 2\ndisk: x\n")
+    assert config.load(cls, path) == cls(kind="disk", disk={"path": "x", "rate": 2})
+    assert config.load(cls, path, ["speed=5"]) == config.load(cls, path, ["disk.rate=5"])
+    assert config.from_dict(cls, {"speed": 1, "disk": None, "kind": "tape"}, where="here") == cls()
+    path.write_text("speed: 2\ndisk: {rate: 3}\n")
+    with pytest.raises(ValueError, match=r"old\.yaml: 'disk\.rate' is given twice, once by a key of older versions"):
+        config.load(cls, path)
+
+
+def test_what_a_registry_refuses(places):
+    registry, _ = places
+    required = dataclasses.make_dataclass("Required", [("count", int)])
+    wrong = dataclasses.make_dataclass("Wrong", [("count", int, 1)], namespace={"shorthand": "cuont"})
+    for name, options, words in (
+        ("Tape", None, "expected a lower-case identifier such as 'mine', got 'Tape'"),
+        (None, None, "expected a lower-case identifier"),
+        ("size", None, "'size' is a setting that every place has"),
+        ("moved", None, "'moved' is a setting that every place has"),
+        ("disk", None, r"the place 'disk' is .*\.Disk already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            registry.register(type("Mine", (), {"name": name, "options": options}))
+    for options, words in (
+        (3, "Mine.options: expected a dataclass or None, got 3"),
+        (required, "Mine.options: Required.count has no default"),
+        (wrong, "Mine.options: Wrong.shorthand: 'cuont' is no field"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            registry.register(type("Mine", (), {"name": "mine", "options": options}))
+    assert registry.names() == ["tape", "disk"] and registry.register(Disk) is Disk
+    with pytest.raises(ValueError, match="--place: unknown place 'dsk'; did you mean 'disk'"):
+        registry.find("dsk", "--place")
+    with pytest.raises(ValueError, match="tape: a place has this name"):
+        registry.reserve(["tape"])
+
+
+def test_without_a_choice_every_section_is_there():
+    registry = config.Registry("thing")
+    registry.register(Disk)
+
+    @config.open_sections(registry)
+    @dataclass
+    class All:
+        options: dict[str, Any] = field(default_factory=dict)
+
+        def __post_init__(self) -> None:
+            config.fill_sections(self)
+
+    assert config.to_dict(All()) == {"disk": {"path": None, "rate": 1.0}}
+    assert config.load(All, None, ["disk=x"]).disk.path == Path("x")
+    spoilt = All()
+    spoilt.disk.rate = float("nan")
+    with pytest.raises(ValueError, match=r"disk\.rate: expected a finite number"):
+        config.check_finite(spoilt)

@@ -318,6 +318,7 @@ def test_files_that_may_not_be_read_are_not_called_missing(reachable, in_child):
     Sized(SizedConfig()).save_pretrained(reachable / "model")
     codes = EncodedImages(torch.zeros(1, 2, 2, 1, dtype=torch.int64), torch.zeros(1).long(), 4, "id", ("a",), {})
     write_codes(reachable / "codes", codes)
+    Sized.from_pretrained(reachable / "model")  # imports now what the other user may not
     unreadable = [reachable / "model" / "model.safetensors", reachable / "codes"]
     for path in unreadable:
         path.chmod(0)
@@ -332,6 +333,30 @@ def test_files_that_may_not_be_read_are_not_called_missing(reachable, in_child):
             assert caught.value.filename == str(path)
 
     assert in_child(work) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system without new files")
+@pytest.mark.parametrize("write", [files.claim, files.claim_file, files.claim_folder, files.new_file, files.new_folder])
+def test_a_file_system_without_new_files_is_refused(write):
+    with pytest.raises(OSError, match="/proc/"), write(Path("/proc/rqgen-test")):
+        pytest.fail("claimed")
+
+
+@pytest.mark.parametrize("claim", [files.claim, files.claim_file, files.claim_folder])
+def test_a_claim_that_the_disk_has_no_room_for_leaves_nothing(tmp_path, monkeypatch, claim):
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(OSError, match=f"No space left.*{tmp_path / 'new'}"), claim(tmp_path / "new"):
+            pytest.fail("claimed")
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    with claim(tmp_path / "new"):
+        pass
 
 
 def test_a_long_name_that_the_system_takes_is_written(tmp_path):

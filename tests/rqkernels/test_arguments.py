@@ -16,86 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from op_calls import functions
+from op_calls.depth_decode import block, decoder_arguments
 from torch import Tensor
 
 import rqkernels as rqk
 from rqkernels import _library
 from rqkernels._arguments import check_integer, check_number
 
-
-def block(width: int = 6, hidden: int = 8) -> rqk.BlockWeights:
-    shapes = (
-        *((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)),
-        *((width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)),
-    )
-    return rqk.BlockWeights(*(0.3 * torch.randn(shape) for shape in shapes))
-
-
-def stack_arguments() -> dict[str, Any]:
-    return {"blocks": [block()], "heads": 2, "eps": 1e-5, "width": 6, "activation": "gelu", "precision": "fp32"}
-
-
-def decoder_arguments(package: Any) -> dict[str, Any]:
-    return {
-        "transformer": package.PackedTransformer(**stack_arguments()),
-        "depth_positions": torch.randn(3, 6),
-        "vectors": torch.randn(9, 6),
-        "norm_weight": torch.ones(6),
-        "norm_bias": torch.zeros(6),
-        "classifier_weight": torch.randn(9, 6),
-        "classifier_bias": torch.randn(9),
-        "eps": 1e-5,
-        "cumulative": True,
-    }
+FUNCTIONS = functions()
 
 
 def arguments_of(name: str, package: Any) -> dict[str, Any]:
-    """Of a valid call of `package.<name>`, the same numbers for both packages."""
+    """Arguments of a valid call of `package.<name>`, the same numbers for both packages."""
     torch.manual_seed(3)
-    x, codebook, codes = torch.randn(4, 5), torch.randn(9, 5), torch.randint(9, (4, 2))
-    soft = {"x": x, "codebook": codebook, "tau": 0.5}
-    loss = {"mask": torch.tensor([True, False, True, True]), "reduction": "mean", "losses_out": torch.zeros(4)}
-    qkv = torch.randn(2, 4, 3, 2, 8)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if name == "residual_search":
-        flags = {"return_residuals": True, "return_statistics": True}
-        return {"x": x, "codebooks": codebook, "depth": 3, **flags}
-    if name == "stochastic_residual_search":
-        numbers = {"depth": 3, "tau": 0.5, "seed": 1, "offset": 0, "return_residuals": True}
-        return {"x": x, "codebooks": codebook, **numbers}
-    if name == "residual_decode":
-        return {"codes": codes, "codebooks": codebook, "depth": 2, "check": True}
-    if name == "code_statistics":
-        return {"x": x, "codes": codes[:, 0], "num_codes": 9}
-    if name == "distance_softmax":
-        return soft
-    if name == "soft_label_cross_entropy":
-        return {"logits": torch.randn(4, 9), **soft, **loss, "inplace": False}
-    if name == "fused_linear_soft_label_cross_entropy":
-        return {"hidden": torch.randn(4, 7), "weight": torch.randn(9, 7), "bias": torch.randn(9), **soft, **loss}
-    if name == "depth_attention":
-        return {"q": q, "k": k, "v": v, "scale": 0.3}
-    if name == "depth_attention_packed":
-        return {"qkv": qkv, "scale": 0.3}
-    draw = {"temperature": 0.9, "top_k": 3, "top_p": 0.8, "seed": 1, "offset": 2, "stream": 3}
-    if name == "sample_logits":
-        return {"logits": torch.randn(4, 9), **draw, "streams": 2}
-    if name == "PackedCodebook":
-        return {"codebook": codebook}
-    if name == "PackedTransformer":
-        return stack_arguments()
-    if name == "PackedDepthDecoder":
-        return decoder_arguments(package)
-    if name == "transformer_step":
-        caches = {"keys": torch.zeros(1, 4, 2, 5, 3), "values": torch.zeros(1, 4, 2, 5, 3)}
-        packed = package.PackedTransformer(**stack_arguments())
-        return {"x": torch.randn(4, 6), "packed": packed, **caches, "length": 0, "step": torch.tensor(1)}
-    decoder = package.PackedDepthDecoder(**decoder_arguments(package))
-    if name == "depth_logits":
-        return {"context": torch.randn(4, 6), "codes": torch.randint(9, (4, 3)), "decoder": decoder}
-    assert name == "depth_decode"
-    step = {"step": torch.tensor(1), "guidance": 0.5}
-    return {"context": torch.randn(4, 6), "decoder": decoder, **draw, **step}
+    return FUNCTIONS[name].arguments(package)
 
 
 NAMES = sorted(set(rqk.__all__) - {"BlockWeights", "ResidualCodes", "info", "reference"})
@@ -126,38 +61,9 @@ def test_every_operator_is_called_here() -> None:
 
 # --- what is an integer, a number, a flag ----------------------------------------------------------------
 
-INTEGERS = {
-    "residual_search": {"depth": (1, 31)},
-    "stochastic_residual_search": {"depth": (1, 31), "seed": (0, 64), "offset": (0, 63)},
-    "residual_decode": {"depth": (1, 63)},
-    "code_statistics": {"num_codes": (1, 40)},
-    "sample_logits": {"top_k": (1, None), "seed": (0, 64), "offset": (0, 63), "stream": (0, 32), "streams": (1, 32)},
-    "transformer_step": {"length": (0, 63)},
-    "depth_decode": {"top_k": (1, None), "seed": (0, 64), "offset": (0, 63), "stream": (0, 32)},
-    "PackedTransformer": {"heads": (1, None), "width": (1, 15)},
-}
-NUMBERS = {
-    "stochastic_residual_search": ["tau"],
-    "distance_softmax": ["tau"],
-    "soft_label_cross_entropy": ["tau"],
-    "fused_linear_soft_label_cross_entropy": ["tau"],
-    "depth_attention": ["scale"],
-    "depth_attention_packed": ["scale"],
-    "sample_logits": ["temperature", "top_p"],
-    "depth_decode": ["temperature", "top_p", "guidance"],
-    "PackedTransformer": ["eps"],
-    "PackedDepthDecoder": ["eps"],
-}
-FLAGS = {
-    "residual_search": ["return_residuals", "return_statistics"],
-    "stochastic_residual_search": ["return_residuals"],
-    "residual_decode": ["check"],
-    "soft_label_cross_entropy": ["inplace"],
-    "PackedDepthDecoder": ["cumulative"],
-}
-EACH_INTEGER = [(name, argument, *bounds) for name, of in INTEGERS.items() for argument, bounds in of.items()]
-EACH_NUMBER = [(name, argument) for name, arguments in NUMBERS.items() for argument in arguments]
-EACH_FLAG = [(name, argument) for name, arguments in FLAGS.items() for argument in arguments]
+EACH_INTEGER = [(name, argument, *bounds) for name, f in FUNCTIONS.items() for argument, bounds in f.integers.items()]
+EACH_NUMBER = [(name, argument) for name, f in FUNCTIONS.items() for argument in f.numbers]
+EACH_FLAG = [(name, argument) for name, f in FUNCTIONS.items() for argument in f.flags]
 
 
 @pytest.mark.parametrize(("name", "argument", "low", "bits"), EACH_INTEGER)

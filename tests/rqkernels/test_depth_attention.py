@@ -211,7 +211,7 @@ SDPA = "torch.nn.functional.scaled_dot_product_attention"
         ({"k": torch.zeros(2, 3, 4, 7)}, r"agree in N, H and head_dim, got q \(2, 3, 4, 8\) and k \(2, 3, 4, 7\)"),
         ({"v": torch.zeros(1, 3, 4, 8)}, "agree in N, H and head_dim"),
         ({"k": torch.zeros(2, 2, 4, 8)}, "agree in N, H and head_dim"),
-        ({"k": torch.zeros(2, 3, 5, 8)}, r"k and v must have as many depths, got k \(2, 3, 5, 8\)"),
+        ({"k": torch.zeros(2, 3, 5, 8)}, r"k and v must have the same number of depths, got k \(2, 3, 5, 8\)"),
         ({"q": torch.zeros(2, 3, 5, 8)}, "k must have at least the depths of q"),
         ({"k": torch.zeros(2, 3, 33, 8), "v": torch.zeros(2, 3, 33, 8)}, f"1 <= D <= 32, got .*33, 8.*{SDPA}"),
         ({"q": torch.zeros(2, 3, 0, 8)}, "1 <= D <= 32, got"),

@@ -403,7 +403,7 @@ def test_step_names_bad_arguments(change: dict[str, Any], error: type[Exception]
     [
         ({"context": torch.zeros(2, 24).bfloat16()}, TypeError, "context must be float32, got bfloat16"),
         ({"context": torch.zeros(2, 25)}, ValueError, r"context must be \(B, 24\), got \(2, 25\)"),
-        ({"context": torch.zeros(3, 24), "guidance": 1.0}, ValueError, r"with guidance context must be \(2 B, W\)"),
+        ({"context": torch.zeros(3, 24), "guidance": 1.0}, ValueError, r"context must be \(2 B, W\) with guidance"),
         ({"decoder": None}, TypeError, "decoder must be a PackedDepthDecoder"),
         ({"seed": -1}, ValueError, "seed must be in"),
         ({"seed": 1.5}, TypeError, "seed must be an integer"),

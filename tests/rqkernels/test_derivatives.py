@@ -1,6 +1,6 @@
 """Every differentiable operator under everything that takes derivatives: right, or refused by name.
 
-A new operator is covered by an entry in CASES; the first test finds those without one.
+What is called stands in op_calls, in each operator's DERIVATIVES; the first test finds those without one.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
+from op_calls import Derivative, derivatives
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -30,70 +29,16 @@ def drawn(*shape: int) -> Tensor:
 
 
 X, E, MASK = drawn(3, 2, 4), drawn(2, 9, 4), torch.tensor([[True, True], [False, True], [True, True]])
-WEIGHT, BIAS, HIDDEN = drawn(9, 5), drawn(9), drawn(3, 2, 5)
 CODES = torch.randint(0, 9, (4, 3), generator=_DRAWN)
 
 
-class Case(NamedTuple):
-    """`call(module, leaf)` is a tensor, with `module` either rqkernels or its reference."""
-
-    op: str
-    call: Callable[[ModuleType, Tensor], Tensor]
-    leaf: Tensor
-    twice: bool = True  # the gradient may be differentiated again
-
-
-CASES = {
-    "loss": Case(
-        "soft_label_cross_entropy",
-        lambda m, v: m.soft_label_cross_entropy(v, X, E, 1.5, mask=MASK),
-        2 * drawn(3, 2, 9),
-        twice=False,
-    ),
-    "losses": Case(
-        "soft_label_cross_entropy",
-        lambda m, v: m.soft_label_cross_entropy(v, X, E[0], 1.5, reduction="none"),
-        2 * drawn(3, 2, 9),
-        twice=False,
-    ),
-    "fused loss, hidden": Case(
-        "fused_linear_soft_label_cross_entropy",
-        lambda m, v: m.fused_linear_soft_label_cross_entropy(
-            v, WEIGHT.to(v.dtype), BIAS.to(v.dtype), X, E, 1.5, reduction="sum"
-        ),
-        HIDDEN,
-        twice=False,
-    ),
-    "fused losses, weight": Case(
-        "fused_linear_soft_label_cross_entropy",
-        lambda m, v: m.fused_linear_soft_label_cross_entropy(
-            HIDDEN.to(v.dtype), v, None, X, E, 1.5, mask=MASK, reduction="none"
-        ),
-        WEIGHT,
-        twice=False,
-    ),
-    "fused loss, bias": Case(
-        "fused_linear_soft_label_cross_entropy",
-        lambda m, v: m.fused_linear_soft_label_cross_entropy(HIDDEN.to(v.dtype), WEIGHT.to(v.dtype), v, X, E, 1.5),
-        BIAS,
-        twice=False,
-    ),
-    # Arguments made of one another: the derivative of each is its own.
-    "attention": Case(
-        "depth_attention", lambda m, v: m.depth_attention(v[:, :, 1:], 2 * v, v.square(), 0.7), 0.4 * drawn(2, 2, 4, 6)
-    ),
-    "packed attention": Case("depth_attention_packed", lambda m, v: m.depth_attention_packed(v), drawn(2, 3, 3, 2, 5)),
-    "decode": Case("residual_decode", lambda m, v: m.residual_decode(CODES, v, check=False), drawn(9, 4)),
-    "decode by depth": Case(
-        "residual_decode", lambda m, v: m.residual_decode(CODES, v, 2, check=False), drawn(3, 9, 4)
-    ),
-}
+CASES = derivatives()
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 _ONE_OF_EACH = {case.op: case for case in reversed(CASES.values())}
 each_operator = pytest.mark.parametrize("case", _ONE_OF_EACH.values(), ids=_ONE_OF_EACH)
 
 
-def ours(case: Case) -> Function:
+def ours(case: Derivative) -> Function:
     return partial(case.call, rqk)
 
 
@@ -102,7 +47,7 @@ def curved(function: Function) -> Function:
     return lambda v: ((y := function(v)).square() + y.sin()).sum()
 
 
-def assert_right(case: Case, derivative: Callable[[Function, Tensor], Tensor], curve: bool = True) -> None:
+def assert_right(case: Derivative, derivative: Callable[[Function, Tensor], Tensor], curve: bool = True) -> None:
     """`derivative` of our operator is that of the definition in float64."""
     wrap = curved if curve else (lambda function: function)
     true = derivative(wrap(partial(case.call, rqk.reference)), case.leaf.double())
@@ -118,7 +63,7 @@ def test_every_operator_says_whether_it_is_differentiable() -> None:
         if not inspect.isfunction(operator) or name in ("info", "depth_decode"):
             continue  # no tensors; codes alone
         refuses = "Not differentiable" in inspect.getdoc(operator)
-        assert refuses != (name in covered), f"{name}: its docstring says 'Not differentiable', or CASES has it"
+        assert refuses != (name in covered), f"{name}: its docstring says 'Not differentiable', or op_calls has it"
 
 
 # --- once ------------------------------------------------------------------------------------------------
@@ -157,7 +102,7 @@ FIRST: dict[str, Callable[[Function, Tensor], Tensor]] = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("derivative", FIRST.values(), ids=FIRST)
 @each_case
-def test_first_derivatives(case: Case, derivative: Callable[[Function, Tensor], Tensor]) -> None:
+def test_first_derivatives(case: Derivative, derivative: Callable[[Function, Tensor], Tensor]) -> None:
     assert_right(case, derivative)
 
 
@@ -169,19 +114,19 @@ JACOBIANS: dict[str, Callable[[Function, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("derivative", JACOBIANS.values(), ids=JACOBIANS)
 @each_case
-def test_jacobians(case: Case, derivative: Callable[[Function, Tensor], Tensor]) -> None:
+def test_jacobians(case: Derivative, derivative: Callable[[Function, Tensor], Tensor]) -> None:
     assert_right(case, derivative, curve=False)
 
 
 @each_case
-def test_reentrant_checkpoint(case: Case) -> None:
+def test_reentrant_checkpoint(case: Derivative) -> None:
     leaf = case.leaf.clone().requires_grad_()
     checkpoint(curved(ours(case)), leaf, use_reentrant=True).backward()
     torch.testing.assert_close(leaf.grad, gradient(curved(ours(case)), case.leaf.clone()))
 
 
 @each_case
-def test_gradcheck(case: Case) -> None:
+def test_gradcheck(case: Derivative) -> None:
     """PyTorch's own check, in float32: numerical differences are that coarse."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input #0 requires gradient and is not a double")
@@ -194,7 +139,7 @@ def test_gradcheck(case: Case) -> None:
 @pytest.mark.parametrize("kind", ["grad", "jvp"])
 @pytest.mark.parametrize("inner", [True, False], ids=["within", "of"])
 @each_operator
-def test_transforms_and_compiled_code(case: Case, kind: str, inner: bool) -> None:
+def test_transforms_and_compiled_code(case: Derivative, kind: str, inner: bool) -> None:
     """`torch.func` within what is compiled, and of what is compiled."""
     compiled = partial(torch.compile, backend="aot_eager", dynamic=False)
     transform = FIRST[f"func.{kind}"]
@@ -244,7 +189,7 @@ BY_TRANSFORM: dict[str, Callable[[Function, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("derivative", BY_GRAPH.values(), ids=BY_GRAPH)
 @each_case
-def test_derivatives_of_gradients(case: Case, derivative: Callable[[Function, Tensor], Tensor]) -> None:
+def test_derivatives_of_gradients(case: Derivative, derivative: Callable[[Function, Tensor], Tensor]) -> None:
     if case.twice:
         return assert_right(case, derivative)
     for function in (curved(ours(case)), lambda v: ours(case)(v).sum()):
@@ -254,12 +199,14 @@ def test_derivatives_of_gradients(case: Case, derivative: Callable[[Function, Te
 
 @pytest.mark.parametrize("derivative", BY_TRANSFORM.values(), ids=BY_TRANSFORM)
 @each_case
-def test_derivatives_of_derivatives_by_transforms(case: Case, derivative: Callable[[Function, Tensor], Tensor]) -> None:
+def test_derivatives_of_derivatives_by_transforms(
+    case: Derivative, derivative: Callable[[Function, Tensor], Tensor]
+) -> None:
     assert_right(case, derivative)
 
 
 @each_case
-def test_gradgradcheck(case: Case) -> None:
+def test_gradgradcheck(case: Derivative) -> None:
     def check() -> bool:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input #. requires gradient and is not a double")
@@ -275,7 +222,7 @@ def test_gradgradcheck(case: Case) -> None:
 
 
 @each_case
-def test_a_gradient_may_be_differentiated_in_what_the_loss_is_multiplied_by(case: Case) -> None:
+def test_a_gradient_may_be_differentiated_in_what_the_loss_is_multiplied_by(case: Derivative) -> None:
     """Of one, which a gradient needs no multiplication by; and where it cannot be had, it is refused."""
     leaf, scale = case.leaf.clone().requires_grad_(), torch.ones((), requires_grad=True)
     (first,) = torch.autograd.grad(ours(case)(leaf).sum() * scale, leaf, create_graph=True)
@@ -289,7 +236,7 @@ def test_a_gradient_may_be_differentiated_in_what_the_loss_is_multiplied_by(case
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each_case
-def test_derivatives_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+def test_derivatives_in_half_precision(case: Derivative, dtype: torch.dtype) -> None:
     leaf = case.leaf.to(dtype)
     function = curved(ours(case))
     for derivative in (gradient, FIRST["func.grad"], tangent, second, FIRST["vmap of grad"]):

@@ -3,20 +3,18 @@ and whatever dtype is torch's default. (What both refuse, and how: test_argument
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from op_calls import functions, rows
 from torch import Tensor
 
 import rqkernels as rqk
 from rqkernels.reference.depth_decode import PRECISIONS, rounded_weight
 
-NAN, INF = math.nan, math.inf
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Arguments = dict[str, Any]
 
 
@@ -30,143 +28,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def rows(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, and where there is room rows of NaN, of infinity, of one infinity, zeros and the largest."""
-    x = torch.randn(sizes)
-    flat = x.view(-1, sizes[-1]) if x.numel() else x
-    if len(flat) >= 8:
-        flat[1], flat[2], flat[4, 0], flat[5] = NAN, INF, -INF, 0
-        flat[6] = torch.finfo(dtype).max / 4
-    return x.to(dtype)
-
-
-def search_cases(more: Arguments) -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for sizes in ((9, 5), (2, 4, 1), (0, 5), (5,), (3, 0, 5)):
-            for k in (1, 7):
-                yield {"x": rows(*sizes, dtype=dtype), "codebooks": torch.randn(k, sizes[-1]), "depth": 3, **more}
-                by_depth = torch.randn(2, k, sizes[-1]).to(dtype)
-                yield {"x": rows(*sizes), "codebooks": by_depth, "depth": None, **more}
-
-
-def decode_cases() -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for sizes in ((9, 3), (2, 4, 1), (0, 3), (3, 0, 2), (2,)):
-            codes = torch.randint(7, sizes)
-            shared, by_depth = torch.randn(7, 5).to(dtype), torch.randn(3, 7, 5).to(dtype)
-            shared[2], by_depth[0, 3, 1] = NAN, INF
-            yield {"codes": codes, "codebooks": shared}
-            yield {"codes": codes, "codebooks": by_depth, "depth": 1}
-            bad = codes.clone()
-            if bad.numel():
-                bad.view(-1)[0] = -1
-                bad.view(-1)[-1] = 2**62
-            yield {"codes": bad, "codebooks": shared, "check": False}
-
-
-def statistics_cases() -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for sizes in ((9, 5), (2, 4, 1), (0, 5), (5,), (3, 0, 5)):
-            for k in (1, 300):
-                x = rows(*sizes, dtype=dtype)
-                yield {"x": x, "codes": torch.randint(-1, k, sizes[:-1]), "num_codes": k}
-
-
-def label_cases() -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for tau in (1e-12, 0.5, 1e30, INF):
-            for sizes in ((9, 5), (2, 4, 1), (0, 5), (5,), (3, 0, 5)):
-                x = rows(*sizes, dtype=dtype)
-                x = torch.where(x.float().abs() < 1e3, x, torch.where(x.isfinite(), 8.0, x)).to(dtype)
-                yield {"x": x, "codebook": torch.randn(7, sizes[-1]).to(dtype), "tau": tau}
-                yield {"x": x, "codebook": torch.randn(1, sizes[-1]), "tau": tau}
-    yield {"x": rows(4, 2, 5), "codebook": torch.randn(2, 7, 5), "tau": 0.5}
-
-
-def loss_cases() -> Iterator[Arguments]:
-    for labels in label_cases():
-        x, leading = labels["x"], labels["x"].shape[:-1]
-        logits = torch.randn(*leading, labels["codebook"].shape[-2])
-        flat = logits.view(-1, logits.shape[-1])
-        if len(flat) >= 8 and logits.shape[-1] > 3:
-            flat[0, 1], flat[1, 2], flat[3], flat[7, :2] = NAN, INF, -INF, -INF
-        for reduction in ("mean", "sum", "none"):
-            common = {**labels, "reduction": reduction, "logits": logits.to(x.dtype)}
-            yield common
-            for mask in (torch.rand(leading) < 0.5, torch.zeros(leading, dtype=torch.bool)):
-                yield {**common, "mask": mask}
-            # Rows of NaN, of x and of logits, that do not count.
-            finite = x.isfinite().all(-1) & logits.isfinite().all(-1)
-            yield {**common, "mask": finite, "losses_out": torch.full(leading, 7.0)}
-
-
-def linear_cases() -> Iterator[Arguments]:
-    for labels in label_cases():
-        x, leading, k = labels["x"], labels["x"].shape[:-1], labels["codebook"].shape[-2]
-        if labels["tau"] != 0.5:
-            continue
-        hidden = rows(*leading, 6, dtype=x.dtype)
-        hidden = torch.where(hidden.float().abs() < 1e3, hidden, torch.where(hidden.isfinite(), 1.0, NAN)).to(x.dtype)
-        common = {**labels, "hidden": hidden, "weight": torch.randn(k, 6).to(x.dtype)}
-        finite = x.isfinite().all(-1) & hidden.isfinite().all(-1)
-        for reduction in ("mean", "sum", "none"):
-            yield {**common, "bias": None, "reduction": reduction}
-            yield {**common, "bias": torch.randn(k).to(x.dtype), "reduction": reduction, "mask": finite}
-
-
-def attention_cases() -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for n, h, d, m, dim in ((2, 3, 4, 4, 8), (0, 2, 4, 4, 8), (2, 0, 3, 3, 8), (1, 1, 1, 1, 1), (2, 1, 2, 5, 17)):
-            q, k, v = (torch.randn(n, h, size, dim).to(dtype) for size in (d, m, m))
-            yield {"q": q, "k": k, "v": v}
-            if d > 2 and q.numel():
-                k[0, 0, 2, 1], v[0, 0, 3, 0] = NAN, INF
-                yield {"q": q, "k": k, "v": v, "scale": -0.4}
-                yield {"q": q, "k": k, "v": v, "scale": 0}
-
-
-def packed_attention_cases() -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for sizes in ((2, 4, 3, 3, 8), (0, 4, 3, 2, 8), (1, 1, 3, 1, 1)):
-            yield {"qkv": torch.randn(sizes).to(dtype)}
-
-
-def sample_cases() -> Iterator[Arguments]:
-    for dtype in DTYPES:
-        for sizes in ((40, 7), (2, 3, 1), (0, 7), (7,), (3, 0, 5)):
-            logits = torch.randn(sizes).to(dtype)
-            if len(logits) > 30:
-                logits[:5, 2:], logits[7] = -INF, 0
-            for cut in ({}, {"temperature": 0}, {"top_k": 2, "top_p": 0.5}, {"temperature": 1e-3}, {"top_k": 2**70}):
-                yield {"logits": logits, "seed": 2**64 - 1, "offset": torch.tensor(3), "stream": 2**32 - 1, **cut}
-
-
-CASES: dict[str, Callable[[], Iterator[Arguments]]] = {
-    "residual_search": lambda: search_cases({"return_residuals": True, "return_statistics": True}),
-    "stochastic_residual_search": lambda: search_cases({"tau": 0.5, "seed": 3, "return_residuals": True}),
-    "residual_decode": decode_cases,
-    "code_statistics": statistics_cases,
-    "distance_softmax": label_cases,
-    "soft_label_cross_entropy": loss_cases,
-    "fused_linear_soft_label_cross_entropy": linear_cases,
-    "depth_attention": attention_cases,
-    "depth_attention_packed": packed_attention_cases,
-    "sample_logits": sample_cases,
-}
-GRADIENTS_OF = {
-    "residual_decode": ["codebooks"],
-    "soft_label_cross_entropy": ["logits"],
-    "fused_linear_soft_label_cross_entropy": ["hidden", "weight", "bias"],
-    "depth_attention": ["q", "k", "v"],
-    "depth_attention_packed": ["qkv"],
-}
-EXACT = {"residual_search", "residual_decode", "code_statistics"}
+FUNCTIONS = functions()
+CASES = {name: function.edges for name, function in FUNCTIONS.items() if function.edges is not None}
 
 
 def call(package: Any, name: str, arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
     """Results, and the gradients of what has some."""
     given = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
-    wanted = [key for key in GRADIENTS_OF.get(name, []) if isinstance(given[key], Tensor)]
+    wanted = [key for key in FUNCTIONS[name].gradients if isinstance(given[key], Tensor)]
     for key in wanted:
         given[key].requires_grad_()
     result = getattr(package, name)(**given)
@@ -195,7 +64,7 @@ def test_results_and_gradients_are_those_of_the_reference(name: str) -> None:
             for mine, other in zip(a, b, strict=True):
                 said = f"{kind} of case {number}: {arguments}"
                 assert mine.dtype == other.dtype, said
-                exact = name in EXACT or not mine.is_floating_point()
+                exact = FUNCTIONS[name].results == "exact" or not mine.is_floating_point()
                 near = 0.0 if exact and kind == "result" else tolerance(arguments)
                 torch.testing.assert_close(
                     mine, other, rtol=near, atol=near, equal_nan=True, msg=lambda text, said=said: f"{said}\n{text}"

@@ -4,30 +4,28 @@
 
 namespace rqk::emulation {
 
-// logits (n, k), temperature and top_p (2), top_k, seed (64 bits), offset, stream, whether the device holds the last
-// two, streams -> codes
-std::vector<Array> sample_logits(const Inputs& inputs) {
-  const Array &logits = inputs.array(0, "<f4", 2), &numbers = inputs.array(1, "<f8", 1);
-  double temperature_and_top_p[2];
-  std::memcpy(temperature_and_top_p, numbers.data.data(), sizeof(temperature_and_top_p));
+// logits (n, k), temperature, top_k, top_p, seed, offset, stream, streams, on_device: the kernel reads offset and
+// stream from the device -> codes (n)
+RQK_CASE(sample_logits) {
+  const Array& logits = inputs.array("logits", "<f4", 2);
+  const int64_t counters[2] = {inputs.integer("offset"), inputs.integer("stream")};
+  const DeviceBuffer logits_device = to_device(logits), counters_device(sizeof(counters), counters);
   SampleLogitsParams p{};
+  p.logits = logits_device.as<const float>();
   p.rows = logits.shape[0];
   p.num_codes = logits.shape[1];
-  p.settings = {temperature_and_top_p[0], inputs.number(2), temperature_and_top_p[1]};
-  p.seed = static_cast<uint64_t>(inputs.number(3));
-  p.streams = inputs.number(7);
-  const int64_t counters[2] = {inputs.number(4), inputs.number(5)};
-  const DeviceBuffer on_device(sizeof(counters), counters), logits_nk = to_device(logits);
-  DeviceBuffer codes = device_array("<i8", {p.rows});
-  if (inputs.number(6) != 0) {
-    p.offset_there = static_cast<const int64_t*>(on_device.data());
-    p.stream_there = p.offset_there + 1;
+  p.settings = {inputs.number("temperature"), inputs.integer("top_k"), inputs.number("top_p")};
+  p.seed = inputs.bits("seed");
+  p.streams = inputs.integer("streams");
+  if (inputs.flag("on_device")) {
+    p.offset_ptr = counters_device.as<const int64_t>();
+    p.stream_ptr = p.offset_ptr + 1;
   } else {
     p.offset = counters[0];
     p.stream = counters[1];
   }
-  p.logits = static_cast<const float*>(logits_nk.data());
-  p.codes = static_cast<int64_t*>(codes.data());
+  const DeviceBuffer codes = device_array("<i8", {p.rows});
+  p.codes = codes.as<int64_t>();
   launch(p, nullptr);
   return {to_host(codes, "<i8", {p.rows})};
 }

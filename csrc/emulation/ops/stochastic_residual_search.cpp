@@ -4,15 +4,13 @@
 
 namespace rqk::emulation {
 
-// x (n, c), codebooks (1 or depth, k, c), tau (1), depth, seed (64 bits), offset -> codes, quantized,
-// residual_sq_norms, residuals
-std::vector<Array> stochastic_residual_search(const Inputs& inputs) {
-  const Array& tau = inputs.array(2, "<f8", 1);
+// x, codebooks, depth, tau, seed, offset -> codes, quantized, residual_sq_norms, residuals (see residual_arrays.h)
+RQK_CASE(stochastic_residual_search) {
   StochasticResidualSearchParams p{};
-  const ResidualArrays arrays(inputs.array(0, "<f4", 2), inputs.array(1, "<f4", 3), inputs.number(3), p);
-  std::memcpy(&p.tau, tau.data.data(), sizeof(p.tau));
-  p.seed = static_cast<uint64_t>(inputs.number(4));
-  p.offset = inputs.number(5);
+  const ResidualArrays arrays(inputs, p);
+  p.tau = inputs.number("tau");
+  p.seed = inputs.bits("seed");
+  p.offset = inputs.integer("offset");
   launch(p, nullptr);
   return arrays.results();
 }

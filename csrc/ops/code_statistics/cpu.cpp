@@ -1,41 +1,37 @@
-// Counts and sums by code on the CPU, in one of two ways that add the same numbers in the same order.
+// Counts and sums by code on the CPU, by one of two methods that add the same numbers in the same order.
 //
-// Direct, where float64 accumulators of all codes fit into a core's own cache (kAccumulators) and rows are so many
-// that clearing and reading them does not count (kRowsPerCode): rows are read in their order, and each is added where
-// its code's accumulators are. Reads x once, and the codes once per slice.
-// Sorted, elsewhere: a counting sort of the rows (8 bytes each), then each code adds its rows. Reads x once, in
-// segments.
+// Direct: reads the rows in order and adds each to its code's accumulators. Used if the float64 accumulators of all
+// codes fit a core's own cache (kAccumulators) and there are enough rows per code (kRowsPerCode) that clearing and
+// reading them is cheap. Reads x once, and the codes once per slice. Sorted, otherwise: a counting sort of the rows (8
+// bytes each), then each code adds its rows. Reads x once, in segments.
 //
-// Threads split channels and codes, never a code's rows, so every sum is made by one thread in one order, whatever
-// their number. Denormal rows widen to normal numbers of float64; only the last cast could flush, and must not.
+// Threads divide channels and codes, never the rows of a code, so each sum is computed by one thread in one order.
+// Denormal inputs become normal float64 numbers; only the final conversion could flush them, and must not.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
-#include "ops/code_statistics/cpu_simd.h"
+#include "ops/code_statistics/kernel_table.h"
 
 namespace rqk {
-
-RQK_DECLARE_KERNEL(code_statistics::Kernels, statistics_kernels)
-
 namespace {
 
 using code_statistics::Accumulators;
 using code_statistics::Slice;
 
-constexpr int64_t kAccumulators = (1 << 20) / sizeof(double);  // of a thread: 1 MiB
+constexpr int64_t kAccumulators = (1 << 20) / sizeof(double);  // per thread: 1 MiB
 constexpr int64_t kRowsPerCode = 16;
-constexpr int64_t kLine = 16;  // floats to a cache line: slices are multiples of it
+constexpr int64_t kLine = 16;  // floats per cache line; slices are multiples of it
 constexpr int64_t kElementsPerTask = 1 << 15;
 
 int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
 
 struct Plan {
   bool direct;
-  int64_t slice, slices;  // channels of a slice, slices
-  int64_t group, groups;  // codebooks of a slice of the direct way, groups of them
+  int64_t slice, slices;  // channels per slice, number of slices
+  int64_t group, groups;  // codebooks per slice (direct method), number of groups of them
   int64_t workers;
 };
 
@@ -44,12 +40,12 @@ Plan plan_of(const CodeStatisticsParams& p) {
   Plan plan{};
   const int64_t items = p.codebooks > 1 ? p.rows : p.rows * p.depth;
   plan.direct = items >= kRowsPerCode * p.num_codes && p.channels * p.num_codes <= kAccumulators;
-  // Slices enough for all threads, unless they get too thin.
+  // Enough slices for all threads, unless they become too narrow.
   plan.slice = round_up((p.channels + threads - 1) / threads, kLine);
   if (!plan.direct) plan.slice = std::min(plan.slice, code_statistics::kSliceChannels);
   plan.slice = std::min(plan.slice, p.channels);
   plan.slices = (p.channels + plan.slice - 1) / plan.slice;
-  // Rows are read at once for as many codebooks as the cache takes, and the threads left to share out.
+  // Handle as many codebooks per pass over the rows as the cache holds, but leave work for all threads.
   const int64_t in_cache = std::max<int64_t>(1, kAccumulators / (p.num_codes * plan.slice));
   const int64_t shared_out = (p.codebooks * plan.slices + threads - 1) / threads;
   plan.group = plan.direct ? std::min({p.codebooks, in_cache, shared_out}) : 1;
@@ -58,7 +54,7 @@ Plan plan_of(const CodeStatisticsParams& p) {
   return plan;
 }
 
-// Parts of the workspace, each from a cache line on.
+// Divides the workspace into parts aligned to cache lines.
 struct Parts {
   explicit Parts(uint8_t* memory) : begin(reinterpret_cast<uintptr_t>(memory)), end(begin) {}
 
@@ -97,7 +93,7 @@ void launch_direct(const CodeStatisticsParams& p, const Plan& plan) {
       for (int64_t task = worker; task < plan.groups * plan.slices; task += plan.workers) {
         const int64_t first = task % plan.slices * plan.slice, codebook = task / plan.slices * plan.group;
         const int64_t codebooks = std::min(plan.group, p.codebooks - codebook);
-        RQK_KERNEL(statistics_kernels)
+        RQK_KERNEL_TABLE(code_statistics_kernels)
             .add_direct(p, {codebook, codebooks, first, std::min(plan.slice, p.channels - first)}, own);
       }
     }
@@ -132,13 +128,13 @@ void launch_sorted(const CodeStatisticsParams& p, const Plan& plan) {
 
     sorted.offsets[sorted.begin[p.num_codes]] = 0;
 
-    // Neighbouring tasks are slices of the same codes: a code that has most of the rows is still shared out.
+    // Neighbouring tasks are slices of the same codes, so a code with most of the rows is still divided among threads.
     torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t first_worker, int64_t last_worker) {
       const KeepDenormals keep;
       for (int64_t worker = first_worker; worker < last_worker; ++worker) {
         for (int64_t task = worker; task < tasks; task += plan.workers) {
           const int64_t first = task % plan.slices * plan.slice, begin = task / plan.slices * codes_per_task;
-          RQK_KERNEL(statistics_kernels)
+          RQK_KERNEL_TABLE(code_statistics_kernels)
               .add_sorted(p, {b, 1, first, std::min(plan.slice, p.channels - first)}, sorted.begin, sorted.offsets,
                           begin, std::min(begin + codes_per_task, p.num_codes));
         }

@@ -1,8 +1,8 @@
-// Sums of rows by code, compiled once per instruction set: float32 rows widened and added in float64.
+// Sums of rows by code, compiled once per instruction set: float32 rows, accumulated in float64.
 //
-// Plain loops of fixed length over blocks of channels, which the compiler turns into vectors. No sum here is fused or
-// reordered, so the instruction set changes no bit.
-#include "ops/code_statistics/cpu_simd.h"
+// Loops of fixed length over blocks of channels, which the compiler vectorizes. No sum is fused or reordered, so the
+// instruction set does not change a bit.
+#include "ops/code_statistics/kernel_table.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
@@ -13,7 +13,7 @@ using code_statistics::kRowsPerPiece;
 using code_statistics::kSliceChannels;
 using code_statistics::Slice;
 
-// channels is a multiple of kBlock.
+// channels must be a multiple of kBlock.
 template <int kBlock>
 inline void add_row(const float* __restrict row, int64_t channels, double* __restrict sum) {
   for (int64_t first = 0; first < channels; first += kBlock) {
@@ -35,7 +35,7 @@ void add_rows_direct(const CodeStatisticsParams& p, Slice slice, const Accumulat
       add_row<kBlock>(p.x + n * p.x_row_stride + d * p.x_depth_stride + slice.first, channels, sum);
       const int64_t count = ++to.counts[k];
       if (count % kRowsPerPiece != 0) continue;
-      // The first piece stands alone: totals hold nothing before it.
+      // The first piece is stored, not added: totals are uninitialized before it.
       double* total = to.totals + k * channels;
       for (int64_t c = 0; c < channels; ++c) {
         total[c] = count == kRowsPerPiece ? sum[c] : total[c] + sum[c];
@@ -59,7 +59,7 @@ void add_direct(const CodeStatisticsParams& p, Slice slice, const Accumulators& 
   float* counts = p.counts + slice.codebook * p.num_codes;
   float* sums = p.sums + slice.codebook * p.num_codes * p.channels + slice.first;
   for (int64_t k = 0; k < num_codes; ++k) {
-    // Every slice counts the same.
+    // All slices have the same counts.
     if (slice.first == 0) counts[k] = float(to.counts[k]);
     const double *sum = to.sums + k * channels, *total = to.totals + k * channels;
     float* out = sums + k * p.channels;
@@ -71,7 +71,7 @@ void add_direct(const CodeStatisticsParams& p, Slice slice, const Accumulators& 
   }
 }
 
-// The same as add_row where the accumulators hold nothing yet. 0 + x is x, but for -0.
+// add_row on empty accumulators. 0 + x equals x, except for -0.
 inline void set_row(const float* __restrict row, int64_t channels, double* __restrict sum) {
   for (int64_t c = 0; c < channels; ++c) sum[c] = 0.0 + double(row[c]);
 }
@@ -80,7 +80,7 @@ inline void prefetch_row(const float* row, int64_t channels) {
   for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(row + c);
 }
 
-// Channels [0, channels) of one code's sums, its rows at x + offsets[i]. Its accumulators stay in the first cache.
+// Channels [0, channels) of one code's sums; its rows are at x + offsets[i]. The accumulators stay in L1.
 void add_segment(const float* x, const int64_t* offsets, int64_t rows, int64_t channels, float* out) {
   double sum[kSliceChannels], total[kSliceChannels];
   const int64_t whole = channels / 16 * 16;
@@ -88,7 +88,7 @@ void add_segment(const float* x, const int64_t* offsets, int64_t rows, int64_t c
     const int64_t end = rows - first < kRowsPerPiece ? rows : first + kRowsPerPiece;
     for (int64_t i = first; i < end; ++i) {
       const float* row = x + offsets[i];
-      // Of the next code perhaps: its rows follow.
+      // Possibly the first row of the next code: its rows follow.
       prefetch_row(x + offsets[i + 1], channels);
       if (i == first) {
         set_row(row, channels, sum);
@@ -115,7 +115,7 @@ void add_sorted(const CodeStatisticsParams& p, Slice slice, const int64_t* place
     if (rows == 0) {
       __builtin_memset(out, 0, size_t(channels) * sizeof(float));
     } else if (rows == 1) {
-      // Most codes of a large codebook.
+      // The common case of a large codebook.
       prefetch_row(x + from[1], channels);
       for (int64_t c = 0; c < channels; ++c) out[c] = x[*from + c] + 0.0f;
     } else {
@@ -126,8 +126,10 @@ void add_sorted(const CodeStatisticsParams& p, Slice slice, const int64_t* place
 
 }  // namespace
 
-extern const code_statistics::Kernels statistics_kernels;
-const code_statistics::Kernels statistics_kernels{add_direct, add_sorted};
+constexpr CodeStatisticsKernels code_statistics_kernels = {
+    .add_direct = add_direct,
+    .add_sorted = add_sorted,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -1,4 +1,4 @@
-// Launchers of the code statistics on the current stream.
+// Launches of code_statistics on the current stream.
 #include <utility>
 
 #include "common/launch.cuh"
@@ -13,12 +13,12 @@ constexpr int64_t kAlignment = 256;
 
 int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
-// Takes the parts of the workspace one behind the other, and says how many bytes that was.
+// Assigns the parts of the workspace and returns their total size in bytes.
 int64_t lay_out(const CodeStatisticsParams& p, Workspace& w) {
   w.items = p.rows * p.depth;
   w.keys = p.codebooks * p.num_codes;
   if (w.items >= UINT32_MAX || w.keys >= UINT32_MAX) {
-    throw std::invalid_argument("code_statistics: on CUDA there may be at most 2^32 - 2 rows and as many codes, got " +
+    throw std::invalid_argument("code_statistics: on CUDA rows and codes must each number at most 2^32 - 2, got " +
                                 std::to_string(w.items) + " and " + std::to_string(w.keys));
   }
   w.windows = (w.items + kRowsPerPiece - 1) / kRowsPerPiece;
@@ -47,7 +47,7 @@ int64_t lay_out(const CodeStatisticsParams& p, Workspace& w) {
   return bytes;
 }
 
-// See Share.
+// Launches a kernel that divides its work by Share.
 void launch_shared_out(void (*kernel)(CodeStatisticsParams, Workspace, int), int64_t units, int64_t columns,
                        void* stream, const CodeStatisticsParams& p, const Workspace& w) {
   int log_columns = 0;

@@ -26,8 +26,8 @@ void check(const Tensor& x, const Tensor& codes, int64_t num_codes, bool by_dept
   rqk::check_same_device(kOp, "x", x, "codes", codes);
 }
 
-// Rows and their strides: leading dimensions that one stride serves, in x and in codes, become one. False where more
-// than rows and depth are left; with `by_depth` the last one is the depth and stays as it is.
+// Sets the rows and their strides. Merges leading dimensions that a single stride describes, in x and in codes. Returns
+// false if more than rows and depth are left; with `by_depth` the last dimension is the depth and is not merged.
 bool set_rows(rqk::CodeStatisticsParams& p, const Tensor& x, const Tensor& codes, bool by_depth) {
   struct Dimension {
     int64_t size, x_stride, code_stride;
@@ -54,7 +54,7 @@ bool set_rows(rqk::CodeStatisticsParams& p, const Tensor& x, const Tensor& codes
 
 #ifndef RQK_CUDA_LIBRARY
 void check_codes(const rqk::CodeStatisticsParams& p) {
-  // The sign of either is set where a code is outside [-1, num_codes); no overflow hides that.
+  // The sign bit of either term is set if a code is outside [-1, num_codes), also if it overflows.
   uint64_t signs = 0;
   for (int64_t n = 0; n < p.rows; ++n) {
     for (int64_t d = 0; d < p.depth; ++d) {
@@ -71,7 +71,7 @@ void check_codes(const rqk::CodeStatisticsParams& p) {
 }
 #endif
 
-// `by_depth`: the last dimension of codes is a depth, and each depth's statistics stand alone.
+// `by_depth`: the last dimension of codes is a depth, and each depth has its own statistics.
 std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor codes, int64_t num_codes, bool by_depth) {
   check(x, codes, num_codes, by_depth);
   rqk::LaunchScope scope(x);
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> code_statistics(Tensor x, Tensor codes, int64_t num_c
   const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
   params.workspace = workspace.mutable_data_ptr<uint8_t>();
 #ifndef RQK_CUDA_LIBRARY
-  // On a GPU this would have to wait for the device: there a bad code turns the statistics into NaN.
+  // On a GPU this would need a host-device sync; there a bad code turns the statistics into NaN.
   check_codes(params);
 #endif
   rqk::launch(params, scope.stream());

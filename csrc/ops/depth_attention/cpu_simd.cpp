@@ -1,29 +1,28 @@
 // Depth attention on a CPU, compiled once per instruction set.
 //
-// A head of a stack is at most 32 rows: small enough to stay in the first-level cache, too small for anybody's tiles.
-// So a head goes from its q, k and v to its result in one piece:
-//   products  a tile of kGroups queries x 4 keys is one accumulator per pair, along the channels; sums() then folds
-//             them into one vector, a lane per pair.
-//   softmax   on such vectors: a query's keys are four lanes of each of its tiles, so that maximum and sum cost two
-//             shuffles for all queries of the tile.
-//   combine   kGroups rows of a result in registers, a row of v (or k, q, grad) read once for all of them. What a query
-//             does not see is not added: no product with zero, which of an infinity would be NaN.
-// The backward pass computes the probabilities p again and, with dp = grad v^T,
+// A head of a stack has at most 32 rows: it fits L1, and it is too small for GEMM tiles. So each head goes from q, k
+// and v to its result in one piece:
+//   products  tiles of kGroups queries x 4 keys, one accumulator per pair, along the channels; reduce_add_each() then
+//             folds them into one vector with a lane per pair
+//   softmax   on such vectors: the keys of a query are four lanes of each of its tiles, so maximum and sum take two
+//             shuffles for all queries of the tile
+//   combine   kGroups rows of a result in registers; each row of v (or k, q, grad) is read once for all of them. Masked
+//             pairs are skipped, not multiplied by zero, which would turn infinity into NaN
+// The backward pass recomputes the probabilities p and, with dp = grad v^T,
 //   ds = scale p (dp - sum_j p dp),   dq = ds k,   dk = ds^T q,   dv = p^T grad.
+// Rows are float32 in whole vectors, read in place if they are laid out so, else from a copy of one head; that copy
+// handles fp16 and bf16, any head dimension and zero padding.
 //
-// Rows are float, in whole vectors: as they lie where they are that, otherwise in a copy of one head (which is how
-// half types, head dimensions of any size and padding with zeros need no code of their own).
-//
-// Moves 4 rows of head_dim per depth forward and 7 backward; computes 4 head_dim operations for each pair of a query
-// and a key that it sees, and 10 backward. At 4 depths the first is the limit.
-#include "ops/depth_attention/fours.h"
-#include "ops/depth_attention/heads.h"
+// Moves 4 rows of head_dim per depth forward and 7 backward; does 4 head_dim operations per visible pair of query and
+// key forward and 10 backward. At 4 depths it is memory-bound.
+#include "ops/depth_attention/kernel_table.h"
+#include "ops/depth_attention/lane_groups.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-constexpr int kCols = 4;  // vectors of a row's result at once
+constexpr int kCols = 4;  // vectors of a result row at once
 constexpr int kTiles = kMostDepths / 4;
 
 struct Rows {
@@ -31,7 +30,7 @@ struct Rows {
   int64_t stride;
 };
 
-// One head, in floats; width: of a row, whole vectors.
+// One head in float32. width: elements of a row, whole vectors.
 struct Head {
   int queries, keys, offset;  // offset: query i sees keys up to i + offset
   int64_t width;
@@ -39,10 +38,10 @@ struct Head {
   Exponents exponents;
 };
 
-// Of queries by keys; what no query sees is not written, or zero.
+// Queries by keys; masked entries are unset or zero.
 using Weights = float[kMostDepths][kMostDepths];
 
-// Lane 4 r + j: the product of row a0 + r of a and row b0 + j of b; beyond the last row that one again.
+// Lane 4 r + j: product of row a0 + r of a and row b0 + j of b; rows past the last repeat it.
 [[gnu::always_inline]] inline Vec products(Rows a, int a0, int a_rows, Rows b, int b0, int b_rows, int64_t width) {
   const float *from_a[kGroups], *from_b[4];
   for (int r = 0; r < kGroups; ++r) from_a[r] = a.data + (a0 + r < a_rows ? a0 + r : a_rows - 1) * a.stride;
@@ -61,22 +60,22 @@ using Weights = float[kMostDepths][kMostDepths];
       for (int j = 0; j < 4; ++j) sum[4 * r + j] = fma(of_a, of_b[j], sum[4 * r + j]);
     }
   }
-  return sums(sum);
+  return reduce_add_each(sum);
 }
 
-// Tiles of the keys that some of kGroups queries from i0 on see.
+// Number of key tiles that any of the kGroups queries from i0 on sees.
 inline int tiles_seen(const Head& head, int i0) {
   const int last = i0 + kGroups - 1 + head.offset;
   return (last < head.keys ? last : head.keys - 1) / 4 + 1;
 }
 
-// Lane by lane, key - query within a tile.
+// Per lane, key index - query index within a tile.
 alignas(64) constexpr float kKeyLessQuery[16] = {0, 1, 2, 3, -1, 0, 1, 2, -2, -1, 0, 1, -3, -2, -1, 0};
 
-// a where the query sees the key, elsewhere b.
+// a where the query sees the key, else b.
 [[gnu::always_inline]] inline Vec seen_or(const Head& head, int i0, int tile, Vec a, float b) {
   const int limit = i0 + head.offset - 4 * tile;
-  return limit >= 3 ? a : at_most_or(Vec::load(kKeyLessQuery), Vec::fill(float(limit)), a, Vec::fill(b));
+  return limit >= 3 ? a : select_le(Vec::load(kKeyLessQuery), Vec::fill(float(limit)), a, Vec::fill(b));
 }
 
 // Probabilities of kGroups queries from i0 on.
@@ -88,18 +87,18 @@ alignas(64) constexpr float kKeyLessQuery[16] = {0, 1, 2, 3, -1, 0, 1, 2, -2, -1
     p[t] = seen_or(head, i0, t, scores, -__builtin_inff());
     most = max(most, p[t]);
   }
-  most = max_of_four(most);
+  most = reduce_max_groups(most);
   Vec total = Vec::zero();
   for (int t = 0; t < tiles; ++t) {
     p[t] = exp((p[t] - most) * Vec::fill(head.exponents.factor));
     total = total + p[t];
   }
-  const Vec factor = Vec::fill(1) / sum_of_four(total);
+  const Vec factor = Vec::fill(1) / reduce_add_groups(total);
   for (int t = 0; t < tiles; ++t) p[t] = p[t] * factor;
 }
 
-// kGroups rows of a result: the sum of weights(row, term) x[term] over the terms that belong to it. Those are, of
-// queries from `row0` on, the keys they see; or with kOfKeys, of keys from `row0` on, the queries that see them.
+// kGroups rows of a result: the sum of weights(row, term) x[term] over the visible terms. Rows are queries from `row0`
+// on and terms the keys they see; with kOfKeys, rows are keys and terms the queries that see them.
 template <int V, bool kOfKeys>
 [[gnu::always_inline]] inline void combine(const Head& head, const Weights& weights, int row0, Rows x, float* out,
                                            int64_t out_stride) {
@@ -124,7 +123,7 @@ template <int V, bool kOfKeys>
       for (int v = 0; v < V; ++v) sum[r][v] = fma(factor, of_x[v], sum[r][v]);
     }
   };
-  // Terms that belong to all rows, and kGroups - 1 around the diagonal that belong to some.
+  // Terms visible to all rows, and kGroups - 1 terms around the diagonal visible to some.
   const int all_begin = kOfKeys ? row0 - head.offset + kGroups - 1 : 0;
   const int all_end = kOfKeys ? head.queries : row0 + head.offset + 1;
   const int edge = kOfKeys ? row0 - head.offset : all_end;
@@ -181,7 +180,7 @@ void attend_backward(const Head& head, Rows q, Rows k, Rows v, Rows grad, const 
       of_dp[t] = seen_or(head, i, t, dp, 0);
       total = fma(of_p[t], of_dp[t], total);
     }
-    total = sum_of_four(total);
+    total = reduce_add_groups(total);
     for (int t = 0; t < tiles; ++t) {
       store_groups(of_p[t], &p[i][4 * t], kMostDepths);
       store_groups(of_p[t] * (of_dp[t] - total) * Vec::fill(head.scale), &ds[i][4 * t], kMostDepths);
@@ -194,7 +193,7 @@ void attend_backward(const Head& head, Rows q, Rows k, Rows v, Rows grad, const 
   }
 }
 
-// --- heads as floats -------------------------------------------------------------------------------------
+// --- heads in float32 ------------------------------------------------------------------------------------
 
 inline int64_t whole_vectors(int64_t head_dim) { return (head_dim + Vec::kSize - 1) / Vec::kSize * Vec::kSize; }
 
@@ -202,9 +201,18 @@ inline bool is_direct(const DepthAttentionParams& p) {
   return p.type == FloatType::kFloat32 && p.head_dim % Vec::kSize == 0;
 }
 
+inline Head head_of(const DepthAttentionParams& p) {
+  return {.queries = p.queries,
+          .keys = p.keys,
+          .offset = p.keys - p.queries,
+          .width = whole_vectors(p.head_dim),
+          .scale = p.scale,
+          .exponents = exponents_of(p.scale)};
+}
+
 template <class F, class T>
 inline auto* rows_of(const HeadRows<T>& all, int64_t stack, int64_t head) {
-  // Of const rows const elements.
+  // Const rows have const elements.
   using Element = decltype(static_cast<typename F::T*>(nullptr));
   const int64_t first = stack * all.stack_stride + head * all.head_stride;
   if constexpr (__is_same(T, const void)) {
@@ -214,7 +222,7 @@ inline auto* rows_of(const HeadRows<T>& all, int64_t stack, int64_t head) {
   }
 }
 
-// Scratch memory in use, from the front.
+// Scratch memory, used from the front.
 struct Scratch {
   float* free;
   float* take(int64_t floats) {
@@ -235,13 +243,13 @@ inline Rows read(const DepthAttentionParams& p, const HeadsIn& all, int64_t stac
     float* to = scratch.take(rows * width);
     for (int i = 0; i < rows; ++i, from += all.row_stride) {
       for (int64_t c = 0; c < whole; c += Vec::kSize) F::load(from + c).store(to + i * width + c);
-      if (whole < width) load_first<F>(from + whole, p.head_dim - whole, 0).store(to + i * width + whole);
+      if (whole < width) load_partial<F>(from + whole, p.head_dim - whole, 0).store(to + i * width + whole);
     }
     return {to, width};
   }
 }
 
-// Where a result's rows go: to memory, or to scratch memory from which finish() takes them there.
+// The rows of a result: written in place, or to scratch memory and converted by finish().
 template <class F, bool kDirect>
 struct Result {
   const HeadsOut& all;
@@ -266,7 +274,7 @@ struct Result {
       for (int i = 0; i < count; ++i) {
         typename F::T* row = to + i * all.row_stride;
         for (int64_t c = 0; c < whole; c += Vec::kSize) F::store(Vec::load(rows + i * stride + c), row + c);
-        if (whole < stride) store_first<F>(Vec::load(rows + i * stride + whole), row + whole, p.head_dim - whole);
+        if (whole < stride) store_partial<F>(Vec::load(rows + i * stride + whole), row + whole, p.head_dim - whole);
       }
     }
   }
@@ -274,7 +282,7 @@ struct Result {
 
 template <class F, bool kDirect>
 void forward_of(const DepthAttentionParams& p, int64_t begin, int64_t end, float* memory) {
-  const Head head{p.queries, p.keys, p.keys - p.queries, whole_vectors(p.head_dim), p.scale, exponents_of(p.scale)};
+  const Head head = head_of(p);
   int64_t n = begin / p.heads, h = begin % p.heads;
   for (int64_t i = begin; i < end; ++i) {
     Scratch scratch{memory};
@@ -294,7 +302,7 @@ void forward_of(const DepthAttentionParams& p, int64_t begin, int64_t end, float
 template <class F, bool kDirect>
 void backward_of(const DepthAttentionBackwardParams& b, int64_t begin, int64_t end, float* memory) {
   const DepthAttentionParams& p = b.forward;
-  const Head head{p.queries, p.keys, p.keys - p.queries, whole_vectors(p.head_dim), p.scale, exponents_of(p.scale)};
+  const Head head = head_of(p);
   int64_t n = begin / p.heads, h = begin % p.heads;
   for (int64_t i = begin; i < end; ++i) {
     Scratch scratch{memory};
@@ -304,7 +312,13 @@ void backward_of(const DepthAttentionBackwardParams& b, int64_t begin, int64_t e
     const Rows grad = read<F, kDirect>(p, b.grad, n, h, p.queries, scratch);
     const Result<F, kDirect> dq(p, b.grad_q, n, h, p.queries, scratch), dk(p, b.grad_k, n, h, p.keys, scratch),
         dv(p, b.grad_v, n, h, p.keys, scratch);
-    attend_backward(head, q, k, v, grad, {dq.rows, dk.rows, dv.rows, dq.stride, dk.stride, dv.stride});
+    attend_backward(head, q, k, v, grad,
+                    {.q = dq.rows,
+                     .k = dk.rows,
+                     .v = dv.rows,
+                     .q_stride = dq.stride,
+                     .k_stride = dk.stride,
+                     .v_stride = dv.stride});
     dq.finish(p, p.queries);
     dk.finish(p, p.keys);
     dv.finish(p, p.keys);
@@ -337,8 +351,11 @@ void backward(const DepthAttentionBackwardParams& p, int64_t begin, int64_t end,
 
 }  // namespace
 
-extern const DepthAttentionKernel depth_attention_kernel;
-const DepthAttentionKernel depth_attention_kernel = {scratch, forward, backward};
+constexpr DepthAttentionKernels depth_attention_kernels = {
+    .scratch = scratch,
+    .forward = forward,
+    .backward = backward,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

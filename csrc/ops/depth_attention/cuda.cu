@@ -1,4 +1,4 @@
-// Launchers of depth attention on the current stream.
+// Launches of depth_attention on the current stream.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -11,7 +11,7 @@ namespace depth_attention {
 namespace {
 
 constexpr const char* kOp = "depth_attention";
-// What a block asks for of shared memory unless a warp needs more: several blocks should fit on a multiprocessor.
+// Shared memory per block unless a single warp needs more: several blocks should fit a multiprocessor.
 constexpr int64_t kSharedBytes = 48 * 1024;
 
 template <class T>
@@ -28,12 +28,12 @@ struct Plan {
   size_t shared;
 };
 
-// rows: of a head in shared memory; weights: floats of each pair of a query and a key there.
+// rows: rows of a head in shared memory; weights: floats per pair of query and key there.
 Plan plan_of(const DepthAttentionParams& p, bool is_aligned, int rows, int weights) {
   const int64_t size = size_of(p.type), limit = device_limits(kOp).shared_bytes;
   const int chunks = static_cast<int>((p.head_dim * size + 15) / 16);
   Division division{kLeastLanes, 0, is_aligned && p.head_dim * size % 16 == 0, (p.keys + 3) / 4 * 4};
-  // As many lanes as leave none idle, and more where several heads do not fit into a warp's shared memory.
+  // As many lanes as leave none idle; more if several heads do not fit a warp's shared memory.
   while (division.lanes < 32 && chunks % (2 * division.lanes) == 0) division.lanes *= 2;
   int64_t bytes = 0;
   for (;; division.lanes *= 2) {

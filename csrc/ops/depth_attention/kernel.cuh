@@ -1,18 +1,18 @@
-// Depth attention on a GPU: some lanes of a warp take a head of a stack, so that a warp takes several.
+// Depth attention on a GPU: a few lanes of a warp take one head of a stack, so a warp takes several heads.
 //
-// A lane holds the same few channels of all rows: 16 bytes of each, or several times that where a row is longer than
-// the lanes reach. All rows of a head are asked for at once, into shared memory of which each lane reads only what it
-// wrote itself: the place for 32 rows that registers have not got, without barriers. Products of rows are sums over
-// the lanes by shuffles, four keys side by side; probabilities are in every lane's registers. What a query does not see
-// is not added, so that only what is seen can make it NaN.
-//   forward    query by query: scores, softmax, weighted rows of v.
-//   backward   query by query: probabilities p again, dp = grad v^T, ds = scale p (dp - sum_j p dp), and dq = ds k; p
-//              and ds go to the group's own corner of shared memory. Then by four keys: dk = ds^T q, dv = p^T grad.
-// Everything is read once and written once, by nobody else: no atomics, and results depend on the head alone.
+// A lane holds the same channels of all rows: 16 bytes of each, or several times that for long rows. All rows of a head
+// are fetched at once into shared memory, where each lane reads only what it wrote itself: it holds the 32 rows that do
+// not fit the registers, without barriers. Products of rows are sums over lanes by shuffles, four keys at a time;
+// probabilities are in every lane's registers. Masked keys are skipped, so only visible values can turn a result into
+// NaN.
+//   forward    per query: scores, softmax, weighted rows of v
+//   backward   per query: recompute p, dp = grad v^T, ds = scale p (dp - sum_j p dp), dq = ds k; p and ds go to the
+//              group's shared memory. Then per four keys: dk = ds^T q, dv = p^T grad
+// Everything is read once and written once by a single lane: no atomics, and results depend on the head alone.
 //
-// Moves 4 rows of head_dim per depth forward, 7 backward: of D = 4 depths of 64 channels in bf16 2 and 3.5 KiB a head.
-// Computes 2 D (D + 1) head_dim operations forward and 5 D (D + 1) head_dim backward. The bytes are the limit: at D = 4
-// there are 2.5 operations to a byte in bf16, at D = 16 8.5.
+// Moves 4 rows of head_dim per depth forward and 7 backward: for D = 4 depths of 64 bf16 channels, 2 and 3.5 KiB per
+// head. Does 2 D (D + 1) head_dim operations forward and 5 D (D + 1) head_dim backward. Memory-bound: 2.5 operations
+// per byte in bf16 at D = 4, 8.5 at D = 16.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@
 #include "common/device.h"
 #include "common/half.cuh"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "ops/depth_attention/params.h"
 
 namespace rqk {
@@ -27,14 +28,12 @@ namespace depth_attention {
 
 constexpr int kMostThreads = 128;
 constexpr int kLeastLanes = 4;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
-// How the work is divided, the same for all warps.
+// Division of work, the same for all warps.
 struct Division {
-  int lanes;          // of a head: a power of two, at least kLeastLanes
-  int slices;         // of a row: chunks of 16 bytes that each lane holds
+  int lanes;          // per head: a power of two, at least kLeastLanes
+  int slices;         // per row: 16-byte chunks that each lane holds
   bool is_aligned;    // all rows start at, and are, multiples of 16 bytes
-  int weight_stride;  // floats from one query's probabilities to the next; a multiple of four
+  int weight_stride;  // floats from one query's probabilities to the next, a multiple of four
 };
 
 template <FloatType kType>
@@ -69,7 +68,7 @@ __device__ inline uint4 to_chunk(const float (&x)[kPerChunk<kType>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// A lane's place: which head, and which channels of its rows.
+// Position of a lane: its head, and its channels of the rows.
 template <FloatType kType>
 struct Lane {
   static constexpr int kSize = kPerChunk<kType>, kBytes = 16 / kSize;
@@ -84,7 +83,7 @@ struct Lane {
     return stack * stack_stride + head * head_stride;
   }
 
-  // Starts to bring a head's rows to `to`, a lane's chunks blockDim.x apart.
+  // Starts copying a head's rows to `to`, where a lane's chunks are blockDim.x apart.
   __device__ void fetch(const HeadsIn& rows, int count, uint4* to) const {
     const int64_t first = offset(rows.stack_stride, rows.head_stride);
     for (int i = 0; i < count; ++i) {
@@ -122,7 +121,7 @@ struct Lane {
     to_floats<kType>(rows[(row * division.slices + slice) * int(blockDim.x)], x);
   }
 
-  // Products of row i of a with the rows [0, last] of b, in all lanes; what lies behind `last` is not told.
+  // Products of row i of a with rows [0, last] of b, in all lanes; entries past `last` are unspecified.
   template <int kKeys>
   __device__ void products(const uint4* a, int i, const uint4* b, int last, float (&sum)[kKeys]) const {
 #pragma unroll
@@ -149,7 +148,7 @@ struct Lane {
     }
   }
 
-  // Probabilities of query i; zero behind `last`, the last key that it sees.
+  // Probabilities of query i; zero past `last`, the last key it sees.
   template <int kKeys>
   __device__ void softmax(const uint4* q, int i, const uint4* k, int last, const Exponents& exponents,
                           float (&p)[kKeys]) const {
@@ -172,7 +171,7 @@ struct Lane {
     for (int j = 0; j < kKeys; ++j) p[j] = j <= last ? p[j] * factor : 0.0f;
   }
 
-  // Row `row` of the result: the rows [0, last] of x by their weights.
+  // Row `row` of the result: the weighted sum of rows [0, last] of x.
   template <int kKeys>
   __device__ void combine(const float (&weights)[kKeys], const uint4* x, int last, const HeadsOut& to, int row,
                           bool is_there) const {
@@ -191,15 +190,15 @@ struct Lane {
   }
 };
 
-// A lane of the head `index`, or of the last one where there are not so many.
+// The lane for head `index`, or for the last head if there are fewer.
 template <FloatType kType>
 __device__ inline Lane<kType> lane_of(const DepthAttentionParams& p, const Division& division, int64_t index) {
   const int64_t last = p.stacks * p.heads - 1, given = index < last ? index : last;
   return {given / p.heads, given % p.heads, p.head_dim, int(threadIdx.x) % division.lanes, division};
 }
 
-// kKeys: at least p.keys, a multiple of four. One block per multiprocessor is all that ptxas is asked to make room for:
-// shared memory decides how many there are, and by itself ptxas would rather spill.
+// kKeys: at least p.keys, a multiple of four. The launch bound asks for only one block per multiprocessor: shared
+// memory limits the number of blocks, and with its own choice ptxas spills.
 template <FloatType kType, int kKeys>
 __global__ void __launch_bounds__(kMostThreads, 1)
     attend(DepthAttentionParams p, Exponents exponents, Division division) {
@@ -251,6 +250,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
 
+    // Per query: p and ds to shared memory, and dq.
     for (int i = 0; i < p.queries; ++i) {
       const int last = i + offset;
       float weights[kKeys], ds[kKeys], sum = 0;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       }
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) ds[j] = j <= last ? p.scale * weights[j] * (ds[j] - sum) : 0.0f;
-      // The same in all lanes: one writes p, another ds.
+      // All lanes hold the same values: one writes p, another ds.
 #pragma unroll
       for (int j = 0; j < kKeys; j += 4) {
         if (j > last) break;
@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     __syncwarp();
 
+    // Per four keys: dk and dv.
     for (int j = 0; j < p.keys; j += 4) {
       for (int slice = 0; slice < division.slices; ++slice) {
         float dk[4][kSize] = {}, dv[4][kSize] = {};
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         }
       }
     }
-    __syncwarp();  // before the next head's p and ds take the place of these
+    __syncwarp();  // before the next head's p and ds overwrite these
   }
 }
 

@@ -14,7 +14,7 @@ constexpr const char* kOp = "depth_attention";
 constexpr const char* kPacked = "depth_attention_packed";
 constexpr const char* kInstead = "; larger ones are for torch.nn.functional.scaled_dot_product_attention";
 
-// Itself where its last dimension is contiguous.
+// Returns t itself if its last dimension is contiguous.
 Tensor with_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) == 1 || t.stride(last) == 1 ? t : rqk::contiguous(t);
@@ -34,7 +34,7 @@ void check_sizes(const char* op, const char* name, const Tensor& t, const char* 
 
 float checked_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
   const double value = scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
-  // It is used in float32, where 1e39 is infinite.
+  // The kernels use it in float32, where 1e39 is infinite.
   if (!std::isfinite(static_cast<float>(value))) {
     rqk::value_error(op, ": scale must be finite", std::isfinite(value) ? " in float32" : "", ", got ",
                      rqk::number_text(value));
@@ -56,7 +56,7 @@ HeadRows<T> head_rows(T* data, const Tensor& t) {
   return {data, t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// New memory (N, D, H, head_dim), seen as (N, H, D, head_dim).
+// New memory (N, D, H, head_dim), viewed as (N, H, D, head_dim).
 Tensor new_heads(const Tensor& like) {
   const Tensor memory = rqk::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.scalar_type(), like);
   return torch::stable::transpose(memory, 1, 2);
@@ -76,7 +76,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
     }
   }
   if (v.size(2) != k.size(2)) {
-    rqk::value_error(kOp, ": k and v must have as many depths, got k ", rqk::shape_of(k), " and v ", rqk::shape_of(v));
+    rqk::value_error(kOp, ": k and v must have the same number of depths, got k ", rqk::shape_of(k), " and v ",
+                     rqk::shape_of(v));
   }
   if (k.size(2) < q.size(2)) {
     rqk::value_error(kOp, ": k must have at least the depths of q (a query sees its own key), got q ", rqk::shape_of(q),
@@ -84,7 +85,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
   }
 }
 
-// `out` is where the result goes, or is left open.
+// Sets all but `out`.
 rqk::DepthAttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale) {
   rqk::DepthAttentionParams p{};
   p.q = head_rows(q.const_data_ptr(), q);
@@ -141,7 +142,7 @@ void check_packed(const Tensor& qkv) {
   rqk::check_elements(kPacked, "qkv", qkv);
 }
 
-// q, k or v of it: part 0, 1 or 2.
+// The rows of q, k or v in qkv: part 0, 1 or 2.
 template <class T>
 HeadRows<T> packed_rows(T* data, const Tensor& qkv, int64_t part) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;

@@ -1,15 +1,16 @@
-// What depth attention works on: raw pointers, sizes and strides in elements, nothing of torch.
+// Inputs and outputs of depth_attention; strides in elements.
 //
-// Each stack has `heads` heads; query i of `queries` sees the keys up to i + (keys - queries).
+// Each stack has `heads` heads; query i of `queries` sees keys up to i + (keys - queries).
 #pragma once
 
 #include <cstdint>
 
 #include "common/float_type.h"
+#include "common/host_device.h"
 
 namespace rqk {
 
-// More of either is work for tiled kernels.
+// Larger problems are for tiled kernels.
 constexpr int kMostDepths = 32;
 constexpr int kMostHeadDim = 256;
 
@@ -32,12 +33,12 @@ struct DepthAttentionParams {
   float scale;
 };
 
-// Scores keep all their digits until the largest is taken off: the exponents are factor (sign score - largest). The
-// factor of a scale of zero is above zero, so that the minus infinity of what a query does not see stays that.
+// Exponents are factor (sign score - largest), so that scores keep all digits until the largest is subtracted. For a
+// scale of zero the factor is the smallest positive float, so that masked scores of -inf stay -inf.
 struct Exponents {
   float sign, factor;
 };
-inline Exponents exponents_of(float scale) {
+RQK_HD Exponents exponents_of(float scale) {
   return {scale < 0 ? -1.0f : 1.0f, scale == 0 ? 0x1p-149f : scale < 0 ? -scale : scale};
 }
 

@@ -1,16 +1,13 @@
-// Activations as a product takes them: in the order in which its lanes hold them, 16 bytes to a lane and step.
+// Activations in the order in which the lanes of a product load them: 16 bytes per lane and step.
 //
-// Rows stand in groups of eight; what passes the last row is zeros. A step is 2 (fp32), 16 (bf16) or 32 (int8) inputs.
-//   fp32   (groups, steps, 4, 2, 2)      lane t's rows 2 t and 2 t + 1 of both inputs: (t, input, row)
-//   bf16   (groups, steps, 8, 4, 2, 4)   (row, t, part, i): input 4 i + t. An activation is the sum of two bfloat16,
-//   the
-//                                        nearest one and the nearest to what is left: off by at most 2^-18 of it, so
-//                                        that only the weights' rounding shows. It costs a second mma, not a second
-//                                        reading.
-//   int8   (groups, steps, 8, 4, 2, 2, 4) (row, t, part, half, i): input 16 half + 4 t + i. An activation is an integer
-//                                        256 high + low of [-32639, 32639], and the row has a scale: the definition of
-//                                        the CPU's kernel. Products are exact, so both differ in nothing but the order
-//                                        of float32 sums outside of them.
+// Rows come in groups of eight, padded with zeros. A step is 2 (fp32), 16 (bf16) or 32 (int8) inputs.
+//   fp32   (groups, steps, 4, 2, 2)        (t, input, row): rows 2 t and 2 t + 1 of both inputs, for lane t
+//   bf16   (groups, steps, 8, 4, 2, 4)     (row, t, part, i): input 4 i + t. An activation is the sum of two bf16
+//                                           parts: a second mma, but no second read
+//   int8   (groups, steps, 8, 4, 2, 2, 4)  (row, t, part, half, i): input 16 half + 4 t + i. An activation is an
+//                                           integer 256 high + low in [-32639, 32639] with a scale per row, as on the
+//                                           CPU
+// Bound B15 (docs/bounds.md). For int8, CPU and GPU differ only in the order of float32 sums outside the products.
 #pragma once
 
 #include <cmath>
@@ -18,7 +15,7 @@
 
 #include "common/device.h"
 #include "common/ptx.cuh"
-#include "common/sample_row.cuh"
+#include "common/warp.cuh"
 #include "ops/depth_decode/params.h"
 
 namespace rqk {
@@ -26,8 +23,6 @@ namespace depth_decode {
 
 constexpr int kRowGroup = 8;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 template <WeightType kType>
 constexpr int kStepInputs = kType == WeightType::kFloat32    ? 2
                             : kType == WeightType::kBFloat16 ? 16
@@ -36,13 +31,13 @@ constexpr int kStepInputs = kType == WeightType::kFloat32    ? 2
 template <WeightType kType>
 constexpr int kBytesPerActivation = kType == WeightType::kInt8 ? 2 : 4;
 
-// Where one activation stands. `inputs` is padded.
+// A buffer of activations. `inputs` is padded.
 struct Activations {
   uint8_t* at;
   int64_t inputs;
 };
 
-// Of one number of a row of fp32 or bf16.
+// Stores one element of a row, for fp32 and bf16.
 template <WeightType kType>
 __device__ inline void store_activation(const Activations& to, int64_t row, int64_t input, float value) {
   static_assert(kType != WeightType::kInt8);
@@ -58,7 +53,7 @@ __device__ inline void store_activation(const Activations& to, int64_t row, int6
   }
 }
 
-// Of four inputs of a row of int8, from `input` on: both parts' bytes.
+// Stores both parts of four inputs of an int8 row, from `input` on.
 __device__ inline void store_bytes(const Activations& to, int64_t row, int64_t input, uint32_t high, uint32_t low) {
   constexpr int kStep = kStepInputs<WeightType::kInt8>;
   const int64_t step = row / kRowGroup * (to.inputs / kStep) + input / kStep;
@@ -77,8 +72,8 @@ __device__ inline void store_zeros(const Activations& to, int64_t row, int64_t i
   }
 }
 
-// The rows that come in, plus `addend` (width) where it is given; zeros where no other kernel writes: behind the last
-// channel and behind the last row. A block per row, those of whole groups.
+// Copies the input rows, adding `addend` (width) if given, and zeroes what no other kernel writes: past the last
+// channel and past the last row. One block per row of the padded groups.
 struct Begin {
   const float *from, *addend;
   int64_t rows, width;
@@ -100,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) begin_rows(Begin p) {
   for (int64_t c = 4 * threadIdx.x; !there && c < p.wide.inputs; c += 4 * kThreads) store_zeros<kType>(p.wide, row, c);
 }
 
-// A row's sum over the block's threads, the same for all. `shared` is this call's alone.
+// The sum over the block's threads, the same in all. `shared` must not be used by another call.
 __device__ inline float sum_of_block(float value, float (&shared)[kWarps]) {
   value = sum_of_warp(value);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
@@ -110,14 +105,14 @@ __device__ inline float sum_of_block(float value, float (&shared)[kWarps]) {
   return sum;
 }
 
-// Rows, or their norm where its weight and bias are given, as activations. A block per row.
+// Converts rows to activations; normalizes them first if norm weight and bias are given. One block per row.
 struct Arrange {
   const float* from;  // (rows, width)
   int64_t width;
   const float *norm_weight, *norm_bias;
   float eps;
   Activations to;
-  float* scales;  // (rows), of int8
+  float* scales;  // (rows), int8 only
 };
 
 template <WeightType kType>
@@ -127,6 +122,7 @@ __global__ void __launch_bounds__(kThreads) arrange_rows(Arrange p) {
   const int64_t row = blockIdx.x;
   const float* x = p.from + row * p.width;
   float mean = 0, factor = 1;
+  // Mean and variance.
   if (p.norm_weight != nullptr) {
     float sum = 0, square = 0;
     for (int64_t c = threadIdx.x; c < p.width; c += kThreads) sum += x[c];
@@ -142,6 +138,7 @@ __global__ void __launch_bounds__(kThreads) arrange_rows(Arrange p) {
   if constexpr (kType != WeightType::kInt8) {
     for (int64_t c = threadIdx.x; c < p.to.inputs; c += kThreads) store_activation<kType>(p.to, row, c, value_at(c));
   } else {
+    // The largest magnitude of the row sets its scale.
     CU_SHARED(float, largests, [kWarps]);
     constexpr float kMost = 32639;  // 256 * 127 + 127
     float largest = 0;
@@ -157,14 +154,15 @@ __global__ void __launch_bounds__(kThreads) arrange_rows(Arrange p) {
     if (threadIdx.x % 32 == 0) largests[threadIdx.x / 32] = largest;
     finite = __syncthreads_and(finite);
     for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, largests[i]);
-    // The inverse of less overflows: such a row counts as zero, what it would add is below 1e-30 of its weights.
+    // The inverse of a smaller number overflows: such a row counts as zero, which changes a result by less than 1e-30
+    // of its weights.
     const float inverse = finite && largest > 1e-30f && largest <= 3e38f ? kMost / largest : 0.0f;
     if (threadIdx.x == 0) p.scales[row] = finite ? largest / kMost : __int_as_float(0x7fc00000);
     for (int64_t c = 4 * threadIdx.x; c < p.to.inputs; c += 4 * kThreads) {
       uint32_t high = 0, low = 0;
       for (int i = 0; finite && i < 4; ++i) {
         const float integer = rintf(value_at(c + i) * inverse);
-        // A quarter breaks the tie that would leave 128 for the low byte. All of this is exact.
+        // Adding a quarter breaks the tie that would leave 128 for the low byte. All of this is exact.
         const int upper = int(rintf((integer + 0.25f) * (1.0f / 256))), lower = int(integer) - 256 * upper;
         high |= uint32_t(upper & 255) << (8 * i);
         low |= uint32_t(lower & 255) << (8 * i);

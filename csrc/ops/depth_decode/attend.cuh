@@ -1,9 +1,9 @@
-// Attention of the new positions over all up to their own: softmax(q k^T / sqrt(head_dim)) v, a warp per row and head.
+// Attention of the new positions over all positions up to their own: softmax(q k^T / sqrt(head_dim)) v, one warp per
+// row and head.
 //
-// A lane has one of 32 cached positions and computes its score; then it has channels, and the 32 values are added with
-// weights that come by shuffles. Sums are online: they are scaled where a later position's score is the largest. A new
-// position's own keys and values are read from where the product left them and written to the caches by the way, so
-// that no warp waits for another.
+// Each lane scores one of 32 positions; then lanes hold channels, and the 32 values are added with weights fetched by
+// shuffles. The softmax is online: sums are rescaled when a later score is the largest. Keys and values of a new
+// position are read from the product's output and written to the caches on the way, so no warp waits for another.
 #pragma once
 
 #include <cmath>
@@ -18,41 +18,42 @@ namespace depth_decode {
 struct Attention {
   const float* qkv;  // (batch * count, stride): queries, keys, values of `width`
   int64_t stride;
-  int width, heads, rows, count;  // rows = batch * count; rows * heads is an int
+  int width, heads, rows, count;  // rows = batch * count; rows * heads fits an int
   float scale;
-  float *keys, *values;  // (batch, heads, capacity, width / heads) of this layer
+  float *keys, *values;  // (batch, heads, capacity, width / heads), of this layer
   int64_t capacity, length;
-  const int64_t* step;  // adds to the length; or null
-  bool fours;           // whether all head_dim and addresses are multiples of four numbers
-  Activations to;       // of fp32 and bf16
-  float* out;           // (rows, width), of int8
+  const int64_t* step;   // added to the length; or null
+  bool is_vectorizable;  // head_dim and all addresses are multiples of four elements
+  Activations to;        // output for fp32 and bf16
+  float* out;            // output for int8: (rows, width)
 };
 
 template <WeightType kType>
 __global__ void __launch_bounds__(kThreads) attend_rows(Attention p) {
-  constexpr int kChannels = 4;  // of a lane
+  constexpr int kChannels = 4;  // per lane
   const int lane = threadIdx.x % 32;
   const int item = blockIdx.x * kWarps + threadIdx.x / 32;
   if (item >= p.rows * p.heads) return;
   const int row = item / p.heads, head = item % p.heads, dim = p.width / p.heads;
   const int sequence = row / p.count, first_new = sequence * p.count;
-  // A position that the caches have no room for is not written, and attends to nothing: its row becomes NaN.
+  // A position beyond the capacity of the caches is not written and attends to nothing: its row becomes NaN.
   const int64_t step = p.step == nullptr ? 0 : *p.step;
   const bool fits = step >= 0 && step < p.capacity - p.length - (row - first_new);
   const int length = fits ? int(p.length + step) : 0, n = fits ? length + row - first_new + 1 : 0;
   const int64_t cache = (int64_t(sequence) * p.heads + head) * p.capacity * dim;
   const float* q = p.qkv + row * p.stride + head * dim;
   float *keys = p.keys + cache, *values = p.values + cache;
+  // Append the new key and value to the caches.
   for (int c = lane; fits && c < dim; c += 32) {
     keys[int64_t(n - 1) * dim + c] = q[p.width + c];
     values[int64_t(n - 1) * dim + c] = q[2 * p.width + c];
   }
-  // A new position's keys (part 1) or values (part 2).
+  // The keys (part 1) or values (part 2) of a new position.
   auto fresh = [&](int part, int j) {
     return p.qkv + (first_new + j - length) * p.stride + part * p.width + head * dim;
   };
 
-  // Scores are computed anew for each 128 channels of a head, mostly once.
+  // Scores are recomputed for each 128 channels of a head; mostly there is one such pass.
   for (int first = 0; first < dim; first += 32 * kChannels) {
     float top = -__int_as_float(0x7f800000), sum = 0, weighed[kChannels] = {};
     for (int begin = 0; begin < n; begin += 32) {
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) attend_rows(Attention p) {
       if (j < n) {
         const float* key = j < length ? keys + int(j) * dim : fresh(1, j);
         score = 0;
-        if (p.fours) {
+        if (p.is_vectorizable) {
 #pragma unroll 4
           for (int c = 0; c < dim; c += 4) {
             const float4 a = *reinterpret_cast<const float4*>(q + c), b = *reinterpret_cast<const float4*>(key + c);

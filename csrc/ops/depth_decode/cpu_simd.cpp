@@ -1,16 +1,16 @@
-// Decoding with a transformer on the CPU, what one thread does at a time: norms, rows in the order of the products, the
-// products (multiply.h), attention of one head, the draw. cpu.cpp puts them in order.
-#include "ops/depth_decode/cpu_simd.h"
+// Transformer decoding on the CPU, the work of one thread: norms, rows in the order of the products, the products
+// (multiply.h), attention of one head, sampling. cpu.cpp calls them in sequence.
+#include "ops/depth_decode/kernel_table.h"
 
-#include "common/sample_row.h"
 #include "common/simd.h"
 #include "ops/depth_decode/multiply.h"
+#include "shared/sample_row.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-// By halves, so that the order depends on the level alone.
+// The sum of all lanes, folded by halves: the order depends on the instruction set only.
 inline float total(Vec a) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
@@ -33,24 +33,24 @@ inline float most(Vec a) {
   return lanes[0];
 }
 
-inline Vec load_up_to(const float* p, int64_t n) { return n >= Vec::kSize ? Vec::load(p) : Vec::load_first(p, n); }
+inline Vec load_up_to(const float* p, int64_t n) { return n >= Vec::kSize ? Vec::load(p) : Vec::load_partial(p, n); }
 
-void normalise(const float* x, const float* weight, const float* bias, int64_t width, double eps, float* y) {
+void normalize(const float* x, const float* weight, const float* bias, int64_t width, double eps, float* y) {
   Vec sum = Vec::zero(), squares = Vec::zero();
   for (int64_t c = 0; c < width; c += Vec::kSize) sum = sum + load_up_to(x + c, width - c);
   const Vec mean = Vec::fill(total(sum) / float(width));
   for (int64_t c = 0; c < width; c += Vec::kSize) {
     Vec d = load_up_to(x + c, width - c) - mean;
-    if (width - c < Vec::kSize) {  // behind the last one there is no difference
+    if (width - c < Vec::kSize) {  // past the last channel the difference must be zero
       float lanes[Vec::kSize];
       d.store(lanes);
-      d = Vec::load_first(lanes, width - c);
+      d = Vec::load_partial(lanes, width - c);
     }
     squares = fma(d, d, squares);
   }
   const float variance = total(squares) / float(width);
   const Vec factor = Vec::fill(1.0f / __builtin_sqrtf(variance + float(eps)));
-  // Weight and bias are zero behind the last one, and x is there to read.
+  // Weight and bias are zero past the last channel; x is readable there.
   for (int64_t c = 0; c < padded(width); c += Vec::kSize) {
     const Vec d = width - c > 0 ? load_up_to(x + c, width - c) - mean : Vec::zero();
     fma(d * factor, Vec::load(weight + c), Vec::load(bias + c)).store(y + c);
@@ -78,7 +78,7 @@ void arrange_floats(const float* rows, int64_t stride, const RowGroups& groups, 
   }
 }
 
-// Integers of [-127, 127].
+// Stores integers in [-127, 127] as bytes.
 inline void store_signed_bytes(Vec a, uint8_t* bytes) {
 #if defined(__AVX2__)
   store_bytes(nearest_int(a), bytes);
@@ -87,24 +87,26 @@ inline void store_signed_bytes(Vec a, uint8_t* bytes) {
 #endif
 }
 
-// One row as 256 high + low with both in [-128, 127]: integers of [-32639, 32639].
+// Splits one row into 256 high + low, both in [-128, 127]: integers in [-32639, 32639].
 void arrange_bytes(const float* x, const RowGroups& groups, int64_t row, uint8_t* values, int64_t count) {
   constexpr float kMost = 32639;  // 256 * 127 + 127
   Vec top = Vec::zero(), poison = Vec::zero();
   for (int64_t c = 0; c < groups.inputs; c += Vec::kSize) {
     const Vec value = Vec::load(x + c);
     top = max(max(value, Vec::zero() - value), top);
-    poison = fma(value, Vec::zero(), poison);  // NaN where one is not finite: so is the row's scale, and all it gives
+    poison = fma(value, Vec::zero(), poison);  // NaN if any value is not finite, which makes the row's scale and
+                                               // results NaN
   }
   const float largest = most(top);
-  // The inverse of less overflows: such a row counts as zero, what it would add is below 1e-30 of its weights.
+  // The inverse of a smaller number overflows: such a row counts as zero, which changes a result by less than 1e-30 of
+  // its weights.
   const bool tiny = !(largest > 1e-30f) || largest > 3e38f;
   groups.scales[row] = largest / kMost + total(poison);
   const Vec inverse = Vec::fill(tiny ? 0.0f : kMost / largest);
   Vec high_sum = Vec::zero(), low_sum = Vec::zero();
   for (int64_t c = 0; c < groups.inputs; c += Vec::kSize) {
     const Vec a = rounded(Vec::load(x + c) * inverse);
-    // A quarter breaks the tie that would leave 128 for the low byte. All of this is exact.
+    // Adding a quarter breaks the tie that would leave 128 for the low byte. All of this is exact.
     const Vec high = rounded((a + Vec::fill(0.25f)) * Vec::fill(1.0f / 256));
     const Vec low = a - high * Vec::fill(256.0f);
     high_sum = high_sum + high;
@@ -118,7 +120,7 @@ void arrange_bytes(const float* x, const RowGroups& groups, int64_t row, uint8_t
       __builtin_memcpy(to + 4, lows + four, 4);
     }
   }
-  // Of at most 32768 integers of a byte: exact. A row that is not finite has any.
+  // A sum of at most 32768 bytes is exact. For a row that is not finite the value does not matter.
   const float high = total(high_sum), low = total(low_sum);
   groups.sums[2 * row] = high == high ? int32_t(high) : 0;
   groups.sums[2 * row + 1] = low == low ? int32_t(low) : 0;
@@ -135,7 +137,7 @@ void arrange(const float* rows, int64_t stride, WeightType type, const RowGroups
 
 int64_t rows_at_once(WeightType type) { return type == WeightType::kInt8 ? kByteRows : kFloatRows; }
 
-void multiply(const LinearRows& task, WeightType type, int64_t first_panel, int64_t last_panel) {
+void multiply(const LinearTask& task, WeightType type, int64_t first_panel, int64_t last_panel) {
   switch (type) {
     case WeightType::kFloat32:
       return multiply_panels<FloatWeights>(task, first_panel, last_panel);
@@ -148,7 +150,7 @@ void multiply(const LinearRows& task, WeightType type, int64_t first_panel, int6
 
 constexpr int kChannelVecs = 4;
 
-// out = factor * sum_j weights[j] values[j], for kVecs whole vectors of channels.
+// out = factor * sum_j weights[j] values[j], for kVecs vectors of channels.
 template <int kVecs>
 inline void weigh(const float* values, int64_t stride, const float* weights, int64_t n, float factor, float* out) {
   Vec sum[kVecs];
@@ -161,7 +163,7 @@ inline void weigh(const float* values, int64_t stride, const float* weights, int
   for (int v = 0; v < kVecs; ++v) (sum[v] * Vec::fill(factor)).store(out + v * Vec::kSize);
 }
 
-void attend(const HeadRows& head) {
+void attend(const HeadTask& head) {
   const int64_t dim = head.head_dim;
   const Vec scale = Vec::fill(1.0f / __builtin_sqrtf(float(dim)));
   for (int64_t i = 0; i < head.count; ++i) {
@@ -195,20 +197,26 @@ void attend(const HeadRows& head) {
     }
     for (; c + Vec::kSize <= dim; c += Vec::kSize) weigh<1>(head.values + c, dim, head.scores, n, factor, out + c);
     if (c < dim) {
-      Vec sum = Vec::zero();
+      Vec rest = Vec::zero();
       for (int64_t j = 0; j < n; ++j) {
-        sum = fma(Vec::fill(head.scores[j]), Vec::load_first(head.values + j * dim + c, dim - c), sum);
+        rest = fma(Vec::fill(head.scores[j]), Vec::load_partial(head.values + j * dim + c, dim - c), rest);
       }
-      (sum * Vec::fill(factor)).store_first(out + c, dim - c);
+      (rest * Vec::fill(factor)).store_partial(out + c, dim - c);
     }
   }
 }
 
 }  // namespace
 
-extern const DepthDecodeKernel depth_decode_kernel;
-const DepthDecodeKernel depth_decode_kernel = {rows_at_once,         normalise, arrange, multiply, attend,
-                                               sample_scratch_bytes, sample_row};
+constexpr DepthDecodeKernels depth_decode_kernels = {
+    .rows_at_once = rows_at_once,
+    .normalize = normalize,
+    .arrange = arrange,
+    .multiply = multiply,
+    .attend = attend,
+    .sample_scratch_bytes = sample_scratch_bytes,
+    .sample_row = sample_row,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

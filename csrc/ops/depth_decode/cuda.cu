@@ -1,4 +1,4 @@
-// Launchers of the transformer's steps and of the codes of a position on the current stream.
+// Launches of transformer_step and depth_decode on the current stream.
 #include <cmath>
 
 #include "common/launch.cuh"
@@ -12,16 +12,16 @@ constexpr int64_t kAlignment = 256;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What lies between the kernels.
+// Intermediate results between kernels.
 struct Work {
-  uint8_t *narrow, *wide;          // activations of the width, and of the hidden width
+  uint8_t *narrow, *wide;          // activations of size width, and of size hidden
   float* qkv;                      // (rows, 3 width)
-  float *heads, *hidden, *scales;  // of int8: (rows, width), (rows, hidden), (rows)
-  // Of depth_decode.
+  float *heads, *hidden, *scales;  // int8 only: (rows, width), (rows, hidden), (rows)
+  // depth_decode only.
   float *x, *keys, *values, *sums, *logits;
 };
 
-// Takes the parts of the workspace one behind the other, and says how many bytes that was.
+// Assigns the parts of the workspace and counts their bytes.
 class Layout {
  public:
   explicit Layout(uint8_t* workspace) : at_(reinterpret_cast<uintptr_t>(workspace)) {}
@@ -68,7 +68,7 @@ int64_t lay_out(const DepthDecodeParams& p, Work& w) {
   return layout.bytes();
 }
 
-// One call's launches. Rows are those of x, (rows, width), which is changed in place.
+// The launches of one call. Its rows are x, (rows, width), modified in place.
 template <WeightType kType>
 class Launches {
  public:
@@ -76,11 +76,19 @@ class Launches {
       : op_(op), stack_(stack), w_(w), x_(x), rows_(rows), stream_(stream), device_(device_limits(op)) {}
 
   void begin(const float* from, const float* addend) const {
-    const Begin task{from, addend, rows_, stack_.width, x_, narrow(), wide()};
+    Begin task{};
+    task.from = from;
+    task.addend = addend;
+    task.rows = rows_;
+    task.width = stack_.width;
+    task.x = x_;
+    task.narrow = narrow();
+    task.wide = wide();
     launch_kernel(op_, begin_rows<kType>, blocks(divide_up(rows_, kRowGroup) * kRowGroup), kThreads, 0, stream_, task);
   }
 
-  // New positions through the stack: `count` of each of the rows / count sequences. `length` and `step` say where.
+  // Runs `count` new positions of each of the rows / count sequences through the stack; `length` and `step` give their
+  // place.
   void stack(float* keys, float* values, int64_t count, int64_t capacity, int64_t length, const int64_t* step) const {
     const int64_t width = stack_.width, cache = rows_ / count * capacity * width;
     const Epilogue activation = stack_.activation == Activation::kGelu ? Epilogue::kGelu : Epilogue::kQuickGelu;
@@ -101,7 +109,7 @@ class Launches {
       task.capacity = capacity;
       task.length = length;
       task.step = step;
-      task.fours = width / stack_.heads % 4 == 0 && reinterpret_cast<uintptr_t>(keys) % sizeof(float4) == 0;
+      task.is_vectorizable = width / stack_.heads % 4 == 0 && reinterpret_cast<uintptr_t>(keys) % sizeof(float4) == 0;
       task.to = narrow();
       task.out = w_.heads;
       const unsigned heads = blocks(rows_ * stack_.heads);
@@ -115,7 +123,7 @@ class Launches {
     }
   }
 
-  // x, normed, as the activations that `narrow` says.
+  // Writes the normalized x to the activations narrow().
   void norm(const float* weight, const float* bias, double eps) const {
     arrange(x_, stack_.width, weight, bias, eps, narrow());
   }
@@ -134,13 +142,23 @@ class Launches {
 
  private:
   unsigned blocks(int64_t count) const {
-    if (count > INT32_MAX) throw std::invalid_argument(std::string(op_) + ": too many rows for one launch");
+    if (count > INT32_MAX) {
+      throw std::invalid_argument(std::string(op_) + ": needs " + std::to_string(count) +
+                                  " blocks, a launch has at most 2^31 - 1: use fewer rows");
+    }
     return static_cast<unsigned>(count);
   }
 
   void arrange(const float* from, int64_t width, const float* weight, const float* bias, double eps,
                const Activations& to) const {
-    const Arrange task{from, width, weight, bias, static_cast<float>(eps), to, w_.scales};
+    Arrange task{};
+    task.from = from;
+    task.width = width;
+    task.norm_weight = weight;
+    task.norm_bias = bias;
+    task.eps = static_cast<float>(eps);
+    task.to = to;
+    task.scales = w_.scales;
     launch_kernel(op_, arrange_rows<kType>, blocks(rows_), kThreads, 0, stream_, task);
   }
 
@@ -157,8 +175,8 @@ class Launches {
     task.out = out;
     task.stride = stride;
     task.to = wide();
-    // Four panels to a block where a third of the multiprocessors then still has one: an L2 that serves them all needs
-    // no more of them to be busy.
+    // Four panels per block if that still leaves a block for every third multiprocessor: the shared L2 then keeps them
+    // supplied.
     const int64_t panels = divide_up(layer.outputs, kPanel);
     const bool many = kTiles > 1 && 3 * divide_up(panels, kMostPanels) * task.row_tiles >= device_.multiprocessors;
     task.panels_of_block = many ? kMostPanels : 1;
@@ -205,7 +223,7 @@ void launch_decode(const DepthDecodeParams& p, void* stream) {
     } else {
       launches.multiply(linear, launches.narrow(), Epilogue::kStore, w.logits, p.num_codes);
     }
-    Draw task{};
+    SampleTask task{};
     task.logits = p.given == nullptr ? w.logits : nullptr;
     task.rows = p.rows;
     task.num_codes = p.num_codes;
@@ -227,7 +245,7 @@ void launch_decode(const DepthDecodeParams& p, void* stream) {
     task.sums = w.sums;
     task.next_position = d + 1 < p.depth ? p.positions + (d + 1) * width : nullptr;
     task.x = w.x;
-    launch_kernel(kOp, draw_rows, static_cast<unsigned>(p.rows), kDrawThreads, 0, stream, task);
+    launch_kernel(kOp, sample_rows, static_cast<unsigned>(p.rows), kSampleThreads, 0, stream, task);
   }
 }
 

@@ -1,27 +1,27 @@
 // Products of rows with packed weights: out = epilogue(x W^T).
 //
-// A warp multiplies a panel of 32 outputs with up to 8 rows, or 32. All it needs comes from memory straight into the
-// registers in which it is used: panels lie so that a load of a warp is a whole run of 128 to 512 bytes, and
-// activations were written in the order of the lanes (arrange.cuh). So nothing waits at a barrier while weights arrive,
-// and each warp has four steps under way (two of 32 rows), a step being 1 KB of weights (fp32: 256 bytes).
+// A warp multiplies a panel of 32 outputs with up to 8 or up to 32 rows. All operands go straight from memory to the
+// registers that use them: panels are packed so that a warp's load is one run of 128 to 512 bytes, and activations are
+// stored in lane order (arrange.cuh). So nothing waits at a barrier while weights arrive. Each warp has four steps in
+// flight (two for 32 rows); a step is 1 KB of weights (fp32: 256 bytes).
 //
-// The inputs are cut into eight slices, each summed in order, and those are added as ((0 + 1 + 2 + 3) + (4 + 5 + 6 +
-// 7)), a half from left to right. Where that is needed to keep the device busy, a block's eight warps take a slice each
-// of one panel: a layer of 48 panels has 384 warps reading. Where there are rows enough, they take half the slices each
-// of four panels, one slice after another: four warps read the same activations then, three of them from L1. Both add
-// up to the same bits. A block's partial sums meet in shared memory, 4 to 36 KB (int8: twice that).
+// The inputs are divided into eight slices, each summed in order, and the slices are added as ((0 + 1 + 2 + 3) + (4 + 5
+// + 6 + 7)), from left to right. To keep the device busy with few rows, the eight warps of a block take one slice each
+// of one panel: a layer of 48 panels has 384 warps reading. With many rows, a block has four panels, and two warps per
+// panel take four slices each: four warps then read the same activations, three of them from L1. Both give the same
+// bits. Partial sums are exchanged in shared memory, 4 to 36 KB per block (int8: twice that).
 //
 //   fp32   a lane has 4 outputs and 2 of each 8 rows: true float32, one multiply-add per weight and row. TF32 would
 //          change greedy codes.
-//   bf16   the weights are the 16 x 16 operand of mma.m16n8k16, two to a step, and eight rows the other one; high and
-//          low parts of the activations one after the other into the same float32 sums.
-//   int8   the same with mma.m16n8k32 and a sum of integers for each part.
+//   bf16   the weights are the 16 x 16 operand of mma.m16n8k16, two per step, eight rows the other operand; the low
+//          and the high parts of the activations are added to the same float32 sums.
+//   int8   the same with mma.m16n8k32, and an integer sum for each part.
 //
-// Per KB of weights and eight rows a warp issues four mma, at most 7 cycles of an SM's tensor cores; 3.0 TB/s brings a
-// KB to each of 132 SMs in 75 cycles of 1.7 GHz. So up to 80 rows the weights are what takes time, and a tile that is
-// only one row costs nothing; it is one kernel for all. From L2 come, beside the weights once per tile of 32 rows, 4
-// bytes per activation for every 32 or 128 outputs: for 100 rows and 128 outputs 5.6 times the weights' bytes in bf16,
-// that is the limit there (at 5.5 TB/s three times the floor).
+// Per KB of weights and eight rows a warp issues four mma, at most 7 cycles of an SM's tensor cores; 3.0 TB/s bring a
+// KB to each of 132 SMs in 75 cycles at 1.7 GHz. So up to 80 rows the weights are the limit, a tile with a single row
+// costs nothing extra, and one kernel serves all. L2 delivers the weights once per tile of 32 rows, and 4 bytes per
+// activation for every 32 or 128 outputs: with 100 rows and 128 outputs 5.6 times the weights' bytes in bf16, which is
+// the limit there (at 5.5 TB/s three times the floor).
 #pragma once
 
 #include <cmath>
@@ -38,20 +38,18 @@ namespace depth_decode {
 
 constexpr int kPanel = static_cast<int>(kOutputPanel);
 constexpr int kSlices = kWarps;
-constexpr int kMostPanels = 4;          // of a block
-constexpr int kSumStride = kPanel + 4;  // spreads the rows over the banks
-
-enum class Epilogue { kStore, kAdd, kGelu, kQuickGelu };
+constexpr int kMostPanels = 4;          // per block
+constexpr int kSumStride = kPanel + 4;  // spreads the rows over the shared memory banks
 
 struct Product {
   PackedLinear layer;
   Activations from;
-  const float* scales;  // of the rows, of int8
+  const float* scales;  // of the rows, int8 only
   int64_t rows;
-  unsigned row_tiles;   // blocks are (panels / panels_of_block, row_tiles), the row tiles of a panel side by side
+  unsigned row_tiles;   // blocks are (panels / panels_of_block, row_tiles); the row tiles of a panel are neighbours
   int panels_of_block;  // 1 or kMostPanels
   Epilogue epilogue;
-  float* out;  // (rows, stride); an activation of fp32 and bf16 goes to `to` instead
+  float* out;  // (rows, stride); fp32 and bf16 write activations to `to` instead
   int64_t stride;
   Activations to;
 };
@@ -60,9 +58,9 @@ template <WeightType kType>
 constexpr int kSumParts = kType == WeightType::kInt8 ? 2 : 1;
 
 template <WeightType kType, int kTiles>
-constexpr int kSumWords = kSumParts<kType> * kTiles * kRowGroup * kSumStride;  // of a warp
+constexpr int kSumWords = kSumParts<kType> * kTiles * kRowGroup * kSumStride;  // per warp
 
-// What one step of one lane takes.
+// Operands of one lane in one step.
 template <int kTiles>
 struct Step {
   uint32_t weights[8];
@@ -82,7 +80,7 @@ __device__ inline void load_step(const uint8_t* panel, const Activations& from, 
       to.weights[2 * i + 1] = pairs.y;
     }
   } else {
-    // fp32: input i of the step; int8: inputs 16 i + 4 t .. + 3; outputs 4 g .. 4 g + 3.
+    // fp32: input i of the step; int8: inputs 16 i + 4 t .. + 3. Outputs 4 g .. 4 g + 3.
     const uint8_t* at =
         kType == WeightType::kFloat32 ? panel + step * 256 + g * 16 : panel + step * 1024 + t * 128 + g * 16;
 #pragma unroll
@@ -94,17 +92,17 @@ __device__ inline void load_step(const uint8_t* panel, const Activations& from, 
       to.weights[4 * i + 3] = four.w;
     }
   }
-  constexpr int kLanes = kType == WeightType::kFloat32 ? 4 : 32;
+  constexpr int kStepLanes = kType == WeightType::kFloat32 ? 4 : 32;
   const int64_t steps = from.inputs / kStepInputs<kType>;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
     if (n >= groups) break;
-    const int64_t at = ((first_group + n) * steps + step) * kLanes + (kType == WeightType::kFloat32 ? t : lane);
+    const int64_t at = ((first_group + n) * steps + step) * kStepLanes + (kType == WeightType::kFloat32 ? t : lane);
     to.x[n] = reinterpret_cast<const uint4*>(from.at)[at];
   }
 }
 
-// Sums of a lane: rows 8 n + 2 t + j % 2; outputs 4 g + j / 2, of bf16 2 g + j / 2 % 2 + 16 (j / 4).
+// Sums of a lane: rows 8 n + 2 t + j % 2; outputs 4 g + j / 2, for bf16 2 g + j / 2 % 2 + 16 (j / 4).
 template <WeightType kType, int kTiles>
 struct Sums;
 
@@ -177,7 +175,7 @@ struct Sums<WeightType::kInt8, kTiles> {
   }
 };
 
-// A warp's sums of a slice to its part of shared memory, added to what is there unless it is the first.
+// Stores a warp's sums of a slice in its part of shared memory, or adds them unless the slice is the first.
 template <bool kPairs, int kTiles, class T, class SumAt>
 __device__ inline void put_sums(T* to, bool first, SumAt sum_at) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -207,7 +205,7 @@ __device__ inline void put_sums(const Sums<WeightType::kInt8, kTiles>& sums, int
                           [&](int n, int j) { return sums.low[n][j / 4][j % 4]; });
 }
 
-// The sum of `count` parts, an even number, `stride` apart: by halves.
+// The sum of an even number of parts, `stride` apart, each half from left to right.
 template <class T>
 __device__ inline T add_parts(const T* parts, int count, int stride) {
   T halves[2];
@@ -232,6 +230,7 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(Product p) {
   const int64_t tile = blockIdx.x % p.row_tiles, first_panel = int64_t(blockIdx.x / p.row_tiles) * p.panels_of_block;
   const int64_t panels = (p.layer.outputs + kPanel - 1) / kPanel, panel = first_panel + warp / warps_of_panel;
 
+  // Sum the slices of this warp, kAhead steps in flight.
   if (panel < panels) {
     constexpr int64_t kStepBytes = int64_t(kStepInputs<kType>) * kPanel *
                                    (kType == WeightType::kFloat32    ? 4
@@ -271,10 +270,11 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(Product p) {
         }
       }
     }
-    if (first) put_sums<kTiles>(sum, mine, true);  // zeros: there are fewer steps than slices
+    if (first) put_sums<kTiles>(sum, mine, true);  // zeros, if there are fewer steps than slices
   }
   __syncthreads();
 
+  // Add the partial sums of the warps, and apply scale, bias and epilogue.
   for (int i = threadIdx.x; i < p.panels_of_block * kRows * kPanel; i += kThreads) {
     const int r = i / kPanel % kRows, part = i / kPanel / kRows * warps_of_panel;
     const int64_t row = tile * kRows + r;
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(Product p) {
     if (is_activation) value = activated(value, p.epilogue);
     if constexpr (kType != WeightType::kInt8) {
       if (is_activation) {
-        store_activation<kType>(p.to, row, output, value);  // zeros behind the last output
+        store_activation<kType>(p.to, row, output, value);  // zeros past the last output
         continue;
       }
     }

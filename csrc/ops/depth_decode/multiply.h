@@ -1,24 +1,19 @@
 // Products of a few rows with panels of packed weights. For cpu_simd.cpp.
 //
-// A panel's weights are read in the order in which they lie, once for each group of rows, whose sums stay in registers:
-// with one group a product runs as fast as weights arrive, with more the panel stays in a near cache. An output of a
-// row is summed in the order of the inputs by itself, whatever rows are beside it.
-//
-// int8: rows are integers a = 256 h + l of two signed bytes, weights are bytes q + 128, so that
-//   sum (q + 128) h - 128 sum h = sum q h    and the same for l.
-// Both are exact in int32: with up to 32768 inputs what is summed stays below 255 * 128 * 32768 + 128 * 128 * 32768 <
-// 2^31. The two become float, which rounds by a relative 2^-24 each, and 256 times one plus the other again: that is
-// the only error beside those of h, l and q themselves, and the same at every level.
+// A panel's weights are read in storage order, once for each group of rows, whose sums stay in registers. With one
+// group a product runs at memory speed; with more, the panel stays in cache. Each output of a row is summed in the
+// order of the inputs, independently of the other rows. The int8 products are exact integers: bound B15
+// (docs/bounds.md).
 #pragma once
 
 #include "common/simd.h"
-#include "ops/depth_decode/cpu_simd.h"
+#include "ops/depth_decode/kernel_table.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-// A panel is computed in strips of two vectors: outputs strip * Vec::kSize + lane, and 16 more.
+// A panel is computed in strips of two vectors: outputs strip * Vec::kSize + lane, and the same + 16.
 constexpr int64_t kStrips = kOutputPanel / 2 / Vec::kSize;
 #if defined(__AVX512F__)
 constexpr int kFloatRows = 12, kByteRows = 6;  // 24 of 32 registers
@@ -27,16 +22,17 @@ constexpr int kFloatRows = 6, kByteRows = 2;  // 12 and 8 of 16
 #else
 constexpr int kFloatRows = 6, kByteRows = 2;
 #endif
-constexpr int64_t kBlock = 128;   // inputs summed by themselves: a sum of thousands one by one would round too often
-constexpr int64_t kAhead = 4096;  // bytes by which one group asks for weights before it needs them
+constexpr int64_t kBlock = 128;   // inputs per partial sum: a single sum over thousands of inputs would accumulate more
+                                  // rounding error
+constexpr int64_t kAhead = 4096;  // prefetch distance in bytes for a single group
 
-// Asks for weights while others are multiplied. With one group of rows those some way ahead; with more, each group asks
-// for its share of the next panel, so that memory has something to do while the arithmetic units do.
+// Prefetches weights during the multiplication. A single group of rows prefetches ahead in its panel; with more, each
+// group prefetches its share of the next panel, so that memory and arithmetic overlap.
 struct Fetcher {
   const uint8_t* at;
   int64_t step;
 
-  Fetcher(const LinearRows& task, const uint8_t* panel, int64_t panel_bytes, int64_t bytes, int64_t begin) {
+  Fetcher(const LinearTask& task, const uint8_t* panel, int64_t panel_bytes, int64_t bytes, int64_t begin) {
     const int64_t groups = task.rows->groups;
     step = (bytes + groups - 1) / groups;
     at = groups == 1 ? panel + kAhead : panel + panel_bytes + begin * panel_bytes / task.rows->rows;
@@ -64,7 +60,7 @@ struct FloatWeights {
 struct BFloatWeights {
   static constexpr int kMostRows = kFloatRows;
   static constexpr int64_t kBytes = 2;
-  // Two to a word: the lower half belongs to the first vector.
+  // Two weights per word: the lower half belongs to the first vector.
   static void load(const uint8_t* inputs_weights, int64_t strip, Vec (&w)[2]) {
     const uint8_t* words = inputs_weights + strip * Vec::kSize * 4;
 #if defined(__AVX512F__)
@@ -86,9 +82,9 @@ struct BFloatWeights {
   }
 };
 
-// Of one strip of a panel with one group of kRows rows.
+// Multiplies one strip of a panel with one group of kRows rows.
 template <class Weights, int kRows>
-[[gnu::always_inline]] inline void products(const LinearRows& task, int64_t panel, int64_t strip, int64_t begin,
+[[gnu::always_inline]] inline void products(const LinearTask& task, int64_t panel, int64_t strip, int64_t begin,
                                             Products<kRows>& dot) {
   const RowGroups& rows = *task.rows;
   const float* x = reinterpret_cast<const float*>(rows.values) + begin * rows.inputs;
@@ -127,7 +123,7 @@ struct ByteWeights {
 };
 
 #if defined(__AVX512F__)
-// Four bytes in every lane. From memory: from a register it would take one of the two ports that multiply.
+// Four bytes in every lane. Loaded from memory: a broadcast from a register would occupy one of the two multiply ports.
 inline __m512i broadcast(const uint8_t* four) {
   __m512i lanes;
   asm("vpbroadcastd %1, %0" : "=v"(lanes) : "m"(*reinterpret_cast<const uint8_t (*)[4]>(four)));
@@ -136,7 +132,7 @@ inline __m512i broadcast(const uint8_t* four) {
 #endif
 
 template <int kRows>
-[[gnu::always_inline]] inline void byte_products(const LinearRows& task, int64_t panel, int64_t strip, int64_t begin,
+[[gnu::always_inline]] inline void byte_products(const LinearTask& task, int64_t panel, int64_t strip, int64_t begin,
                                                  Products<kRows>& dot) {
   const RowGroups& rows = *task.rows;
   const uint8_t* x = rows.values + begin * rows.inputs * 2;
@@ -144,7 +140,7 @@ template <int kRows>
   const int32_t* sums = rows.sums + begin * 2;
   const float* scales = task.layer.scales + panel * kOutputPanel + strip * Vec::kSize;
   auto scaled = [&](int i, int v, Vec high, Vec low) {
-    const Vec sum = fma(high, Vec::fill(256.0f), low);  // 256 times a float is exact: fused or not is one
+    const Vec sum = fma(high, Vec::fill(256.0f), low);  // 256 times a float is exact, so fusing changes nothing
     return (sum * Vec::load(scales + 16 * v)) * Vec::fill(rows.scales[begin + i]);
   };
   Fetcher fetcher(task, weights, rows.inputs * kOutputPanel, 4 * kOutputPanel, begin);
@@ -181,7 +177,7 @@ template <int kRows>
     high[i][0] = high[i][1] = VecInt::fill(-128 * sums[2 * i]);
     low[i][0] = low[i][1] = VecInt::fill(-128 * sums[2 * i + 1]);
   }
-  // Bytes 0 and 2 of a lane, and 1 and 3, as words: pairs of products of 255 * 128 do not saturate in 32 bits.
+  // Bytes 0 and 2 of a lane, and 1 and 3, as 16-bit words: pairs of products of 255 * 128 do not saturate in 32 bits.
   const __m256i first = _mm256_set1_epi16(0xff);
   for (int64_t c = 0; c < rows.inputs; c += 4) {
     fetcher.next();
@@ -247,12 +243,12 @@ template <int kRows>
 
 inline Vec divided(Vec a, Vec b) { return {a.v / b.v}; }
 
-// 1/2 erfc(x / sqrt 2) = t P(t) e^(-x^2/2) with t = 1 / (1 + 0.3 x / sqrt 2), x >= 0: P fitted to a relative 2e-8, in
-// float some 2e-7.
+// 1/2 erfc(x / sqrt 2) = t P(t) e^(-x^2/2) with t = 1 / (1 + 0.3 x / sqrt 2), x >= 0. P has a relative error of 2e-8,
+// in float32 about 2e-7.
 constexpr float kTail[] = {0.48478910f, -0.51053262f, 0.54551899f, -0.09295557f,
                            0.21411078f, 0.14857794f,  0.17067635f, 0.16919069f};
 
-// x (1 + erf(x / sqrt 2)) / 2, off by at most some 2e-7 |x|.
+// x (1 + erf(x / sqrt 2)) / 2, with an error of about 2e-7 |x|.
 inline Vec gelu(Vec x) {
   const Vec zero = Vec::zero(), size = max(zero - x, x);
   const Vec t = divided(Vec::fill(1.0f), fma(size, Vec::fill(0.21213203f), Vec::fill(1.0f)));
@@ -267,7 +263,7 @@ inline Vec quick_gelu(Vec x) {
   return divided(x, Vec::fill(1.0f) + exp(min(Vec::fill(88.0f), x * Vec::fill(-1.702f))));
 }
 
-// Once, not for every number of rows.
+// Compiled once, not for every number of rows.
 [[gnu::noinline]] inline void finish(Vec value, Epilogue epilogue, float* out) {
   if (epilogue == Epilogue::kAdd) value = Vec::load(out) + value;
   if (epilogue == Epilogue::kGelu) value = gelu(value);
@@ -276,7 +272,7 @@ inline Vec quick_gelu(Vec x) {
 }
 
 template <class Weights, int kRows>
-inline void multiply_group(const LinearRows& task, int64_t panel, int64_t begin) {
+inline void multiply_group(const LinearTask& task, int64_t panel, int64_t begin) {
   for (int64_t strip = 0; strip < kStrips; ++strip) {
     Products<kRows> dot;
     if constexpr (Weights::kMostRows == kByteRows) {
@@ -294,9 +290,9 @@ inline void multiply_group(const LinearRows& task, int64_t panel, int64_t begin)
   }
 }
 
-// Calls the one compiled for as many rows.
+// Calls the instance compiled for this number of rows.
 template <class Weights, int kRows = Weights::kMostRows>
-inline void multiply_rows(const LinearRows& task, int64_t panel, int64_t begin, int64_t count) {
+inline void multiply_rows(const LinearTask& task, int64_t panel, int64_t begin, int64_t count) {
   if constexpr (kRows > 0) {
     if (count == kRows) return multiply_group<Weights, kRows>(task, panel, begin);
     multiply_rows<Weights, kRows - 1>(task, panel, begin, count);
@@ -304,7 +300,7 @@ inline void multiply_rows(const LinearRows& task, int64_t panel, int64_t begin, 
 }
 
 template <class Weights>
-inline void multiply_panels(const LinearRows& task, int64_t first_panel, int64_t last_panel) {
+inline void multiply_panels(const LinearTask& task, int64_t first_panel, int64_t last_panel) {
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     for (int64_t group = 0; group < task.rows->groups; ++group) {
       const int64_t begin = task.rows->begin(group);

@@ -32,7 +32,7 @@ rqk::Activation activation_of(const char* op, const std::string& name) {
   rqk::value_error(op, ": activation must be gelu or quick_gelu, got '", name, "'");
 }
 
-// A contiguous float32 tensor as it stands: copies would hide a write, or cost one at each step.
+// Requires contiguous float32 and never copies: a copy would hide writes, or cost time at each step.
 const float* floats_of(const char* op, const char* name, const Tensor& t) {
   if (t.scalar_type() != ScalarType::Float || !t.is_contiguous()) {
     rqk::value_error(op, ": ", name, " must be contiguous float32, got shape ", rqk::shape_of(t));
@@ -49,14 +49,14 @@ const uint8_t* packed_of(const char* op, const char* name, const Tensor& packed,
   return packed.const_data_ptr<uint8_t>();
 }
 
-// Norms add it in float32.
+// Norms add eps in float32.
 void check_eps(const char* op, const char* name, double eps) {
   if (!(eps >= 0 && std::isfinite(static_cast<float>(eps)))) {
     rqk::value_error(op, ": ", name, " must be a finite number >= 0, got ", rqk::number_text(eps));
   }
 }
 
-// Far above every model; a packed stack of so many has a size in int64.
+// Far above any model; the size of such a packed stack fits int64.
 constexpr int64_t kMostLayers = 4096, kMostWidth = 32768, kMostDepth = 32768;
 
 rqk::PackedStack stack_of(const char* op, const Tensor& blocks, int64_t layers, int64_t width, int64_t hidden,
@@ -105,20 +105,21 @@ Tensor transformer_step(Tensor x, Tensor blocks, Tensor keys, Tensor values, int
     rqk::value_error(kStep, ": keys and values must be (", layers, ", ", batch, ", ", heads, ", capacity, ",
                      width / heads, "), got ", rqk::shape_of(keys), " and ", rqk::shape_of(values));
   }
-  // Neither sum could overflow in this form.
+  // Written so that no sum overflows.
   if (length < 0 || length > sizes[3] - count) {
     rqk::value_error(kStep, ": length ", length, " and ", count, " new positions do not fit the keys' capacity ",
                      sizes[3]);
   }
 #ifdef RQK_CUDA_LIBRARY
   if (sizes[3] * (width / heads) > INT32_MAX) {
-    rqk::value_error(kStep, ": keys must have fewer than 2^31 numbers to a head on CUDA, got ", rqk::shape_of(keys));
+    rqk::value_error(kStep, ": keys must have fewer than 2^31 elements per head on CUDA, got ", rqk::shape_of(keys));
   }
 #endif
   for (const auto& [name, tensor] : {std::pair{"blocks", blocks}, {"keys", keys}, {"values", values}}) {
     rqk::check_same_device(kStep, "x", x, name, tensor);
   }
-  const Tensor x_read = rqk::contiguous(x);  // a tensor of zeros without memory comes as one number with strides of 0
+  const Tensor x_read = rqk::contiguous(x);  // torch passes a zero tensor without storage as one element with strides
+                                             // of 0
   params.x = floats_of(kStep, "x", x_read);
   floats_of(kStep, "keys", keys);
   floats_of(kStep, "values", values);
@@ -172,7 +173,7 @@ std::vector<rqk::SampleSettings> settings_of(const std::vector<double>& temperat
   return settings;
 }
 
-// `seed` holds the 64 bits of an unsigned one; top_k = num_codes and top_p = 1 keep all codes.
+// `seed` holds the 64 bits of an unsigned integer; top_k = num_codes and top_p = 1 keep all codes.
 std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor classifier, Tensor positions,
                                         Tensor vectors, int64_t num_codes, bool classifier_per_depth, bool cumulative,
                                         int64_t layers, int64_t hidden, int64_t heads, std::string activation,
@@ -202,13 +203,13 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
     rqk::value_error(op, ": vectors must be (", num_codes, ", ", width, ") or (", depth * num_codes, ", ", width,
                      "), got ", rqk::shape_of(vectors));
   }
-  // It is used in float32.
+  // The kernels use it in float32.
   if (!(guidance >= 0 && std::isfinite(static_cast<float>(1 + guidance)))) {
     rqk::value_error(op, ": guidance must be a finite number >= 0, got ", rqk::number_text(guidance));
   }
   const int64_t contexts = context.size(0), copies = guidance > 0 ? 2 : 1, rows = contexts / copies;
   if (contexts % copies != 0) {
-    rqk::value_error(op, ": with guidance context must be (2 B, W), got ", rqk::shape_of(context));
+    rqk::value_error(op, ": context must be (2 B, W) with guidance, got ", rqk::shape_of(context));
   }
   if (offset < 0 || offset > INT64_MAX - rows) {
     rqk::value_error(op, ": offset must be >= 0, and offset + rows below 2^63; got ", offset, " with ", rows, " rows");
@@ -294,8 +295,8 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
 }
 
 #ifndef RQK_CUDA_LIBRARY
-// A copy of packed weights in pages of 2 MiB where the system has such: streams then run a quarter faster, as they stop
-// at the end of a page and at an address that must be looked up.
+// Copies packed weights to 2 MiB pages if the system has them: streaming is then a quarter faster, since it stops at
+// page boundaries and TLB misses.
 Tensor copy_to_large_pages(Tensor packed) {
   if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_contiguous() || packed.is_cuda()) {
     rqk::value_error("copy_to_large_pages: packed must be contiguous bytes on the cpu, got ", rqk::shape_of(packed));
@@ -306,7 +307,7 @@ Tensor copy_to_large_pages(Tensor packed) {
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(bytes) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(packed.numel())) / kPage * kPage;
-  // A wish: where it is not granted, nothing changes.
+  // Best-effort hint; failure is harmless.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   std::memcpy(bytes, packed.const_data_ptr(), static_cast<size_t>(packed.numel()));

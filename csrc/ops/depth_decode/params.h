@@ -1,43 +1,38 @@
-// What a transformer step and the decoding of one position's codes work on: raw pointers, sizes and strides in
-// elements, nothing of torch.
+// Inputs and outputs of transformer_step and depth_decode; strides in elements.
 //
-// Weights come packed, as one run of bytes for a stack of blocks and one for the classifier (rqkernels/ops/
-// depth_decode.py packs them). Each part begins at a multiple of 128 bytes from the start of the run:
-//   vector (n)             float32, zeros up to a multiple of 32
+// Weights are packed into one buffer for a stack of blocks and one for the classifier (by
+// rqkernels/ops/depth_decode.py). Each part begins at a multiple of 128 bytes from the start of its buffer:
+//   vector (n)             float32, zero-padded to a multiple of 32
 //   linear (outputs, inputs)
-//     weights              panels of 32 outputs, zeros where a panel or the inputs' padding to a multiple of 32 passes
-//                          the end:
+//     weights              panels of 32 outputs; panels and inputs are zero-padded to multiples of 32
 //       fp32               float32 (panels, inputs, 32)
-//       bf16               bfloat16 (panels, inputs, 16, 2): output j of a panel stands at (j % 16, j / 16)
+//       bf16               bfloat16 (panels, inputs, 16, 2): output j of a panel at (j % 16, j / 16)
 //       int8               uint8 (panels, inputs / 4, 32, 4): the weight's integer q in [-127, 127] plus 128
-//     scales               int8 alone: vector (outputs); the weight is q * scale
-//     bias                 vector (outputs), zeros for a layer without one
+//     scales               int8 only: vector (outputs); the weight is q * scale
+//     bias                 vector (outputs), zeros for a layer without bias
 //   block                  attention_norm.weight, .bias, linear qkv (3 W, W), linear out (W, W),
 //                          mlp_norm.weight, .bias, linear mlp_in (H, W), linear mlp_out (W, H)
-//   classifier             norm.weight, .bias, then one linear (K, W) for all depths, or one for each
+//   classifier             norm.weight, .bias, then one linear (K, W) for all depths, or one per depth
 #pragma once
 
 #include <cstdint>
 
-#include "common/sampling.h"
-
-#ifdef __CUDACC__
-#define RQK_DEPTH_DECODE_FUNCTION __host__ __device__ inline
-#else
-#define RQK_DEPTH_DECODE_FUNCTION inline
-#endif
+#include "common/host_device.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 
 enum class WeightType : int32_t { kFloat32, kBFloat16, kInt8 };
 enum class Activation : int32_t { kGelu, kQuickGelu };
+// Applied to the outputs of a product; kAdd adds them to `out`.
+enum class Epilogue : int32_t { kStore, kAdd, kGelu, kQuickGelu };
 
-// Outputs of a panel; vectors and inputs are padded to as many.
+// Outputs per panel; vectors and inputs are padded to a multiple of it.
 constexpr int64_t kOutputPanel = 32;
 
-RQK_DEPTH_DECODE_FUNCTION int64_t padded(int64_t n) { return (n + kOutputPanel - 1) / kOutputPanel * kOutputPanel; }
+RQK_HD int64_t padded(int64_t n) { return (n + kOutputPanel - 1) / kOutputPanel * kOutputPanel; }
 
-// Where the parts of a linear layer lie.
+// The parts of a packed linear layer.
 struct PackedLinear {
   const uint8_t* weights;
   const float* scales;  // (padded outputs), null unless int8
@@ -52,17 +47,17 @@ struct PackedBlock {
   PackedLinear mlp_in, mlp_out;
 };
 
-// Reads parts one after another.
+// Reads consecutive parts.
 struct PackedReader {
   const uint8_t* at;
   WeightType type;
 
-  RQK_DEPTH_DECODE_FUNCTION const float* vector(int64_t n) {
+  RQK_HD const float* vector(int64_t n) {
     const float* values = reinterpret_cast<const float*>(at);
     at += padded(n) * static_cast<int64_t>(sizeof(float));
     return values;
   }
-  RQK_DEPTH_DECODE_FUNCTION PackedLinear linear(int64_t outputs, int64_t inputs) {
+  RQK_HD PackedLinear linear(int64_t outputs, int64_t inputs) {
     PackedLinear layer{};
     layer.weights = at;
     layer.inputs = inputs;
@@ -77,13 +72,13 @@ struct PackedReader {
 
 // A stack of causal pre-norm blocks: x += out(attention(norm(x))); x += mlp_out(activation(mlp_in(norm(x)))).
 struct PackedStack {
-  const uint8_t* blocks;  // (layers) runs of block_bytes(), one after another
+  const uint8_t* blocks;  // (layers) consecutive blocks of block_bytes() each
   int64_t layers, width, hidden, heads;
   WeightType type;
   Activation activation;
   double eps;  // of the norms
 
-  RQK_DEPTH_DECODE_FUNCTION PackedBlock block_at(const uint8_t* at, const uint8_t** end) const {
+  RQK_HD PackedBlock block_at(const uint8_t* at, const uint8_t** end) const {
     PackedReader reader{at, type};
     PackedBlock block;
     block.attention_norm_weight = reader.vector(width);
@@ -97,73 +92,72 @@ struct PackedStack {
     *end = reader.at;
     return block;
   }
-  RQK_DEPTH_DECODE_FUNCTION int64_t block_bytes() const {
+  RQK_HD int64_t block_bytes() const {
     const uint8_t* end;
     block_at(blocks, &end);
     return end - blocks;
   }
-  RQK_DEPTH_DECODE_FUNCTION PackedBlock block(int64_t layer) const {
+  RQK_HD PackedBlock block(int64_t layer) const {
     const uint8_t* end;
     return block_at(blocks + layer * block_bytes(), &end);
   }
 };
 
-// n new positions of every row through the stack. Rows are (batch, count), row = b * count + i.
+// Runs n new positions of every row through the stack. Rows are (batch, count), row = b * count + i.
 struct TransformerStepParams {
   PackedStack stack;
   const float* x;        // (batch, count, width), contiguous
-  float *keys, *values;  // (layers, batch, heads, capacity, width / heads), contiguous; written at length .. + count
+  float *keys, *values;  // (layers, batch, heads, capacity, width / heads), contiguous; written at length .. length +
+                         // count
   float* y;              // (batch, count, width), contiguous
   int64_t batch, count;
   int64_t capacity;
-  int64_t length;       // positions seen before, ...
-  const int64_t* step;  // ... and as many more; null: none. On a GPU in its memory: read when the kernel runs
-  uint8_t* workspace;   // workspace_bytes(), on a GPU alone
+  int64_t length;       // number of earlier positions, ...
+  const int64_t* step;  // ... plus *step; null: plus none. On a GPU in device memory, read by the kernel
+  uint8_t* workspace;   // workspace_bytes(), on a GPU only
 };
 
-// depth codes of every row, one after another:
-//   x_0 = context + positions[0];   x_d = sum of the vectors of the codes before d (or the last one's) + positions[d]
+// Samples `depth` codes of every row, one after another:
+//   x_0 = context + positions[0];   x_d = sum of the vectors of the codes before d (or of the last one) + positions[d]
 //   logits_d = classifier_d(norm(last output of the stack for x_0 .. x_d));   code d ~ sample_logits(logits_d)
 struct DepthDecodeParams {
   PackedStack stack;
-  const uint8_t* classifier;  // packed: norm and `classifiers` linears (num_codes, width) of the stack's WeightType
-  int64_t classifiers;        // 1, or one for each depth
+  const uint8_t* classifier;  // packed norm and `classifiers` linears (num_codes, width), of the stack's WeightType
+  int64_t classifiers;        // 1, or one per depth
   double classifier_eps;
   const float* positions;  // (depth, width), contiguous
   const float* vectors;    // (num_codes, width), contiguous; or (depth, num_codes, width)
-  int64_t vectors_stride;  // from one depth's vectors to the next; 0 where all share them
+  int64_t vectors_stride;  // elements from one depth's vectors to the next; 0 if all share them
   bool cumulative;         // whether x_d sums all codes before d
   int64_t rows, depth, num_codes;
-  const float* context;  // (rows, width), contiguous; with guidance (2, rows, width), the second half under the
-                         // null condition
-  double guidance;       // logits = (1 + guidance) conditional - guidance null; 0: none
-  const SampleSettings* settings;  // (depth), always on the host
+  const float* context;  // (rows, width), contiguous; with guidance (2, rows, width), the second half for the null
+                         // condition
+  double guidance;       // logits = (1 + guidance) conditional - guidance null; 0: off
+  const SampleSettings* settings;  // (depth), always in host memory
   uint64_t seed;
-  int64_t offset;        // the uniform of a row is that of row offset + its index ...
-  int64_t stream;        // ... and of stream + d, ...
-  const int64_t* step;   // ... plus step * depth; null: 0. On a GPU in its memory: read when the kernel runs
-  const int64_t* given;  // (rows, depth): codes to go on with in the place of those drawn, nothing is drawn; or null
-  int64_t* codes;        // (rows, depth), unless `given`
+  int64_t offset;        // the uniform of a row is that of row offset + index, ...
+  int64_t stream;        // ... stream + d, ...
+  const int64_t* step;   // ... plus *step * depth; null: plus none. On a GPU in device memory, read by the kernel
+  const int64_t* given;  // (rows, depth): codes to use instead of sampling; or null
+  int64_t* codes;        // (rows, depth); unused with `given`
   float* logits;         // (rows, depth, num_codes) with `given`, else null
-  int64_t* bad_row;      // set to the first row whose logits have NaN, +inf or nothing but -inf, else left; its
-                         // codes are then not meant to be read. CPU alone: on a GPU such a row gets code -1 from
-                         // there on
-  uint8_t* workspace;    // workspace_bytes(), on a GPU alone
+  int64_t* bad_row;      // CPU only: set to the first row whose logits have NaN, +inf or nothing but -inf, else
+                         // unchanged; the codes are then invalid. On a GPU such a row has code -1 from there on
+  uint8_t* workspace;    // workspace_bytes(), on a GPU only
 };
 
-// The packed classifier's parts.
+// The parts of a packed classifier.
 struct PackedClassifier {
   const float *norm_weight, *norm_bias;
-  PackedReader linears;  // the first one comes next
+  PackedReader linears;  // positioned at the first one
 
-  RQK_DEPTH_DECODE_FUNCTION PackedClassifier(const uint8_t* packed, WeightType type, int64_t width)
-      : linears{packed, type} {
+  RQK_HD PackedClassifier(const uint8_t* packed, WeightType type, int64_t width) : linears{packed, type} {
     norm_weight = linears.vector(width);
     norm_bias = linears.vector(width);
   }
 };
 
-// Defined by the CUDA library alone; aligned to 256 bytes, and nothing need be in it.
+// CUDA library only; aligned to 256 bytes, need not be initialized.
 int64_t workspace_bytes(const TransformerStepParams& params);
 int64_t workspace_bytes(const DepthDecodeParams& params);
 

@@ -1,35 +1,32 @@
-// Sum of codes on the CPU: each row's codebook rows are read once and its sum written once (cpu_simd.cpp).
+// Sum of codes on the CPU: reads each row's codebook rows once and writes its sum once (cpu_simd.cpp).
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
-#include "ops/residual_decode/cpu_simd.h"
+#include "ops/residual_decode/kernel_table.h"
 
 namespace rqk {
 namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 15;
 
-DecodeRows decoder([[maybe_unused]] int64_t channels) {
-#ifdef RQK_X86
-  // Eight channels are one vector of AVX2. Half a vector of AVX-512 reaches, masked or not, into a second cache line.
-  if (cpu_capability() == CpuCapability::kAvx512 && channels > 8) return avx512::decode_rows;
-  if (cpu_capability() != CpuCapability::kDefault) return avx2::decode_rows;
-#endif
-  return default_::decode_rows;
+const ResidualDecodeKernels& kernels_for(int64_t channels) {
+  // Up to eight channels fit an AVX2 vector. An AVX-512 access, masked or not, would reach into a second cache line.
+  const CpuCapability most = channels > 8 ? CpuCapability::kAvx512 : CpuCapability::kAvx2;
+  return RQK_KERNEL_TABLE_OF(std::min(cpu_capability(), most), residual_decode_kernels);
 }
 
 }  // namespace
 
 void launch(const ResidualDecodeParams& p, void*) {
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (p.channels * p.depth));
-  const DecodeRows decode_rows = decoder(p.channels);
-  torch::stable::parallel_for(0, p.rows, grain, [&p, decode_rows](int64_t begin, int64_t end) {
+  const ResidualDecodeKernels& kernels = kernels_for(p.channels);
+  torch::stable::parallel_for(0, p.rows, grain, [&p, &kernels](int64_t begin, int64_t end) {
     const KeepDenormals keep;
-    // Threads only ever store the same value.
-    if (!decode_rows(p, begin, end)) __atomic_store_n(p.any_bad, 1, __ATOMIC_RELAXED);
+    // All threads store the same value.
+    if (!kernels.decode_rows(p, begin, end)) __atomic_store_n(p.any_bad, 1, __ATOMIC_RELAXED);
   });
 }
 

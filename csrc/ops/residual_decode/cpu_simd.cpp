@@ -1,8 +1,8 @@
-// Sum of codes, compiled once per instruction set: sums stay in registers while all depths are added to them.
+// Sum of codes, compiled once per instruction set. Sums stay in registers over all depths.
 //
-// Short rows go in groups, so that one row's chain of additions does not wait for itself. Where the codebooks are
-// larger than a core's own cache, the codebook rows of a later row are asked for early.
-#include "ops/residual_decode/cpu_simd.h"
+// Short rows are grouped, so that the chains of additions of several rows overlap. Codebook rows are prefetched if the
+// codebooks do not fit a core's own cache.
+#include "ops/residual_decode/kernel_table.h"
 
 #include "common/simd.h"
 
@@ -10,12 +10,12 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-constexpr int kVectors = 8;  // of sums held at once: codebook rows are read in long runs, and the registers suffice
-constexpr int kGroup = 4;    // short rows at once
+constexpr int kVectors = 8;  // accumulators: codebook rows are read in long runs, and the registers suffice
+constexpr int kGroup = 4;    // short rows per group
 constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kCacheBytes = 1 << 20;
-// Decoded rows of so much in all are gone from the caches before anyone reads them: they are written past them, which
-// saves reading what is overwritten.
+// Outputs at least this large are evicted before they are read, so they get non-temporal stores (no
+// read-for-ownership).
 constexpr int64_t kStreamedBytes = 32 << 20;
 
 inline const float* codebook_row(const ResidualDecodeParams& p, int64_t d, int64_t code) {
@@ -26,7 +26,7 @@ inline bool is_code(const ResidualDecodeParams& p, int64_t code) {
   return static_cast<uint64_t>(code) < static_cast<uint64_t>(p.num_codes);
 }
 
-// Channels [c, c + kCount * Vec::kSize) of the sums of kRows rows: from zero, in depth order.
+// Channels [c, c + kCount * Vec::kSize) of the sums of kRows rows, starting from zero, in depth order.
 template <int kRows, int kCount>
 inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64_t c, float* out, bool is_streamed) {
   Vec sum[kRows][kCount];
@@ -49,7 +49,7 @@ inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64
     for (int v = 0; v < kCount; ++v) {
       float* at = out + r * p.channels + c + v * Vec::kSize;
       if (is_streamed) {
-        sum[r][v].stream(at);
+        stream(sum[r][v], at);
       } else {
         sum[r][v].store(at);
       }
@@ -57,7 +57,7 @@ inline void add_codes(const ResidualDecodeParams& p, const int64_t* codes, int64
   }
 }
 
-// The last channels, fewer than a vector.
+// The last channels, less than a vector.
 template <int kRows>
 inline void add_last_channels(const ResidualDecodeParams& p, const int64_t* codes, int64_t c, float* out) {
   const int count = static_cast<int>(p.channels - c);
@@ -67,14 +67,14 @@ inline void add_last_channels(const ResidualDecodeParams& p, const int64_t* code
   for (int64_t d = 0; d < p.depth; ++d) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      sum[r] = sum[r] + Vec::load_first(codebook_row(p, d, codes[r * p.code_depth + d]) + c, count);
+      sum[r] = sum[r] + Vec::load_partial(codebook_row(p, d, codes[r * p.code_depth + d]) + c, count);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sum[r].store_first(out + r * p.channels + c, count);
+  for (int r = 0; r < kRows; ++r) sum[r].store_partial(out + r * p.channels + c, count);
 }
 
-// kRows rows whose codes are good.
+// kRows rows whose codes are in range.
 template <int kRows>
 inline void decode_good(const ResidualDecodeParams& p, const int64_t* codes, float* out, bool is_streamed) {
   constexpr int kCount = kVectors / kRows;
@@ -101,8 +101,6 @@ inline void prefetch(const ResidualDecodeParams& p, const int64_t* codes) {
     for (int64_t c = 0; c < p.channels; c += 16) __builtin_prefetch(e + c);
   }
 }
-
-}  // namespace
 
 bool decode_rows(const ResidualDecodeParams& p, int64_t begin, int64_t end) {
   const int64_t codebooks = p.codebook_stride == 0 ? 1 : p.depth;
@@ -133,9 +131,15 @@ bool decode_rows(const ResidualDecodeParams& p, int64_t begin, int64_t end) {
     }
     ++row;
   }
-  if (is_streamed) finish_streams();
+  if (is_streamed) stream_fence();
   return good;
 }
+
+}  // namespace
+
+constexpr ResidualDecodeKernels residual_decode_kernels = {
+    .decode_rows = decode_rows,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

@@ -1,4 +1,4 @@
-// Launcher of the decode on the current stream.
+// Launch of residual_decode on the current stream.
 #include "common/launch.cuh"
 #include "ops/residual_decode/kernel.cuh"
 

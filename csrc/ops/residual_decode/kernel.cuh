@@ -1,6 +1,6 @@
 // Sum of codes on a GPU: one thread per output element, neighbouring threads on neighbouring channels.
 //
-// Reads depth*C*4 bytes of the codebooks per row (mostly from L2) and depth*8 of codes, writes C*4.
+// Reads depth*C*4 bytes of the codebooks per row (mostly from L2) and depth*8 of codes; writes C*4.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) decode(ResidualDecodeParams p) {
       const int64_t code = p.codes[row * p.code_depth + d];
       if (code < 0 || code >= p.num_codes) {
         sum = __int_as_float(0x7fffffff);
-        // Several threads may meet the same bad code: one flag, set atomically.
+        // Several threads may find the same bad code: set the flag atomically.
         if (c == 0) atomicExch(p.any_bad, 1);
         break;
       }

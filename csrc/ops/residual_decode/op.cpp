@@ -30,7 +30,7 @@ int64_t resolve_depth(const Tensor& codes, const Tensor& codebooks, std::optiona
   return depth.value_or(available);
 }
 
-// Reads one flag back from the device, and only where it is set the codes too.
+// Reads a flag back from the device, and the codes only if it is set.
 void check_codes(const Tensor& any_bad, const Tensor& codes, int64_t depth, int64_t num_codes) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   if (*torch::stable::to(any_bad, cpu).const_data_ptr<int32_t>() == 0) return;

@@ -1,4 +1,4 @@
-// What the scan's bound is made of: numbers rounded to bf16, and how far off each of them is.
+// Quantities of bounds B5 and B6 (docs/bounds.md): vectors rounded to bf16, and the errors of that.
 #pragma once
 
 #include <cmath>
@@ -10,36 +10,36 @@
 namespace rqk {
 namespace residual_search {
 
-constexpr double kLargest = 1e17;  // of vectors that are scanned: their products stay far inside float
+constexpr double kLargest = 1e17;  // maximum norm of scanned vectors: their products stay far inside the range of
+                                   // float32
 
-// x as bf16, rounded to nearest even; a NaN becomes some number.
+// x as bf16, rounded to nearest even; NaN becomes an arbitrary number.
 __device__ inline uint32_t bf16_bits(float x) {
   const uint32_t bits = __float_as_uint(x);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// A float not below `value`, which is not negative; 1e-44 stands for what denormals lose.
+// A float at least as large as `value`, which must not be negative; 1e-44 covers what denormals lose.
 __device__ inline float round_up(double value) { return float(value + 1.2e-7 * value + 1e-44); }
 
-// What flushing denormals can cost a sum over all channels, or a norm.
+// An upper bound of what flushing denormals costs a sum over all channels, or a norm.
 __device__ inline double denormal_loss(int64_t channels) { return 2.4e-38 * double(channels); }
 
-// An mma of depth 16 adds its products and its addend with an error of at most 2^-18 of the sum of their magnitudes;
-// times the number of them in a row, and a tenth for how the errors compound.
+// G of B5: the error of all mma of a sum, relative to the sum of magnitudes.
 __device__ inline double accumulation_error(const Work& w) { return 1.1 * double(w.chunks * (kChunk / 16)) * 0x1p-18; }
 
-// In bytes, where 16-byte unit u of row `row` stands in a chunk whose rows have four. The rows of an ldmatrix, eight in
-// a row, lie in eight different sixteenths of 128 bytes: no bank conflicts.
+// Byte offset of 16-byte unit u of row `row` in a chunk whose rows have four units. The eight rows of an ldmatrix lie
+// in eight different sixteenths of 128 bytes: no bank conflicts.
 __device__ inline int unit_offset(int row, int unit) { return row * (kChunk * 2) + ((unit ^ (row >> 1 & 3)) << 4); }
 
-// A vector a - origin as the scan has it, by sums of squares in float.
+// Norms of a vector a - origin and of its rounding error, as sums of squares in float32.
 struct Rounded {
   float squared;        // of a - origin, rounded to float
-  float error_squared;  // of what bf16 makes of that
+  float error_squared;  // of the difference between that and its bf16 value
   bool finite;
 };
 
-// Eight channels of a, zeros past the last; as two vectors where they are one and lie so.
+// Loads eight channels of a, zeros past the last; as two float4 if they are complete and aligned.
 __device__ inline void load_unit(const float* a, int64_t unit, int64_t channels, float (&values)[8]) {
   const float* from = a + unit * 8;
   if (a != nullptr && unit * 8 + 8 <= channels && (reinterpret_cast<uintptr_t>(from) & 15) == 0) {
@@ -52,13 +52,13 @@ __device__ inline void load_unit(const float* a, int64_t unit, int64_t channels,
   }
 }
 
-// Writes a - origin (origin null for zero, else padded to whole chunks) in bf16 into its row of all chunks, `stride`
-// bytes from one to the next: zeros in channels past the last, where it is not finite, and everywhere where a is null.
-// By a group; the result is valid in all its lanes.
+// Writes a - origin in bf16 to its row of all chunks, `stride` bytes apart (origin: null for zero, else padded to whole
+// chunks). Writes zeros for channels past the last, for values that are not finite, and if a is null. All threads of
+// the group call; the result is valid in all lanes.
 __device__ inline Rounded round_row(const float* a, const float* origin, int64_t channels, int64_t chunks, int row,
                                     uint8_t* chunk, int64_t stride) {
-  constexpr int kUnits = kChunk / 8;  // of 16 bytes
-  constexpr int kAtOnce = 4;          // so that as many reads are under way
+  constexpr int kUnits = kChunk / 8;  // 16-byte units per chunk
+  constexpr int kAtOnce = 4;          // so that several reads are in flight
   const float inf = __int_as_float(0x7f800000);
   const int64_t units = chunks * kUnits;
   Rounded sums{0, 0, true};
@@ -94,13 +94,13 @@ __device__ inline Rounded round_row(const float* a, const float* origin, int64_t
   return sums;
 }
 
-// An upper bound of the length whose square was summed up in float: the sum of C/8 + 16 roundings is off by less than
-// 1e-4 up to C = 13000, and 4e-23 stands for squares below the smallest denormal.
+// An upper bound of a norm whose square was summed in float32. The relative error of C/8 + 16 roundings is below 1e-4
+// up to C = 13000; 4e-23 covers squares below the smallest denormal.
 __device__ inline double length(float squared, int64_t channels) {
   return 1.0001 * sqrt(double(squared)) + 4e-23 * double(channels);
 }
 
-// Upper bounds of |a - origin| and of how far the row in bf16 is from it.
+// Upper bounds of |a - origin| and of the error of its bf16 row.
 __device__ inline double rounded_norm(const Rounded& rounded, int64_t channels) {
   return length(rounded.squared, channels);
 }

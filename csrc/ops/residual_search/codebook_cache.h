@@ -1,13 +1,12 @@
-// Codebooks that were searched lately, kept in their packed form. For cpu.cpp.
+// A cache of recently searched codebooks in packed form. For cpu.cpp.
 //
-// Callers search the same codebook again and again, and packing it costs a tenth of a search or more. Nothing outside a
-// codebook tells that it is still the same: writes through `.data`, numpy or another process leave a tensor's version
-// as it was. So its contents are compared with a copy, bit for bit, which costs little more than reading it.
+// Callers search the same codebook repeatedly, and packing it costs a tenth of a search or more. Nothing but its
+// contents shows that a codebook is unchanged: writes through `.data`, numpy or another process do not change a
+// tensor's version. So contents are compared bit by bit with a copy, which costs little more than reading them.
 //
-// A codebook that training changes at every step must not pay for that: a copy is made only of contents that come a
-// second time, which their fingerprint tells (packing has it for nothing), and an entry of other contents is dismissed
-// at the first difference. Where entries of a shape were kept and never found again, the next must come twice as often
-// for each of them.
+// A codebook that changes at every training step must not pay for that. A copy is made only when contents come for the
+// second time, which a fingerprint shows (a by-product of packing), and a comparison stops at the first difference. If
+// entries of a shape were kept and never found again, the next one must come twice as often for each of them.
 #pragma once
 
 #include <pthread.h>
@@ -27,11 +26,11 @@
 namespace rqk {
 namespace {
 
-// A packed form with the memory it lies in.
+// Packed codebooks and their memory.
 struct OwnedCodebooks {
-  OwnedCodebooks(const SearchKernel& kernel, int64_t num_codes, int64_t channels)
-      : packed(kernel, num_codes, channels) {}
-  Buffer<float> values;  // a copy of the codebooks, in an entry
+  OwnedCodebooks(const ResidualSearchKernels& kernels, int64_t num_codes, int64_t channels)
+      : packed(kernels, num_codes, channels) {}
+  Buffer<float> values;  // a copy of the codebooks, in cache entries
   Buffer<uint8_t> memory;
   PackedCodebooks packed;
 };
@@ -48,16 +47,17 @@ class CodebookCache {
     return *cache;
   }
 
-  // `count` codebooks (num_codes, channels), one after another, packed. Null where one of them is not finite.
-  Codebooks pack(const SearchKernel& kernel, const float* values, int64_t count, int64_t num_codes, int64_t channels) {
+  // Packs `count` consecutive codebooks (num_codes, channels), or finds them in the cache. Null if one is not finite.
+  Codebooks pack(const ResidualSearchKernels& kernels, const float* values, int64_t count, int64_t num_codes,
+                 int64_t channels) {
     const Shape shape{count, num_codes, channels};
     if (Codebooks found = find(shape, values)) return found;
-    auto made = std::make_shared<OwnedCodebooks>(kernel, num_codes, channels);
+    auto made = std::make_shared<OwnedCodebooks>(kernels, num_codes, channels);
     if (!made->packed.measure(values, count)) return nullptr;
     const int64_t bytes =
         shape.values() * static_cast<int64_t>(sizeof(float)) + count * made->packed.bytes() + made->packed.lazy_bytes();
     const bool kept = is_to_keep(shape, made->packed.fingerprint(), bytes) && copy_values(shape, values, *made);
-    // What is kept is made of the copy alone: of the original, another thread could change a part meanwhile.
+    // An entry is made from the copy only: another thread could be changing the original.
     if (kept && !made->packed.measure(made->values, count)) return nullptr;
     made->memory = Buffer<uint8_t>(count * made->packed.bytes());
     made->packed.fill(made->memory);
@@ -89,10 +89,10 @@ class CodebookCache {
     int64_t times;
   };
   static constexpr size_t kMostSeen = 32;
-  // Compared at a time: a difference is soon found, and all threads have a share of a large codebook.
+  // Elements per comparison: a difference is found soon, and all threads share a large codebook.
   static constexpr int64_t kPart = 1 << 16;
 
-  // A forked child has none of the threads that may be at work on an entry: it starts anew.
+  // A forked child has none of the threads that may be using an entry: it starts with an empty cache.
   CodebookCache() {
     pthread_atfork([] { of_this_process().mutex_.lock(); }, [] { of_this_process().mutex_.unlock(); },
                    [] {
@@ -116,7 +116,7 @@ class CodebookCache {
 
   static bool copy_values(const Shape& shape, const float* values, OwnedCodebooks& to) {
     to.values = Buffer<float>::if_available(shape.values());
-    if (to.values == nullptr) return false;  // the search can do without
+    if (to.values == nullptr) return false;  // the search works without an entry
     std::copy(values, values + shape.values(), to.values + 0);
     return true;
   }
@@ -167,7 +167,7 @@ class CodebookCache {
   }
 
   void keep(Entry entry) {
-    std::list<Entry> dropped;  // freed once the lock is given back
+    std::list<Entry> dropped;  // freed after the lock is released
     std::lock_guard<std::mutex> lock(mutex_);
     entries_.push_front(std::move(entry));
     while (entries_.size() > kMostEntries || bytes() > kMostBytes) {
@@ -182,7 +182,7 @@ class CodebookCache {
   }
 
   std::mutex mutex_;
-  // Both in the order of their last use, the latest first.
+  // Both ordered by last use, the latest first.
   std::list<Entry> entries_;
   std::list<Seen> seen_;
   int64_t found_ = 0;

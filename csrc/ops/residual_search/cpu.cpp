@@ -1,4 +1,4 @@
-// Residual search on the CPU: threads, scratch memory and the loop over depths around the scan of cpu_simd.cpp.
+// Residual search on the CPU: threads, scratch memory and the loop over depths around cpu_simd.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -7,37 +7,34 @@
 #include <cmath>
 #include <vector>
 
-#include "common/codebooks.h"
 #include "common/cpu_capability.h"
-#include "common/residual_rows.h"
 #include "common/tensors.h"
 #include "ops/residual_search/codebook_cache.h"
+#include "ops/residual_search/kernel_table.h"
 #include "ops/residual_search/packed_codebook.h"
 #include "ops/residual_search/params.h"
-#include "ops/residual_search/scan.h"
+#include "shared/codebooks.h"
+#include "shared/residual_rows.h"
 
 namespace rqk {
-
-RQK_DECLARE_KERNEL(SearchKernel, search_kernel)
-
 namespace {
 
-// Rows that one thread takes at a time: enough that a panel read from memory is used many times, few enough that the
-// chunk stays in the second-level cache (96 rows of 256 channels are 96 KiB).
+// Row tiles per chunk of a thread: enough that a panel read from memory is used many times, few enough that the chunk
+// stays in L2 (96 rows of 256 channels are 96 KiB).
 constexpr int64_t kTilesPerChunk = 8;
-// Rows that a thread leads through the depths in turns by their scores: while one is worked on, the products that the
-// next one needs arrive.
+// Rows that a thread advances alternately by their scores, so that the products of one are prefetched while the other
+// is processed.
 constexpr int64_t kRowsInTurn = 2;
-// A scan takes about as long as deciding among num_codes / so many candidates.
+// A scan costs about as much as evaluating num_codes / kScanInCandidates candidates.
 constexpr int64_t kScanInCandidates = 80;
 
-// Threads share the codes of a tile of rows where each has at least so many numbers to read: fewer would be done
-// before the threads have met.
+// Least number of elements per thread when threads share the codes of a tile: fewer would be read before the threads
+// have synchronized.
 constexpr int64_t kElementsPerPart = 1 << 18;
 constexpr int64_t kMostParts = 64;
 
-// Whether the int8 scan pays at a depth: not where it left most rows to the float scan so far.
-class Worthwhile {
+// Decides whether to try the int8 scan at a depth: not if it has left most rows to the float scan so far.
+class Int8ScanHeuristic {
  public:
   bool operator()() const { return tried_ < kEnough || 2 * left_ < tried_; }
   void record(int64_t tried, int64_t left) {
@@ -50,19 +47,19 @@ class Worthwhile {
   std::atomic<int64_t> tried_{0}, left_{0};
 };
 
-// What one thread works with, for `rows` rows at a time.
+// Scratch of one thread, for `rows` rows at a time.
 struct Workspace {
-  Workspace(const SearchKernel& kernel, const PackedCodebooks& codebooks, int64_t rows, int64_t channels)
+  Workspace(const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks, int64_t rows, int64_t channels)
       : residuals(rows * channels),
         squared(rows),
         codes(rows),
-        scratch(static_cast<int64_t>(kernel.scratch_bytes(rows, channels))) {
+        scratch(static_cast<int64_t>(kernels.scratch_bytes(rows, channels))) {
     if (!codebooks.gram()) return;
     for (Buffer<int64_t>* part : {&row, &depth, &left}) *part = Buffer<int64_t>(rows);
     left_residuals = Buffer<float>(rows * channels);
     left_squared = Buffer<double>(rows);
     score_rows = Buffer<ScoreRow>(rows);
-    // A cache line more than a row needs: rows a power of two apart would share the same few lines of the cache.
+    // A cache line more than needed: rows a power of two apart would map to the same cache sets.
     const int64_t size = divide_up(codebooks.scores_per_row(), 32) * 32 + 32;
     scores = Buffer<int16_t>(rows * size);
     for (int64_t i = 0; i < rows; ++i) score_rows[i].scores = scores + i * size;
@@ -73,21 +70,22 @@ struct Workspace {
   Buffer<int64_t> codes;
   Buffer<char> scratch;
   // With Gram rows:
-  Buffer<int64_t> row;    // which rows are at work,
-  Buffer<int64_t> depth;  // and how many of their codes are known
+  Buffer<int64_t> row;    // the rows in progress
+  Buffer<int64_t> depth;  // how many of their codes are known
   Buffer<ScoreRow> score_rows;
   Buffer<int16_t> scores;
-  Buffer<int64_t> left;  // those of them that go to the float scan
+  Buffer<int64_t> left;  // those of them that need the float scan
   Buffer<float> left_residuals;
   Buffer<double> left_squared;
 };
 
 class Search {
  public:
-  Search(const ResidualSearchParams& p, const SearchKernel& kernel, const PackedCodebooks& codebooks, int64_t chunk)
-      : p_(p), kernel_(kernel), codebooks_(codebooks), chunk_(chunk), int8_pays_(static_cast<size_t>(p.depth)) {}
+  Search(const ResidualSearchParams& p, const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks,
+         int64_t chunk)
+      : p_(p), kernels_(kernels), codebooks_(codebooks), chunk_(chunk), int8_pays_(static_cast<size_t>(p.depth)) {}
 
-  // One thread's share: chunks are handed out one by one, as some rows take longer than others.
+  // Runs one thread. Chunks are handed out dynamically, since some rows take longer than others.
   void work(Workspace& at) {
     if (codebooks_.gram()) {
       by_scores(at);
@@ -98,8 +96,8 @@ class Search {
     }
   }
 
-  // All rows at once, where they are too few to give each thread a tile: at every depth, threads share the codes of
-  // each tile. `groups`: for each tile of rows a workspace for each share, of which the first one's rows are at work.
+  // Searches all rows at once if there are too few to give each thread a tile: at every depth, threads share the codes
+  // of each tile. `groups`: for each tile of rows one workspace per share; the first of them holds the rows.
   void by_parts(std::vector<std::vector<Workspace>>& groups) {
     const int64_t tiles = static_cast<int64_t>(groups.size()), parts = static_cast<int64_t>(groups[0].size());
     auto rows_of = [this](int64_t tile) { return std::min<int64_t>(chunk_, p_.rows - tile * chunk_); };
@@ -115,8 +113,8 @@ class Search {
         for_each_task(tiles * parts, [&](int64_t task) {
           const int64_t tile = task / parts, part = task % parts;
           const Workspace& at = groups[tile][0];
-          kernel_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows_of(tile), part, parts,
-                            groups[tile][part].scratch);
+          kernels_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows_of(tile), part, parts,
+                             groups[tile][part].scratch);
         });
       }
       for_each_task(tiles, [&](int64_t tile) {
@@ -126,8 +124,8 @@ class Search {
           for (int64_t part = 0; part < parts; ++part) scratches[part] = groups[tile][part].scratch;
           decide(at, d, rows_of(tile), scratches.data(), parts);
         } else {
-          kernel_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows_of(tile), at.scratch,
-                          at.codes);
+          kernels_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows_of(tile), at.scratch,
+                           at.codes);
         }
         take_all(at, tile * chunk_, d, rows_of(tile));
       });
@@ -136,23 +134,23 @@ class Search {
 
  private:
   double begin_row(int64_t row, float* residual) const {
-    return rqk::begin_row(p_, row, residual, kernel_.squared_norm);
+    return rqk::begin_row(p_, row, residual, kernels_.squared_norm);
   }
   double take(int64_t row, int64_t depth, int64_t code, float* residual) const {
-    return take_code(p_, row, depth, code, codebooks_.at(depth).codes_kc, residual, kernel_.squared_norm);
+    return take_code(p_, row, depth, code, codebooks_.at(depth).codes_kc, residual, kernels_.squared_norm);
   }
 
-  // Rows [begin, end), depth by depth, each with a scan of its own.
+  // Searches rows [begin, end), with one scan per depth.
   void by_scans(Workspace& at, int64_t begin, int64_t end) {
     const int64_t rows = end - begin;
     for (int64_t i = 0; i < rows; ++i) at.squared[i] = begin_row(begin + i, at.residuals + i * p_.channels);
     for (int64_t d = 0; d < p_.depth; ++d) {
       if (codebooks_.int8() && int8_pays_[d]()) {
         void* scratch = at.scratch;
-        kernel_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows, 0, 1, scratch);
+        kernels_.scan_part(codebooks_.at(d), at.residuals, at.squared, rows, 0, 1, scratch);
         decide(at, d, rows, &scratch, 1);
       } else {
-        kernel_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows, at.scratch, at.codes);
+        kernels_.nearest(codebooks_.with_float_panels(d), at.residuals, at.squared, rows, at.scratch, at.codes);
       }
       take_all(at, begin, d, rows);
     }
@@ -160,7 +158,7 @@ class Search {
 
   void decide(Workspace& at, int64_t depth, int64_t rows, void* const* scratches, int64_t parts) {
     const int64_t left =
-        kernel_.decide_parts(codebooks_.at(depth), at.residuals, at.squared, rows, scratches, parts, at.codes);
+        kernels_.decide_parts(codebooks_.at(depth), at.residuals, at.squared, rows, scratches, parts, at.codes);
     int8_pays_[depth].record(rows, left);
   }
 
@@ -170,8 +168,8 @@ class Search {
     }
   }
 
-  // Rows as they come. A scan gives all rows at work their scores; each then goes on to further depths as far as its
-  // scores carry. Those that are not through wait for the next scan, beside new rows.
+  // Searches rows by Gram scores. A scan computes the scores of all rows in progress; each row then advances through
+  // further depths as long as its scores suffice. Unfinished rows join new rows in the next scan.
   void by_scores(Workspace& at) {
     for (int64_t count = 0;;) {
       const int64_t begin = next_.fetch_add(chunk_ - count), end = std::min(begin + chunk_ - count, p_.rows);
@@ -182,9 +180,10 @@ class Search {
       }
       if (count == 0) return;
       const bool try_scores = int8_pays_[0]();
-      if (try_scores) kernel_.scan_scores(codebooks_.at(0), at.residuals, at.squared, count, at.scratch, at.score_rows);
+      if (try_scores)
+        kernels_.scan_scores(codebooks_.at(0), at.residuals, at.squared, count, at.scratch, at.score_rows);
       const int64_t left = try_scores ? follow_scores(at, count) : all(at, count);
-      // Rows that are not finite say nothing of the scan.
+      // Rows that are not finite do not count against the scan.
       const int64_t finite =
           std::count_if(at.left + 0, at.left + left, [&at](int64_t i) { return std::isfinite(at.squared[i]); });
       if (try_scores) int8_pays_[0].record(count, finite);
@@ -198,7 +197,8 @@ class Search {
     return count;
   }
 
-  // Leaves in at.left the rows that a fresh scan could not serve, and returns their number.
+  // Advances rows by their scores. Stores in at.left the rows that even a fresh scan could not decide; returns their
+  // number.
   int64_t follow_scores(Workspace& at, int64_t count) {
     int64_t turn[kRowsInTurn], in_turn = 0, entered = 0, left = 0;
     for (;;) {
@@ -221,29 +221,29 @@ class Search {
     }
   }
 
-  // One depth by scores. False where they do not tell the code.
+  // Advances one row by one depth. Returns false if its scores do not decide the code.
   bool step(Workspace& at, int64_t i, const int8_t* ahead) {
     ScoreRow& scores = at.score_rows[i];
     float* residual = at.residuals + i * p_.channels;
-    const int64_t code = kernel_.nearest_by_scores(codebooks_.at(0), residual, at.squared[i], scores, ahead);
+    const int64_t code = kernels_.nearest_by_scores(codebooks_.at(0), residual, at.squared[i], scores, ahead);
     if (code < 0) return false;
     at.squared[i] = take(at.row[i], at.depth[i]++, code, residual);
     scores.taken = code;
     return true;
   }
 
-  // One depth of the first `left` rows of at.left, by the float scan.
+  // Advances the first `left` rows of at.left by one depth, by the float scan.
   void without_scores(Workspace& at, int64_t left) {
     if (left == 0) return;
     for (int64_t j = 0; j < left; ++j) copy_residual(at, at.left[j], at.left_residuals, at.left_squared, j);
-    kernel_.nearest(codebooks_.with_float_panels(0), at.left_residuals, at.left_squared, left, at.scratch, at.codes);
+    kernels_.nearest(codebooks_.with_float_panels(0), at.left_residuals, at.left_squared, left, at.scratch, at.codes);
     for (int64_t j = 0; j < left; ++j) {
       const int64_t i = at.left[j];
       at.squared[i] = take(at.row[i], at.depth[i]++, at.codes[j], at.residuals + i * p_.channels);
     }
   }
 
-  // Moves the rows that have depths before them to the front, and returns their number.
+  // Moves unfinished rows to the front and returns their number.
   int64_t keep_unfinished(Workspace& at, int64_t count) const {
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -264,26 +264,26 @@ class Search {
   }
 
   const ResidualSearchParams& p_;
-  const SearchKernel& kernel_;
+  const ResidualSearchKernels& kernels_;
   const PackedCodebooks& codebooks_;
   const int64_t chunk_;
-  std::vector<Worthwhile> int8_pays_;
+  std::vector<Int8ScanHeuristic> int8_pays_;
   std::atomic<int64_t> next_{0};
 };
 
-// Into how many shares the codes are cut for each tile of rows, where so many threads have no tile of their own.
-int64_t parts_of_codes(const SearchKernel& kernel, const PackedCodebooks& codebooks, const ResidualSearchParams& p,
-                       int64_t threads) {
+// Number of shares of the codes per tile of rows, if `threads` threads per tile are available.
+int64_t parts_of_codes(const ResidualSearchKernels& kernels, const PackedCodebooks& codebooks,
+                       const ResidualSearchParams& p, int64_t threads) {
   if (!codebooks.int8() || codebooks.gram()) return 1;
   return std::min(
-      {threads, kMostParts, p.num_codes / kernel.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
+      {threads, kMostParts, p.num_codes / kernels.codes_per_block, p.num_codes * p.channels / kElementsPerPart});
 }
 
 }  // namespace
 
 void launch(const ResidualSearchParams& p, void*) {
-  const SearchKernel& kernel = RQK_KERNEL(search_kernel);
-  PackedCodebooks opened(kernel, p.num_codes, p.channels);
+  const ResidualSearchKernels& kernels = RQK_KERNEL_TABLE(residual_search_kernels);
+  PackedCodebooks opened(kernels, p.num_codes, p.channels);
   CodebookCache::Codebooks packed;
   if (p.packed != nullptr) {
     if (!opened.open(p.packed, p.packed_bytes, p.codebooks)) {
@@ -291,7 +291,7 @@ void launch(const ResidualSearchParams& p, void*) {
     }
   } else {
     const int64_t count = p.codebook_stride == 0 ? 1 : p.depth;
-    packed = CodebookCache::of_this_process().pack(kernel, p.codebooks, count, p.num_codes, p.channels);
+    packed = CodebookCache::of_this_process().pack(kernels, p.codebooks, count, p.num_codes, p.channels);
     if (packed == nullptr) {
       refuse_not_finite("residual_search", "codebooks", p.codebooks, count, p.num_codes, p.channels,
                         p.codebook_stride > 0);
@@ -299,31 +299,31 @@ void launch(const ResidualSearchParams& p, void*) {
   }
   if (p.rows == 0) return;
   const PackedCodebooks& codebooks = packed != nullptr ? packed->packed : opened;
-  // Small batches are cut finer, so that every thread has some rows.
+  // Small batches use smaller chunks, so that every thread has some rows.
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t tiles_per_chunk =
-      std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernel.row_tile), 1, kTilesPerChunk);
-  const int64_t chunk = tiles_per_chunk * kernel.row_tile;
-  // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns one slot.
+      std::clamp<int64_t>(divide_up(divide_up(p.rows, threads), kernels.row_tile), 1, kTilesPerChunk);
+  const int64_t chunk = tiles_per_chunk * kernels.row_tile;
+  // Allocate here: an exception inside parallel_for would lose its message. Each worker owns one slot.
   const int64_t slots = std::min(threads, divide_up(p.rows, chunk));
-  const int64_t parts = parts_of_codes(kernel, codebooks, p, threads / slots);
+  const int64_t parts = parts_of_codes(kernels, codebooks, p, threads / slots);
   if (parts > 1) {
     std::vector<std::vector<Workspace>> groups(static_cast<size_t>(slots));
     for (auto& group : groups) {
-      for (int64_t part = 0; part < parts; ++part) group.emplace_back(kernel, codebooks, chunk, p.channels);
+      for (int64_t part = 0; part < parts; ++part) group.emplace_back(kernels, codebooks, chunk, p.channels);
     }
-    Search(p, kernel, codebooks, chunk).by_parts(groups);
+    Search(p, kernels, codebooks, chunk).by_parts(groups);
     return;
   }
   std::vector<Workspace> workspaces;
-  for (int64_t i = 0; i < slots; ++i) workspaces.emplace_back(kernel, codebooks, chunk, p.channels);
-  Search search(p, kernel, codebooks, chunk);
+  for (int64_t i = 0; i < slots; ++i) workspaces.emplace_back(kernels, codebooks, chunk, p.channels);
+  Search search(p, kernels, codebooks, chunk);
   for_each_task(slots, [&](int64_t slot) { search.work(workspaces[slot]); });
 }
 
 void pack_codebook(const float* codebook, int64_t num_codes, int64_t channels,
                    const std::function<uint8_t*(int64_t bytes)>& allocate) {
-  PackedCodebooks codebooks(RQK_KERNEL(search_kernel), num_codes, channels);
+  PackedCodebooks codebooks(RQK_KERNEL_TABLE(residual_search_kernels), num_codes, channels);
   if (!codebooks.measure(codebook, 1))
     refuse_not_finite("PackedCodebook", "codebook", codebook, 1, num_codes, channels, false);
   codebooks.set_gram(codebooks.gram_pays());

@@ -1,15 +1,13 @@
 // Certified nearest code on a CPU, compiled once per instruction set.
 //
-// The definition asks for the code with the smallest float64 distance. A fast scan finds the few that could be it and
-// float64 decides among them, so the codes depend neither on the instruction set nor on how rows are grouped:
-//
-//   scan_int8.h    products of bytes with a bound, where the instruction set has them; what it cannot tell apart goes
-//   to scan_float.h   float32 with a bound; what it cannot tell apart goes to exact.h        float64, the definition
-//   itself.
-//   gram.h         scores that serve several depths, for a codebook prepared once.
-//
-// Nothing of size rows x codes is kept.
-#include "ops/residual_search/exact.h"
+// The definition takes the code with the smallest float64 distance. A fast scan finds the few codes that could be it,
+// and float64 decides among them, so codes depend neither on the instruction set nor on how rows are grouped:
+//   scan_int8.h    int8 products, where the instruction set has them; rows it cannot decide go to
+//   scan_float.h   float32 products; rows it cannot decide go to
+//   decide.h       float64, the definition itself
+//   gram.h         scores that serve several depths, for a codebook packed once
+// Nothing of size rows x codes is stored.
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/gram.h"
 #include "ops/residual_search/scan_float.h"
 #include "ops/residual_search/scan_int8.h"
@@ -18,22 +16,16 @@ namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-#if defined(__AVX2__)
-constexpr bool kHasInt8 = true;
-#else
-constexpr bool kHasInt8 = false;
-#endif
-
 void measure(const float* codes_kc, int64_t channels, const float* mean, int64_t begin, int64_t end,
-             double* squared_norms, double* centred_norms) {
+             double* squared_norms, double* centered_norms) {
   for (int64_t k = begin; k < end; ++k) {
     const float* e = codes_kc + k * channels;
     squared_norms[k] = squared_norm(e, channels);
-    centred_norms[k] = mean == nullptr ? squared_norms[k] : squared_distance(e, mean, channels);
+    centered_norms[k] = mean == nullptr ? squared_norms[k] : squared_distance(e, mean, channels);
   }
 }
 
-void pack(const PackedCodebook& codebook, const double* squared_norms, const double* centred_norms, int64_t begin,
+void pack(const PackedCodebook& codebook, const double* squared_norms, const double* centered_norms, int64_t begin,
           int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
     double largest = 0;
@@ -44,9 +36,9 @@ void pack(const PackedCodebook& codebook, const double* squared_norms, const dou
     }
     codebook.panel_norms[panel] = round_up(__builtin_sqrt(largest));
 #if defined(__AVX2__)
-    if (codebook.int8.bytes != nullptr) pack_int8_panel(codebook, centred_norms, panel);
+    if (codebook.int8.bytes != nullptr) pack_int8_panel(codebook, centered_norms, panel);
 #else
-    (void)centred_norms;
+    (void)centered_norms;
 #endif
   }
 }
@@ -57,7 +49,7 @@ void pack_float(const PackedCodebook& codebook, int64_t begin, int64_t end, floa
   }
 }
 
-// Parts of the scratch memory, each starting on a cache line.
+// Parts of the scratch memory, each aligned to a cache line.
 struct Scratch {
   float* tiles;
   float* panel;
@@ -97,10 +89,11 @@ Scratch divide(void* memory, int64_t rows, int64_t channels) {
 
 size_t scratch_bytes(int64_t rows, int64_t channels) { return divide(nullptr, rows, channels).bytes; }
 
-// codes[i] of the rows scratch.left[0 .. count) by the float scan, -1 where they are not finite. Returns how many are.
+// Searches the rows scratch.left[0 .. count) by the float scan; codes[i] is -1 for rows that are not finite. Returns
+// the number of finite rows.
 int64_t nearest_by_float(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
                          int64_t count, const Scratch& scratch, int64_t* codes) {
-  // Squares of floats cannot overflow float64, so the norm is finite where the row is.
+  // Squares of floats cannot overflow float64, so the norm is finite exactly if the row is.
   int64_t finite = 0;
   for (int64_t j = 0; j < count; ++j) {
     const int32_t i = scratch.left[j];
@@ -144,11 +137,6 @@ int64_t decide_parts(const PackedCodebook& codebook, const float* residuals, con
   const int64_t left = decide_int8(codebook, residuals, rows, scratch.int8_rows, codes, scratch.left);
   return nearest_by_float(codebook, residuals, squared_norms, left, scratch, codes);
 }
-constexpr int kCodesPerBlock = kBlockPanels * kPanelWidth;
-#else
-constexpr decltype(SearchKernel::scan_part) scan_part = nullptr;
-constexpr decltype(SearchKernel::decide_parts) decide_parts = nullptr;
-constexpr int kCodesPerBlock = 0;
 #endif
 
 #if defined(__AVX512VNNI__)
@@ -158,21 +146,33 @@ void scan_scores(const PackedCodebook& codebook, const float* residuals, const d
   scan_scores(codebook, residuals, squared_norms, rows, scratch.byte_tiles, scratch.int8_rows, scratch.inverse_units,
               score_rows);
 }
-#else
-constexpr int kGramRowsAtOnce = 0;
-constexpr decltype(SearchKernel::pack_centred) pack_centred = nullptr;
-constexpr decltype(SearchKernel::pack_gram) pack_gram = nullptr;
-constexpr decltype(SearchKernel::scan_scores) scan_scores = nullptr;
-constexpr decltype(SearchKernel::nearest_by_scores) nearest_by_scores = nullptr;
 #endif
 
 }  // namespace
 
-extern const SearchKernel search_kernel;
-const SearchKernel search_kernel = {kRowTile,          kPanelWidth,     kHasInt8,     measure,        pack,
-                                    pack_float,        scratch_bytes,   nearest,      kCodesPerBlock, scan_part,
-                                    decide_parts,      kGramRowsAtOnce, pack_centred, pack_gram,      scan_scores,
-                                    nearest_by_scores, squared_norm};
+constexpr ResidualSearchKernels residual_search_kernels = {
+    .row_tile = kRowTile,
+    .panel_width = kPanelWidth,
+    .measure = measure,
+    .pack = pack,
+    .pack_float = pack_float,
+    .scratch_bytes = scratch_bytes,
+    .nearest = nearest,
+    .squared_norm = squared_norm,
+#if defined(__AVX2__)
+    .has_int8 = true,
+    .codes_per_block = kBlockPanels * kPanelWidth,
+    .scan_part = scan_part,
+    .decide_parts = decide_parts,
+#endif
+#if defined(__AVX512VNNI__)
+    .gram_rows_at_once = kGramRowsAtOnce,
+    .pack_centered = pack_centered,
+    .pack_gram = pack_gram,
+    .scan_scores = scan_scores,
+    .nearest_by_scores = nearest_by_scores,
+#endif
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

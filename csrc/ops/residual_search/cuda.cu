@@ -1,4 +1,4 @@
-// Launcher of the residual search on the current stream.
+// Launches of residual_search on the current stream.
 #include "common/launch.cuh"
 #include "ops/residual_search/kernel.cuh"
 
@@ -37,7 +37,7 @@ void launch(const ResidualSearchParams& p, void* stream) {
   };
   if (w.warps == 0) return decide(0, p.depth);
 
-  launch_kernel(kOp, find_middles, grid_for(divide_up(w.codebooks * w.chunks * kChunk, kGroupThreads)), kGroupThreads,
+  launch_kernel(kOp, find_centers, grid_for(divide_up(w.codebooks * w.chunks * kChunk, kGroupThreads)), kGroupThreads,
                 0, stream, p, w);
   launch_kernel(kOp, pack_codes, grid_for(w.codebooks * w.tiles), kGroupThreads, 0, stream, p, w);
   const auto scan = w.warps == 1 ? scan_on<1> : w.warps == 2 ? scan_on<2> : scan_on<4>;

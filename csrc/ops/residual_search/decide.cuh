@@ -1,42 +1,39 @@
-// The decision: a row's candidates evaluated by the definition, a group of eight threads to a row. Where the scan left
-// one code, it is taken as it is; where it left too many, or could not serve the row, the block searches directly.
+// The decision: evaluates a row's candidates by the definition, with eight threads per row. A single candidate is taken
+// without evaluation. If the scan found too many, or could not handle the row, the block searches all codes directly.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
 #include "ops/residual_search/groups.cuh"
+#include "ops/residual_search/nearest.h"
 
 namespace rqk {
 namespace residual_search {
 
-// The nearest of the codes seen so far, which come in any order: an equal distance goes to the lower index. A first
-// code is not evaluated before there is a second.
-struct Nearest {
-  int64_t code = -1;
-  double distance = 0;
+// Chooses among candidates. The first one is evaluated only if there is a second.
+struct Decision {
+  Nearest nearest;
   int seen = 0;
 
   __device__ void see(const float* r, const float* codebook, int64_t channels, int64_t k) {
     if (seen++ == 0) {
-      code = k;
+      nearest.code = k;
       return;
     }
-    if (seen == 2) distance = squared_distance(r, codebook + code * channels, channels);
-    const double other = squared_distance(r, codebook + k * channels, channels);
-    if (other < distance || (other == distance && k < code)) {
-      distance = other;
-      code = k;
-    }
+    if (seen == 2) nearest.distance = squared_distance(r, codebook + nearest.code * channels, channels);
+    nearest.update(k, squared_distance(r, codebook + k * channels, channels));
   }
 };
 
-// Row number `row` of the block of rows whose lists start at `slot`, `rows_of_block` to each split, and whose summaries
-// these are. Returns its state; the code where that is kScanned.
+// Decides row `row` of the block of rows whose lists start at `slot`, `rows_of_block` per split, with these summaries.
+// Returns its state; the code is valid for kScanned.
 __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, const float* r, const float* codebook,
-                                 int64_t slot, const Summary* summaries, int rows_of_block, int row, Nearest& nearest) {
+                                 int64_t slot, const Summary* summaries, int rows_of_block, int row,
+                                 Decision& decision) {
   const int j = lane_of_group();
   const unsigned mask = group_mask();
+  // Merge the summaries of all splits.
   int state = kScanned, codes = 0, code = -1;
   float floor = -__int_as_float(0x7f800000);
   for (int s = j; s < w.splits; s += kLanes) {
@@ -49,6 +46,7 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
     floor = max(floor, __shfl_xor_sync(mask, floor, lanes, kLanes));
   }
   if (state != kScanned) return state;
+  // A single candidate needs no evaluation.
   for (int s = j; s < w.splits; s += kLanes) {
     const Summary summary = summaries[s * rows_of_block + row];
     if (!(summary.top > floor)) continue;
@@ -60,11 +58,12 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
     code = max(code, __shfl_xor_sync(mask, code, lanes, kLanes));
   }
   if (codes <= 1) {
-    nearest.code = code;
+    decision.nearest.code = code;
     return state;
   }
 
-  // List l is that of split l / kQuad and thread l % kQuad.
+  // Evaluate the candidates of all lists, eight lists at a time.
+  // List l belongs to split l / kQuad and thread l % kQuad.
   const int lists = w.splits * kQuad;
   auto place = [&](int l) { return (slot + l / kQuad) * rows_of_block + row; };
   for (int first = 0; first < lists; first += kLanes) {
@@ -83,20 +82,20 @@ __device__ inline int decide_row(const ResidualSearchParams& p, const Work& w, c
       for (; left != 0; left &= left - 1) {
         const int from = __ffs(int(left)) - 1;
         const int32_t tile = __shfl_sync(mask, mine.tile, from, kLanes);
-        for (uint32_t codes = __shfl_sync(mask, mine.mask, from, kLanes); codes != 0; codes &= codes - 1) {
-          const int bit = __ffs(int(codes)) - 1;
-          nearest.see(r, codebook, p.channels, code_of(tile, bit, from % kQuad));
+        for (uint32_t rest = __shfl_sync(mask, mine.mask, from, kLanes); rest != 0; rest &= rest - 1) {
+          const int bit = __ffs(int(rest)) - 1;
+          decision.see(r, codebook, p.channels, code_of(tile, bit, from % kQuad));
         }
       }
     }
   }
-  if (nearest.seen > 1 && j == 0)
-    atomicAdd(&w.counters->evaluated_codes, static_cast<unsigned long long>(nearest.seen));
+  if (decision.seen > 1 && j == 0)
+    atomicAdd(&w.counters->evaluated_codes, static_cast<unsigned long long>(decision.seen));
   return state;
 }
 
-// Chooses and takes the codes of rows [first_row, first_row + num_rows), which are rows `first`.. of the block of rows
-// whose lists start at `slot` and whose summaries these are. The whole block calls, and again only behind a barrier.
+// Decides rows [first_row, first_row + num_rows) and takes their codes. They are rows `first`.. of the block of rows
+// whose lists start at `slot`, with these summaries. The whole block calls; another call needs a barrier first.
 __device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
                                    int num_rows, int64_t slot, const Summary* summaries, int first,
                                    DirectRows& shared) {
@@ -105,12 +104,12 @@ __device__ inline void decide_rows(const ResidualSearchParams& p, const Work& w,
   __syncthreads();
   for (int i = threadIdx.x / kLanes; i < num_rows; i += blockDim.x / kLanes) {
     const int64_t row = first_row + i;
-    Nearest nearest;
+    Decision decision;
     const int state = w.warps == 0 ? kDirect
                                    : decide_row(p, w, residual_at(p, w, d, row), codebook, slot, summaries,
-                                                w.warps * kWarpRows, first + i, nearest);
+                                                w.warps * kWarpRows, first + i, decision);
     if (state != kDirect) {
-      take_code(p, w, d, row, state == kScanned ? nearest.code : -1);
+      take_code(p, w, d, row, state == kScanned ? decision.nearest.code : -1);
     } else if (lane_of_group() == 0) {
       shared.row[atomicAdd(&shared.count, 1)] = i;
     }

@@ -1,34 +1,10 @@
-// Scores that follow the residual: for a shared, packed codebook, one scan serves several depths. For cpu_simd.cpp,
-// where the instruction set has the int8 scan.
+// Gram scores: for a shared codebook that is packed once, one scan serves several depths. For cpu_simd.cpp, where the
+// instruction set has AVX-512 VNNI.
 //
-// With s_j = |e'_j|^2/2 - <r - m, e'_j> and e'_j = e_j - m as in scan_int8.h (both of its forms are this one number),
-// choosing code k turns r into r - e_k, and so s_j into s_j + <e_k, e'_j>: one stored product instead of C. A depth
-// then reads one byte of the Gram matrix and changes two bytes of scores per code, and is bound by memory.
-//
-// Scores of small codes lie closer together, and so do their products. In each block of 128 codes, which stand in the
-// order of their size, both are divided by N, at least the largest |e'| of the block: one bound then fits all blocks.
-//   t_j = s_j / N        stored as int16 times the row's `unit` w
-//   <e_k, e'_j> / N      stored as int8 times a_k, the code's own place apart (there it is far larger than elsewhere)
-//
-// Bound of |t_j - unit * stored|, with u = 2^-24, n = max|e'|, f the norm of a code's int8 error (see scan_int8.h for
-// z, A and B, and for the bound E <= (z + A) |e'| + B f + 3.1 u n^2 + 1e-42 of the scan's own scores):
-//   after the scan       E / N <= z + A + B max(f / N) + 3.1 u n + 1e-42 / min N, and 0.5 w of rounding to int16; three
-//                        roundings of a float below 32000 units are another 0.01 w:                          0.52 w
-//   each code k taken    products in float of floats e_k and e'_j, then the division:   <= 1.01 (C + 5) u |e_k| +
-//                          C 2^-148 / min N, the first term for rounding e_j - m as well
-//                        quantized with a float quotient that is at most 127:           <= 0.5001 a_k
-//                        q a_k / w computed as (128 q * R + 2^14) >> 15, R = 256 a_k / w to the nearest integer:
-//                          127 * 0.5 / 256 + 0.5 units                                  <= 0.7485 w, taken as 0.75 w,
-//                          which also pays for the float64 arithmetic below (1e-11 w)
-//                        the new residual is rounded to float:                          <= 1.01 u |r|
-// The stored numbers never saturate, for |t_j| <= n/2 + |r - m|, which with the bound must stay below 32000 w.
-//
-// With `error` for the bound and m_b the smallest stored number of block b, the smallest s is at most
-//   upper = min_b N_b (w m_b + error),   and at most (|r - e_j|^2 - |r - m|^2) / 2 + decision_slack
-// in float64 for any code j (the slack is no less than the rounding of both terms, as |m| <= max|e|). Taking for j the
-// code that gave `upper` halves the width in which other codes must be looked at: a code can win only if
-//   N (w stored - error) <= upper + decision_slack.
-// The bound grows from depth to depth while residuals shrink: where too many codes are left, the row is scanned anew.
+// Choosing code k turns r into r - e_k, and so the score s_j into s_j + <e_k, e'_j>: one stored product instead of C
+// multiplications. Scores are int16 and products int8, in units of each block of 128 codes, which are sorted by norm. A
+// depth reads one byte of the Gram matrix per code and updates two bytes of scores; it is memory-bound. Bound B4
+// (docs/bounds.md), which grows with each depth: if it leaves too many candidates, the row is scanned again.
 #pragma once
 
 #include "ops/residual_search/scan_int8.h"
@@ -49,7 +25,7 @@ constexpr int kGramRowsAtOnce = kGramTiles * kRowTile;
 
 inline int64_t num_blocks(const PackedCodebook& codebook) { return (codebook.num_codes + kBlock - 1) / kBlock; }
 
-void pack_centred(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) {
+void pack_centered(const PackedCodebook& codebook, int64_t begin, int64_t end, float* panels) {
   const int64_t channels = codebook.channels;
   for (int64_t place = begin * kPanelWidth; place < end * kPanelWidth; ++place) {
     const int32_t k = codebook.order[place];
@@ -59,10 +35,10 @@ void pack_centred(const PackedCodebook& codebook, int64_t begin, int64_t end, fl
   }
 }
 
-// Products below are taken for zero: their quotients would not be floats.
+// Smaller scales are taken as zero: their inverse would overflow float32.
 constexpr float kTiniestScale = 1e-30f;
 
-// Quantizes one row of products already divided by N. Returns the scale.
+// Quantizes one row of products, already divided by N. Returns the scale.
 inline float quantize_products(const float* products, int64_t size, int8_t* quantized) {
   const float measured = largest({products, nullptr, nullptr}, size) / 127,
               scale = measured < kTiniestScale ? 0.0f : measured;
@@ -114,7 +90,7 @@ inline double squared_reach(const PackedCodebook& codebook, const float* r, doub
   return int8.mean_norm > 0 ? squared_distance(r, int8.mean, codebook.channels) : squared;
 }
 
-// Every score of a panel, for the first `count` rows of the tile; inverse[i] is 1/unit.
+// Stores all scores of a panel for the first `count` rows of the tile; inverse[i] is 1/unit.
 inline void store_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel, const Int8Rows& rows,
                              const float* inverse, int count, ScoreRow* score_rows) {
   const int64_t first = panel * kPanelWidth;
@@ -149,7 +125,7 @@ inline void scan_scores(const PackedCodebook& codebook, const float* residuals, 
                          double(kDenormalLoss) / gram.min_norm;
     const double most =
         gram.max_norm / 2 + __builtin_sqrt(squared_reach(codebook, residuals + i * channels, squared_norms[i]));
-    // Some room above: a residual may also grow.
+    // Leaves some headroom, since residuals may also grow.
     row.unit = 1.05 * (most + error) / kMostUnits;
     row.error = error + 0.52 * row.unit;
     inverse[i] = float(1 / row.unit);
@@ -168,12 +144,12 @@ inline void scan_scores(const PackedCodebook& codebook, const float* residuals, 
 inline int16_t smallest(__m512i values) {
   const __m256i half = _mm256_min_epi16(_mm512_castsi512_si256(values), _mm512_extracti64x4_epi64(values, 1));
   const __m128i quarter = _mm_min_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  // The instruction is for unsigned numbers.
+  // The instruction takes unsigned numbers.
   const __m128i flip = _mm_set1_epi16(int16_t(0x8000));
   return int16_t(_mm_extract_epi16(_mm_xor_si128(_mm_minpos_epu16(_mm_xor_si128(quarter, flip)), flip), 0));
 }
 
-// The smallest score of each block; before that, where kTake, adds factor/256 * products to the scores.
+// Computes the smallest score of each block. If kTake, first adds factor/256 * products to the scores.
 template <bool kTake>
 inline void pass_over_scores(int16_t* scores, const int8_t* products, int factor, int64_t blocks, const int8_t* ahead,
                              int16_t* smallest_b) {
@@ -206,7 +182,7 @@ inline __m512d bounds_of_blocks(const float* block_norm, const int16_t* smallest
   return _mm512_mul_pd(norm, _mm512_fmadd_pd(_mm512_set1_pd(unit), m, _mm512_set1_pd(shift)));
 }
 
-// Where a code stands whose score is `upper` at most.
+// The place of a code whose score is at most `upper`.
 inline int64_t likely_place(const GramRows& gram, const ScoreRow& row, const int16_t* smallest_b, int64_t blocks,
                             double upper) {
   for (int64_t b = 0; b < blocks; b += 8) {
@@ -223,14 +199,14 @@ inline int64_t likely_place(const GramRows& gram, const ScoreRow& row, const int
   return 0;
 }
 
-// Adds the product row of the code that was taken. False where the scores do not reach that far.
+// Prepares adding the product row of the code that was taken. Returns false if the scores would no longer be bounded.
 inline bool take(const PackedCodebook& codebook, const float* r, double squared, ScoreRow& row, int& factor) {
   const GramRows& gram = codebook.gram;
   const double ratio = 256 * double(gram.scale[row.taken]) / row.unit;
   const double error =
       row.error + double(gram.error[row.taken]) + 0.75 * row.unit + 1.01 * 0x1p-24 * __builtin_sqrt(squared);
   const double most = gram.max_norm / 2 + __builtin_sqrt(squared_reach(codebook, r, squared));
-  // The negated comparison also refuses NaN.
+  // The negated comparison also rejects NaN.
   if (!(ratio < 32767 && most + error < kMostUnits * row.unit)) return false;
   row.error = error;
   factor = int(ratio + 0.5);
@@ -244,7 +220,7 @@ int64_t nearest_by_scores(const PackedCodebook& codebook, const float* r, double
   const GramRows& gram = codebook.gram;
   if (row.unit == 0) return -1;
   const int64_t blocks = num_blocks(codebook), size = blocks * kBlock;
-  // Eight more than the blocks, kNoCode like those of the codes past the last.
+  // Eight more than there are blocks; the extra ones are kNoCode, like the scores past the last code.
   int16_t* smallest_b = row.scores + size;
   const bool scanned = row.taken < 0;
   if (!scanned) {
@@ -267,7 +243,7 @@ int64_t nearest_by_scores(const PackedCodebook& codebook, const float* r, double
                        slack;
   upper = exact < upper ? exact : upper;
   const double limit = upper + slack;
-  // After a scan the float scan would be next, which for single rows is slow.
+  // Right after a scan, the alternative is the float scan, which is slow for single rows.
   const int most_candidates = scanned ? kMostCandidates : kMostBeforeScan;
   int32_t candidates[kMostCandidates];
   int64_t count = 0;

@@ -1,11 +1,11 @@
-// Groups of eight threads, thread j of them the definition's lane j: exact distances and the direct search.
+// Groups of eight threads, one per lane of the definition: exact distances and the direct search.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
 #include "ops/residual_search/plan.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace residual_search {
@@ -14,7 +14,7 @@ static_assert(kMostGroups * kLanes == kGroupThreads);
 
 __device__ inline int lane_of_group() { return threadIdx.x % kLanes; }
 
-// Code of a candidate's bit in thread `t` of a quad.
+// The code of a candidate's bit, in thread `t` of a quad.
 __device__ inline int32_t code_of(int32_t tile, int bit, int t) {
   return tile * kTileCodes + bit / 2 * 8 + 2 * t + bit % 2;
 }
@@ -23,14 +23,14 @@ __device__ inline const float* codebook_at(const ResidualSearchParams& p, int64_
   return p.codebooks + d * p.codebook_stride;
 }
 
-// r_d: x itself at first.
+// r_d; at the first depth x itself.
 __device__ inline const float* residual_at(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t row) {
   return (d == 0 ? p.x : w.residual) + row * p.channels;
 }
 
-// Subtracts code k (-1: none) from r_d and writes what the search returns of this depth. By a group.
+// Subtracts code k (-1: none) from r_d and writes the results of this depth. All threads of the group call.
 __device__ inline void take_code(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t row, int64_t k) {
-  constexpr int kAtOnce = 8;  // so that as many reads are under way, which may not pass the writes
+  constexpr int kAtOnce = 8;  // so that several reads are in flight, which may not pass the writes
   const float nan = __int_as_float(0x7fffffff);
   const float* r = residual_at(p, w, d, row);
   const float* e = codebook_at(p, d) + (k < 0 ? 0 : k) * p.channels;
@@ -64,8 +64,8 @@ __device__ inline void take_code(const ResidualSearchParams& p, const Work& w, i
   }
 }
 
-// The direct search: every code evaluated, the block's groups taking them in turn. Valid in the first group; the whole
-// block calls. Reads the codebook once, from L2, and does 3 K C float64 operations.
+// The direct search: evaluates every code; the groups of the block take turns. The whole block calls; the result is
+// valid in the first group. Reads the codebook once, from L2, and does 3 K C float64 operations.
 __device__ inline int64_t nearest_of_all(const ResidualSearchParams& p, const float* r, const float* codebook,
                                          DirectRows& shared) {
   const int group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
@@ -73,7 +73,7 @@ __device__ inline int64_t nearest_of_all(const ResidualSearchParams& p, const fl
   int64_t code = -1;
   for (int64_t k = group; k < p.num_codes; k += groups) {
     const double distance = squared_distance(r, codebook + k * p.channels, p.channels);
-    // A distance that is not finite (a bad code) never wins; k ascends, so equal distances keep the lower index.
+    // A distance that is not finite (a bad code) never wins. k ascends, so equal distances keep the lower index.
     if (distance < nearest) {
       nearest = distance;
       code = k;
@@ -95,7 +95,7 @@ __device__ inline int64_t nearest_of_all(const ResidualSearchParams& p, const fl
       }
     }
   }
-  // The next row's distances go where this one's were read.
+  // The next row's distances overwrite those read here.
   __syncthreads();
   return code;
 }

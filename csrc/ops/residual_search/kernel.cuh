@@ -1,14 +1,14 @@
-// Residual search on a GPU: codes that could win are found by tensor cores, and decided by the definition in float64.
+// Residual search on a GPU: tensor cores find the codes that could win, and the definition decides in float64.
 //
-//   prepare.cuh   the codebooks in bf16, tile by tile, once per call
-//   scan.cuh      a block of rows against the codes of some tiles: lists of candidates (and the bound, derived there)
-//   decide.cuh    the candidates of a row evaluated exactly; residual, quantized sum and norm of the next depth
-//   groups.cuh    exact distances, and the direct search for rows that the scan cannot serve
-//   plan.h        tile shapes, the workspace, how many blocks
-//
-// Where blocks of rows alone fill the device, one launch goes through all depths. Where they do not, the codes are
-// split over blocks too, and each depth is a scan and a decision. Residuals between depths lie in the workspace. No
-// array of N x K, and nothing that the host must wait for.
+//   prepare.cuh   codebooks in bf16, tile by tile, once per call
+//   scan.cuh      a block of rows against the codes of some tiles: lists of candidates
+//   bound.cuh     the error bound of the scan
+//   decide.cuh    exact evaluation of a row's candidates; residual, quantized sum and norm of the next depth
+//   groups.cuh    exact distances, and the direct search for rows that the scan cannot handle
+//   plan.h        tile shapes, workspace, number of blocks
+// If the blocks of rows alone fill the device, one launch goes through all depths. Otherwise the codes are divided
+// among blocks too, and each depth is a scan and a decision. Residuals between depths are in the workspace. No N x K
+// array, and no host-device sync.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@
 namespace rqk {
 namespace residual_search {
 
-// Depths [first_depth, last_depth) of all rows, where one block has all codes; else the lists of one depth for
-// decide_splits. Eight warps of at most 255 registers to a multiprocessor.
+// Depths [first_depth, last_depth) of all rows, if one block has all codes; else the candidate lists of one depth for
+// decide_splits. Eight warps of at most 255 registers per multiprocessor.
 template <int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     scan_rows(ResidualSearchParams p, Work w, int64_t first_depth, int64_t last_depth) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
     for (int64_t d = first_depth; d < last_depth; ++d) {
       load_rows<kWarps>(p, w, d, first_row, rows, table);
       const uint8_t* packed = w.packed + (p.codebook_stride == 0 ? 0 : d) * w.tiles * w.tile_bytes;
-      scan<kWarps>(w, packed, first_tile, last_tile, is_centred(d), rows, ring, table, slot,
+      scan<kWarps>(w, packed, first_tile, last_tile, is_centered(d), rows, ring, table, slot,
                    w.splits > 1 ? w.summaries + slot * kRows : table.summary);
       __syncthreads();
       if (w.splits > 1) continue;
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(32 * kWarps, 8 / kWarps)
   }
 }
 
-// The decision of depths [first_depth, last_depth), a row to a group; or, where nothing was scanned, one row to a
-// block.
+// The decision of depths [first_depth, last_depth), with one row per group; or one row per block if nothing was
+// scanned.
 __global__ void __launch_bounds__(kGroupThreads, 4)
     decide_splits(ResidualSearchParams p, Work w, int64_t first_depth, int64_t last_depth) {
   CU_SHARED(DirectRows, direct);

@@ -1,9 +1,9 @@
 // rqkernels::residual_search: schema, argument checks, tensors to params.
 #include <cstring>
 
-#include "common/residual_arguments.h"
 #include "common/tensors.h"
 #include "ops/residual_search/params.h"
+#include "shared/residual_arguments.h"
 
 namespace {
 
@@ -33,13 +33,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
     params.packed = packed->const_data_ptr<uint8_t>();
     params.packed_bytes = packed->numel();
   }
-  // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
-  // the device: there a bad code is never chosen.
+  // On a CPU the launch rejects codebooks that are not finite, even without rows. On a GPU that would need a
+  // host-device sync; there a bad code is never chosen.
 #ifdef RQK_CUDA_LIBRARY
   Tensor workspace;
   if (params.rows > 0) {
-    // Given back when this function returns, and used again only behind what it has launched: torch's allocator keeps
-    // memory to its stream.
+    // Freed when this function returns, and reused only after the kernels launched here: torch's allocator keeps memory
+    // to its stream.
     workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
     params.workspace = workspace.mutable_data_ptr<uint8_t>();
     rqk::launch(params, scope.stream());
@@ -62,7 +62,7 @@ Tensor pack_codebook(Tensor codebook) {
   rqk::pack_codebook(codebook_float.const_data_ptr<float>(), codebook.size(0), codebook.size(1),
                      [&packed, &codebook](int64_t bytes) {
                        packed = rqk::empty({bytes}, ScalarType::Byte, codebook);
-                       // The gaps between its parts too: equal codebooks give equal bytes.
+                       // Clears the gaps between its parts too: equal codebooks give equal bytes.
                        return static_cast<uint8_t*>(std::memset(packed.mutable_data_ptr<uint8_t>(), 0, bytes));
                      });
   return packed;
@@ -75,7 +75,7 @@ bool packed_has_gram(Tensor packed) {
   return rqk::packed_has_gram(packed.const_data_ptr<uint8_t>(), packed.numel());
 }
 
-// For tests: packed codebooks that plain searches keep, their bytes, and how often one was found.
+// For tests: number and bytes of the cached codebooks, and number of cache hits.
 std::tuple<int64_t, int64_t, int64_t> codebook_cache_state() {
   const rqk::CodebookCacheState state = rqk::codebook_cache_state();
   return {state.entries, state.bytes, state.found};

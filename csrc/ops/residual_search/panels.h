@@ -1,5 +1,5 @@
-// Products of many float rows with many codes: tiles of rows against panels of codes, in registers. For files compiled
-// once per instruction set.
+// Float32 products of many rows with many codes: tiles of rows against panels of codes, in registers. For files
+// compiled once per instruction set.
 #pragma once
 
 #include "common/simd.h"
@@ -9,14 +9,14 @@ namespace RQK_CAPABILITY {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kRowTile = 12;  // 12 x 2 accumulators of the 32 registers
+constexpr int kRowTile = 12;  // 12 x 2 accumulators of 32 registers
 #else
-constexpr int kRowTile = 6;  // 6 x 2 accumulators of 16
+constexpr int kRowTile = 6;  // 6 x 2 accumulators of 16 registers
 #endif
 constexpr int kPanelVecs = 2;
 constexpr int kPanelWidth = kPanelVecs * Vec::kSize;
 
-// Channel c of a vector goes to column[c * width], zeros where it is null: a tile of rows is (channels, kRowTile), a
+// Writes channel c of a vector to column[c * width], zeros if it is null: a tile of rows is (channels, kRowTile), a
 // panel of codes (channels, kPanelWidth).
 inline void pack_column(const float* values, int64_t channels, int64_t width, float* column) {
   for (int64_t c = 0; c < channels; ++c) column[c * width] = values != nullptr ? values[c] : 0.0f;

@@ -1,4 +1,4 @@
-// How a search on a GPU is cut into blocks, and where its workspace holds what. For the host and for kernels.
+// Block shapes and workspace layout of the search on a GPU. For the host and for kernels.
 #pragma once
 
 #include <algorithm>
@@ -11,26 +11,26 @@
 namespace rqk {
 namespace residual_search {
 
-constexpr int kWarpRows = 32;       // of x, per warp of a scanning block
-constexpr int kTileCodes = 128;     // scanned at a time, by every warp
-constexpr int kChunk = 32;          // channels of a tile that one stage holds
-constexpr int kStages = 3;          // of the ring through which the codes come
-constexpr int kGroupThreads = 128;  // of a block that works in groups of eight only
+constexpr int kWarpRows = 32;       // rows per warp of a scanning block
+constexpr int kTileCodes = 128;     // codes per tile, scanned at a time by every warp
+constexpr int kChunk = 32;          // channels per stage
+constexpr int kStages = 3;          // of the ring buffer of codes
+constexpr int kGroupThreads = 128;  // threads of a block that works in groups of eight only
 constexpr int kMostGroups = kGroupThreads / 8;
 constexpr int kQuad = 4;      // threads that share a row in an mma fragment
-constexpr int kCapacity = 8;  // candidates (of up to 32 codes) that a thread keeps of a row
+constexpr int kCapacity = 8;  // candidates (of up to 32 codes each) per thread and row
 
 constexpr int kChunkBytes = kTileCodes * kChunk * 2;
 
-// Codes `32 bits of mask` of a tile that belong to one thread: bit 2 j + b is code 8 j + 2 (lane % 4) + b.
+// A set of up to 32 codes of a tile that belong to one thread: bit 2 j + b is code 8 j + 2 (lane % 4) + b.
 struct Candidate {
-  float upper;  // no score among them is above
+  float upper;  // upper bound of their scores
   int32_t tile;
   uint32_t mask;
 };
 
-// What the scan knows of a tile's codes; scan.cuh says what the numbers mean. `start` holds those of codes 2 i and 2 i
-// + 1 twice over: that is what an mma adds to, and nothing has to be copied into its place.
+// A tile's constants for the scan (bound B6). `start` holds those of codes 2 i and 2 i + 1 twice: the initial values of
+// an mma, without copies.
 struct TileHeader {
   float start[kTileCodes / 2][4];
   float width[kTileCodes];
@@ -40,26 +40,26 @@ static_assert(sizeof(TileHeader) % 16 == 0, "cp.async copies 16 bytes");
 
 enum RowState : int32_t { kScanned = 0, kDirect = -1, kNotFinite = -2 };
 
-// What a scan leaves of a row.
+// Result of a scan for a row.
 struct Summary {
-  float floor;    // no code whose score's upper bound is not above this one can win
-  float top;      // no upper bound of a candidate is above
-  int32_t codes;  // how many candidates; or a RowState other than kScanned
-  int32_t code;   // which, where it is one
+  float floor;    // a code can win only if the upper bound of its score is above
+  float top;      // upper bound of the candidates' scores
+  int32_t codes;  // number of candidate codes; or a RowState other than kScanned
+  int32_t code;   // the code, if there is one candidate
 };
 
-// Bits of floats that are not negative, so that they compare as integers.
+// Norms as bits of non-negative floats, which compare like integers.
 struct Extent {
-  int32_t norm;          // no |e| of a codebook is above
-  int32_t centred_norm;  // no |e - middle|
+  int32_t norm;           // at least every |e| of the codebook
+  int32_t centered_norm;  // at least every |e - center|
 };
 
 struct Counters {
-  unsigned long long direct_rows;      // rows and depths that the scan left to the direct search
-  unsigned long long evaluated_codes;  // distances that were evaluated for the others
+  unsigned long long direct_rows;      // rows and depths left to the direct search
+  unsigned long long evaluated_codes;  // distances evaluated for the others
 };
 
-// A scanning block's rows, in shared memory.
+// Constants and results of a scanning block's rows, in shared memory.
 template <int kRows>
 struct RowTable {
   float reach[kRows];
@@ -77,27 +77,27 @@ struct DirectRows {
 
 // The plan, and pointers into the workspace.
 struct Work {
-  int warps;                   // of a scanning block; 0: so many channels that every row is searched directly
-  bool halved;                 // the channels are no more than half a chunk: so are the products
-  int splits;                  // of the codes over blocks; 1: one launch does everything
-  int64_t row_blocks, blocks;  // blocks of rows, and how many of them are under way at a time
+  int warps;                   // per scanning block; 0: with so many channels every row is searched directly
+  bool halved;                 // at most half a chunk of channels: half the products suffice
+  int splits;                  // number of parts of the codes; 1: one launch does everything
+  int64_t row_blocks, blocks;  // blocks of rows, and how many of them run at a time
   int64_t codebooks, tiles, tiles_per_split, chunks;
   int64_t tile_bytes, scan_shared_bytes;
 
-  float* middles;   // (codebooks, chunks * kChunk)
+  float* centers;   // (codebooks, chunks * kChunk)
   Extent* extents;  // (codebooks)
   Counters* counters;
-  uint8_t* packed;     // (codebooks, tiles): a TileHeader for rows from which the codebook's middle is taken away, one
-                       // for rows as they are; then chunks of kChunkBytes
+  uint8_t* packed;     // (codebooks, tiles): a TileHeader for centered rows, one for rows as they are, then chunks of
+                       // kChunkBytes
   float* residual;     // (rows, channels), from the second depth on
-  Summary* summaries;  // (blocks, splits, rows of a block), where there is more than one split
-  int32_t* counts;     // (blocks, splits, rows of a block, kQuad): of candidates
+  Summary* summaries;  // (blocks, splits, rows of a block), if there are several splits
+  int32_t* counts;     // (blocks, splits, rows of a block, kQuad): number of candidates
   Candidate* candidates;  // (blocks, splits, rows of a block, kQuad, kCapacity)
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Shared memory of a scanning block: its rows in bf16 and the ring; and what it declares statically.
+// Shared memory of a scanning block: dynamic (its rows in bf16, and the ring) and static.
 inline int64_t scan_shared_bytes(int warps, int64_t chunks) {
   return chunks * warps * kWarpRows * kChunk * 2 + kStages * (kChunkBytes + int64_t(sizeof(TileHeader)));
 }
@@ -105,7 +105,7 @@ inline int64_t static_shared_bytes(int warps) {
   return warps * int64_t(sizeof(RowTable<kWarpRows>)) + int64_t(sizeof(DirectRows)) + 64;
 }
 
-// Pointers count from `base`; returns the bytes in all.
+// Sets the pointers relative to `base`; returns the total bytes.
 inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t shared_bytes, uint8_t* base, Work* w) {
   // A scanning warp takes an eighth of a multiprocessor's registers.
   constexpr int kWarpsPerMultiprocessor = 8;
@@ -128,8 +128,8 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   take(&w->residual, p.depth > 1 ? p.rows * p.channels : 0);
   if (w->warps == 0) return bytes;
 
-  // As many blocks as the device holds at a time; more of the codes' splits than that would only wait.
-  // A multiprocessor has shared memory for its largest block, of which every block takes a KiB more than it asks for.
+  // As many blocks as the device runs at a time; more splits of the codes would only wait. A multiprocessor has shared
+  // memory for its largest block, and every block takes a KiB more than it asks for.
   const int64_t fitting = (shared_bytes + 1024) / (shared(w->warps) + 1024);
   const int64_t resident = std::min<int64_t>(kWarpsPerMultiprocessor / w->warps, fitting);
   const int64_t at_once = multiprocessors * resident;
@@ -141,7 +141,7 @@ inline int64_t plan(const ResidualSearchParams& p, int multiprocessors, int64_t 
   w->blocks = w->splits > 1 ? w->row_blocks : std::min(w->row_blocks, 2 * at_once);
   const int64_t lists = w->blocks * w->splits * rows_of_block;
 
-  take(&w->middles, w->codebooks * w->chunks * kChunk);
+  take(&w->centers, w->codebooks * w->chunks * kChunk);
   take(&w->extents, w->codebooks);
   take(&w->counters, 1);
   take(&w->packed, w->codebooks * w->tiles * w->tile_bytes);

@@ -1,92 +1,69 @@
-// The scan: scores of all codes by tensor cores in bf16, and a bound that says which codes it cannot rule out.
+// The scan: scores of all codes by tensor cores in bf16, and lists of the codes that bound B6 (docs/bounds.md) cannot
+// rule out.
 //
-// With m the middle of a codebook, e'_k = e_k - m, and v = r - m at the first depth, v = r at the later ones, where
-// residuals lie around zero wherever the data does:
-//   half distance = constant of the row - s_k,  s_k = <v, e'_k> - g_k,  g_k = |e'_k|^2/2 (v = r - m) or
-//                                                                             |e'_k|^2/2 + <m, e'_k> (v = r)
-// so the nearest code has the largest s. In bf16 (rounded to nearest even), e'_k = q_k + (error of norm <= f_k) and
-// v = p + (error of norm <= z), both measured; the scan computes a_k = c_k + <p, q_k>, starting from a float c_k.
+//   half distance = constant of the row - s_k;   computed: a_k = c_k + <p, q_k>, with p and q_k in bf16
+//   a_k - A w_k - 2 B_k <= s_k <= a_k + A w_k;   A is `reach` of the row, w_k `width` of the code
+// A row's `floor` is the largest lower bound so far, minus decision_slack (B1); only codes with a_k + A w_k > floor can
+// win.
 //
-// Products of bf16 are exact in float. How a tensor core adds them is not documented; assumed is that an mma of depth
-// 16 errs by at most 2^-18, or 32 * 2^-23, of |addend| + sum|products|. (Measured by Khattak and Mikaitis, "Accurate
-// Models of NVIDIA Tensor Cores", arXiv:2512.07004: terms are aligned to the largest, cut off so many bits below it,
-// and the sum once more at 23. H100 and B200: 16 products and the addend together, 25 bits: 17/4 + 1 times 2^-23. A100:
-// two steps of 8 and 24 bits: 2 (9/2 + 1). V100: four steps of 4 and 23 bits: 4 (5 + 1).) For C channels, padded, in
-// C/16 mma:
-//   G = 1.1 (C/16) 2^-18,  |a_k - c_k - <p, q_k>| <= G (|c_k| + |p| |q_k|).
-// With n_k = |e'_k| and what denormals lose (2 C 2^-126, in z, f and B):
-//   <v - p, e'_k>            <= z n_k
-//   <p, e'_k - q_k>          <= (|v| + z) f_k
-//   the mma                  <= G |c_k| + G (|v| + z)(n_k + f_k)
-//   c_k rounded to float     <= 2^-24 |c_k|
-// Starting from c_k = B_k - g_k, with B_k = (1.2 G + 2^-22) |g_k| + (the rounding of g_k in float64), gives
-//   a_k - A w_k - 2 B_k <= s_k <= a_k + A w_k,
-//   w_k = n_k/1024 + f_k + G (n_k + f_k)  (`width`),   A = max(|v| + z, 1024 z)  (`reach`).
-// A row keeps its `floor`: the largest of a_k - A w_k - 2 B_k over the codes seen, less decision_slack (how far two
-// half distances can lie apart that the definition's float64 sums still find the other way round: 1.1 (C/8 + 8) 2^-53
-// (|r| + max|e|)^2), and less a margin for the floats that all this is computed in. A code could win only if
-// a_k + A w_k > floor: that is the test.
+// A warp scores 32 rows x 128 codes in 128 accumulators; a block is one, two or four warps along the rows, which share
+// the codes. The four threads of a quad see all codes of their rows: they own the floors and the lists of candidates
+// until the decision. The rows stay in shared memory in bf16; the codes pass through a ring of kStages chunks of 32
+// channels.
 //
-// A warp scores 32 rows x 128 codes in 128 accumulators; a block is one, two or four warps, which share the codes.
-// Warps lie along the rows alone, so that the four threads of a quad see all codes of their rows: floors and lists of
-// candidates are theirs, and meet nobody else's before the decision. The rows stay in shared memory in bf16; the codes
-// come through a ring of kStages chunks of 32 channels.
-//
-// Per chunk a warp does 64 mma and 20 ldmatrix.x4, 10 KiB of shared memory or 160 bytes per mma; a block reads 8 KiB
-// from L2, 32 bytes per mma where it has 128 rows. Per tile come 3 KiB of headers (half of it read), and an epilogue of
-// one max per score and one compare per 32 scores. Only where a row of a quad beats its floor, about 1.2 (ln(K/128) +
-// 0.6) times per row on Gaussian data, the slow part raises the floor and writes down a mask of codes. Compiled for
-// sm_90: 146 instructions per chunk, some 15 more in a tile's first, 137 for the 128 scores of a thread; no spills at
-// 255 registers.
+// Per chunk, a warp does 64 mma and 20 ldmatrix.x4 (10 KiB of shared memory, 160 bytes per mma); a block reads 8 KiB
+// from L2, 32 bytes per mma with 128 rows. Per tile, 3 KiB of headers (half of it used), one max per score and one
+// compare per 32 scores. Only if a row of a quad exceeds its floor, about 1.2 (ln(K/128) + 0.6) times per row on
+// Gaussian data, the slow part raises the floor and stores a mask of codes. On sm_90: 146 instructions per chunk, about
+// 15 more in a tile's first, 137 for the 128 scores of a thread; no spills at 255 registers.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
 #include "common/ptx.cuh"
+#include "common/warp.cuh"
 #include "ops/residual_search/bound.cuh"
 
 namespace rqk {
 namespace residual_search {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
+// Whether the center is subtracted from the rows of a depth.
+__device__ inline bool is_centered(int64_t d) { return d == 0; }
 
-// Whether a depth's rows have the middle taken away.
-__device__ inline bool is_centred(int64_t d) { return d == 0; }
-
-// The rows of a block in bf16 (chunks, rows, kChunk), and the table of their numbers. The whole block calls; others see
-// both behind a barrier.
+// Loads the rows of a block in bf16 (chunks, rows, kChunk) and fills their table. The whole block calls; both are
+// visible after a barrier.
 template <int kWarps>
 __device__ inline void load_rows(const ResidualSearchParams& p, const Work& w, int64_t d, int64_t first_row,
                                  uint8_t* rows, RowTable<kWarps * kWarpRows>& table) {
   constexpr int kRows = kWarps * kWarpRows, kGroups = kRows / kLanes;
   const int64_t q = p.codebook_stride == 0 ? 0 : d;
-  const float* middle = w.middles + q * w.chunks * kChunk;
-  const double max_norm = __int_as_float(w.extents[q].norm), max_centred = __int_as_float(w.extents[q].centred_norm);
+  const float* center = w.centers + q * w.chunks * kChunk;
+  const double max_norm = __int_as_float(w.extents[q].norm), max_centered = __int_as_float(w.extents[q].centered_norm);
   for (int row = threadIdx.x / kLanes; row < kRows; row += kGroups) {
     const float* r = first_row + row < p.rows ? residual_at(p, w, d, first_row + row) : nullptr;
     const Rounded rounded =
-        round_row(r, is_centred(d) ? middle : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
+        round_row(r, is_centered(d) ? center : nullptr, p.channels, w.chunks, row, rows, kRows * kChunk * 2);
     if (lane_of_group() != 0) continue;
     const double norm = rounded_norm(rounded, p.channels), error = rounded_error(rounded, p.channels);
     const double reach = 1.0001 * max(norm + error, 1024 * error);
-    // |r| + max|e|: the middle is no longer than |e| + |e - middle|.
-    const double extent = norm + (is_centred(d) ? max_norm + max_centred : 0.0) + max_norm;
-    const bool scanned = reach < kLargest && max_centred < kLargest;
+    // r| + max|e|, where |center| <= |e| + |e - center|.
+    const double extent = norm + (is_centered(d) ? max_norm + max_centered : 0.0) + max_norm;
+    const bool scanned = reach < kLargest && max_centered < kLargest;
     table.state[row] = !rounded.finite ? kNotFinite : scanned ? kScanned : kDirect;
     table.reach[row] = scanned ? round_up(reach) : 0.0f;
     table.slack[row] = round_up(1.1 * (double(p.channels) / 8 + 8) * 0x1p-53 * extent * extent);
   }
 }
 
-// What a thread knows of one of its rows.
+// A thread's state of one of its rows.
 struct RowScan {
   float reach, floor;
-  int count;  // of its candidates; or kDirect
+  int count;  // number of its candidates; or kDirect
 };
 
-// Adds a candidate, those below the floor giving way where the list is full. A row whose list stays full is left to the
-// direct search: nothing beats its floor any more.
+// Adds a candidate; if the list is full, drops those below the floor first. A row whose list stays full is left to the
+// direct search: its floor becomes infinite.
 __device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate* list) {
   if (row.count == kCapacity) {
     row.count = 0;
@@ -103,13 +80,14 @@ __device__ inline void keep(RowScan& row, const Candidate& candidate, Candidate*
   }
 }
 
-// Where a lane's row of 16 bytes lies for the first ldmatrix of a chunk, of 16 rows and of 16 codes. The next 16
-// channels are 32 bytes away, up or down; the next 16 rows or codes, whose swizzle is the same, 16 whole rows further.
+// Byte offset of a lane's 16-byte row for the first ldmatrix of a chunk, for 16 rows and for 16 codes. The next 16
+// channels are 32 bytes away, up or down. The next 16 rows or codes have the same swizzle and lie 16 whole rows
+// further.
 __device__ inline int row_offset(int lane) { return unit_offset(lane % 16, lane / 16); }
 __device__ inline int code_offset(int lane) { return unit_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2); }
 
-// kSteps times 16 channels of a chunk: scores += rows * codes, or from `start` where it is the first. `start` is the
-// lane's own, so are `rows` and `codes` with its offsets.
+// scores += rows * codes over kSteps times 16 channels of a chunk; the first chunk begins with `start`. `rows`, `codes`
+// and `start` are the lane's own.
 template <bool kFirst, int kSteps>
 __device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* rows, const uint8_t* codes,
                                       int row_offset, int code_offset, const float (*start)[4]) {
@@ -142,7 +120,7 @@ __device__ inline void multiply_chunk(float (&scores)[2][16][4], const uint8_t* 
   }
 }
 
-// The largest of a thread's scores of a row, n-tiles [first, first + kCount).
+// The largest of a thread's scores of a row, in n-tiles [first, first + kCount).
 template <int kCount>
 __device__ inline float largest(const float (&scores)[16][4], int half, int first) {
   float top = max(scores[first][2 * half], scores[first][2 * half + 1]);
@@ -153,7 +131,7 @@ __device__ inline float largest(const float (&scores)[16][4], int half, int firs
   return top;
 }
 
-// Candidates among a tile's scores. The whole warp calls.
+// Finds the candidates among a tile's scores. The whole warp calls.
 __device__ inline void select(const float (&scores)[2][16][4], const TileHeader& header, int32_t tile,
                               const float* slack, RowScan (&row)[4], Candidate* lists) {
   const int lane = threadIdx.x % 32;
@@ -170,8 +148,8 @@ __device__ inline void select(const float (&scores)[2][16][4], const TileHeader&
   for (int i = 0; i < 4; ++i) {
     const float error = row[i].reach * header.widest;
     if (!__any_sync(kFullWarp, top[i] > row[i].floor - error)) continue;
-    // The quad's floor first, so that a first tile does not make candidates of all its codes. 1e-5 and 2e-6 cover the
-    // roundings here and in the tests.
+    // Raise the quad's floor first, so that a first tile does not make all its codes candidates. 1e-5 and 2e-6 cover
+    // the float32 rounding here and in the tests below.
     float floor = top[i] - (1.00001f * (error + header.gap + slack[lane / kQuad + 8 * i]) + 2e-6f * fabsf(top[i]));
     floor = max(floor, __shfl_xor_sync(kFullWarp, floor, 1));
     floor = max(floor, __shfl_xor_sync(kFullWarp, floor, 2));
@@ -181,7 +159,7 @@ __device__ inline void select(const float (&scores)[2][16][4], const TileHeader&
 #pragma unroll
     for (int first = 0; first < 16; first += 4) {
       if (!(largest<4>(scores[i / 2], i % 2, first) > row[i].floor - error)) continue;
-      // Each code by its own width: one outlier does not make candidates of its tile.
+      // Test each code by its own width: one outlier does not make all of its tile candidates.
 #pragma unroll
       for (int n = first; n < first + 4; ++n) {
         const float2 width = *reinterpret_cast<const float2*>(header.width + 8 * n + 2 * (lane % kQuad));
@@ -194,11 +172,11 @@ __device__ inline void select(const float (&scores)[2][16][4], const TileHeader&
   }
 }
 
-// Drops the candidates that the last floor rules out, and sums up what is left. The whole warp calls; lists, counts and
-// summaries are those of the thread's first row.
+// Drops the candidates that the final floor rules out, and summarizes the others. The whole warp calls; lists, counts
+// and summaries are those of the thread's first row.
 __device__ inline void settle(const RowScan (&row)[4], Candidate* lists, int32_t* counts, Summary* summaries) {
   const float inf = __int_as_float(0x7f800000);
-  // All reads are under way at once.
+  // All reads are in flight at once.
   float upper[4][kCapacity];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -236,30 +214,30 @@ __device__ inline void settle(const RowScan (&row)[4], Candidate* lists, int32_t
 }
 
 // Scans tiles [first_tile, last_tile) for the block's rows; writes its lists as number `slot`, and the rows' summaries.
-// The whole block calls, and again only behind a barrier.
+// The whole block calls; another call needs a barrier first.
 template <int kWarps>
-__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, bool centred,
+__device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_tile, int64_t last_tile, bool centered,
                             const uint8_t* rows, uint8_t* ring, const RowTable<kWarps * kWarpRows>& table, int64_t slot,
                             Summary* summaries) {
   constexpr int kRows = kWarps * kWarpRows, kThreads = kWarps * 32;
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * kWarpRows, first_row = warp_row + lane / kQuad;
   auto* headers = reinterpret_cast<TileHeader*>(ring + kStages * kChunkBytes);
 
-  // Chunks come in the order in which they are scanned; a tile's header comes with its first one.
+  // Chunks are fetched in scan order; a tile's header comes with its first chunk.
   const int chunks = int(w.chunks);
   int64_t tiles_to_fetch = last_tile - first_tile;
   int fetched_chunk = 0;
   const uint8_t* from = packed + first_tile * w.tile_bytes + 16 * threadIdx.x;
   int stage = 0, header_stage = 0;
   auto fetch = [&] {
-    constexpr int kBytes = 16 * kThreads;  // at a time
+    constexpr int kBytes = 16 * kThreads;  // per copy
     if (tiles_to_fetch > 0) {
       if (fetched_chunk == 0) {
         auto* to = reinterpret_cast<uint8_t*>(headers + header_stage) + 16 * threadIdx.x;
 #pragma unroll
         for (int i = 0; i < int(sizeof(TileHeader)); i += kBytes) {
           if (i + 16 * int(threadIdx.x) >= int(sizeof(TileHeader))) break;
-          ptx::cp_async_16(to + i, from + (centred ? 0 : sizeof(TileHeader)) + i);
+          ptx::cp_async_16(to + i, from + (centered ? 0 : sizeof(TileHeader)) + i);
         }
         from += 2 * sizeof(TileHeader);
         header_stage = header_stage + 1 == kStages ? 0 : header_stage + 1;
@@ -274,12 +252,13 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
         --tiles_to_fetch;
       }
     }
-    // Where nothing is left to fetch too, so that the number of groups says which chunk has come.
+    // Commit even without copies, so that the number of groups tells which chunk has arrived.
     ptx::cp_async_commit();
   };
   for (int i = 0; i < kStages - 1; ++i) fetch();
-  __syncthreads();  // the rows' table is there
+  __syncthreads();  // the table of the rows is visible
 
+  // State of the thread's four rows.
   RowScan row[4];
   const float inf = __int_as_float(0x7f800000);
   for (int i = 0; i < 4; ++i) {
@@ -288,13 +267,14 @@ __device__ inline void scan(const Work& w, const uint8_t* packed, int64_t first_
   }
   Candidate* lists = w.candidates + ((slot * kRows + first_row) * kQuad + lane % kQuad) * kCapacity;
 
+  // Scan: multiply chunk by chunk, then select candidates per tile.
   const int rows_at = row_offset(lane), codes_at = code_offset(lane);
   int current = 0, current_header = 0;
   float scores[2][16][4];
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const TileHeader& header = headers[current_header];
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      // This chunk has come, and all are done with the last one, whose place the next fetch takes.
+      // This chunk has arrived, and all threads are done with the previous one, which the next fetch overwrites.
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
       fetch();

@@ -1,38 +1,29 @@
 // The float32 scan: row_tile rows x panel_width codes in registers. For cpu_simd.cpp.
 //
-//   score_k = |e_k|^2/2 - <r, e_k>: half the squared distance, but for a constant of the row. 2*C operations per row
-//   and code; a panel stays in the cache while all rows of the chunk pass over it; a row remembers the codes whose
-//   score came within `slack` of its best.
-//
-// Why the winner is always a candidate. Let u = 2^-24, g(n) = n u / (1 - n u), s_k the exact score, t_k the computed.
-//   dot product of C terms, fused or not, in any order: error <= g(C) |r||e_k|, plus C 2^-149 where products underflow
-//   half norm rounded from float64:                     error <= u |e_k|^2 / 2
-//   the subtraction:                                    error <= u (|half norm| + |dot|)
-//   together  |t_k - s_k| <= E = g(C + 2) |r| n + 2.1 u n^2 / 2 + C 2^-148, with n the largest norm of the panel
-// A row keeps `upper` = min over the codes seen of t_k + E, an upper bound of the smallest s. The definition's winner w
-// satisfies s_w <= s_k + decision_slack for all k, hence t_w - E <= s_w <= upper + decision_slack: that is the test.
-// Where more codes pass the test than a row remembers (near copies), the scan is made a second time with what `upper`
-// has come to, and every code that passes goes to float64 at once. Where a score could overflow, all codes do.
+// Scores are |e_k|^2/2 - <r, e_k>: half the squared distance minus a constant of the row. 2 C operations per row and
+// code; a panel stays in cache while all rows of the chunk pass over it. A row stores the codes that bound B2
+// (docs/bounds.md) cannot rule out; if there are too many, the scan runs again with the final limit and evaluates them
+// at once.
 #pragma once
 
 #include "common/simd.h"
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/panels.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
-constexpr double kHuge = 1e37;  // a tenth of float's range
+constexpr double kHuge = 1e37;  // a tenth of the range of float32
 
-// The rows of a tile side by side.
+// State of the rows of a tile.
 struct FloatRows {
   float factor[kRowTile];  // g(C + 2) |r|
   float slack[kRowTile];   // decision_slack
   float upper[kRowTile];
-  float keep[kRowTile];  // upper + slack, rounded up: a code whose least score is above cannot win
+  float keep[kRowTile];  // upper + slack, rounded up: a code whose lower bound is above cannot win
   Candidates candidates[kRowTile];
-  Nearest nearest[kRowTile];  // of a row that the scan is made twice for
+  Nearest nearest[kRowTile];  // for rows that need the second scan
 };
 
 inline void pack_float_panel(const PackedCodebook& codebook, int64_t first, float* panel) {
@@ -42,10 +33,10 @@ inline void pack_float_panel(const PackedCodebook& codebook, int64_t first, floa
   }
 }
 
-// Keeps a row out of the scan: no score is at most that.
+// Excludes a row from the scan: no score is below its limit.
 inline void leave_out(FloatRows& rows, int i) { rows.keep[i] = -__builtin_inff(); }
 
-// False, and the row left out, where a score could overflow or is NaN.
+// Starts a row. Returns false, and excludes it, if a score could overflow or is NaN.
 inline bool begin_row(const PackedCodebook& codebook, double squared_norm, FloatRows& rows, int i) {
   const double u = 0x1p-24, terms = double(codebook.channels) + 2;
   const double norm = __builtin_sqrt(squared_norm), extent = norm + codebook.max_norm;
@@ -59,8 +50,7 @@ inline bool begin_row(const PackedCodebook& codebook, double squared_norm, Float
   return false;
 }
 
-// The first time: some score of this panel is within the row's limit. Lowers `upper`, then remembers the codes that
-// could be below it.
+// First scan: some score of this panel is below the row's limit. Lowers `upper`, then stores the codes that could win.
 inline void take_candidates(FloatRows& rows, int i, const float* scores, float error, const int32_t* order) {
   float best = scores[0];
   for (int w = 1; w < kPanelWidth; ++w) best = scores[w] < best ? scores[w] : best;
@@ -75,14 +65,14 @@ inline void take_candidates(FloatRows& rows, int i, const float* scores, float e
   }
 }
 
-// Scores of one tile of rows against one panel. visit(i, scores, error, order) for row i where one of them is of
-// interest.
+// Scores of one tile of rows against one panel. Calls visit(i, scores, error, order) for rows i with a score below the
+// limit.
 template <class Visit>
 inline void scan_panel(const PackedCodebook& codebook, const float* tile, const float* panel, int64_t first,
                        const FloatRows& rows, Visit visit) {
   Vec dot[kRowTile][kPanelVecs];
   multiply_panel(tile, panel, codebook.channels, dot);
-  // E of every row for this panel, and the largest score that is still of interest; both rounded up.
+  // E of each row for this panel, and the largest score of interest; both rounded up.
   const float n = codebook.panel_norms[first / kPanelWidth];
   const float constant = 6.3e-8f * n * n + float(codebook.channels) * 0x1p-147f + 1e-42f;
   float errors[kRowTile], limits[kRowTile];
@@ -96,7 +86,7 @@ inline void scan_panel(const PackedCodebook& codebook, const float* tile, const 
     bool any = false;
     for (int v = 0; v < kPanelVecs; ++v) {
       score[v] = Vec::load(codebook.half_norms + first + v * Vec::kSize) - dot[i][v];
-      any = any || at_most(score[v], Vec::fill(limits[i])) != 0;
+      any = any || cmp_le_mask(score[v], Vec::fill(limits[i])) != 0;
     }
     if (__builtin_expect(any, 0)) {
       float scores[kPanelWidth];
@@ -106,8 +96,8 @@ inline void scan_panel(const PackedCodebook& codebook, const float* tile, const 
   }
 }
 
-// codes[which[i]] for rows which[0 .. count) of residuals. tiles: (count rounded up to kRowTile) * channels floats;
-// panel: kPanelWidth * channels floats, used where the codebook has no panels.
+// Sets codes[which[i]] for rows which[0 .. count) of residuals. tiles: (count rounded up to kRowTile) * channels
+// floats; panel: kPanelWidth * channels floats, used if the codebook has no panels.
 inline void search_float(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
                          const int32_t* which, int64_t count, float* tiles, float* panel, FloatRows* rows,
                          int64_t* codes) {
@@ -120,7 +110,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
   for (int64_t i = 0; i < num_tiles * kRowTile; ++i) {
     const float* r = i < count ? residuals + which[i] * channels : nullptr;
     pack_column(r, channels, kRowTile, tiles + i / kRowTile * kRowTile * channels + i % kRowTile);
-    // A place without a row is left out like one whose norm is not a number.
+    // A place without a row is excluded like a row whose norm is NaN.
     const double squared = r != nullptr ? squared_norms[which[i]] : __builtin_nan("");
     if (!begin_row(codebook, squared, rows[i / kRowTile], int(i % kRowTile)) && r != nullptr) {
       codes[which[i]] = nearest_of_all(codebook, r);
@@ -135,7 +125,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
                  });
     }
   }
-  // Rows that the first scan settles are left out of the second.
+  // Rows decided by the first scan are excluded from the second.
   bool again = false;
   for (int64_t i = 0; i < count; ++i) {
     FloatRows& tile = rows[i / kRowTile];
@@ -159,7 +149,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
                    const float* r = residuals + which[t * kRowTile + i] * channels;
                    for (int w = 0; w < kPanelWidth; ++w) {
                      if (order[w] < 0 || least_of(scores[w], error) > rows[t].keep[i]) continue;
-                     rows[t].nearest[i].see(codebook, r, order[w]);
+                     see(rows[t].nearest[i], codebook, r, order[w]);
                    }
                  });
     }

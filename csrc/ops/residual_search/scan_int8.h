@@ -1,39 +1,16 @@
-// The int8 scan: products of bytes, and a bound that says which codes they cannot rule out. For cpu_simd.cpp, where the
-// instruction set has such products: vpdpbusd (AVX-512 VNNI, four channels per lane and instruction) or vpmaddubsw
-// (AVX2, of seven bits, whose pairs of products fit 16 bits).
+// The int8 scan. For cpu_simd.cpp, where the instruction set has vpdpbusd (AVX-512 VNNI, four channels per lane and
+// instruction) or vpmaddubsw (AVX2, with 7-bit values, so that pairs of products fit 16 bits).
 //
-// With m in the middle of the codes, e'_k = e_k - m, and v either r or r - m, whichever is shorter:
-//   half distance = constant of the row + s_k,  s_k = g_k - <v, e'_k>,  g_k = |e'_k|^2/2 (v = r - m) or
-//                                                                            |e'_k|^2/2 + <m, e'_k> (v = r)
-// so a common offset of the data costs nothing at the first depth, and nothing at the later ones, where residuals lie
-// around zero again. Quantized, e'_k = b_k q_k + (error of norm <= f_k) and v = a p + (error of norm z), with a, b_k
-// floats and p, q_k in [-127, 127] (AVX2: [-63, 63]); the scan computes t_k = g_k - a b_k <p, q_k>, the product exactly
-// in int32.
+// Rows and codes are centered where that makes them shorter, and quantized with a scale each. In up to four outlier
+// channels, where the codes are far larger than elsewhere, products are float32. Bound B3 (docs/bounds.md) tells which
+// codes the scores cannot rule out. The scores of a tile for a block of panels are stored and read twice: for the
+// smallest upper bound, then for candidates, without a data-dependent branch except for the few codes found.
 //
-// In up to four outlier channels, where the codes are far larger than elsewhere, bytes would spend their range on those
-// alone: there v and e' count as zero, and v_c e'_c is subtracted from the scores in float. n' is |e'| without them.
-//
-// Let u = 2^-24, n_k = |e'_k|, G = max|g_k| <= n_k^2/2 (+ |m| n_k where v = r):
-//   <v - a p, e'_k>                              <= z n'_k
-//   <a p, e'_k - b_k q_k>                        <= (|v'| + z) f_k, v' without the outlier channels
-//   r - m rounded to float                       <= u |v| n_k
-//   int32 to float, times b_k, times a           <= 3.1 u (|v| + z)(n_k + f_k)
-//   g_k rounded to float                         <= u G
-//   at most five subtractions                    <= 5 u (G + (|v| + z)(n_k + f_k))
-// Together |t_k - s_k| <= E = z n' + A n + B f + 3.1 u n^2 + 1e-42 with the panel's largest n, n' and f, and
-//   A = 10 u (|v| + z) + 6.1 u |m|,   B = |v'| + z + 10 u (|v| + z);   the last term is what denormals lose.
-//
-// The scores of a tile of rows for a block of panels are stored, then looked at row by row, twice, and no branch
-// depends on the data but for the few codes found: first for `upper` = min over the codes seen of t_k + E, an upper
-// bound of the smallest s; then for the codes that could win, those with t_k - E <= upper + decision_slack. Of all
-// blocks' codes that could, the likeliest is measured in float64: its half distance less |r - m|^2/2 bounds the
-// smallest s better than `upper` does, by about E, so that most others need no measuring.
-//
-// A third (AVX2: half) of the float scan's instructions per product; some 20 more per panel and row. Too many
-// candidates, or numbers near float's range: the row is left to the float scan.
+// Takes a third (AVX2: half) of the float scan's instructions per product, and about 20 more per panel and row. Rows
+// with too many candidates, or with values near the range of float32, go to the float scan.
 #pragma once
 
-#include "ops/residual_search/exact.h"
+#include "ops/residual_search/decide.h"
 #include "ops/residual_search/scan_float.h"
 
 #if defined(__AVX2__)
@@ -47,13 +24,13 @@ constexpr int kByteMax = 127;
 #else
 constexpr int kByteMax = 63;
 #endif
-constexpr int kBias = kByteMax + 1;  // what the codes' bytes carry, so that they are unsigned
-// Panels whose scores for one tile are kept at a time: 48 KiB of them (AVX2: 12 KiB) stay in the nearest caches.
+constexpr int kBias = kByteMax + 1;  // added to the codes' bytes, to make them unsigned
+// Panels per block of scores: 48 KiB for a tile (AVX2: 12 KiB), which stay in L1 or L2.
 constexpr int kBlockPanels = 32;
-constexpr int kGroupPanels = 4, kBlockGroups = kBlockPanels / kGroupPanels;  // a group has one error bound
+constexpr int kGroupPanels = 4, kBlockGroups = kBlockPanels / kGroupPanels;  // panels of a group share an error bound
 constexpr float kDenormalLoss = 1e-42f;
 
-// A tile's rows, side by side in a vector.
+// State of a tile's rows, interleaved.
 struct Int8Rows {
   alignas(64) float factor_kept[Vec::kSize];   // z
   alignas(64) float factor_norm[Vec::kSize];   // A
@@ -61,32 +38,32 @@ struct Int8Rows {
   alignas(64) float slack[Vec::kSize];         // decision_slack
   alignas(64) float upper[Vec::kSize];
   float scale[kRowTile];            // a
-  double half_reach[kRowTile];      // |r - m|^2/2 ...
-  double reach_rounding[kRowTile];  // ... but for at most that
-  int32_t start[kRowTile];          // -kBias sum(p): undoes the bias of the codes' bytes
-  bool centred[kRowTile];
-  float outlier[Int8Panels::kMaxOutliers][kRowTile];  // v there
+  double half_reach[kRowTile];      // |r - m|^2/2
+  double reach_rounding[kRowTile];  // bound of the error of that
+  int32_t start[kRowTile];          // -kBias sum(p), which compensates the bias of the codes' bytes
+  bool centered[kRowTile];
+  float outlier[Int8Panels::kMaxOutliers][kRowTile];  // v in these channels
   Candidates candidates[kRowTile];
 };
 
-// Groups of four channels, in twos.
+// Groups of four channels, rounded up to an even number.
 inline int64_t quads(int64_t channels) { return (channels + 7) / 8 * 2; }
 
-// Which vector is quantized: x, less m unless that is null, and zero where `kept` is unless that is null.
-struct Centred {
+// The vector to quantize: x, minus m unless that is null, and zero where `kept` is zero unless that is null.
+struct Centered {
   const float *x, *m, *kept;
 
   float at(int64_t c) const {
     const float value = m != nullptr ? x[c] - m[c] : x[c];
     return kept != nullptr ? value * kept[c] : value;
   }
-  // visit(c, v_c ..) for all channels, a vector at a time; those past the last are zero.
+  // Calls visit(c, v_c ..) for all channels, a vector at a time; channels past the last are zero.
   template <class Visit>
   void for_each(int64_t channels, Visit visit) const {
     for (int64_t c = 0; c < channels; c += Vec::kSize) {
       const int64_t left = channels - c;
       auto load = [c, left](const float* p) {
-        return left >= Vec::kSize ? Vec::load(p + c) : Vec::load_first(p + c, left);
+        return left >= Vec::kSize ? Vec::load(p + c) : Vec::load_partial(p + c, left);
       };
       Vec value = load(x);
       if (m != nullptr) value = value - load(m);
@@ -97,16 +74,16 @@ struct Centred {
 };
 
 // max_c |v_c|.
-inline float largest(const Centred& v, int64_t channels) {
+inline float largest(const Centered& v, int64_t channels) {
   Vec top = Vec::zero();
   v.for_each(channels, [&top](int64_t, Vec value) { top = max(top, abs(value)); });
-  return largest_of(top);
+  return reduce_max(top);
 }
 
-// Quantizes v into bytes (`stride` bytes apart from one four of channels to the next), adding `bias`; channels missing
-// in the last fours are zero. Returns the squared norm of the error, in float64; `sum` is the sum of the quantized
+// Quantizes v into bytes (`stride` bytes from one group of four channels to the next), adding `bias`; missing channels
+// of the last groups are zero. Returns the squared norm of the error in float64; `sum` is the sum of the quantized
 // channels.
-inline double quantize(const Centred& v, int64_t channels, float scale, int bias, uint8_t* bytes, int64_t stride,
+inline double quantize(const Centered& v, int64_t channels, float scale, int bias, uint8_t* bytes, int64_t stride,
                        int32_t* sum) {
   const Vec inverse = Vec::fill(scale > 0 ? 1.0f / scale : 0.0f), step = Vec::fill(scale);
   const Vec most = Vec::fill(kByteMax), least = Vec::fill(-kByteMax);
@@ -125,21 +102,21 @@ inline double quantize(const Centred& v, int64_t channels, float scale, int bias
   });
   const int64_t written = (channels + Vec::kSize - 1) / Vec::kSize * (Vec::kSize / 4);
   for (int64_t four = written; four < quads(channels); ++four) __builtin_memset(bytes + four * stride, bias, 4);
-  *sum = sum_of(total);
+  *sum = reduce_add(total);
   return error.total();
 }
 
 // |v| in float64.
-inline double norm_of(const Centred& v, int64_t channels) {
+inline double norm_of(const Centered& v, int64_t channels) {
   SquareSum squares;
   v.for_each(channels, [&squares](int64_t, Vec value) { squares.add(value); });
   return __builtin_sqrt(squares.total());
 }
 
-// The share by which a norm of float differences can be below that of the exact ones, generously.
+// Covers the rounding of norms of float32 differences, generously.
 constexpr double kNormMargin = 1 + 1e-6;
 
-// Which channels the scan takes apart, null for none.
+// The mask that excludes outlier channels; null if there are none.
 inline const float* kept_channels(const Int8Panels& int8) { return int8.num_outliers > 0 ? int8.kept : nullptr; }
 
 inline void pack_int8_panel(const PackedCodebook& codebook, const double* squared_norms, int64_t panel) {
@@ -153,16 +130,16 @@ inline void pack_int8_panel(const PackedCodebook& codebook, const double* square
     const int32_t k = codebook.order[place];
     for (int o = 0; o < int8.num_outliers; ++o) {
       int8.outliers[o * int8.outlier_stride + place] =
-          k < 0 ? 0.0f : Centred{codebook.codes_kc + k * channels, m, nullptr}.at(int8.outlier_channel[o]);
+          k < 0 ? 0.0f : Centered{codebook.codes_kc + k * channels, m, nullptr}.at(int8.outlier_channel[o]);
     }
     if (k < 0) {
       for (int64_t four = 0; four < quads(channels); ++four) __builtin_memset(bytes + four * kPanelWidth * 4, kBias, 4);
       int8.scale[place] = 0;
-      int8.offset[place] = int8.offset_centred[place] = __builtin_inff();
+      int8.offset[place] = int8.offset_centered[place] = __builtin_inff();
       continue;
     }
     const float* e = codebook.codes_kc + k * channels;
-    const Centred kept{e, m, kept_channels(int8)};
+    const Centered kept{e, m, kept_channels(int8)};
     const float scale = largest(kept, channels) / kByteMax;
     int32_t sum;
     const double error = __builtin_sqrt(quantize(kept, channels, scale, kBias, bytes, kPanelWidth * 4, &sum));
@@ -170,12 +147,12 @@ inline void pack_int8_panel(const PackedCodebook& codebook, const double* square
     const double shift =
         m == nullptr ? 0 : lane_sum(channels, [e, m](auto load) { return load(m) * (load(e) - load(m)); });
     int8.scale[place] = scale;
-    int8.offset_centred[place] = float(squared / 2);
+    int8.offset_centered[place] = float(squared / 2);
     int8.offset[place] = float(squared / 2 + shift);
     max_norm = norm > max_norm ? norm : max_norm;
     const double kept_norm = int8.num_outliers > 0 ? norm_of(kept, channels) : norm;
     max_kept = kept_norm > max_kept ? kept_norm : max_kept;
-    // The difference e - m was rounded to float, and so was the error's own term.
+    // The difference e - m was rounded to float32, and so were the terms of the error.
     const double bound = error * kNormMargin + 0x1p-22 * norm;
     max_error = bound > max_error ? bound : max_error;
   }
@@ -184,20 +161,20 @@ inline void pack_int8_panel(const PackedCodebook& codebook, const double* square
   int8.max_error[panel] = round_up(max_error);
 }
 
-// Quantizes row i of a tile; tile is (quads, kRowTile, 4) bytes. False where the float scan must take the row.
+// Quantizes row i of a tile of (quads, kRowTile, 4) bytes. Returns false if the row needs the float scan.
 inline bool begin_int8_row(const PackedCodebook& codebook, const float* r, double squared, Int8Rows& rows, int i,
                            uint8_t* tile) {
   const Int8Panels& int8 = codebook.int8;
   const int64_t channels = codebook.channels;
   const double u = 0x1p-24, raw = __builtin_sqrt(squared);
-  const double centred = int8.mean_norm > 0 ? norm_of({r, int8.mean, nullptr}, channels) : raw;
-  rows.centred[i] = centred < raw;
-  const float* m = rows.centred[i] ? int8.mean : nullptr;
-  const double norm = (rows.centred[i] ? centred : raw) * kNormMargin;
+  const double centered = int8.mean_norm > 0 ? norm_of({r, int8.mean, nullptr}, channels) : raw;
+  rows.centered[i] = centered < raw;
+  const float* m = rows.centered[i] ? int8.mean : nullptr;
+  const double norm = (rows.centered[i] ? centered : raw) * kNormMargin;
   const double extent = raw + codebook.max_norm, reach = norm + int8.mean_norm + codebook.max_norm;
-  // The products add up to 255 * 127 * C in int32; the negated comparison also leaves NaN to the float scan.
+  // Sums of products must fit int32: 255 * 127 * C. The negated comparison also leaves NaN to the float scan.
   if (!(extent * extent < kHuge && reach * reach < kHuge && channels < 65536)) return false;
-  const Centred kept{r, m, kept_channels(int8)};
+  const Centered kept{r, m, kept_channels(int8)};
   const double kept_norm = int8.num_outliers > 0 ? norm_of(kept, channels) * kNormMargin : norm;
   const float scale = largest(kept, channels) / kByteMax;
   int32_t sum;
@@ -209,11 +186,11 @@ inline bool begin_int8_row(const PackedCodebook& codebook, const float* r, doubl
   rows.factor_error[i] = round_up(kept_norm + z + 10 * u * (norm + z));
   rows.slack[i] = round_up(decision_slack(extent, channels));
   rows.upper[i] = __builtin_inff();
-  rows.half_reach[i] = centred * centred / 2;
-  // Differences rounded to float, and their squares' sum to float64: 2 u and less than u more.
+  rows.half_reach[i] = centered * centered / 2;
+  // Rounding of differences to float32 and of the sum of squares: 2 u, and less than u more.
   rows.reach_rounding[i] = int8.mean_norm > 0 ? 3 * u * rows.half_reach[i] : 0;
   rows.start[i] = -kBias * sum;
-  for (int o = 0; o < int8.num_outliers; ++o) rows.outlier[o][i] = Centred{r, m, nullptr}.at(int8.outlier_channel[o]);
+  for (int o = 0; o < int8.num_outliers; ++o) rows.outlier[o][i] = Centered{r, m, nullptr}.at(int8.outlier_channel[o]);
   rows.candidates[i].count = 0;
   return true;
 }
@@ -223,12 +200,12 @@ inline void skip_int8_row(Int8Rows& rows, int i, uint8_t* tile, int64_t channels
   rows.scale[i] = rows.factor_kept[i] = rows.factor_norm[i] = rows.factor_error[i] = rows.slack[i] = rows.upper[i] = 0;
   for (int o = 0; o < Int8Panels::kMaxOutliers; ++o) rows.outlier[o][i] = 0;
   rows.start[i] = 0;
-  rows.centred[i] = true;
+  rows.centered[i] = true;
   rows.candidates[i].count = -1;
 }
 
-// Products of one tile of rows with one panel, in registers. Four channels at a time: a row's four signed bytes go to
-// all lanes, the codes' four unsigned bytes stand in one lane each.
+// Multiplies one tile of rows with one panel, in registers, four channels at a time: a row's four signed bytes are
+// broadcast to all lanes, four unsigned bytes of each code fill a lane.
 [[gnu::always_inline]] inline void multiply_int8_panel(const uint8_t* tile, const uint8_t* panel, int64_t fours,
                                                        const int32_t* start, VecInt (&dot)[kRowTile][kPanelVecs]) {
 #pragma GCC unroll 16
@@ -251,7 +228,7 @@ inline void skip_int8_row(Int8Rows& rows, int i, uint8_t* tile, int64_t channels
     }
   }
 #else
-  // Sums of four products, 4 * 127 * 63 at most, fit 16 bits: two fours share their widening to 32.
+  // Sums of four products, at most 4 * 127 * 63, fit 16 bits: two groups of channels share the widening to 32 bits.
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t four = 0; four < fours; four += 2) {
     const uint8_t* row = tile + four * kRowBytes;
@@ -272,8 +249,8 @@ inline void skip_int8_row(Int8Rows& rows, int i, uint8_t* tile, int64_t channels
 #endif
 }
 
-// The scores of one tile against one panel, (kRowTile, kPanelWidth), but for the outlier channels. finish(i, v, score)
-// stores them.
+// Computes the scores of one tile against one panel, (kRowTile, kPanelWidth), without outlier channels, and passes them
+// to finish(i, v, score).
 template <class Finish>
 [[gnu::always_inline]] inline void score_int8_panel(const PackedCodebook& codebook, const uint8_t* tile, int64_t panel,
                                                     const Int8Rows& rows, Finish finish) {
@@ -285,7 +262,7 @@ template <class Finish>
   for (int v = 0; v < kPanelVecs; ++v) scale[v] = Vec::load(int8.scale + first + v * Vec::kSize);
 #pragma GCC unroll 16
   for (int i = 0; i < kRowTile; ++i) {
-    const float* offset = (rows.centred[i] ? int8.offset_centred : int8.offset) + first;
+    const float* offset = (rows.centered[i] ? int8.offset_centered : int8.offset) + first;
     const Vec a = Vec::fill(rows.scale[i]);
     for (int v = 0; v < kPanelVecs; ++v) {
       finish(i, v, negated_fma(a, to_float(dot[i][v]) * scale[v], Vec::load(offset + v * Vec::kSize)));
@@ -293,7 +270,7 @@ template <class Finish>
   }
 }
 
-// Vector v of row i's scores of a panel, less the products of the outlier channels.
+// Vector v of row i's scores of a panel, minus the products of the outlier channels.
 inline Vec less_outliers(const Int8Panels& int8, int64_t panel, const Int8Rows& rows, int i, int v, Vec score) {
   for (int o = 0; o < int8.num_outliers; ++o) {
     const Vec e = Vec::load(int8.outliers + o * int8.outlier_stride + panel * kPanelWidth + v * Vec::kSize);
@@ -312,12 +289,12 @@ inline void subtract_outliers(const Int8Panels& int8, int64_t panel, const Int8R
   }
 }
 
-// What the scan of a block leaves for one tile of rows.
+// Scores of a block of panels for one tile of rows.
 struct BlockScores {
   alignas(64) float scores[kBlockPanels][kRowTile][kPanelWidth];
-  alignas(64) float least[kBlockGroups][kRowTile][Vec::kSize];  // of each group of panels, lane by lane
-  // Of the groups, the same for all tiles: the largest of max_norm, max_kept and max_error, and the part of E that does
-  // not depend on the row.
+  alignas(64) float least[kBlockGroups][kRowTile][Vec::kSize];  // smallest score of each group of panels, per lane
+  // Per group, the same for all tiles: the largest max_norm, max_kept and max_error, and the part of E that does not
+  // depend on the row.
   alignas(64) float norm[kBlockGroups], kept[kBlockGroups], error[kBlockGroups], constant[kBlockGroups];
 };
 
@@ -353,13 +330,14 @@ inline void score_block(const PackedCodebook& codebook, const uint8_t* tile, int
   }
 }
 
-// Remembers the codes of a group of panels whose score for row i is at most `limit`.
+// Stores the codes of a group of panels whose score for row i is at most `limit`.
 inline void take_group(const PackedCodebook& codebook, int64_t begin, int64_t end, const BlockScores& block, int g,
                        int i, float limit, float error, float keep, Candidates& candidates) {
   for (int64_t p = g * kGroupPanels; p < (g + 1) * kGroupPanels && begin + p < end; ++p) {
     const float* scores = block.scores[p][i];
     const Vec at = Vec::fill(limit);
-    uint32_t within = at_most(Vec::load(scores), at) | at_most(Vec::load(scores + Vec::kSize), at) << Vec::kSize;
+    uint32_t within = cmp_le_mask(Vec::load(scores), at) | cmp_le_mask(Vec::load(scores + Vec::kSize), at)
+                                                               << Vec::kSize;
     for (; within != 0; within &= within - 1) {
       const int w = __builtin_ctz(within);
       const int32_t k = codebook.order[(begin + p) * kPanelWidth + w];
@@ -371,8 +349,8 @@ inline void take_group(const PackedCodebook& codebook, int64_t begin, int64_t en
   }
 }
 
-// Lowers `upper` of a tile's rows, then remembers the codes that could be below it. First what all rows have in common,
-// without a branch, so that the rows' work overlaps. A float operation rounds by a share of 2^-24 = 6e-8.
+// Lowers `upper` of a tile's rows, then stores the codes that could win. Starts with what all rows have in common,
+// without branches, so that the rows overlap. A float32 operation has a relative error of 2^-24 = 6e-8.
 inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t end, const BlockScores& block,
                         Int8Rows& rows) {
   const int groups = int((end - begin + kGroupPanels - 1) / kGroupPanels);
@@ -388,7 +366,7 @@ inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t e
   for (int i = 0; i < kRowTile; ++i) {
     Vec low = Vec::load(block.least[0][i]) + Vec::fill(errors[0][i]);
     for (int g = 1; g < groups; ++g) low = min(low, Vec::load(block.least[g][i]) + Vec::fill(errors[g][i]));
-    lowest[i] = smallest_of(low);
+    lowest[i] = reduce_min(low);
   }
   const Vec low = Vec::load(lowest), upper = min(fma(abs(low), rounding, low), Vec::load(rows.upper));
   upper.store(rows.upper);
@@ -401,7 +379,7 @@ inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t e
   for (int i = 0; i < kRowTile; ++i) {
     uint32_t found = 0;
     for (int g = 0; g < groups; ++g) {
-      found |= uint32_t(at_most(Vec::load(block.least[g][i]), Vec::fill(limits[g][i])) != 0) << g;
+      found |= uint32_t(cmp_le_mask(Vec::load(block.least[g][i]), Vec::fill(limits[g][i])) != 0) << g;
     }
     Candidates& candidates = rows.candidates[i];
     for (; found != 0 && candidates.count >= 0; found &= found - 1) {
@@ -411,7 +389,7 @@ inline void select_int8(const PackedCodebook& codebook, int64_t begin, int64_t e
   }
 }
 
-// upper + slack, rounded up: a code whose least score is above cannot win.
+// upper + slack, rounded up: a code whose lower bound is above cannot win.
 inline float int8_limit(const Int8Rows& rows, int i) { return round_up(double(rows.upper[i]) + double(rows.slack[i])); }
 
 // The certified nearest of row i's candidates.
@@ -424,16 +402,16 @@ inline int64_t nearest_candidate(const PackedCodebook& codebook, const float* r,
     if (candidates.least[j] < candidates.least[likeliest]) likeliest = j;
   }
   Nearest nearest;
-  nearest.see(codebook, r, candidates.code[likeliest]);
-  // One slack for the distance measured here, one for that of the code that could be nearer.
+  see(nearest, codebook, r, candidates.code[likeliest]);
+  // One slack for the distance evaluated here, one for that of the code that could be nearer.
   const double limit = nearest.distance / 2 - rows.half_reach[i] + rows.reach_rounding[i] + 2 * double(rows.slack[i]);
   for (int j = 0; j < candidates.count; ++j) {
-    if (j != likeliest && candidates.least[j] <= limit) nearest.see(codebook, r, candidates.code[j]);
+    if (j != likeliest && candidates.least[j] <= limit) see(nearest, codebook, r, candidates.code[j]);
   }
   return nearest.code;
 }
 
-// The rows as tiles of bytes, those that the scan cannot serve as zeros.
+// Quantizes the rows into tiles; rows that the scan cannot handle are zero.
 inline void quantize_tiles(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
                            int64_t count, uint8_t* tiles, Int8Rows* rows) {
   const int64_t channels = codebook.channels, num_tiles = (count + kRowTile - 1) / kRowTile;
@@ -441,7 +419,7 @@ inline void quantize_tiles(const PackedCodebook& codebook, const float* residual
     uint8_t* tile = tiles + i / kRowTile * quads(channels) * kRowTile * 4;
     Int8Rows& state = rows[i / kRowTile];
     const int place = int(i % kRowTile);
-    // What lies past the last row of the tile is computed with too, and must not be slow (denormal).
+    // Places past the last row of the tile take part in the arithmetic and must not be denormal, which is slow.
     if (place == 0) {
       for (int j = kRowTile; j < Vec::kSize; ++j) {
         state.factor_kept[j] = state.factor_norm[j] = state.factor_error[j] = state.slack[j] = state.upper[j] = 0;
@@ -453,7 +431,7 @@ inline void quantize_tiles(const PackedCodebook& codebook, const float* residual
   }
 }
 
-// The candidates of all rows among a share of the codes: of `parts` shares, in whole blocks, number `part`.
+// Finds the candidates of all rows in share `part` of `parts` shares of the codes, in whole blocks.
 inline void scan_int8(const PackedCodebook& codebook, const float* residuals, const double* squared_norms,
                       int64_t count, int64_t part, int64_t parts, uint8_t* tiles, Int8Rows* rows, BlockScores& block) {
   const int64_t num_tiles = (count + kRowTile - 1) / kRowTile, tile_bytes = quads(codebook.channels) * kRowTile * 4;
@@ -471,7 +449,7 @@ inline void scan_int8(const PackedCodebook& codebook, const float* residuals, co
   }
 }
 
-// Joins what another share of the codes gave for the same rows.
+// Merges the candidates from another share of the codes.
 inline void merge_int8(Int8Rows& rows, const Int8Rows& others) {
   for (int i = 0; i < kRowTile; ++i) {
     Candidates& candidates = rows.candidates[i];
@@ -485,8 +463,8 @@ inline void merge_int8(Int8Rows& rows, const Int8Rows& others) {
   }
 }
 
-// codes[i] of the rows that were scanned; leaves those that the scan could not serve in `left` and returns their
-// number. Rows that are not finite are among them.
+// Sets codes[i] of the scanned rows. Stores the rows that the scan could not decide in `left` (also those that are not
+// finite) and returns their number.
 inline int64_t decide_int8(const PackedCodebook& codebook, const float* residuals, int64_t count, Int8Rows* rows,
                            int64_t* codes, int32_t* left) {
   int64_t num_left = 0;

@@ -23,7 +23,7 @@ rqk::SampleSettings settings_of(int64_t num_codes, double temperature, std::opti
   return {temperature, top_k.value_or(num_codes), top_p.value_or(1.0)};
 }
 
-// A counter is a number, or a tensor that the kernel reads where the logits are.
+// A counter is a number, or a tensor on the device of the logits, which the kernel reads.
 const int64_t* check_counter(const char* name, const std::optional<Tensor>& counter, const Tensor& logits) {
   if (!counter.has_value()) return nullptr;
   if (counter->numel() != 1) {
@@ -43,10 +43,10 @@ void check_counters(int64_t offset, int64_t stream, int64_t rows, int64_t stream
   }
 }
 
-// `seed` holds the 64 bits of an unsigned one; a tensor stands in place of the number of its name.
+// `seed` holds the 64 bits of an unsigned integer. A counter's tensor replaces its number.
 Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
-                     int64_t seed, int64_t offset, int64_t stream, std::optional<Tensor> offset_there,
-                     std::optional<Tensor> stream_there, int64_t streams) {
+                     int64_t seed, int64_t offset, int64_t stream, std::optional<Tensor> offset_tensor,
+                     std::optional<Tensor> stream_tensor, int64_t streams) {
   if (logits.dim() < 1) rqk::value_error(kOp, ": logits must be (..., K), got a scalar");
   std::vector<int64_t> sizes = rqk::sizes_of(logits);
   const int64_t num_codes = sizes.back();
@@ -66,13 +66,13 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
   params.seed = static_cast<uint64_t>(seed);
   params.offset = offset;
   params.stream = stream;
-  params.offset_there = check_counter("offset", offset_there, logits);
-  params.stream_there = check_counter("stream", stream_there, logits);
+  params.offset_ptr = check_counter("offset", offset_tensor, logits);
+  params.stream_ptr = check_counter("stream", stream_tensor, logits);
 #ifdef RQK_CUDA_LIBRARY
   check_counters(offset, stream, params.rows, streams);
 #else
-  check_counters(params.offset_there != nullptr ? *params.offset_there : offset,
-                 params.stream_there != nullptr ? *params.stream_there : stream, params.rows, streams);
+  check_counters(params.offset_ptr != nullptr ? *params.offset_ptr : offset,
+                 params.stream_ptr != nullptr ? *params.stream_ptr : stream, params.rows, streams);
 #endif
   const Tensor logits_float = rqk::as_float(logits);
   const Tensor codes = rqk::empty(sizes, ScalarType::Long, logits);
@@ -80,7 +80,7 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
   params.codes = codes.mutable_data_ptr<int64_t>();
   rqk::launch(params, scope.stream());
 #ifndef RQK_CUDA_LIBRARY
-  // On a GPU this would have to wait for the device: there the code is -1.
+  // On a GPU this would need a host-device sync; there the code is -1.
   for (int64_t n = 0; n < params.rows; ++n) {
     if (params.codes[n] < 0) rqk::value_error(kOp, ": logits: row ", n, " has NaN, +inf, or nothing but -inf");
   }
@@ -92,5 +92,5 @@ Tensor sample_logits(Tensor logits, double temperature, std::optional<int64_t> t
 
 RQK_REGISTER("sample_logits",
              "sample_logits(Tensor logits, float temperature, int? top_k, float? top_p, SymInt seed, SymInt offset,"
-             " SymInt stream, Tensor? offset_there=None, Tensor? stream_there=None, SymInt streams=1) -> Tensor",
+             " SymInt stream, Tensor? offset_tensor=None, Tensor? stream_tensor=None, SymInt streams=1) -> Tensor",
              sample_logits)

@@ -1,9 +1,9 @@
-// What drawing codes from logits works on. All arrays are contiguous.
+// Inputs and outputs of sample_logits. All arrays are contiguous.
 #pragma once
 
 #include <cstdint>
 
-#include "common/sampling.h"
+#include "shared/sample_settings.h"
 
 namespace rqk {
 
@@ -12,12 +12,12 @@ struct SampleLogitsParams {
   int64_t rows, num_codes;
   SampleSettings settings;
   uint64_t seed;
-  int64_t offset;               // the counter of row n is offset + n / streams
-  int64_t stream;               // the third word of the counter is stream + n % streams
-  int64_t streams;              // rows that share a counter's first words, >= 1
-  const int64_t* offset_there;  // (1), read by the kernel in place of `offset`; or null
-  const int64_t* stream_there;  // (1), the same of `stream`
-  int64_t* codes;               // (rows); -1 for a row with NaN, +inf, or nothing but -inf
+  int64_t offset;             // row n has the counter offset + n / streams ...
+  int64_t stream;             // ... and the third counter word stream + n % streams
+  int64_t streams;            // rows that share a counter's first two words, >= 1
+  const int64_t* offset_ptr;  // (1), read by the kernel instead of `offset`; or null
+  const int64_t* stream_ptr;  // (1), read instead of `stream`; or null
+  int64_t* codes;             // (rows); -1 for a row with NaN, +inf, or nothing but -inf
 };
 
 // Runs on the given CUDA stream, or on the CPU's threads (`stream` unused).

@@ -1,8 +1,8 @@
-// Soft labels on the CPU: threads and scratch memory around the rows of cpu_simd.cpp.
+// Soft labels on the CPU: threads and scratch memory around cpu_simd.cpp.
 //
-// Beside its results a call holds the scores of a tile of rows (2 MiB at 16384 codes and 32 rows): one for each thread
-// where there are many rows, else one that all threads work on; and the norms of one codebook at a time, where codes
-// lie off the origin also a centred copy of it.
+// Besides its results, a call holds the scores of a tile of rows (2 MiB at 16384 codes and 32 rows): one tile per
+// thread if there are many rows, else one tile that all threads share. It also holds the norms of one codebook at a
+// time and, if the codes lie off the origin, a centered copy.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -10,29 +10,26 @@
 #include <cstring>
 #include <vector>
 
-#include "common/centred_codebook.h"
 #include "common/cpu_capability.h"
 #include "common/denormals.h"
 #include "common/parallel.h"
+#include "ops/soft_label/kernel_table.h"
 #include "ops/soft_label/params.h"
-#include "ops/soft_label/rows.h"
+#include "shared/centered_codebook.h"
 
 namespace rqk {
-
-RQK_DECLARE_KERNEL(SoftLabelKernel, soft_label_kernel)
-
 namespace {
 
 constexpr int kMostRows = 64;
-// Beside a tile's scores each thread holds a row of exponentials: all of it is at most a twentieth of the logits where
-// each thread has so many rows for every row of its tile.
+// Each thread also holds a row of exponentials. All of this is at most a twentieth of the logits if each thread has
+// this many rows for every row of its tile.
 constexpr int64_t kRowsPerRowOfScores = 20;
 
-// work(codebook, rows, first, last, count, tile, memory) for tiles of the rows that are counted; all rows of a tile
-// have one codebook. Each call is to deal with the rows first .. last - 1 of `count`.
+// Calls work(kernels, codebook, rows, tile, memory) for tiles of the counted rows; all rows of a tile have the same
+// codebook. A call processes the rows tile.first .. tile.last - 1.
 template <class Counted, class Work>
 void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Work work) {
-  const SoftLabelKernel& kernel = RQK_KERNEL(soft_label_kernel);
+  const SoftLabelKernels& kernels = RQK_KERNEL_TABLE(soft_label_kernels);
   const int64_t num_codes = labels.num_codes, channels = labels.channels;
   const int64_t codebooks = labels.codebook_stride == 0 ? 1 : labels.inner;
   const int64_t step = labels.codebook_stride == 0 ? 1 : labels.inner;
@@ -40,7 +37,7 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
   const Buffer<int64_t> rows(divide_up(num_rows, step));
   for (int64_t d = 0; d < codebooks; ++d) {
     const float* codes_kc = labels.codebook + d * labels.codebook_stride;
-    const CentredCodebook codebook(kernel.scores, codes_kc, num_codes, channels);
+    const CenteredCodebook codebook(kernels.scores, codes_kc, num_codes, channels);
     if (!codebook.finite()) {
       refuse_not_finite(op, "codebook", labels.codebook, codebooks, num_codes, channels, labels.codebook_stride > 0);
     }
@@ -49,13 +46,13 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
       if (counted(row)) rows[count++] = row;
     }
     const TilePlan plan =
-        plan_tiles(kernel.scores, count, num_codes, channels, kRowsPerRowOfScores * (kernel.scores.tile_rows + 1));
-    // Memory is taken here: an exception inside parallel_for would lose its message. Each worker owns a tile.
+        plan_tiles(kernels.scores, count, num_codes, channels, kRowsPerRowOfScores * (kernels.scores.tile_rows + 1));
+    // Allocate here: an exception inside parallel_for would lose its message. Each worker owns a tile.
     std::vector<ScoredRows> tiles;
     std::vector<Buffer<char>> memory;
-    for (int64_t i = 0; i < plan.workers; ++i) tiles.emplace_back(kernel.scores, plan, num_codes, channels);
+    for (int64_t i = 0; i < plan.workers; ++i) tiles.emplace_back(kernels.scores, plan, num_codes, channels);
     for (int64_t i = 0; i < plan.workers * plan.parts; ++i) {
-      memory.emplace_back(static_cast<int64_t>(kernel.scratch_bytes(num_codes)));
+      memory.emplace_back(static_cast<int64_t>(kernels.scratch_bytes(num_codes)));
     }
     std::atomic<int64_t> next{0};
     auto take_tiles = [&](int64_t worker) {
@@ -66,8 +63,13 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
         for (int i = 0; i < n; ++i) x[i] = labels.x + rows[begin + i] * channels;
         tile.score<FlushDenormals>(codebook.view(), x, n);
         tile.share_rows<FlushDenormals>(n, [&](int64_t part, int first, int last) {
-          work(kernel, codebook.view(), rows + begin, LabelTile{x, first, last, tile.parts(), tile.memory()},
-               memory[worker * plan.parts + part]);
+          LabelTile share{};
+          share.x = x;
+          share.first = first;
+          share.last = last;
+          share.parts = tile.parts();
+          share.memory = tile.memory();
+          work(kernels, codebook.view(), rows + begin, share, memory[worker * plan.parts + part]);
         });
       }
     };
@@ -79,7 +81,7 @@ void for_each_tile(const SoftLabels& labels, const char* op, Counted counted, Wo
   }
 }
 
-// A gradient from here on goes past the caches: written through them, it would be read first.
+// Gradients at least this large get non-temporal stores (no read-for-ownership).
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 }  // namespace
@@ -88,11 +90,11 @@ void launch(const DistanceSoftmaxParams& p, void*) {
   const SoftLabels& labels = p.labels;
   for_each_tile(
       labels, "distance_softmax", [](int64_t) { return true; },
-      [&](const SoftLabelKernel& kernel, const CentredCodes& codebook, const int64_t* rows, const LabelTile& tile,
+      [&](const SoftLabelKernels& kernels, const CenteredCodes& codebook, const int64_t* rows, const LabelTile& tile,
           void*) {
         float* q[kMostRows];
         for (int i = tile.first; i < tile.last; ++i) q[i] = p.q + rows[i] * labels.num_codes;
-        kernel.distance_softmax(codebook, labels.tau, tile, q);
+        kernels.distance_softmax(codebook, labels.tau, tile, q);
       });
 }
 
@@ -111,15 +113,17 @@ void launch(const SoftLabelCrossEntropyParams& p, void*) {
   const bool streams = p.gradient != p.logits && num_rows * labels.num_codes * size >= kStreamedBytes;
   auto counted = [&](int64_t row) { return p.mask == nullptr || p.mask[row] != 0; };
   for_each_tile(labels, "soft_label_cross_entropy", counted,
-                [&](const SoftLabelKernel& kernel, const CentredCodes& codebook, const int64_t* rows,
+                [&](const SoftLabelKernels& kernels, const CenteredCodes& codebook, const int64_t* rows,
                     const LabelTile& tile, void* memory) {
                   CrossEntropyRow all[kMostRows];
                   for (int i = tile.first; i < tile.last; ++i) {
-                    all[i] = {logits_at(rows[i]), gradient_at(rows[i]),
-                              p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride], p.losses + rows[i],
-                              streams};
+                    all[i].logits = logits_at(rows[i]);
+                    all[i].gradient = gradient_at(rows[i]);
+                    all[i].weight = p.weight == nullptr ? 1.0f : p.weight[rows[i] * p.weight_stride];
+                    all[i].loss = p.losses + rows[i];
+                    all[i].streams = streams;
                   }
-                  kernel.cross_entropy(codebook, labels.tau, tile, all, p.type, memory);
+                  kernels.cross_entropy(codebook, labels.tau, tile, all, p.type, memory);
                 });
   double total = 0;
   for (int64_t row = 0; row < num_rows; ++row) {

@@ -1,41 +1,26 @@
 // Soft labels on a CPU, compiled once per instruction set.
 //
-//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(-2 t_k / tau),   t_k the scores of common/code_scores.h.
-//
+//   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(-2 t_k / tau),   t_k the scores of shared/code_scores.h
 // A tile of rows goes through three steps:
-//   scan     the scores of all codes (common/code_scores.h): 2 C operations per row and code, the codebook read once
-//            per tile.
-//   refine   where rounding could be seen in Q, float64 for the codes that matter (below).
-//   row      the exponentials of both softmaxes, each computed once, and all sums: logits are read once for their
-//            maximum, once (from the cache) for that, and the gradient is written once.
-//
-// Sums run in float32 over kBlockVecs vectors and in float64 over those; a row's result depends on nothing but the row.
-// Numbers below the normal floats are zero (cpu.cpp sets that for every thread), so a Q below about 1e-38 is zero.
-//
-// Refining. With u = 2^-24, a = |x'|, n = max|e'_k|, L = dot_terms(C), scores are off by at most
-//   what code_scores.h says                                           g(L + 4) a n + 1.1 u n^2
-//   underflow: of C products and sums, of the three roundings         2^-125 (C + 3) (1 + a + n)
-// together E, and a difference of two scores, times 2 / tau, by 4 E / tau. Where that is at most kSeldom, the scores
-// serve as they are. Above, codes that could have the most of Q get their scores from distances in the definition's
-// float64: a code with t_k > min t + 2 E + r tau has Q_k < e^-2r of the largest (its exact score is more than r tau
-// above that of the code with min t) and stays out.
-//   4 E / tau > kSeen     r = 20: Q beyond is nothing. However many codes there are, for as tau -> 0 Q has to tend to
-//                         the certified code.
-//   above kSeldom         r = 6, where they are at most kFew: rounding errors have signs and stay far below their
-//                         bound, and a Q of more codes averages them; it is as good as one from any float32 products.
-#include "common/code_scores.h"
-#include "ops/soft_label/rows.h"
+//   scan     scores of all codes: 2 C operations per row and code; the codebook is read once per tile
+//   refine   float64 distances for the codes that matter, if rounding could show in Q: bound B9 (docs/bounds.md)
+//   row      the exponentials of both softmaxes, each computed once, and all sums: logits are read for their maximum
+//            and again (from cache) for these, and the gradient is written once
+// Sums are float32 over kBlockVecs vectors and float64 beyond. A result depends on its row alone. Denormals are flushed
+// to zero (cpu.cpp sets that per thread), so a Q below about 1e-38 is zero.
+#include "ops/soft_label/kernel_table.h"
+#include "shared/code_scores.h"
 
 namespace rqk {
 namespace RQK_CAPABILITY {
 namespace {
 
 constexpr int kBlockVecs = 64;
-constexpr double kSeen = 1.0 / 16, kSeldom = 1.0 / 4096;
+constexpr double kAlwaysRefine = 1.0 / 16, kNeverRefine = 1.0 / 4096;
 constexpr int kFew = 64;
-constexpr double kHuge = 1e37;  // a tenth of float's range
+constexpr double kHuge = 1e37;  // a tenth of the range of float32
 
-// A row's exponentials of its logits.
+// Bytes for a row's exponentials of its logits.
 size_t scratch_bytes(int64_t num_codes) { return size_t(score_stride(num_codes)) * sizeof(float); }
 
 // --- refine ----------------------------------------------------------------------------------------------
@@ -45,19 +30,20 @@ struct Exponent {
   float shift, factor;
 };
 
-// How far a score can be from the exact one.
+// E of bound B9.
 double score_error(double a, double n, int64_t channels) {
   const double u = 0x1p-24, terms = dot_terms(channels) + 4;
   return terms * u / (1 - terms * u) * a * n + 1.1 * u * n * n + 0x1p-125 * (double(channels) + 4) * (1 + a + n);
 }
 
-Exponent refine(const CentredCodes& codebook, double tau, const float* x, double squared, float lowest, float* scores) {
+Exponent refine(const CenteredCodes& codebook, double tau, const float* x, double squared, float lowest,
+                float* scores) {
   const int64_t channels = codebook.channels, num_codes = codebook.num_codes;
   const double a = __builtin_sqrt(squared), n = codebook.max_norm;
   const double most = 3e38, wanted = 2 / tau;
   const Exponent plain{lowest, float(wanted < most ? wanted : most)};
   auto exact = [&](int64_t k) { return squared_distance(x, codebook.codes_kc + k * channels, channels); };
-  // Where a product could overflow, no score says anything.
+  // If a product could overflow, the scores are meaningless.
   if (!((a + n) * (a + n) < kHuge) || double(channels) > 0x1p20) {
     double nearest = __builtin_inf();
     for (int64_t k = 0; k < num_codes; ++k) nearest = exact(k) < nearest ? exact(k) : nearest;
@@ -65,13 +51,13 @@ Exponent refine(const CentredCodes& codebook, double tau, const float* x, double
     return {0.0f, 1.0f};
   }
   if (wanted < 1e-37) {
-    // A factor that small is no float: Q is all but uniform.
+    // Such a factor underflows float32: Q is nearly uniform.
     for (int64_t k = 0; k < num_codes; ++k) scores[k] = float((double(scores[k]) - double(lowest)) * wanted);
     return {0.0f, 1.0f};
   }
   const double error = 4 * score_error(a, n, channels) / tau;
-  if (error <= kSeldom) return plain;
-  const bool all = error > kSeen;
+  if (error <= kNeverRefine) return plain;
+  const bool all = error > kAlwaysRefine;
   const double reach = (error + (all ? 40 : 12)) * (1 + 1e-6);
   if (!all && !few_are_near(scores, num_codes, float(double(lowest) + reach / wanted), kFew)) return plain;
   for (int64_t k = 0; k < num_codes; ++k) scores[k] = (scores[k] - plain.shift) * plain.factor;
@@ -86,7 +72,7 @@ Exponent refine(const CentredCodes& codebook, double tau, const float* x, double
 
 // --- rows ------------------------------------------------------------------------------------------------
 
-// One vector that sums up in float32 within a block and in float64 beyond.
+// A vector that accumulates in float32 within a block and in float64 beyond.
 struct BlockSum {
   Vec within = Vec::zero();
   double total = 0;
@@ -110,7 +96,7 @@ float largest_logit(const typename F::T* logits, int64_t num_codes) {
     for (int j = 0; j < kChains; ++j) high[j] = max(F::load(logits + k + j * Vec::kSize), high[j]);
   }
   for (; k + Vec::kSize <= num_codes; k += Vec::kSize) high[0] = max(F::load(logits + k), high[0]);
-  if (k < num_codes) high[0] = max(load_first<F>(logits + k, num_codes - k, -__builtin_inff()), high[0]);
+  if (k < num_codes) high[0] = max(load_partial<F>(logits + k, num_codes - k, -__builtin_inff()), high[0]);
   float lanes[Vec::kSize], result = -__builtin_inff();
   max(max(high[0], high[1]), max(high[2], high[3])).store(lanes);
   for (const float lane : lanes) result = lane > result ? lane : result;
@@ -121,7 +107,7 @@ inline Vec label_exponential(const Exponent& exponent, Vec score) {
   return exp((Vec::fill(exponent.shift) - score) * Vec::fill(exponent.factor));
 }
 
-void distance_softmax(const CentredCodes& codebook, double tau, const LabelTile& rows, float* const* q) {
+void distance_softmax(const CenteredCodes& codebook, double tau, const LabelTile& rows, float* const* q) {
   const int64_t num_codes = codebook.num_codes;
   const RowTile tile = row_tile(rows.memory, num_codes, codebook.channels, rows.parts);
   for (int row = rows.first; row < rows.last; ++row) {
@@ -143,14 +129,14 @@ void distance_softmax(const CentredCodes& codebook, double tau, const LabelTile&
     const Vec inverse = Vec::fill(float(1 / sum.total));
     int64_t k = 0;
     for (; k + Vec::kSize <= num_codes; k += Vec::kSize) (Vec::load(scores + k) * inverse).store(q[row] + k);
-    if (k < num_codes) store_first<Float32>(Vec::load(scores + k) * inverse, q[row] + k, num_codes - k);
+    if (k < num_codes) store_partial<Float32>(Vec::load(scores + k) * inverse, q[row] + k, num_codes - k);
   }
 }
 
 bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % (sizeof(float) * Vec::kSize) == 0; }
 
-// `scores` become the exponentials of the labels, `exps` those of the logits. The logits of the next row are fetched on
-// the way; the last row may be its own next.
+// Replaces `scores` by the exponentials of the labels, and `exps` by those of the logits. Prefetches the logits of the
+// next row; the last row may be its own next.
 template <class F, bool kGradient>
 void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t num_codes, const Exponent& exponent,
                 float* scores, float* exps) {
@@ -172,8 +158,8 @@ void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t
     const int64_t end = k + kBlockVecs * Vec::kSize < num_codes ? k + kBlockVecs * Vec::kSize : num_codes;
     for (; k + Vec::kSize <= end; k += Vec::kSize) take(k, F::load(logits + k));
     if (k < end) {
-      // Far below all logits, but with labels of zero no NaN.
-      take(k, load_first<F>(logits + k, end - k, -1e38f));
+      // Far below all logits, yet finite: with a label of zero it must not give NaN.
+      take(k, load_partial<F>(logits + k, end - k, -1e38f));
       k = end;
     }
     label_sum.end_block();
@@ -181,12 +167,12 @@ void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t
     product_sum.end_block();
   }
   if (!__builtin_isfinite(product_sum.total)) {
-    // Some logit is -inf (or further below than a float says): where the label is zero, it does not count.
+    // A logit is -inf, or so small that a difference overflows: it does not count if its label is zero.
     product_sum.total = 0;
     for (int64_t k = 0; k < num_codes; k += Vec::kSize) {
       const int64_t n = num_codes - k < Vec::kSize ? num_codes - k : Vec::kSize;
       float values[Vec::kSize];
-      load_first<F>(logits + k, n, 0.0f).store(values);
+      load_partial<F>(logits + k, n, 0.0f).store(values);
       for (int64_t j = 0; j < n; ++j) {
         if (scores[k + j] > 0) product_sum.total += double(scores[k + j]) * (double(values[j]) - double(largest));
       }
@@ -203,14 +189,14 @@ void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t
   int64_t k = 0;
   if (F::kStreams && row.streams && is_aligned(gradient)) {
     for (; k + Vec::kSize <= num_codes; k += Vec::kSize) stream(gradient_at(k), reinterpret_cast<float*>(gradient + k));
-    end_streams();
+    stream_fence();
   }
   for (; k + Vec::kSize <= num_codes; k += Vec::kSize) F::store(gradient_at(k), gradient + k);
-  if (k < num_codes) store_first<F>(gradient_at(k), gradient + k, num_codes - k);
+  if (k < num_codes) store_partial<F>(gradient_at(k), gradient + k, num_codes - k);
 }
 
 template <class F>
-void finish_rows(const CentredCodes& codebook, double tau, const LabelTile& at, const CrossEntropyRow* rows,
+void finish_rows(const CenteredCodes& codebook, double tau, const LabelTile& at, const CrossEntropyRow* rows,
                  void* memory) {
   const int64_t num_codes = codebook.num_codes;
   const RowTile tile = row_tile(at.memory, num_codes, codebook.channels, at.parts);
@@ -222,7 +208,7 @@ void finish_rows(const CentredCodes& codebook, double tau, const LabelTile& at, 
       *row.loss = __builtin_nanf("");
       typename F::T* gradient = static_cast<typename F::T*>(row.gradient);
       for (int64_t k = 0; gradient != nullptr && k < num_codes; k += Vec::kSize) {
-        store_first<F>(nan, gradient + k, num_codes - k < Vec::kSize ? num_codes - k : Vec::kSize);
+        store_partial<F>(nan, gradient + k, num_codes - k < Vec::kSize ? num_codes - k : Vec::kSize);
       }
       continue;
     }
@@ -237,7 +223,7 @@ void finish_rows(const CentredCodes& codebook, double tau, const LabelTile& at, 
   }
 }
 
-void cross_entropy(const CentredCodes& codebook, double tau, const LabelTile& tile, const CrossEntropyRow* rows,
+void cross_entropy(const CenteredCodes& codebook, double tau, const LabelTile& tile, const CrossEntropyRow* rows,
                    FloatType type, void* memory) {
   if (type == FloatType::kFloat32) {
     finish_rows<Float32>(codebook, tau, tile, rows, memory);
@@ -250,8 +236,12 @@ void cross_entropy(const CentredCodes& codebook, double tau, const LabelTile& ti
 
 }  // namespace
 
-extern const SoftLabelKernel soft_label_kernel;
-const SoftLabelKernel soft_label_kernel = {kCodeScores, scratch_bytes, distance_softmax, cross_entropy};
+constexpr SoftLabelKernels soft_label_kernels = {
+    .scores = kCodeScores,
+    .scratch_bytes = scratch_bytes,
+    .distance_softmax = distance_softmax,
+    .cross_entropy = cross_entropy,
+};
 
 }  // namespace RQK_CAPABILITY
 }  // namespace rqk

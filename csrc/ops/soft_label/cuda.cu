@@ -1,4 +1,4 @@
-// Launchers of the soft labels on the current stream.
+// Launches of distance_softmax and soft_label_cross_entropy on the current stream.
 #include "common/launch.cuh"
 #include "ops/soft_label/kernel.cuh"
 
@@ -15,7 +15,7 @@ void launch_rows(const char* op, const SoftLabelCrossEntropyParams& p, void* str
   Work w;
   plan_here(op, p.labels, &w);
   if (w.blocks > 0) {
-    launch_kernel(op, find_middles, grid_for(divide_up(w.codebooks * w.chunks * kChunk, kThreads)), kThreads, 0, stream,
+    launch_kernel(op, find_centers, grid_for(divide_up(w.codebooks * w.chunks * kChunk, kThreads)), kThreads, 0, stream,
                   p.labels, w);
     launch_kernel(op, pack_codes, grid_for(w.codebooks * w.tiles), kThreads, 0, stream, p.labels, w);
     launch_kernel(op, label_rows<kType, kLoss>, static_cast<unsigned>(w.blocks), kThreads,

@@ -1,43 +1,28 @@
-// The direct way, for rows that no tensor core can serve: labels below a logit of -inf, more candidates than a list
-// holds, numbers far beyond the usual; and for all rows where they have too many channels for the tiles. A block takes
+// The direct path, for rows that the tensor cores cannot handle: a logit of -inf at a positive label, more candidates
+// than a list holds, extreme magnitudes; and for all rows if they have too many channels for the tiles. A block takes
 // 32 rows through all codes, 128 at a time.
 //
-// Distances are sums of squared differences in float32: twice the operations of a dot product, but nothing cancels, so
-// that small distances keep their digits and nothing has to be centred or measured beforehand. Per tile of 32 rows x
-// 128 codes, chunks of 32 channels of both go through two stages of shared memory: while a warp works on one, the next
-// is on its way into registers. A warp has four rows to itself, a lane every 32nd code of them, in registers 4 x 4
-// distances: neighbouring lanes read neighbouring logits, and all that is summed up per row stays within the warp.
-//   first pass     nearest distance, largest logit and the sums below them, online: a sum is scaled where its
-//                  reference moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that
-//                  reference adds numbers of one sign: nothing cancels there either.
-//   careful pass   for a block with rows whose Q could show the rounding of float32 (below) or with logits of -inf:
-//                  sums once more, with references that are known; before it, where float64 is needed, a pass for the
-//                  nearest distance in that.
-//   last pass      distances once more, and the gradient (or Q) is written. An element is read and written by the same
-//                  thread, so that the gradient may take the place of the logits.
-// A row's result depends on nothing but the row. Sums are float32 over a tile's codes and float64 over tiles.
-//
-// Moves, for N rows of K codes and C channels: the codebook per 32 rows and pass (from L2), the logits once per pass
-// and the gradient once; per pass 3 N K C float32 operations in 2 N K C instructions (a subtraction, a multiply-add)
-// and two exponentials per element.
-//
-// Rounding. With u = 2^-24 a distance d is off by at most relative * d + absolute: two roundings of a difference, each
-// twice in its square, min(C, 32) of additions within a chunk and C / 32 beyond make relative = (min(C, 32) + C/32 + 5)
-// u; what lies below the floats is far less than absolute = C 2^-120. Where (relative * nearest + absolute) / tau is at
-// most kSeen the distances serve as they are. Elsewhere a code is a candidate unless its distance is above
-//   limit = ((1 + 2 relative) nearest + 2 absolute + 40 tau) (1 + relative) + absolute:
-// then it is in truth more than 40 tau above the nearest one, and its label below e^-40 of the largest, as it also is
-// by float32 distances. Candidates get their distances in the definition's float64: as tau -> 0, Q tends to the
-// certified code. So does every code whose distance is not a float; where that is not finite in float64 either, the
-// codebook is not, and the row becomes NaN.
+// Distances are float32 sums of squared differences: twice the operations of a dot product, but without cancellation or
+// centering. Bound B12 (docs/bounds.md) tells which codes need float64. Chunks of 32 channels of 32 rows and 128 codes
+// pass through two stages of shared memory, with the next chunk in flight. A warp owns four rows; a lane holds 4 x 4
+// distances, to every 32nd code, so loads of logits are coalesced and all sums per row stay within the warp.
+//   first pass     nearest distance, largest logit and the sums relative to them, online: sums are rescaled when a
+//                  reference changes. All terms Q_k (logit_k - largest) have one sign, so nothing cancels
+//   careful pass   for blocks with rows that need float64 or have logits of -inf: the sums again, with known
+//                  references; before it, if float64 is needed, a pass for the nearest float64 distance
+//   last pass      distances again, and the gradient (or Q). The same thread reads and writes an element, so the
+//                  gradient may overwrite the logits
+// A result depends on its row alone. Sums are float32 over a tile's codes and float64 over tiles. Moves the codebook
+// per 32 rows and pass (from L2), the logits once per pass and the gradient once. Each pass does 3 N K C float32
+// operations in 2 N K C instructions, and two exponentials per element.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
-#include "ops/soft_label/halves.cuh"
+#include "ops/soft_label/logit_dtypes.cuh"
 #include "ops/soft_label/row.cuh"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {
@@ -45,20 +30,20 @@ namespace direct {
 
 constexpr int kRowsPerWarp = 4, kRows = kWarps * kRowsPerWarp;
 constexpr int kCodesPerLane = 4, kCodes = 32 * kCodesPerLane;
-constexpr int kChunk = 32;  // channels: a lane's each on their way to shared memory
-constexpr int kUnroll = 8;  // channels; what is computed is a multiple of that
-constexpr double kSeen = 1e-3;
+constexpr int kStageChannels = 32;  // channels per stage, one per lane while loading
+constexpr int kUnroll = 8;          // channels; the number computed is a multiple of this
+constexpr double kDirectNeverRefine = 1e-3;
 constexpr unsigned kAllRows = (1u << kRowsPerWarp) - 1;
 
-// Channels apart. The padding puts the 32 channels that a warp stores into 32 banks.
+// A stage of shared memory. The padding spreads the 32 channels that a warp stores over 32 banks.
 struct __align__(16) Stage {
-  float x[kChunk][kRows + 4];
-  float codes[kChunk][kCodes + 1];
+  float x[kStageChannels][kRows + 4];
+  float codes[kStageChannels][kCodes + 1];
 };
 
 __device__ inline int first_row_of_warp() { return threadIdx.x / 32 * kRowsPerWarp; }
 
-// Calls visit(k, distance) for every tile of codes: distance[r][j] is that of the warp's row r from code k + 32 j.
+// Calls visit(k, distance) for every tile of codes: distance[r][j] is between the warp's row r and code k + 32 j.
 template <class Visit>
 __device__ inline void scan(const Row* rows, const float* codebook, int64_t num_codes, int64_t channels,
                             Stage (&stages)[2], Visit visit) {
@@ -91,13 +76,13 @@ __device__ inline void scan(const Row* rows, const float* codebook, int64_t num_
   int at = 0;
   for (int64_t tile = 0; tile < num_codes; tile += kCodes) {
     float distance[kRowsPerWarp][kCodesPerLane] = {};
-    for (int64_t chunk = 0; chunk < channels; chunk += kChunk) {
-      const bool last_chunk = chunk + kChunk >= channels, last = last_chunk && tile + kCodes >= num_codes;
-      if (!last) fetch(last_chunk ? tile + kCodes : tile, last_chunk ? 0 : chunk + kChunk);
+    for (int64_t chunk = 0; chunk < channels; chunk += kStageChannels) {
+      const bool last_chunk = chunk + kStageChannels >= channels, last = last_chunk && tile + kCodes >= num_codes;
+      if (!last) fetch(last_chunk ? tile + kCodes : tile, last_chunk ? 0 : chunk + kStageChannels);
       const Stage& stage = stages[at];
       float sum[kRowsPerWarp][kCodesPerLane] = {};
-      // Past the last channel there are zeros in both.
-      const int end = last_chunk ? int(channels - chunk) : kChunk;
+      // Past the last channel, both are zero.
+      const int end = last_chunk ? int(channels - chunk) : kStageChannels;
       for (int c = 0; c < end; c += kUnroll) {
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
@@ -122,13 +107,13 @@ __device__ inline void scan(const Row* rows, const float* codebook, int64_t num_
       at ^= 1;
       if (!last) put(stages[at]);
       if (last_chunk) visit(tile + lane, distance);
-      // The other stage is full, and nobody reads this one any more.
+      // The other stage is full, and no thread reads this one any more.
       __syncthreads();
     }
   }
 }
 
-// Folds the lanes' values of each of the warp's rows; a lane gets that of row lane % 4. By a whole warp.
+// Folds the lanes' values of each of the warp's rows; a lane gets the result of row lane % 4. The whole warp calls.
 template <class T, class Fold>
 __device__ inline T fold_rows(const T (&values)[kRowsPerWarp], Fold fold) {
   static_assert(kRowsPerWarp == 4);
@@ -153,12 +138,12 @@ __device__ inline float max_rows(const float (&values)[kRowsPerWarp]) {
 
 // --- rows ------------------------------------------------------------------------------------------------
 
-// What is known of one row: lane i of a warp keeps that of the warp's row i % 4. Sums are of exponentials below the
+// State of a row; lane i of a warp keeps that of the warp's row i % 4. Sums are of exponentials relative to the
 // references.
 struct RowState {
   float nearest, largest;          // the references
-  double labels, logits, product;  // product: of label and logit less the largest
-  double nearest64;                // of the candidates, where there are any
+  double labels, logits, product;  // product: sum of label times (logit - largest)
+  double nearest64;                // smallest float64 distance, if the row has candidates
   float limit;
 };
 
@@ -167,14 +152,14 @@ __device__ inline T of_row(T value, int row) {
   return __shfl_sync(kFullWarp, value, row);
 }
 
-// How a tile's distances become exponents of labels. By a whole warp.
+// Converts a tile's distances to exponents of labels. The whole warp calls.
 struct Exponents {
   const float* codebook;
   int64_t num_codes, channels;
   double tau;
   float factor;  // 1 / tau
 
-  // Calls take(j, float64 distance) in the lanes and for the j of candidates.
+  // Calls take(j, float64 distance) in the lanes and for the j that are candidates.
   template <class Take>
   __device__ void for_candidates(const RowState& state, int r, const float* x, int64_t k,
                                  const float (&distance)[kCodesPerLane], Take take) const {
@@ -202,19 +187,20 @@ struct Exponents {
   }
 };
 
-// Cross-entropy, or with kLoss false Q alone, which is then what `gradient` points to. One block per multiprocessor:
-// what is under way for the next chunk takes registers, and ptxas by itself would rather spill.
+// Cross-entropy; with kLoss false only Q, to which `gradient` then points. The launch bound asks for one block per
+// multiprocessor: the chunk in flight takes registers, and with its own choice ptxas spills.
 template <bool kLoss>
 __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossEntropyParams p, Work w) {
   CU_SHARED(Stage, stages, [2]);
   CU_SHARED(Row, rows, [kRows]);
   const float inf = __int_as_float(0x7f800000), nan = __int_as_float(0x7fffffff);
-  const int lane = lane_of_warp(), row = lane % kRowsPerWarp;  // whose state this lane keeps
+  const int lane = lane_of_warp(), row = lane % kRowsPerWarp;  // this lane keeps the state of this row
   Row* mine = rows + first_row_of_warp();
   const int64_t num_codes = p.labels.num_codes, channels = p.labels.channels;
   const double tau = p.labels.tau, wanted = 1 / tau;
   const double relative =
-      (double(min(channels, int64_t(kChunk))) + double((channels + kChunk - 1) / kChunk) + 5) * 0x1p-24;
+      (double(min(channels, int64_t(kStageChannels))) + double((channels + kStageChannels - 1) / kStageChannels) + 5) *
+      0x1p-24;
   const double absolute = double(channels) * 0x1p-120;
 
   const int64_t per_codebook = (w.rows + kRows - 1) / kRows;
@@ -230,10 +216,11 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
     }
     __syncwarp();
 
-    // Bits of rows: a label that could count stands at a logit of -inf, or so far down; a distance is no float.
+    // Bits of rows: `odd` has a logit of -inf (or nearly) that may count; `far` has a distance that overflows float32.
     unsigned odd = 0, far = 0;
     RowState state{inf, -inf, 0, 0, 0, inf, 0};
 
+    // First pass.
     scan(rows, codebook, num_codes, channels, stages, [&](int64_t k, const auto& distances) {
       float lowest[kRowsPerWarp];
       [[maybe_unused]] float highest[kRowsPerWarp], logit[kRowsPerWarp][kCodesPerLane];
@@ -295,15 +282,15 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
       }
     });
 
-    // Which rows need more, in bits: distances in float64, or sums once more.
+    // Find the rows that need float64 distances (`refined`) or a second sum.
     far = __reduce_or_sync(kFullWarp, far);
     odd = __reduce_or_sync(kFullWarp, odd);
     const double error = relative * double(state.nearest) + absolute;
     const double limit =
         ((1 + 2 * relative) * double(state.nearest) + 2 * absolute + 40 * tau) * (1 + relative) + absolute;
-    state.limit = float(1.000001 * limit);  // rounded to float not below it
-    unsigned refined = far | __ballot_sync(kFullWarp, mine[row].x != nullptr && !(error <= kSeen * tau));
-    unsigned bad = 0;  // rows or codes that are not finite
+    state.limit = float(1.000001 * limit);  // rounded up to float
+    unsigned refined = far | __ballot_sync(kFullWarp, mine[row].x != nullptr && !(error <= kDirectNeverRefine * tau));
+    unsigned bad = 0;  // rows that are not finite, or have such codes
     for (int r = 0; r < kRowsPerWarp; ++r) {
       if ((refined >> r & 1) == 0) continue;
       bool is_finite = true;
@@ -312,6 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
     }
     refined &= kAllRows & ~bad;
 
+    // The nearest float64 distance.
     if (__syncthreads_or(refined != 0)) {
       double nearest64[kRowsPerWarp];
 #pragma unroll
@@ -332,6 +320,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
       refined &= ~bad;
     }
 
+    // Careful pass.
     const unsigned careful = (refined | odd) & ~bad;
     if (__syncthreads_or(careful != 0)) {
       if ((careful >> row & 1) != 0) state.labels = state.logits = state.product = 0;
@@ -353,7 +342,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
             if constexpr (kLoss) {
               const float logit = load(p.type, mine[r].logits, k + 32 * j);
               logits[r] += double(expf(logit - largest));
-              // Where the label is zero, a logit of -inf does not count.
+              // A logit of -inf does not count if its label is zero.
               if (label > 0) product[r] += label * (double(logit) - double(largest));
             }
           }
@@ -366,6 +355,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
       });
     }
 
+    // Loss.
     if ((bad >> row & 1) != 0) state.labels = nan;
     const double weight = mine[row].weight;
     const float label_factor = float(kLoss ? -weight / state.labels : 1 / state.labels);
@@ -375,6 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
       *mine[lane].loss = mine[lane].x == nullptr ? 0.0f : loss;
     }
 
+    // Last pass.
     if (p.gradient != nullptr) {
       scan(rows, codebook, num_codes, channels, stages, [&](int64_t k, const auto& distances) {
 #pragma unroll
@@ -401,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_listed_rows(SoftLabelCrossE
         }
       });
     }
-    __syncwarp();  // before the next tile's rows take the place of these
+    __syncwarp();  // before the next tile's rows overwrite these
   }
 }
 

@@ -1,49 +1,21 @@
-// Soft labels on a GPU: a block takes 64 rows through all codes, 128 at a time; Q is never in memory.
+// Soft labels on a GPU: a block takes 64 rows through all codes, 128 at a time; Q is never stored.
 //
 //   Q_k = softmax_k(-|x - e_k|^2 / tau) = softmax_k(2 h_k / tau),  h_k = <x - m, e_k - m> - |e_k - m|^2 / 2
 //
-//   tiles.cuh    half scores h by tensor cores, and the bound E of their error; the codebooks in two parts of float16
-//   direct.cuh   the direct way, for rows that they cannot serve
-//   row.cuh, halves.cuh, plan.h   a row's pointers; logits of each type; tile shapes and the workspace
+//   tiles.cuh          half scores h by tensor cores; the codebooks in two parts of fp16
+//   direct.cuh         the direct path, for rows that these cannot handle
+//   row.cuh            pointers of a row
+//   logit_dtypes.cuh   loads and stores of logits of each dtype
+//   plan.h             tile shapes and workspace
 //
-//   first pass   nearest code, largest logit and the sums below them, online: a sum is scaled where its reference
-//                moves. Terms of sum_k Q_k (logit_k - largest) are never positive, so that moving that reference adds
-//                numbers of one sign: nothing cancels there either. Codes that may need float64 (below) are listed.
-//   settle       the two columns of warps are added up, listed codes evaluated, the loss written.
-//   second pass  half scores once more, from the last tile to the first, and the gradient (or Q) is written; then that
-//                of listed codes. An element is read and written by the same thread, so that the gradient may take the
-//                place of the logits.
-// Sums are float32 over a warp's 64 codes of a tile and float64 over tiles, in an order that K alone decides: a row's
-// result depends on nothing but the row.
-//
-// What limits it, for N rows of K codes. Per element and pass there are 6 C operations of the matrix unit, fed by 5
-// C/16 bytes of shared memory, of which 4 C / 64 bytes of codes come from L2, and some 25 instructions elsewhere, two
-// of them exponentials; the logits are read once per pass and the gradient is written once. By an H100's data
-// sheet, 1.7 GHz (mma.sync at two thirds of the 990 TFLOP/s that wgmma reaches; 128 bytes of shared memory and 4
-// instructions of warps per clock and multiprocessor; 5.5 TB/s of L2 and 3 TB/s of memory), N K = 2^28, both passes:
-//                      matrix unit  shared memory  L2       instructions  memory: logits read once / twice
-//   C = 256, float32   1.3 ms       1.5 ms         1.6 ms   0.5 ms        0.7 / 1.1 ms
-//            bfloat16                                                     0.4 / 0.5 ms
-//   C =  32, float32   0.2 ms       0.2 ms         0.2 ms   0.5 ms        0.7 / 1.1 ms
-//            bfloat16                                                     0.4 / 0.5 ms
-// At C = 256 three units of the products are about even, and a second read of the logits hides behind them. At C = 32
-// memory is the limit, or with bfloat16 as good as the instructions. There 264 blocks of 64 rows of 4096 codes have 138
-// MB of bfloat16 logits in flight (twice that in float32), for 50 MB of L2. To keep a row's logits on chip a block
-// could hold 8 rows or so, and their codes would cost 4 C / 8 bytes of L2 per element and pass, for 2 or 4 bytes of
-// memory saved once; many small launches over fewer rows would each fill and drain the device in as long as they run.
-// So the second pass goes backwards: what was read last is read first, and L2 serves what it still has. 128 rows to a
-// block would halve the reads of the codes, but leave one block per multiprocessor at C = 256, whose exponentials then
-// wait for its products; two blocks hide each other's. None of this has been measured.
-//
-// Refining. A difference of two half scores is off by 2 E, an exponent by 4 E / tau. Where that is at most kSeldom, the
-// half scores serve as they are. Above, codes that could have the most of Q get their exponents from distances in the
-// definition's float64: a code with h_k < max h - 2 E - r tau / 2 has Q_k < e^-r of the largest and stays out.
-//   4 E / tau > kSeen    r = 40: Q beyond is nothing, and the sums are those of the listed codes. As tau -> 0, Q tends
-//                        to the certified code. Where a list overflows, the row goes the direct way.
-//   above kSeldom        r = 12, and the sums are corrected. Where a list overflows (more than kCapacity codes of a
-//                        column), the half scores serve after all: rounding errors have signs and stay far below their
-//                        bound, and a Q of that many codes averages them.
-// A list is filled with what comes within reach of the largest h so far, and weeded where it is full.
+//   first pass   nearest code, largest logit and the sums relative to them, online: sums are rescaled when a reference
+//                changes. All terms Q_k (logit_k - largest) have one sign, so nothing cancels. Lists the codes that
+//                bound B11 (docs/bounds.md) assigns to float64
+//   settle       adds up the two columns of warps, evaluates listed codes, writes the loss
+//   second pass  half scores again, from the last tile to the first; writes the gradient (or Q), then that of listed
+//                codes. The same thread reads and writes an element, so the gradient may overwrite the logits
+// Sums are float32 over a warp's 64 codes of a tile and float64 over tiles, in an order that depends on K only: a
+// result depends on its row alone. docs/bounds.md estimates the cost, at its end.
 #pragma once
 
 #include <cstdint>
@@ -55,47 +27,48 @@
 namespace rqk {
 namespace soft_label {
 
-// Per multiprocessor. What ptxas makes of sm_100 and later does not fit into the 128 registers of two: it spills a few
-// numbers around the scans.
+// Per multiprocessor. On sm_100 and later the code does not fit the 128 registers of two blocks: ptxas spills a few
+// values around the scans.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksAtOnce = 1;
 #else
 constexpr int kBlocksAtOnce = 2;
 #endif
 
-constexpr double kSeen = 1.0 / 16, kSeldom = 1.0 / 4096;
+constexpr double kAlwaysRefine = 1.0 / 16, kNeverRefine = 1.0 / 4096;
 
-enum Way : int32_t { kAbsent, kMasked, kTiled, kDirect };
+enum RowPath : int32_t { kAbsent, kMasked, kTiled, kDirect };
 
-// What a column of warps has seen of a row. Sums are of exponentials below the references.
+// State of a row in a column of warps. Sums are of exponentials relative to the references.
 struct Sums {
   float nearest, largest;          // the references: the largest half score and logit
-  double labels, logits, product;  // product: of label and logit less the largest
-  int32_t listed, unused;          // candidates; -1: more than the list holds
+  double labels, logits, product;  // product: sum of label times (logit - largest)
+  int32_t listed, unused;          // number of candidates; -1: more than the list holds
 };
 
-// A block's rows, in shared memory.
+// State of a block's rows, in shared memory.
 struct RowTables {
-  int64_t codebook, first;  // whose rows they are, and the first of them
+  int64_t codebook, first;  // the codebook of these rows, and the number of the first
   PackedCodes codes;        // of that codebook
   Row row[kTileRows];
-  Way way[kTileRows];
-  float scale[kTileRows];  // of its parts
+  RowPath path[kTileRows];
+  float scale[kTileRows];  // of the fp16 parts
   float error[kTileRows];  // 4 E / tau
-  float reach[kTileRows];  // a code this far below the largest half score needs no look; -inf: none does
+  float reach[kTileRows];  // codes further below the largest half score are not listed; -inf: none is
   Sums sums[kColumns][kTileRows];
-  // What the second pass needs.
-  Way decided[kTileRows];
-  int32_t corrected[kColumns][kTileRows];  // candidates
+  // Input of the second pass.
+  RowPath decided[kTileRows];
+  int32_t corrected[kColumns][kTileRows];  // number of candidates to correct
   float nearest[kTileRows], largest[kTileRows], label_factor[kTileRows], logit_factor[kTileRows];
 };
 static_assert(sizeof(RowTables) <= kSharedTables);
 
-// The rows that a warp sets, settles and corrects; in a scan it has others.
+// The rows that a warp initializes, settles and corrects; in a scan it processes others.
 constexpr int kOwnRows = kTileRows / kWarps;
 __device__ inline int first_own_row() { return threadIdx.x / 32 * kOwnRows; }
 
-// Folds a thread's values of its two rows over the four threads that share them; a lane gets that of row lane % 2.
+// Folds a thread's values of its two rows over the four threads that share them; a lane gets the result of row lane %
+// 2.
 template <class T, class Fold>
 __device__ inline T fold_rows(const T (&values)[2], Fold fold) {
   const bool second = lane_of_warp() % 2 != 0;
@@ -108,13 +81,13 @@ __device__ inline float sum_rows(const float (&values)[2]) {
 __device__ inline float max_rows(const float (&values)[2]) {
   return fold_rows(values, [](float a, float b) { return max(a, b); });
 }
-// The other way round: what lane r of the four has.
+// The inverse: the value of lane r of the four.
 template <class T>
 __device__ inline T of_row(T value, int r) {
   return __shfl_sync(kFullWarp, value, r, 4);
 }
 
-// The rows of a tile: pointers, their way, and their parts.
+// Initializes the rows of a tile: pointers, path, and fp16 parts.
 __device__ inline void set_rows(const SoftLabelCrossEntropyParams& p, const Work& w, RowTables& tables,
                                 uint8_t* parts) {
   const int64_t q = blockIdx.x / w.row_tiles, first = blockIdx.x % w.row_tiles * kTileRows;
@@ -130,30 +103,30 @@ __device__ inline void set_rows(const SoftLabelCrossEntropyParams& p, const Work
   for (int i = lane_of_warp() / kLanes; i < kOwnRows; i += 32 / kLanes) {
     const int place = first_own_row() + i;
     const Row row = first + place < w.rows ? row_at(p, q, first + place) : Row{};
-    const SplitVector split = split_vector(row.x, w.middles + q * w.chunks * kChunk, channels, w.chunks, place, parts,
+    const SplitVector split = split_vector(row.x, w.centers + q * w.chunks * kChunk, channels, w.chunks, place, parts,
                                            kTileRows * kVectorBytes);
     if (threadIdx.x % kLanes != 0) continue;
     const double a = sqrt(split.squared), error = 4 * half_score_error(a, n, channels, w.chunks) / tau;
     const bool is_usual = split.finite && a < kHuge && n < kHuge;
-    Way way = row.x != nullptr ? (is_usual ? kTiled : kDirect) : kMasked;
-    if (row.x == nullptr && row.gradient == nullptr && row.loss == nullptr) way = kAbsent;
+    RowPath path = row.x != nullptr ? (is_usual ? kTiled : kDirect) : kMasked;
+    if (row.x == nullptr && row.gradient == nullptr && row.loss == nullptr) path = kAbsent;
     tables.row[place] = row;
-    tables.way[place] = way;
+    tables.path[place] = path;
     tables.scale[place] = split.scale;
     for (Sums(&sums)[kTileRows] : tables.sums) sums[place] = {-inf, -inf, 0, 0, 0, 0, 0};
     tables.error[place] = float(error);
-    const double reach = tau / 2 * (error + (error > kSeen ? 40 : 12)) * 1.00001;
-    tables.reach[place] = way == kTiled && error > kSeldom ? float(reach) : -inf;
+    const double reach = tau / 2 * (error + (error > kAlwaysRefine ? 40 : 12)) * 1.00001;
+    tables.reach[place] = path == kTiled && error > kNeverRefine ? float(reach) : -inf;
   }
 }
 
-// A column's list of a row of the block's.
+// A column's candidate list of a row.
 __device__ inline Candidate* list_at(const Work& w, int place, int column) {
   return w.candidates + ((int64_t(blockIdx.x) * kTileRows + place) * kColumns + column) * kCapacity;
 }
 
-// Writes codes within reach of the warp's rows down. marks[r]: bit 2 n + b for h[n][2 r + b]; `lists` begins with that
-// of the warp's first row; floor and listed are those of row lane % 2 of the quad. By the whole warp.
+// Adds codes within reach of the warp's rows to their lists. marks[r]: bit 2 n + b for h[n][2 r + b]. `lists` starts
+// with the list of the warp's first row; floor and listed belong to row lane % 2 of the quad. The whole warp calls.
 __device__ inline void list_codes(const float (&h)[8][4], const unsigned (&marks)[2], unsigned k, float floor,
                                   int32_t& listed, Candidate* lists) {
   const int lane = lane_of_warp(), quad = lane / 4;
@@ -164,7 +137,7 @@ __device__ inline void list_codes(const float (&h)[8][4], const unsigned (&marks
       lanes &= ~(0xfu << 4 * from);
       Candidate* list = lists + (from + 8 * r) * (kColumns * kCapacity);
       const int own = quad == from ? __popc(marks[r]) : 0;
-      int place = own;  // and of the lanes before it
+      int place = own;  // ... plus those of earlier lanes
       for (int lanes_up = 1; lanes_up < 4; lanes_up *= 2) {
         const int before = __shfl_up_sync(kFullWarp, place, lanes_up, 4);
         place += lane % 4 >= lanes_up ? before : 0;
@@ -173,11 +146,11 @@ __device__ inline void list_codes(const float (&h)[8][4], const unsigned (&marks
       int count = __shfl_sync(kFullWarp, listed, 4 * from + r);
       if (count + added > kCapacity) {
         const float least = __shfl_sync(kFullWarp, floor, 4 * from + r);
-        // Other lanes wrote some, before a tile's barrier: here each list is met once per tile.
+        // Other lanes wrote some of these before a tile's barrier: each list is used once per tile.
         const Candidate old = lane < count ? list[lane] : Candidate{};
         const bool is_kept = lane < count && old.value >= least;
         const unsigned kept = __ballot_sync(kFullWarp, is_kept);
-        __syncwarp();  // all have read theirs
+        __syncwarp();  // all lanes have read theirs
         if (is_kept) list[__popc(kept & ((1u << lane) - 1))] = old;
         count = __popc(kept);
       }
@@ -196,12 +169,12 @@ __device__ inline void list_codes(const float (&h)[8][4], const unsigned (&marks
   }
 }
 
-// Two columns' sums as one.
+// Merges the sums of two columns.
 __device__ inline Sums add_columns(const Sums& a, const Sums& b, float factor) {
   const float inf = __int_as_float(0x7f800000);
   Sums all{max(a.nearest, b.nearest), max(a.largest, b.largest), 0, 0, 0, 0, 0};
   for (const Sums& part : {a, b}) {
-    if (!(part.nearest > -inf)) continue;  // it had no codes
+    if (!(part.nearest > -inf)) continue;  // this column had no codes
     const double scale = expf((part.nearest - all.nearest) * factor);
     all.labels += scale * part.labels;
     all.product += scale * (part.product - (double(all.largest) - double(part.largest)) * part.labels);
@@ -210,8 +183,8 @@ __device__ inline Sums add_columns(const Sums& a, const Sums& b, float factor) {
   return all;
 }
 
-// What a block's rows come to, from their sums and lists: losses, and what the second pass needs. Candidates' values
-// become the gradient there. A warp settles the rows that it has set, one after another.
+// Computes losses and the input of the second pass from the sums and lists of a block's rows. Replaces the candidates'
+// values by the gradient there. A warp settles its own rows one after another.
 template <FloatType kType, bool kLoss>
 __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const Work& w, RowTables& tables) {
   const float inf = __int_as_float(0x7f800000);
@@ -225,13 +198,14 @@ __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const W
     const Sums &left = tables.sums[0][place], &right = tables.sums[1][place];
     Sums all = add_columns(left, right, w.factor);
     const float error = tables.error[place];
-    const bool is_tiled = tables.way[place] == kTiled, is_all = error > kSeen;
-    // A label that could count stands at a logit of -inf, or so far down, or something is NaN.
+    const bool is_tiled = tables.path[place] == kTiled, is_all = error > kAlwaysRefine;
+    // A logit of -inf (or nearly) at a label that may count, or NaN.
     const bool is_odd = kLoss && !(fabs(all.product) < double(inf));
-    const bool is_listed = error > kSeldom && left.listed >= 0 && right.listed >= 0;
-    const bool is_direct = tables.way[place] == kDirect || (is_tiled && (is_odd || (is_all && !is_listed)));
+    const bool is_listed = error > kNeverRefine && left.listed >= 0 && right.listed >= 0;
+    const bool is_direct = tables.path[place] == kDirect || (is_tiled && (is_odd || (is_all && !is_listed)));
     const bool is_refined = is_tiled && is_listed && !is_direct;
 
+    // Labels of listed codes by exact distances, and what that changes in the sums.
     Candidate mine[kColumns];
     double exact[kColumns], nearest = inf;
     [[maybe_unused]] float logit[kColumns];
@@ -264,6 +238,7 @@ __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const W
       all.product = sum_of_warp(product) + (is_all ? 0 : all.product);
     }
 
+    // Gradient of listed codes; input of the second pass; loss.
     const double weight = row.weight;
     const float label_factor = float(kLoss ? -weight / all.labels : 1 / all.labels);
     const float logit_factor = float(weight / all.logits);
@@ -277,7 +252,7 @@ __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const W
       }
     }
     if (lane != 0) continue;
-    tables.decided[place] = is_direct ? kDirect : tables.way[place];
+    tables.decided[place] = is_direct ? kDirect : tables.path[place];
     tables.corrected[0][place] = is_refined ? left.listed : 0;
     tables.corrected[1][place] = is_refined ? right.listed : 0;
     tables.nearest[place] = all.nearest;
@@ -292,7 +267,7 @@ __device__ inline void settle_rows(const SoftLabelCrossEntropyParams& p, const W
   }
 }
 
-// A thread's logits of a row: values[i] is that of code k + 8 (i / 2) + i % 2, -inf past the last.
+// Loads a thread's logits of a row: values[i] belongs to code k + 8 (i / 2) + i % 2, -inf past the last.
 template <FloatType kType>
 __device__ inline void load_logits(const void* row, unsigned k, unsigned num_codes, float (&values)[16]) {
   const bool is_paired = reinterpret_cast<uintptr_t>(row) % (2 * kSize<kType>) == 0;
@@ -309,7 +284,7 @@ __device__ inline void load_logits(const void* row, unsigned k, unsigned num_cod
   }
 }
 
-// The same in the other direction.
+// Stores a thread's gradient of a row, in the same layout.
 template <FloatType kType>
 __device__ inline void store_gradient(void* row, unsigned k, unsigned num_codes, const float (&values)[16]) {
   const bool is_paired = reinterpret_cast<uintptr_t>(row) % (2 * kSize<kType>) == 0;
@@ -324,32 +299,35 @@ __device__ inline void store_gradient(void* row, unsigned k, unsigned num_codes,
   }
 }
 
-// Cross-entropy, or with kLoss false Q alone, which is then what `gradient` points to.
+// Cross-entropy; with kLoss false only Q, to which `gradient` then points.
 template <FloatType kType, bool kLoss>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelCrossEntropyParams p, Work w) {
-  CU_DYN_SMEM(uint8_t, parts);  // of the rows: (chunks, kTileRows, kVectorBytes); then the ring
+  CU_DYN_SMEM(uint8_t, parts);  // fp16 parts of the rows, (chunks, kTileRows, kVectorBytes); then the ring
   CU_SHARED(RowTables, tables);
   const float inf = __int_as_float(0x7f800000);
   const int lane = lane_of_warp();
-  const int seen_row = first_row_of_warp() + lane / 4;  // in a scan: this one and the eighth after it
-  const int kept_row = seen_row + lane % 2 * 8;         // whose sums this lane keeps
+  const int seen_row = first_row_of_warp() + lane / 4;  // in a scan: this row and the one eight after it
+  const int kept_row = seen_row + lane % 2 * 8;         // this lane keeps the sums of this row
   const unsigned num_codes = unsigned(p.labels.num_codes);
   uint8_t* ring = parts + w.chunks * kTileRows * kVectorBytes;
 
-  // A block's last warps may have none.
+  // The last warps of a block may have no rows.
   auto has_rows = [&] { return tables.first + first_row_of_warp() < w.rows; };
 
+  // The rows of this block.
   set_rows(p, w, tables, parts);
   __syncthreads();
 
+  // First pass.
   scan(w, tables.codes, false, has_rows() ? num_codes : 0, parts, tables.scale, ring,
        [&](unsigned k, const float (&h)[8][4]) {
-         // Between tiles the sums are not in registers, which the products need. What the last two lanes of a row have
-         // is never used.
+         // Between tiles the sums are in shared memory, since the products need the registers. The last two lanes of a
+         // row hold unused copies.
          Sums sums{};
          if (lane % 4 < 2) sums = tables.sums[column_of_warp()][kept_row];
          const bool is_whole = k + kWarpCodes <= num_codes;
          auto is_code = [&](int i) { return is_whole || k + 8 * (i / 2) + i % 2 < num_codes; };
+         // The nearest code so far; older sums are rescaled to it.
          float top[2] = {h[0][0], h[0][2]};
 #pragma unroll
          for (int i = 1; i < 16; ++i) {
@@ -364,7 +342,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
            sums.product *= scale;
            sums.nearest = highest;
          }
-         // Without a list the floor is +inf, or before the first code no number.
+         // List codes within reach.
+         // Without a list the floor is +inf; before the first code it is NaN.
          const float floor = sums.nearest - (sums.listed < 0 ? -inf : tables.reach[kept_row]);
          const float floors[2] = {of_row(floor, 0), of_row(floor, 1)};
          if (__any_sync(kFullWarp, top[0] >= floors[0] || top[1] >= floors[1])) {
@@ -377,14 +356,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
            list_codes(h, marks, k, floor, sums.listed, list_at(w, first_row_of_warp(), column_of_warp()));
          }
 
+         // Add the terms of this tile.
          float labels[2] = {0, 0};
          [[maybe_unused]] float exponentials[2] = {0, 0}, product[2] = {0, 0};
-    // A row's logits after the other's: those of both would not fit into the registers.
+    // One row's logits after the other: both would not fit the registers.
 #pragma unroll
          for (int r = 0; r < 2; ++r) {
            const float nearest = of_row(sums.nearest, r);
            if constexpr (kLoss) {
-             const bool is_counted = tables.way[seen_row + 8 * r] == kTiled;
+             const bool is_counted = tables.path[seen_row + 8 * r] == kTiled;
              float logits[16], largest = of_row(sums.largest, r);
              load_logits<kType>(tables.row[seen_row + 8 * r].logits, k, is_counted ? num_codes : 0, logits);
 #pragma unroll
@@ -422,24 +402,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
 
   settle_rows<kType, kLoss>(p, w, tables);
   if (p.gradient == nullptr) return;
-  // No barrier: what was settled is read after the scan's own.
+  // No barrier is needed: the scan has its own before the settled values are read.
 
+  // Second pass.
   scan(w, tables.codes, true, has_rows() ? num_codes : 0, parts, tables.scale, ring,
        [&](unsigned k, const float (&h)[8][4]) {
 #pragma unroll
          for (int r = 0; r < 2; ++r) {
            const int place = seen_row + 8 * r;
-           const Way way = tables.decided[place];
-           if (way == kAbsent || way == kDirect) continue;
+           const RowPath path = tables.decided[place];
+           if (path == kAbsent || path == kDirect) continue;
            const float nearest = tables.nearest[place], of_labels = tables.label_factor[place];
            float values[16];
            if constexpr (kLoss) {
              const float largest = tables.largest[place], of_logits = tables.logit_factor[place];
-             load_logits<kType>(tables.row[place].logits, k, way == kTiled ? num_codes : 0, values);
+             load_logits<kType>(tables.row[place].logits, k, path == kTiled ? num_codes : 0, values);
 #pragma unroll
              for (int i = 0; i < 16; ++i) {
                const float label = expf((h[i / 2][2 * r + i % 2] - nearest) * w.factor);
-               values[i] = way == kTiled ? __fmaf_rn(expf(values[i] - largest), of_logits, label * of_labels) : 0.0f;
+               values[i] = path == kTiled ? __fmaf_rn(expf(values[i] - largest), of_logits, label * of_labels) : 0.0f;
              }
            } else {
 #pragma unroll
@@ -449,6 +430,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
          }
        });
   __syncthreads();
+  // The gradient of listed codes.
   for (int i = 0; i < kOwnRows; ++i) {
     const int place = first_own_row() + i;
 #pragma unroll
@@ -460,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) label_rows(SoftLabelC
   }
 }
 
-// weight[0] times the sum of all losses, always in the same order.
+// weight[0] times the sum of all losses, in a fixed order.
 __global__ void __launch_bounds__(kThreads)
     add_losses(const float* losses, int64_t count, const float* weight, float* total) {
   CU_SHARED(double, of_warps, [kWarps]);

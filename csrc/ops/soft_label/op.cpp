@@ -19,13 +19,13 @@ int64_t product(const std::vector<int64_t>& sizes, size_t count) {
   return result;
 }
 
-// The tensors that `labels` points to.
+// The tensors that `labels` points to, to keep them alive.
 struct LabelTensors {
   Tensor x, codebook, workspace;
   rqk::SoftLabels labels;
 };
 
-// What is read while `written` is written is copied where the two may share memory.
+// The tensor as contiguous `type`; a copy if it may share memory with `written`, which the kernel writes.
 Tensor as_read(const Tensor& t, ScalarType type, const Tensor* written) {
   const bool is_safe = t.scalar_type() == type && t.is_contiguous() && !(written && rqk::may_overlap(t, *written));
   return is_safe ? t : rqk::copy_of(t, type);
@@ -71,7 +71,7 @@ LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebo
   return result;
 }
 
-// On a GPU. Given back when the caller returns, and used again only behind what it has launched: torch's allocator
+// On a GPU only. Freed when the caller returns, and reused only after the kernels launched here: torch's allocator
 // keeps memory to its stream.
 void take_workspace([[maybe_unused]] LabelTensors& from) {
 #ifdef RQK_CUDA_LIBRARY
@@ -91,7 +91,7 @@ Tensor distance_softmax(Tensor x, Tensor codebook, double tau) {
   return q;
 }
 
-// Strides of a tensor (..., K) seen as (outer, inner, K), K contiguous.
+// Strides of a tensor (..., K) viewed as (outer, inner, K), K contiguous.
 struct RowStrides {
   bool exist;
   int64_t outer, inner;
@@ -103,7 +103,7 @@ RowStrides row_strides(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   RowStrides rows{sizes[last] <= 1 || strides[last] == 1, 0, 0};
   if (last > 0) rows.inner = strides[last - 1];
-  int64_t expected = -1;  // of the next dimension of any size outwards
+  int64_t expected = -1;  // stride of the next larger dimension
   for (int64_t d = last - 2; d >= 0; --d) {
     if (sizes[d] == 1) continue;
     if (expected < 0) rows.outer = strides[d];
@@ -113,7 +113,7 @@ RowStrides row_strides(const Tensor& t) {
   return rows;
 }
 
-// Whether no two of its elements share memory, as far as sizes and strides tell.
+// Whether no two elements share memory, as far as sizes and strides show.
 bool is_apart(const Tensor& t) {
   if (t.numel() == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -156,12 +156,14 @@ void check(const Tensor& logits, const Tensor& x, const Tensor& codebook, const 
       rqk::value_error(kCrossEntropy, ": weight must be float32, a scalar or one for each row; got ",
                        rqk::shape_of(*weight));
     }
-    if (reduce && weight->dim() != 0) rqk::value_error(kCrossEntropy, ": a reduced loss has one weight for all rows");
+    if (reduce && weight->dim() != 0) {
+      rqk::value_error(kCrossEntropy, ": weight must be a scalar for a reduced loss, got ", rqk::shape_of(*weight));
+    }
   }
 }
 
-// Losses of rows, and where `reduce` weight[0] times their sum, else an empty tensor. Where in_place, `gradient` may be
-// `logits`, which are checked for that even where there is none.
+// Losses of the rows and, if `reduce`, weight[0] times their sum, else an empty tensor. With in_place, `gradient` may
+// be `logits`; their layout is then checked even without a gradient.
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, const Tensor& codebook, double tau,
                                          const std::optional<Tensor>& mask, const std::optional<Tensor>& weight,
                                          bool reduce, bool in_place, const Tensor* gradient) {
@@ -176,8 +178,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, 
   if (!strides.exist) {
     if (in_place) {
       rqk::value_error(kCrossEntropy,
-                       ": inplace needs logits (outer, inner, K) with contiguous K and at most two "
-                       "strides beside, got shape ",
+                       ": inplace needs logits (outer, inner, K) with contiguous K and at most two other strides, "
+                       "got shape ",
                        rqk::shape_of(logits), "; make them contiguous first");
     }
     rows = rqk::contiguous(logits);
@@ -187,7 +189,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& x, 
   leading.pop_back();
   const Tensor losses = rqk::empty(leading, ScalarType::Float, logits);
   const Tensor total = rqk::empty(reduce ? std::vector<int64_t>{} : std::vector<int64_t>{0}, ScalarType::Float, logits);
-  // What is not there stands as the logits, and is not looked at.
+  // Missing tensors are replaced by the logits and never read.
   const Tensor mask_packed = mask.has_value() ? as_read(*mask, ScalarType::Bool, written) : logits;
   const Tensor weight_packed = weight.has_value() ? as_read(*weight, ScalarType::Float, written) : logits;
 
@@ -239,7 +241,7 @@ RQK_REGISTER("soft_label_cross_entropy",
              "soft_label_cross_entropy(Tensor logits, Tensor x, Tensor codebook, float tau, Tensor? mask,"
              " Tensor? weight, bool reduce, bool with_gradient) -> (Tensor total, Tensor losses, Tensor gradient)",
              soft_label_cross_entropy)
-// The gradient in place of the logits.
+// Writes the gradient over the logits.
 RQK_REGISTER("soft_label_cross_entropy_",
              "soft_label_cross_entropy_(Tensor(a!) logits, Tensor x, Tensor codebook, float tau, Tensor? mask,"
              " Tensor? weight, bool with_gradient) -> Tensor",

@@ -1,4 +1,4 @@
-// How soft labels on a GPU are cut into blocks, and where their workspace holds what. For the host and for kernels.
+// Block shapes and workspace layout of the soft labels on a GPU. For the host and for kernels.
 #pragma once
 
 #include <algorithm>
@@ -12,17 +12,17 @@ namespace rqk {
 namespace soft_label {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kColumns = 2;     // of warps: each sees so many parts of a tile's codes
-constexpr int kWarpRows = 16;   // of x, per warp
-constexpr int kWarpCodes = 64;  // of a tile, per warp
+constexpr int kColumns = 2;     // of warps: each processes this fraction of a tile's codes
+constexpr int kWarpRows = 16;   // rows per warp
+constexpr int kWarpCodes = 64;  // codes of a tile per warp
 constexpr int kTileRows = kWarps / kColumns * kWarpRows, kTileCodes = kColumns * kWarpCodes;
-constexpr int kChunk = 16;                    // channels of a tile that one stage holds
-constexpr int kStages = 3;                    // of the ring through which the codes come
-constexpr int kVectorBytes = 2 * 2 * kChunk;  // of a vector's chunk: both its parts in float16
-constexpr int kCapacity = 32;                 // candidates that a warp keeps of a row
-constexpr int kSharedTables = 11 * 1024;      // of a block, beside its rows and the ring; kernel.cuh holds them to it
+constexpr int kChunk = 16;                    // channels per stage
+constexpr int kStages = 3;                    // of the ring buffer of codes
+constexpr int kVectorBytes = 2 * 2 * kChunk;  // per vector and chunk: both parts in fp16
+constexpr int kCapacity = 32;                 // candidates per warp and row
+constexpr int kSharedTables = 11 * 1024;      // per block, besides its rows and the ring; kernel.cuh asserts it
 
-// A code whose label is to be evaluated by the definition: its half score, and later the gradient there.
+// A code to be evaluated by the definition: its half score, later its gradient.
 struct Candidate {
   int32_t code;
   float value;
@@ -35,26 +35,26 @@ struct Term {
 
 // The plan, and pointers into the workspace.
 struct Work {
-  int64_t codebooks, rows;  // rows of one codebook
-  int64_t tiles, chunks;    // of a codebook
-  int64_t row_tiles;        // of a codebook
-  int64_t blocks;           // tiles of rows in all; 0: so many channels that all rows go the direct way
+  int64_t codebooks, rows;  // rows per codebook
+  int64_t tiles, chunks;    // per codebook
+  int64_t row_tiles;        // per codebook
+  int64_t blocks;           // total tiles of rows; 0: with so many channels all rows take the direct path
   int64_t shared_bytes;
-  float factor;  // 2 / tau, within float: of half scores in exponents
+  float factor;  // 2 / tau, clamped to float32: exponent per half score
 
-  float* middles;   // (codebooks, chunks * kChunk)
-  int32_t* norms;   // (codebooks): bits of a float that no |e_k - middle| is above; of infinity where a code is not
+  float* centers;   // (codebooks, chunks * kChunk)
+  int32_t* norms;   // (codebooks): bits of a float that is at least every |e_k - center|; infinity if a code is not
                     // finite
   Term* terms;      // (codebooks, tiles, kTileCodes)
   uint8_t* packed;  // (codebooks, tiles, chunks, kTileCodes, kVectorBytes)
   Candidate* candidates;   // (blocks, kTileRows, kColumns, kCapacity)
-  int64_t* direct;         // (codebooks, rows): those that the tiles could not serve
+  int64_t* direct;         // (codebooks, rows): rows that the tiles could not handle
   int32_t* direct_counts;  // (codebooks)
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Pointers count from `base`; returns the bytes in all.
+// Sets the pointers relative to `base`; returns the total bytes.
 inline int64_t plan(const SoftLabels& labels, int64_t shared_bytes, uint8_t* base, Work* w) {
   *w = {};
   w->factor = float(std::min(2 / labels.tau, 3e38));
@@ -73,7 +73,7 @@ inline int64_t plan(const SoftLabels& labels, int64_t shared_bytes, uint8_t* bas
     *piece = reinterpret_cast<std::remove_reference_t<decltype(*piece)>>(reinterpret_cast<uintptr_t>(base) + bytes);
     bytes += divide_up(count * int64_t(sizeof(**piece)), 256) * 256;
   };
-  take(&w->middles, w->codebooks * w->chunks * kChunk);
+  take(&w->centers, w->codebooks * w->chunks * kChunk);
   take(&w->norms, w->codebooks);
   take(&w->terms, w->codebooks * w->tiles * kTileCodes);
   take(&w->packed, w->codebooks * w->tiles * w->chunks * kTileCodes * kVectorBytes);

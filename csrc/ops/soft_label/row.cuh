@@ -1,28 +1,27 @@
-// The rows as kernels see them, what they share with their codebook, and folds over a warp.
+// Pointers of the rows, and exact distances for single lanes.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
+#include "common/warp.cuh"
 #include "ops/soft_label/plan.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 __device__ inline int lane_of_warp() { return threadIdx.x % 32; }
 
 struct Row {
-  const float* x;      // null where the row is not counted
-  const void* logits;  // of counted rows
-  void* gradient;      // null where there is no row, or no gradient
-  float* loss;         // null where there is no row, or no loss
+  const float* x;      // null for a masked row
+  const void* logits;  // of rows that are not masked
+  void* gradient;      // null if there is no row, or no gradient
+  float* loss;         // null if there is no row, or no loss
   float weight;
 };
 
-// Row `place` of those that have codebook `q`: with one per inner index they are `inner` apart.
+// Row `place` of those with codebook `q`: with one codebook per inner index they are `inner` apart.
 __device__ inline Row row_at(const SoftLabelCrossEntropyParams& p, int64_t q, int64_t place) {
   const SoftLabels& labels = p.labels;
   const int64_t i = labels.codebook_stride == 0 ? place % labels.inner : q;
@@ -41,8 +40,8 @@ __device__ inline Row row_at(const SoftLabelCrossEntropyParams& p, int64_t q, in
   return row;
 }
 
-// |x - e_k|^2 as the definition rounds it, for the lanes of `mask`, each with a code of its own. Four at a time, by a
-// group each. By a whole warp.
+// x - e_k|^2 as the definition rounds it, for the lanes of `mask`, each with its own code. Four codes at a time, each
+// by a group of eight. The whole warp calls.
 __device__ inline double exact_distance(unsigned mask, const float* x, const float* codebook, int64_t k,
                                         int64_t channels) {
   const int lane = lane_of_warp(), group = lane / kLanes;
@@ -58,11 +57,6 @@ __device__ inline double exact_distance(unsigned mask, const float* x, const flo
     for (int i = 0; i < 32 / kLanes; ++i) mask &= mask - 1;
   }
   return mine;
-}
-
-__device__ inline double sum_of_warp(double value) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kFullWarp, value, lanes);
-  return value;
 }
 
 }  // namespace soft_label

@@ -1,70 +1,49 @@
-// Half scores of 64 rows against 128 codes at a time, by tensor cores, nearly as exact as float32 would have them.
+// Half scores of 64 rows against 128 codes at a time, by tensor cores, almost as accurate as in float32.
 //
-//   h_k = <x', e'_k> - |e'_k|^2 / 2,  x' = x - m,  e'_k = e_k - m,  m a vector in the middle of the codes.
-//
-// Every vector is scaled by a power of two, so that its largest number lies in [2^14, 2^15), and split into two parts
-// of float16, high = float16(v) and low = float16(v - high). A product is low*high + high*low + high*high: three mma of
-// float16 where TF32 would take three of half their rate for the same digits, and bfloat16 six. A mma accumulates 16
-// channels from zero, the small products first; their sum is added to the others in float32, so that what an mma loses
-// does not grow with the channels.
-//
-// The bound. With u = 2^-24, a = |x'|, n = max|e'_k| and C channels in B = ceil(C/16) chunks:
-//   x' and e' rounded once                     2 u a n
-//   v - high is a whole number of up to 13 bits of v's last place (float32 has 24 bits, high 11 of them and a sign), so
-//   low is off by one place at most, 2^-23 |v|; where it is below 2^-14 by 2^-25, or 2^-39 of the largest: both parts
-//                                              2 (2^-23 + C^(1/2) 2^-39) a n  <=  (4 + C^(1/2) 2^-14) u a n
-//   low * low is left out: both at most 2^-11 of v, and 2^-39 of the largest
-//                                              (4 + C 2^-24) u a n
-//   an mma errs by at most 2^-18 (|addend| + sum|products|), as in residual_search. Over a chunk the first two add to
-//   at most 2^-9.9 of the third's products, (1 + 2^-10)^2 a n over all chunks: 2^-18 (1 + 4 * 2^-9.9) a n or less
-//                                              65 u a n
-//   B additions, of numbers of at most a n     1.01 B u a n
-//   |e'|^2/2 to float, and the subtraction     u n^2 / 2 + u (n^2 / 2 + a n)
-//   room for a list's floor, itself rounded    u a n + 0.3 u n^2, half of that rounding
-//   underflow, as with any float32 products    2^-125 (C + 3) (1 + a + n)
-// C is at most some thousands, since the rows lie in shared memory. Together
-//   E = (78 + 1.01 B) u a n + 1.4 u n^2 + 2^-125 (C + 3) (1 + a + n);
-// a sum of C float32 multiply-adds is bounded by (C + 4) u a n.
+//   h_k = <x', e'_k> - |e'_k|^2 / 2,  x' = x - m,  e'_k = e_k - m
+// Every vector is scaled by a power of two and split into two parts of fp16, high = fp16(v) and low = fp16(v - high). A
+// product is low*high + high*low + high*high: three mma, where TF32 would take three at half the rate for the same
+// accuracy, and bf16 six. Bound B10 (docs/bounds.md), with the assumption B5 about mma.
 //
 // A warp has 16 rows x 64 codes in 32 accumulators; a block is four warps along the rows and two along the codes. Per
-// chunk a warp does 24 mma, 10 ldmatrix.x4 (5 KiB of shared memory, 213 bytes per mma) and 32 additions per thread; a
+// chunk, a warp does 24 mma, 10 ldmatrix.x4 (5 KiB of shared memory, 213 bytes per mma) and 32 additions per thread; a
 // block reads 8 KiB from L2 per 192 mma.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
-#include "common/middle.cuh"
 #include "common/ptx.cuh"
-#include "ops/soft_label/halves.cuh"
+#include "ops/soft_label/logit_dtypes.cuh"
 #include "ops/soft_label/row.cuh"
+#include "shared/center.cuh"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace soft_label {
 
-constexpr double kHuge = 1e17;  // beyond it, products of norms come near the ends of float
+constexpr double kHuge = 1e17;  // larger norms have products near the range of float32
 
-// How far half scores can be from the exact ones.
+// E of bound B10.
 __device__ inline double half_score_error(double a, double n, int64_t channels, int64_t chunks) {
   const double u = 0x1p-24;
   return (78 + 1.01 * double(chunks)) * u * a * n + 1.4 * u * n * n + 0x1p-125 * (double(channels) + 3) * (1 + a + n);
 }
 
-// In bytes, where 16-byte unit u of vector `place` stands in a chunk: the high parts of 16 channels are units 0 and 1,
-// the low parts 2 and 3. The rows of an ldmatrix, eight in a row, lie in eight different sixteenths of 128 bytes.
+// Byte offset of 16-byte unit u of vector `place` in a chunk: the high parts of 16 channels are units 0 and 1, the low
+// parts 2 and 3. The eight rows of an ldmatrix lie in eight different sixteenths of 128 bytes.
 __device__ inline int unit_offset(int place, int unit) {
   return place * kVectorBytes + ((unit ^ (place >> 1 & 3)) << 4);
 }
 
 struct SplitVector {
-  float scale;     // times the parts is the vector
+  float scale;     // factor from the parts to the vector
   double squared;  // its squared norm
   bool finite;
 };
 
-// Writes both parts of a - origin to its place in all chunks, `stride` bytes from one to the next: zeros in channels
-// past the last, where it is not finite, and everywhere where a is null. By a group; the result is in all its lanes.
+// Writes both parts of a - origin to its place in all chunks, `stride` bytes apart. Writes zeros for channels past the
+// last, if it is not finite, and if a is null. All threads of the group call; the result is valid in all lanes.
 __device__ inline SplitVector split_vector(const float* a, const float* origin, int64_t channels, int64_t chunks,
                                            int place, uint8_t* chunk, int64_t stride) {
   const float inf = __int_as_float(0x7f800000);
@@ -83,7 +62,7 @@ __device__ inline SplitVector split_vector(const float* a, const float* origin, 
   }
   squared = sum_lanes(squared);
   finite = __ballot_sync(group_mask(), finite) == group_mask();
-  // Where the ends are cut off, kHuge rules the vector out, or it is as good as zero.
+  // A clamped exponent is harmless: kHuge excludes such a vector, or it is practically zero.
   const int exponent = min(max(int(__float_as_uint(largest) >> 23) - 127, -100), 100);
   const float scale = __uint_as_float(uint32_t(14 - exponent + 127) << 23);
   for (int64_t unit = j; unit < chunks * 2; unit += kLanes) {
@@ -103,21 +82,21 @@ __device__ inline SplitVector split_vector(const float* a, const float* origin, 
   return {__uint_as_float(uint32_t(exponent - 14 + 127) << 23), squared, finite};
 }
 
-// --- once per call: the codebooks in two parts --------------------------------------------------------------
+// --- packing of the codebooks, once per call ---------------------------------------------------------------
 
-// Also zeroes what pack_codes and label_rows add to.
-__global__ void __launch_bounds__(kThreads) find_middles(SoftLabels labels, Work w) {
+// Finds the center of each codebook. Also zeroes what pack_codes and label_rows add to.
+__global__ void __launch_bounds__(kThreads) find_centers(SoftLabels labels, Work w) {
   const int64_t padded = w.chunks * kChunk;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < w.codebooks * padded;
        i += int64_t(gridDim.x) * kThreads) {
     const int64_t q = i / padded, c = i % padded;
     if (c == 0) w.norms[q] = w.direct_counts[q] = 0;
     const float* codebook = labels.codebook + q * labels.codebook_stride;
-    w.middles[i] = c < labels.channels ? middle_of_codes(codebook, labels.num_codes, labels.channels, c) : 0.0f;
+    w.centers[i] = c < labels.channels ? codebook_center(codebook, labels.num_codes, labels.channels, c) : 0.0f;
   }
 }
 
-// A tile to a block at a time, a code to a group.
+// Packs the tiles: a block takes a tile at a time, a group a code.
 __global__ void __launch_bounds__(kThreads) pack_codes(SoftLabels labels, Work w) {
   const float inf = __int_as_float(0x7f800000);
   constexpr int64_t kChunkBytes = kTileCodes * kVectorBytes;
@@ -127,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) pack_codes(SoftLabels labels, Work w
     for (int place = threadIdx.x / kLanes; place < kTileCodes; place += kThreads / kLanes) {
       const bool is_code = first + place < labels.num_codes;
       const float* e = is_code ? codebook + (first + place) * labels.channels : nullptr;
-      const SplitVector split = split_vector(e, w.middles + q * w.chunks * kChunk, labels.channels, w.chunks, place,
+      const SplitVector split = split_vector(e, w.centers + q * w.chunks * kChunk, labels.channels, w.chunks, place,
                                              w.packed + i * w.chunks * kChunkBytes, kChunkBytes);
       if (threadIdx.x % kLanes != 0) continue;
       w.terms[i * kTileCodes + place] = is_code ? Term{split.scale, float(split.squared / 2)} : Term{0, inf};
@@ -139,21 +118,21 @@ __global__ void __launch_bounds__(kThreads) pack_codes(SoftLabels labels, Work w
 
 // --- scan ---------------------------------------------------------------------------------------------------
 
-// What a warp sees of a tile.
+// The rows and codes of a tile that a warp processes.
 __device__ inline int first_row_of_warp() { return threadIdx.x / 32 / kColumns * kWarpRows; }
 __device__ inline int column_of_warp() { return threadIdx.x / 32 % kColumns; }
 
-// Of one codebook. In shared memory: registers are short.
+// One packed codebook. Kept in shared memory to save registers.
 struct PackedCodes {
   const uint8_t* packed;
   const Term* terms;
 };
 
-// The sums of products of a chunk are added to `scores`. A thread's scores[n][2 r + b] belong to row lane / 4 + 8 r of
-// its warp's and code 8 n + 2 (lane % 4) + b. `rows` and `codes` are the warp's.
+// Adds the products of a chunk to `scores`. A thread's scores[n][2 r + b] belong to the warp's row lane / 4 + 8 r and
+// code 8 n + 2 (lane % 4) + b. `rows` and `codes` are the warp's.
 __device__ inline void multiply_chunk(float (&scores)[8][4], const uint8_t* rows, const uint8_t* codes) {
   const int lane = lane_of_warp();
-  constexpr int kAtOnce = 4;  // chains of mma, so that one need not wait for itself
+  constexpr int kAtOnce = 4;  // independent chains of mma
   const float zero[4] = {0, 0, 0, 0};
   uint32_t high[4], low[4];
   ptx::ldmatrix_x4<false>(high, rows + unit_offset(lane % 16, lane / 16));
@@ -188,14 +167,14 @@ __device__ inline void multiply_chunk(float (&scores)[8][4], const uint8_t* rows
   }
 }
 
-// Calls visit(k, h) for every tile of a codebook, first to last or `backwards`: h as multiply_chunk has its scores, k
-// the code of h[0][0]. Half scores past the last code are -inf; there are no calls where all of a warp's would be, by
-// `num_codes`, which is 0 where a warp wants none. `scales` are those of the block's rows. The whole block calls, and
-// again only behind a barrier.
+// Calls visit(k, h) for every tile of a codebook, from first to last or `backwards`: h in the layout of multiply_chunk,
+// k the code of h[0][0]. Half scores past the last code are -inf; tiles whose codes are all past `num_codes` are
+// skipped (0 skips all for this warp). `scales` are those of the block's rows. The whole block calls; another call
+// needs a barrier first.
 template <class Visit>
 __device__ inline void scan(const Work& w, const PackedCodes& codes, bool backwards, unsigned num_codes,
                             const uint8_t* rows, const float* scales, uint8_t* ring, Visit visit) {
-  constexpr int kChunkBytes = kTileCodes * kVectorBytes, kBytes = 16 * kThreads;  // fetched at a time
+  constexpr int kChunkBytes = kTileCodes * kVectorBytes, kBytes = 16 * kThreads;  // bytes per copy of the block
   const int lane = lane_of_warp(), chunks = int(w.chunks), at = 16 * threadIdx.x;
   const int tiles = int(w.tiles), step = backwards ? -1 : 1, first = backwards ? tiles - 1 : 0;
 
@@ -214,7 +193,7 @@ __device__ inline void scan(const Work& w, const PackedCodes& codes, bool backwa
         from += int64_t(step) * chunks * kChunkBytes;
       }
     }
-    // Where nothing is left to fetch too, so that the number of groups says which chunk has come.
+    // Commit even without copies, so that the number of groups tells which chunk has arrived.
     ptx::cp_async_commit();
   };
   for (int i = 0; i < kStages - 1; ++i) fetch(i);
@@ -225,7 +204,7 @@ __device__ inline void scan(const Work& w, const PackedCodes& codes, bool backwa
     const bool has_codes = first_code < num_codes;
     float h[8][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      // This chunk has come, and all are done with the last one, whose place the next fetch takes.
+      // This chunk has arrived, and all threads are done with the previous one, which the next fetch overwrites.
       ptx::cp_async_wait<kStages - 2>();
       __syncthreads();
       fetch(current == 0 ? kStages - 1 : current - 1);

@@ -1,4 +1,4 @@
-// Launcher of the stochastic residual search on the current stream.
+// Launch of stochastic_residual_search on the current stream.
 #include "common/launch.cuh"
 #include "ops/stochastic_residual_search/kernel.cuh"
 
@@ -11,7 +11,7 @@ void launch(const StochasticResidualSearchParams& p, void* stream) {
                                 std::to_string(stochastic_residual_search::kMaxChannels) + " channels, got " +
                                 std::to_string(p.channels));
   }
-  launch_kernel("stochastic_residual_search", stochastic_residual_search::draw_rows, grid_for(p.rows),
+  launch_kernel("stochastic_residual_search", stochastic_residual_search::sample_rows, grid_for(p.rows),
                 stochastic_residual_search::kThreads, shared, stream, p);
 }
 

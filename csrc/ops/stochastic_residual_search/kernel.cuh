@@ -1,30 +1,29 @@
-// Stochastic residual search on a GPU: the direct form, all depths of a row in one block, float64 throughout.
+// Stochastic residual search on a GPU: all depths of a row in one block, float64 throughout.
 //
-// The codes are cut into 32 parts, in code order, and a group of eight threads sums the weights of each:
-// exp(-(D - smallest D) / tau), by the definition's distances D. The first part with which the cumulative weight
-// exceeds u times the total is cut into 32 parts again, until a part is one code; so only the first round reads the
-// whole codebook, and no array of weights is kept. In that round the smallest distance is not known yet: every group
-// takes its own so far, and the sums are brought to the common one in the end. The residual stays in shared memory over
-// all depths. Per row and depth it reads the codebook 1 + 1/32 + ... times (K*C*4 bytes, from L2) and does 3*K*C
-// float64 operations and K exponentials.
+// The codes are divided into 32 parts, in code order, and a group of eight threads sums the weights of each: exp(-(D -
+// smallest D) / tau), with the definition's distances D. The part in which the cumulative weight exceeds u times the
+// total is divided into 32 parts again, until a part is one code. Only the first round reads the whole codebook, and no
+// array of weights is stored. In that round the smallest distance is not known yet: each group uses its own, and the
+// sums are rescaled in the end. The residual stays in shared memory over all depths. Per row and depth, the kernel
+// reads the codebook 1 + 1/32 + ... times (K*C*4 bytes, from L2) and does 3*K*C float64 operations and K exponentials.
 #pragma once
 
 #include <cstdint>
 
 #include "common/device.h"
-#include "common/exact.cuh"
 #include "common/philox.h"
 #include "ops/stochastic_residual_search/params.h"
+#include "shared/exact.cuh"
 
 namespace rqk {
 namespace stochastic_residual_search {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxChannels = 8192;  // 32 KiB of the 48 KiB of shared memory that every launch may use
+constexpr int64_t kMaxChannels = 8192;  // 32 KiB of the 48 KiB of shared memory available to every launch
 constexpr int kParts = kThreads / kLanes;
 
-// Of codes [first, last): the smallest distance, and the sum of their weights relative to it. By a group. A distance
-// that is not finite (a bad code, a bad row) weighs nothing.
+// Computes the smallest distance of codes [first, last), and the sum of their weights relative to it. A distance that
+// is not finite (a bad code or row) weighs nothing. All threads of the group call.
 __device__ inline void sum_first(const StochasticResidualSearchParams& p, const float* residual, const float* codebook,
                                  int64_t first, int64_t last, double* nearest, double* sum) {
   const double inf = __int_as_float(0x7f800000);
@@ -34,7 +33,7 @@ __device__ inline void sum_first(const StochasticResidualSearchParams& p, const 
     const double distance = squared_distance(residual, codebook + k * p.channels, p.channels);
     if (!(distance < inf)) continue;
     if (distance < *nearest) {
-      // Not the infinity of the start: over an infinite tau it is no number.
+      // Do not use the initial infinity: divided by an infinite tau it would be NaN.
       *sum = 1 + (*sum > 0 ? *sum * exp(-(*nearest - distance) / p.tau) : 0);
       *nearest = distance;
     } else {
@@ -43,7 +42,7 @@ __device__ inline void sum_first(const StochasticResidualSearchParams& p, const 
   }
 }
 
-// The same relative to a distance that is known.
+// The same sum relative to a known distance.
 __device__ inline double sum_again(const StochasticResidualSearchParams& p, const float* residual,
                                    const float* codebook, int64_t first, int64_t last, double nearest) {
   const double inf = __int_as_float(0x7f800000);
@@ -56,12 +55,12 @@ __device__ inline double sum_again(const StochasticResidualSearchParams& p, cons
 }
 
 // At least 3 blocks per multiprocessor, 80 registers.
-__global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearchParams p) {
+__global__ void __launch_bounds__(kThreads, 3) sample_rows(StochasticResidualSearchParams p) {
   CU_DYN_SMEM(float, residual);  // (channels)
   CU_SHARED(double, part_nearest, [kParts]);
   CU_SHARED(double, part_sum, [kParts]);
   CU_SHARED(double, row_nearest);
-  CU_SHARED(int64_t, chosen);  // the first code of the part that was chosen; -1: none has any weight
+  CU_SHARED(int64_t, chosen);  // the first code of the chosen part; -1 if no code has any weight
   const int part = threadIdx.x / kLanes, j = threadIdx.x % kLanes;
   const float nan = __int_as_float(0x7fffffff);
 
@@ -75,10 +74,11 @@ __global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearc
     for (int64_t d = 0; d < p.depth; ++d) {
       const float* codebook = p.codebooks + d * p.codebook_stride;
       int64_t first = 0, last = p.num_codes;
-      double target = 0;  // of the cumulative weight, within [first, last); thread 0's
+      double target = 0;  // thread 0: what the cumulative weight within [first, last) must exceed
       for (bool whole = true; first >= 0 && (whole || last - first > 1); whole = false) {
         const int64_t size = (last - first + kParts - 1) / kParts;
         const int64_t begin = first + part * size, end = begin + size < last ? begin + size : last;
+        // Sum the weights of each part.
         double nearest, sum;
         if (whole) {
           sum_first(p, residual, codebook, begin, end, &nearest, &sum);
@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearc
           part_sum[part] = sum;
         }
         __syncthreads();
+        // Choose the part that contains the target.
         if (threadIdx.x == 0) {
           if (whole) {
             for (int i = 1; i < kParts; ++i) nearest = part_nearest[i] < nearest ? part_nearest[i] : nearest;
@@ -101,9 +102,10 @@ __global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearc
               total += part_sum[i];
             }
             const uint64_t counter = static_cast<uint64_t>(p.offset + row);
-            target = total * philox_uniform(p.seed, counter, static_cast<uint32_t>(d), kDrawStochasticResidualSearch);
+            target = total * philox_uniform(p.seed, counter, static_cast<uint32_t>(d), kPhiloxStochasticResidualSearch);
           }
-          // Sums of other parts round otherwise, and the target may be left over: then the last with any weight.
+          // Sums over other parts round differently, so the target may not be reached: then take the last part with any
+          // weight.
           int64_t found = -1;
           double up_to = 0, before = 0;
           for (int i = 0; i < kParts && !(up_to > target); ++i) {
@@ -120,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearc
         last = first + size < last ? first + size : last;
       }
 
+      // Subtract the code and write the results of this depth.
       for (int64_t c = threadIdx.x; c < p.channels; c += kThreads) {
         const float r = residual[c], e = first < 0 ? nan : codebook[first * p.channels + c];
         if (p.residuals != nullptr) p.residuals[(row * p.depth + d) * p.channels + c] = r;
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 3) draw_rows(StochasticResidualSearc
           p.residual_sq_norms[row * p.depth + d] = float(norm);
         }
       }
-      // The next row overwrites the residual; the next depth only reads it, and writes what is shared behind a barrier.
+      // The next row overwrites the residual. The next depth only reads it, and writes shared memory after a barrier.
       if (d + 1 == p.depth) __syncthreads();
     }
   }

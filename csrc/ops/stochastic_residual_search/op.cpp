@@ -1,7 +1,7 @@
 // rqkernels::stochastic_residual_search: schema, argument checks, tensors to params.
-#include "common/residual_arguments.h"
 #include "common/tensors.h"
 #include "ops/stochastic_residual_search/params.h"
+#include "shared/residual_arguments.h"
 
 namespace {
 
@@ -10,7 +10,7 @@ using rqk::Tensor;
 
 constexpr const char* kOp = "stochastic_residual_search";
 
-// `seed` holds the 64 bits of an unsigned one.
+// `seed` holds the 64 bits of an unsigned integer.
 std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, Tensor codebooks,
                                                                       std::optional<int64_t> depth_, double tau,
                                                                       int64_t seed, int64_t offset,
@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, 
   params.tau = tau;
   params.seed = static_cast<uint64_t>(seed);
   params.offset = offset;
-  // On a CPU the launch refuses codebooks that are not finite, with no rows too. On a GPU that would have to wait for
-  // the device: there a bad code is never drawn.
+  // On a CPU the launch rejects codebooks that are not finite, even without rows. On a GPU that would need a
+  // host-device sync; there a bad code is never sampled.
   if (rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
   return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
 }

@@ -1,4 +1,4 @@
-// What a stochastic residual search works on: raw pointers and sizes, nothing of torch. All arrays are contiguous.
+// Inputs and outputs of stochastic_residual_search. All arrays are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ struct StochasticResidualSearchParams {
   const float* x;          // (rows, channels)
   const float* codebooks;  // (num_codes, channels), or one such block per depth
   int64_t rows, channels, num_codes, depth;
-  int64_t codebook_stride;  // in elements, from one depth's codebook to the next; 0 where all depths share one
-  double tau;               // > 0; infinity draws all codes alike
+  int64_t codebook_stride;  // elements from one depth's codebook to the next; 0 if all depths share one
+  double tau;               // > 0; infinity samples all codes uniformly
   uint64_t seed;
   int64_t offset;            // the counter of row n is offset + n
   int64_t* codes;            // (rows, depth)

@@ -367,6 +367,53 @@ def edit(
     typer.echo(f"before, mask and after: {out}")
 
 
+@app.command()
+def evaluate(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A folder with tokenizer/ and prior/, such as the demo's; or of one training, or one model.",
+        ),
+    ],
+    overrides: Overrides = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric by name, see `rqgen list metrics`; may be repeated. Default: all that fit."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Samples to draw. Default: sampling.count of the settings, 500.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer, for a prior that lies elsewhere.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="A YAML file of settings, see `rqgen config evaluate`.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("evaluation.json"),
+) -> None:
+    """Judge models by every metric that fits: a table, and JSON with all that the numbers depend on."""
+    from .evaluate import evaluate_folder, report
+
+    content = evaluate_folder(
+        run, out, metrics=metric, count=count, tokenizer=tokenizer, config=config, overrides=overrides or ()
+    )
+    for line in report(content):
+        typer.echo(line)
+    typer.echo(f"\n{out}")
+
+
+@app.command("list")
+def list_registries(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[systems|sources|metrics|recipes]", help="Default: all of them.")
+    ] = None,
+) -> None:
+    """List systems, data sources, metrics and recipes, with their options."""
+    from .listing import listing
+
+    for line in listing(kind):
+        typer.echo(line)
+
+
 @convert_app.command("var")
 def convert_var(
     vae: Annotated[Path, typer.Option(help="The published tokenizer's state dict (.pth).")],
@@ -459,7 +506,7 @@ def config(
         list[str] | None,
         typer.Argument(
             metavar="[COMMAND] [KEY=VALUE]...",
-            help="train tokenizer (the default), train prior, encode, demo or scaling; then settings to change.",
+            help="train tokenizer (the default), train prior, encode, evaluate, demo or scaling; then settings.",
         ),
     ] = None,
     system: System = DEFAULT,

@@ -14,13 +14,24 @@ from rich.console import Console
 
 from rqgen.config import load
 from rqgen.data import DigitImages, Split, open_dataset
-from rqgen.evaluation import ImageClassifier, evaluate_reconstruction
+from rqgen.evaluation import EvaluationConfig, Run, evaluate
+from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
+from rqgen.evaluation.run import protocol
 from rqgen.files import claim_folder, write_json
+from rqgen.models import Prior, Tokenizer
 from rqgen.models.pretrained import check_replaceable
-from rqgen.report import plot_coarse_to_fine, plot_code_usage, plot_losses, plot_reconstructions, plot_samples
+from rqgen.report import (
+    plot_coarse_to_fine,
+    plot_code_usage,
+    plot_edits,
+    plot_losses,
+    plot_reconstructions,
+    plot_samples,
+)
+from rqgen.sampling import edit, generate
 from rqgen.sampling.pipeline import write_description
-from rqgen.systems import DEFAULT, find_system, system_of
-from rqgen.systems.system import DemoConfig, DemoModels
+from rqgen.systems import DEFAULT, find_system
+from rqgen.systems.system import DemoConfig
 
 from .check import installed_versions
 from .runs import check_images_fit, fit_prior, fit_tokenizer
@@ -30,6 +41,12 @@ logger = logging.getLogger(__name__)
 
 # Held-out digits in reconstructions.png.
 SHOWN = 30
+# And in edits.png.
+EDITED = 10
+# And judged with their lower half sampled anew.
+INPAINTED = 200
+# The metrics of metrics.json, of which those are computed that fit the system.
+METRICS = ("reconstruction", "token_prediction", "classifier", "precision", "inpainting")
 
 
 def load_demo(
@@ -53,12 +70,13 @@ def demo_of(system: str) -> type[DemoConfig]:
 
 def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
     """Trains, samples, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
-    losses.png, samples.png, metrics.json, and a `rqgen.Pipeline`: tokenizer/, prior/ and pipeline.json; what else a
-    system writes and measures say its `System.demo_parts`. Returns what metrics.json holds. A demo that is there
-    already is replaced, and said so. Checkpoints and logs, where the settings ask for any, go into training/.
+    losses.png, samples.png, metrics.json, and a `rqgen.Pipeline`: tokenizer/, prior/ and pipeline.json; where the prior
+    can edit images, also edits.png. Returns what metrics.json holds. A demo that is there already is replaced, and said
+    so. Checkpoints and logs, where the settings ask for any, go into training/.
 
-    Sampled in float32. No sample is chosen or left out: all that are sampled are judged, and the first ten of each
-    class are shown. Held-out digits train nothing, the classifier included.
+    The numbers are those of `rqgen.evaluation.metrics`, of held-out digits and of digits sampled in float32;
+    "precisions" also samples in the shorter ones. No sample is chosen or left out: all that are sampled are judged, and
+    the first ten of each class are shown. Held-out digits train nothing, the classifier included.
     """
     check_images_fit(config.tokenizer.data, config.tokenizer.model)
     with claim_folder(out):
@@ -80,40 +98,35 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
         prior = fit_prior(config.prior, vae, out / "training" / "prior", console=console)
         prior.model.save_pretrained(out / "prior")
         write_description(out, prior.model.class_names)
-    train_images, held_out = (digits(config, split) for split in ("train", "held_out"))
-    classes = len(held_out.class_names)
-    judge = ImageClassifier()
-    models = DemoModels(config, prior.model, vae, held_out, judge, out)
+    run = run_of(config, vae, prior.model)
     with _timed(seconds, "sampling"):
-        samples, labels = models.sample_classes()
-    with _timed(seconds, "evaluation"):
-        quality = evaluate_reconstruction(vae, held_out)
-        judge.fit(train_images.images, train_images.labels)
-        recognised = judge.predict(samples) == labels
-    of_the_system = {}
-    for name, part in system_of(config.tokenizer).demo_parts.items():
-        with _timed(seconds, name):
-            of_the_system[name] = part(models)
+        samples, _ = run.samples()
+    found = evaluate(run, [name for name in METRICS if run.why_not(name) is None])
+    held_out = digits(config, "held_out")
+    classes = len(held_out.class_names)
     with _timed(seconds, "figures"):
         shown = held_out.images[:SHOWN].to(vae.device)
         plot_reconstructions(shown, vae(shown).reconstruction.detach(), out / "reconstructions.png")
         plot_coarse_to_fine(vae, shown[:10], out / "coarse_to_fine.png")
-        plot_code_usage(quality.code_counts, out / "code_usage.png", axis=vae.layout.axis)
+        plot_code_usage(run.reconstruction.code_counts, out / "code_usage.png", axis=vae.layout.axis)
         plot_losses({"tokenizer": tokenizer.history, "prior": prior.history}, out / "losses.png")
         # Labels run 0, 1, ... 9, 0, ...: the transpose shows a class per row.
         rounds = samples[: 10 * classes].unflatten(0, (-1, classes)).transpose(0, 1)
         plot_samples(
             rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1], row_labels=held_out.class_names
         )
-    seconds["total"] = time.perf_counter() - started
+        if edits := _edits(run, held_out):
+            plot_edits(edits, out / "edits.png")
+    total = time.perf_counter() - started
+    # Metrics that sample images of their own have their own times.
+    with_samples = {"precision": "precisions", "inpainting": "inpainting"}
+    for name, taken in found.seconds.items():
+        part = with_samples.get(name, "evaluation")
+        seconds[part] = seconds.get(part, 0.0) + taken
+    seconds["total"] = total
     metrics = {
-        "reconstruction_mse": quality.mse,
-        "codes_used": quality.codes_used,
-        "perplexity": quality.perplexity,
-        "classifier_test_accuracy": judge.accuracy(held_out.images, held_out.labels),
-        "sample_accuracy": recognised.double().mean().item(),
-        "sample_accuracy_per_class": [recognised[labels == label].double().mean().item() for label in range(classes)],
-        **of_the_system,
+        **_flat(found.results),
+        "protocol": protocol(run),
         "samples": config.sampling.count,
         "held_out_images": len(held_out),
         "seconds": {part: round(taken, 2) for part, taken in seconds.items()},
@@ -123,6 +136,46 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
     }
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def run_of(config: DemoConfig, vae: Tokenizer, prior: Prior) -> Run:
+    """The evaluation of a demo's models by held-out digits and by sampled ones."""
+    settings = EvaluationConfig(
+        data=config.tokenizer.data,
+        sampling=config.sampling,
+        batch_size=128,
+        options={"inpainting": InpaintingOptions(count=INPAINTED)},
+    )
+    return Run(settings, tokenizer=vae, prior=prior, generate=generate, edit=edit)
+
+
+def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Results under the keys of metrics.json."""
+    reconstruction = results["reconstruction"]
+    flat = {
+        "reconstruction_mse": reconstruction["mse"],
+        "codes_used": reconstruction["codes_used"],
+        "perplexity": reconstruction["perplexity"],
+        **results["classifier"],
+        "token_prediction": results["token_prediction"],
+        "precisions": results.get("precision"),
+        "inpainting": results.get("inpainting"),
+    }
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _edits(run: Run, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The first held-out digits with their lower half sampled anew; where the prior can edit any region, also with all
+    but their middle, and with their right half as the next class. None of a prior that edits nothing."""
+    images, labels = held_out.images[:EDITED].to(run.tokenizer.device), held_out.labels[:EDITED]
+    height, width = images.shape[2:]
+    lower, around, right = lower_half(images), torch.ones_like(lower_half(images)), torch.zeros_like(lower_half(images))
+    around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+    right[:, width // 2 :] = True
+    following = (labels + 1) % len(held_out.class_names)
+    edits = [("in-painted", lower, labels), ("out-painted", around, labels), ("next class", right, following)]
+    possible = edits[: {"nothing": 0, "rows": 1, "regions": 3}[run.prior.edits]]
+    return [(name, images, mask, run.edit(images, mask, wanted).images) for name, mask, wanted in possible]
 
 
 def digits(config: DemoConfig, split: Split) -> DigitImages:

@@ -13,8 +13,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, to_dict
+from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, setting_names
 from rqgen.data import DataConfig
+from rqgen.evaluation import EvaluationConfig
 from rqgen.systems import DEFAULT, find_system
 
 from .demo import demo_of
@@ -28,6 +29,7 @@ COMMANDS = {
     "tokenizer": "train tokenizer",
     "prior": "train prior",
     "encode": "encode",
+    "evaluate": "evaluate",
     "demo": "demo",
     "scaling": "scaling",
 }
@@ -52,6 +54,7 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
         "tokenizer": chosen.tokenizer_run,
         "prior": chosen.prior_run,
         "encode": DataConfig,
+        "evaluate": EvaluationConfig,
         "scaling": ScalingConfig,
     }
     cls: type[Any] = demo_of(system) if stage == "demo" else classes[stage]
@@ -60,7 +63,7 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
     value = plain = settings.build()
     if stage == "prior" and settings.read("codes") is None and settings.read("tokenizer").is_dir():
         value = load_run(cls, config, overrides)
-    elsewhere = {"prior": "data.", "encode": ""}.get(stage)
+    elsewhere = {"prior": "data.", "encode": "", "evaluate": "data."}.get(stage)
     keys = {key for key in _leaves(value) if not settings.has(key)}
     unknown = {key for key in keys if elsewhere is not None and key.startswith(elsewhere)} if value is plain else set()
     following = settings.followed() | {key for key in keys if _derived(settings, value, key)}
@@ -68,7 +71,7 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
         f"# Settings of `rqgen {COMMANDS[stage]}`" + (f" --system {system}" if system != DEFAULT else "") + ".",
         "# In brackets: the default, what the command takes where nothing else is said.",
         "# What follows from other settings goes on following them where its line is left out.",
-        *(["# Commented out: what the tokenizer decides."] if unknown else []),
+        *(["# Commented out: what the model decides."] if unknown else []),
         "base: null",
         *_section(value, default, "", unknown, following),
     ]
@@ -84,18 +87,23 @@ def _section(value: Any, default: Any, prefix: str, unknown: Collection[str], fo
     nested, help_of = nested_dataclasses(type(value)), field_help(type(value))
     indent = "  " * prefix.count(".")
     lines = []
-    for one in dataclasses.fields(value):
-        key, now, usual = f"{prefix}{one.name}", getattr(value, one.name), getattr(default, one.name, None)
-        if one.name in nested and now is not None:
+    for name in setting_names(type(value)):
+        key, now, usual = f"{prefix}{name}", getattr(value, name), getattr(default, name, None)
+        if name in nested and now is not None:
             inside = _section(now, usual, f"{key}.", unknown, following)
             unset = all(line.lstrip().startswith("#") or not line.strip() for line in inside)
-            lines += ["", *_comment(help_of.get(one.name, ""), indent)]
-            lines += [f"{indent}{'# ' if unset else ''}{one.name}:", *inside]
+            lines += ["", *_comment(help_of.get(name) or first_paragraph(nested[name]), indent)]
+            lines += [f"{indent}{'# ' if unset else ''}{name}:", *inside]
             continue
         mark = "; follows" if key in following else ""
-        lines += _comment(f"{help_of.get(one.name, '')} [{_text(usual)}{mark}]".strip(), indent)
-        lines.append(f"{indent}{'# ' if key in unknown else ''}{one.name}: {_text(now)}")
+        lines += _comment(f"{help_of.get(name, '')} [{_text(usual)}{mark}]".strip(), indent)
+        lines.append(f"{indent}{'# ' if key in unknown else ''}{name}: {_text(now)}")
     return lines
+
+
+def first_paragraph(cls: type) -> str:
+    """The first paragraph of a class's docstring, on one line."""
+    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -109,14 +117,13 @@ def _text(value: Any) -> str:
     return scalar_text(str(value) if isinstance(value, Path) else value)
 
 
-def _leaves(settings: Any) -> set[str]:
-    def walk(tree: dict[str, Any], prefix: str) -> set[str]:
-        found: set[str] = set()
-        for name, value in tree.items():
-            found |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-        return found
-
-    return walk(to_dict(settings), "")
+def _leaves(settings: Any, prefix: str = "") -> set[str]:
+    """Dotted paths of all settings, of idle sections too."""
+    found: set[str] = set()
+    for name in setting_names(type(settings)):
+        value = getattr(settings, name)
+        found |= _leaves(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name}
+    return found
 
 
 @functools.cache
@@ -140,8 +147,12 @@ def _attributes_section(doc: str) -> dict[str, str]:
 
 
 def _strings_under_fields(cls: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     strings: dict[str, str] = {}
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):  # a class that was typed into an interpreter, or made by code
+        return strings
+    body = ast.parse(textwrap.dedent(source)).body[0].body  # type: ignore[attr-defined]
     for field, text in itertools.pairwise(body):
         is_text = (
             isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)

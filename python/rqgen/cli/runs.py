@@ -32,7 +32,7 @@ from rqgen.training import (
     train,
 )
 
-from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_other_split
+from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_idle_options, warn_of_other_split
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,16 @@ def default_device() -> str:
 def load_model(option: str, folder: Path) -> Any:
     """The model that ``--prior`` or ``--tokenizer`` (``option``) names, of whichever system. ValueError for a model of
     the other stage."""
-    model = load_pretrained(folder, default_device())
-    if not isinstance(model, {"tokenizer": Tokenizer, "prior": Prior}[option]):
+    model, role = load_any_model(folder)
+    if role != option:
         raise ValueError(f"--{option}: {folder} holds no {option}, but a {model.model_type}")
     return model
+
+
+def load_any_model(folder: Path) -> tuple[Any, str]:
+    """The model in a folder, and what it is: "tokenizer" or "prior"."""
+    model = load_pretrained(folder, default_device())
+    return model, "prior" if isinstance(model, Prior) else "tokenizer"
 
 
 def check_images_fit(data: DataConfig, model: Any) -> None:
@@ -128,12 +134,15 @@ def load_run(
     of a prior's images is as its tokenizer had it, see `data_of_tokenizer`."""
     settings = given(cls, find_config(config), overrides, recipes=RECIPES)
     if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
-        return settings.build()
+        run = settings.build()
+        warn_of_idle_options(run.data, "data.")
+        return run
     for part in ("prior", "loop"):
         settings.read(part)  # refuses what is wrong here before a large file is read
     folder = settings.read("tokenizer")
     vae = _read_tokenizer(cls, folder)
     run = settings.build({"data": data_of_tokenizer(vae, settings, "data.", folder)}, where=str(folder))
+    warn_of_idle_options(run.data, "data.")
     warn_of_other_split(run.data, vae, folder)
     return run
 

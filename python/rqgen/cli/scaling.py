@@ -8,7 +8,7 @@ import logging
 import shlex
 import time
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rqgen.bench.machine import environment
 from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
-from rqgen.evaluation import TokenPrediction, evaluate_token_prediction, fit_power_law
+from rqgen.evaluation import evaluate_token_prediction, fit_power_law
 from rqgen.files import claim_folder, is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.reading import read_json
@@ -32,7 +32,7 @@ from .settings import RECIPES, data_of_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# What is fitted: fields of `TokenPrediction`, and what the figure calls them.
+# What is fitted: attributes of `TokenPrediction`, and what the figure calls them.
 CURVES = {
     "loss": "test loss, all scales",
     "last_scale_loss": "test loss, last scale",
@@ -42,7 +42,7 @@ CURVES = {
 # What stands in a member's metrics.json.
 MEASURED = {
     *("depth", "width", "block_parameters", "parameters", "training_tokens", "learning_rate", "training_loss"),
-    *(field.name for field in fields(TokenPrediction)),
+    *CURVES,
     *("seconds", "codebook"),
 }
 # Settings of a prior that its depth decides.
@@ -206,6 +206,7 @@ def _member(
     prior = trained.model
     prior.save_pretrained(folder / "model")
     images = run.loop.steps * run.loop.batch_size * run.loop.accumulation
+    predicted = evaluate_token_prediction(prior, vae, held_out)
     member = {
         "depth": depth,
         "width": prior.config.embed_dim,
@@ -215,7 +216,7 @@ def _member(
         "learning_rate": run.loop.optimizer.learning_rate,
         # Of the last updates, with dropped conditions: beside the test loss it tells how much was learnt by heart.
         "training_loss": trained.history[-1]["loss"],
-        **asdict(evaluate_token_prediction(prior, vae, held_out)),
+        **{name: getattr(predicted, name) for name in CURVES},
         "seconds": seconds,
     }
     write_json(path, {**member, "codebook": codebook})

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rqgen.config import Given, find_file, from_dict, given, to_dict
+from rqgen.config import Given, find_file, from_dict, given, shorthands, to_dict
 from rqgen.data import DataConfig
+from rqgen.data.settings import place_of
+from rqgen.data.sources import SOURCES
 from rqgen.models import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,10 @@ def load_encoding(vae: Tokenizer, folder: Path, config: Path | None, overrides: 
     what is not said of them as in `data_of_tokenizer`."""
     settings = given(DataConfig, config, overrides, recipes=RECIPES)
     data = settings.build(data_of_tokenizer(vae, settings, "", folder), where=str(folder))
+    warn_of_idle_options(data, "")
     if not _asked(settings, ""):
-        images = f"source={data.source}" + (f" folder={data.folder}" if data.folder is not None else "")
+        source, place = data.place
+        images = f"source={source}" + (f" {source}={place}" if place is not None else "")
         logger.info("no images were named: taking those that the tokenizer learnt from, %s", images)
     return data
 
@@ -44,49 +47,92 @@ def data_of_tokenizer(vae: Tokenizer, settings: Given[Any], prefix: str, folder:
 
     ``prefix`` leads to the data among ``settings``. ValueError where nothing says which images.
     """
-    height, _ = vae.config.image_shape
-    size = {"resolution": height, "channels": vae.config.image_channels}
     known = _remembered(vae, folder)
     asked = _asked(settings, prefix)
     if known is None and not asked:
         raise ValueError(
             f"{prefix}source: the tokenizer in {folder} does not say which images it learnt from; "
-            f"give {prefix}folder=PATH, {prefix}source=digits or {prefix}source=photos"
+            f"{_ways_to_name_images(prefix)}"
         )
-    if known is None or (asked and not _are_same(settings, prefix, asked, known)):
+    return _known_data(known, asked, _size(vae))
+
+
+def _size(vae: Tokenizer) -> dict[str, Any]:
+    height, _ = vae.image_shape
+    return {"resolution": height, "channels": vae.image_channels}
+
+
+def _known_data(known: DataConfig | None, asked: dict[str, Any], size: dict[str, Any]) -> dict[str, Any]:
+    if known is None or (asked and not _are_same(asked, known)):
         return size
     kept = {name: value for name, value in to_dict(known).items() if name not in _VARIATIONS}
     return {**kept, **size}
 
 
-def warn_of_other_split(data: DataConfig, vae: Tokenizer, folder: Path) -> None:
-    """Logs where a stage reads the images that its tokenizer learnt from, but holds out others."""
-    known = _remembered(vae, folder)
-    if known is None or _place(data.source, data.folder) != _place(known.source, known.folder):
+def data_of_models(models: Any, settings: Given[Any], prefix: str) -> tuple[dict[str, Any], str | None]:
+    """Settings of the images to evaluate models by, as `data_of_tokenizer` gives them; those that the prior was trained
+    on come before the tokenizer's. ``models`` has ``tokenizer``, ``prior`` (either None) and their folders. The second
+    result is the reason why nothing says which images; None where something does."""
+    known, size = None, {}
+    for model, folder in ((models.prior, models.prior_folder), (models.tokenizer, models.tokenizer_folder)):
+        if model is not None and known is None:
+            known, where = _remembered(model, folder), folder
+    if models.tokenizer is not None:
+        size = _size(models.tokenizer)
+    elif known is not None:
+        size = {"resolution": known.resolution, "channels": known.channels}
+    asked = _asked(settings, prefix)
+    if known is None and not asked:
+        return size, f"{where} does not say which it learnt from; {_ways_to_name_images(prefix)}"
+    return _known_data(known, asked, size), None
+
+
+def warn_of_other_split(data: DataConfig, model: Any, folder: Path, *, role: str = "tokenizer") -> None:
+    """Logs where the images are those that a model was trained on, but others are held out."""
+    known = _remembered(model, folder)
+    if known is None or data.place != known.place:
         return
     for name in _SPLIT:
         ours, theirs = getattr(data, name), getattr(known, name)
         if ours != theirs:
             logger.warning(
-                "data.%s: %s, but the tokenizer's was %s: what one stage holds out, the other may train on",
-                *(name, ours, theirs),
+                "data.%s: %s, but the %s's was %s: what one stage holds out, the other may train on",
+                *(name, ours, role, theirs),
             )
 
 
-def _asked(settings: Given[Any], prefix: str) -> set[str]:
-    names = ("source", "folder")
-    return {name for name in names if settings.has(prefix + name) and settings.read(prefix + name) is not None}
+def warn_of_idle_options(data: DataConfig, prefix: str) -> None:
+    """Logs options of sources other than the chosen one: they have no effect."""
+    for name, value in data.idle_options().items():
+        logger.warning("%s%s: %s has no effect: %ssource is '%s'", prefix, name, value, prefix, data.source)
 
 
-def _are_same(settings: Given[Any], prefix: str, asked: set[str], known: DataConfig) -> bool:
-    folder = settings.read(f"{prefix}folder") if "folder" in asked else known.folder
-    source = settings.read(f"{prefix}source") if "source" in asked else "folder" if asked else known.source
-    return _place(source, folder) == _place(known.source, known.folder)
+def _ways_to_name_images(prefix: str) -> str:
+    short = shorthands(DataConfig)
+    others = [f"{prefix}source={name}" for name in SOURCES.names() if name not in short]
+    *ways, last = [*(f"{prefix}{name}=PATH" for name in short), *others]
+    return f"give {', '.join(ways)} or {last}"
 
 
-def _place(source: Any, folder: Any) -> tuple[Any, Path | None]:
-    return source, None if folder is None else Path(os.path.realpath(folder))
+def _asked(settings: Given[Any], prefix: str) -> dict[str, Any]:
+    """The settings that name the images: the source, and paths in the sections of sources."""
+    names = ["source", *shorthands(DataConfig).values()]
+    found = {name: settings.read(prefix + name) for name in names if settings.has(prefix + name)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _remembered(vae: Tokenizer, folder: Path) -> DataConfig | None:
-    return None if vae.data is None else from_dict(DataConfig, vae.data, where=f"{folder}/config.json: data")
+def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
+    """Compares the images that settings name with the known ones."""
+    short = shorthands(DataConfig)
+    source = asked.get("source") or next(name for name, path in short.items() if path in asked)
+    if source != known.source:
+        return False
+    path = short.get(source)
+    if path not in asked:
+        return True
+    options = from_dict(SOURCES.sections()[source], {path.partition(".")[2]: asked[path]}, where=path)
+    return place_of(source, options) == known.place[1]
+
+
+def _remembered(model: Any, folder: Path) -> DataConfig | None:
+    return None if model.data is None else from_dict(DataConfig, model.data, where=f"{folder}/config.json: data")

@@ -1,9 +1,13 @@
 """Images in, batches out: the bundled digits and photographs, folders of images, and codes on disk."""
 
 from .codes import EncodedImages, read_codes, write_codes
-from .datasets import DataConfig, DigitImages, FolderImages, ImageDataset, PhotoCrops, Split, open_dataset
+from .datasets import ImageDataset, Split
 from .grid import image_grid, save_image, to_uint8
 from .pictures import read_image
+from .settings import DataConfig, open_dataset
+from .sources.digits import DigitImages
+from .sources.folder import FolderImages
+from .sources.photos import PhotoCrops
 from .stream import Batch, BatchStream, TensorItems
 
 __all__ = [

@@ -30,8 +30,8 @@ _TRANSPOSED = {
     8: Image.Transpose.ROTATE_90,
 }
 # TIFF tags.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _SAMPLE_FORMAT = 258, 262, 281, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _PLANAR_CONFIGURATION, _SAMPLE_FORMAT = 258, 262, 281, 284, 339
+_WHITE_IS_ZERO, _SIGNED, _SEPARATE = 0, 2, 2
 # What Pillow multiplies grey samples of 2 and 4 bits by.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 # ITU-R 601, as Pillow's conversion to grey.
@@ -139,7 +139,8 @@ def open_picture(path: Path, *, channels: int, background: tuple[int, int, int])
             more_frames = _has_more_frames(image)
             rawmode = _rawmode(image)
             image.load()
-            if rawmode in _OTHER_BYTE or rawmode == "LA;16B" or image.mode[0] in "IF" or _is_signed(image):
+            in_two_bytes = rawmode in _OTHER_BYTE or rawmode == "LA;16B" or _has_deep_planes(image)
+            if in_two_bytes or image.mode[0] in "IF" or _is_signed(image):
                 planes = _deep_planes(image, path, rawmode, channels, background)
             else:
                 planes = [_eight_bit(image, rawmode, channels, background)]
@@ -265,6 +266,8 @@ def _deep_planes(
 
 def _deep_samples(image: Image.Image, path: Path, rawmode: str) -> np.ndarray:
     """(H, W, C) as the file has them, alpha last (C = 2 or 4)."""
+    if _has_deep_planes(image):
+        return _separate_planes(image, path)
     if rawmode == "LA;16B":  # as four bytes a pixel, none of which is lost
         return np.asarray(_reread(path, "RGBA")).astype(np.int64) @ np.array([[256, 0], [1, 0], [0, 256], [0, 1]])
     if rawmode in _OTHER_BYTE:
@@ -275,6 +278,31 @@ def _deep_samples(image: Image.Image, path: Path, rawmode: str) -> np.ndarray:
     if image.mode == "L":
         samples_hw = samples_hw.view(np.int8)  # and no signed one of 8
     return samples_hw[..., None] if image.mode == "F" else samples_hw[..., None].astype(np.int64)
+
+
+def _has_deep_planes(image: Image.Image) -> bool:
+    """16-bit samples, each channel on its own: Pillow reads a byte of each, uncompressed ones at the wrong place."""
+    if image.format != "TIFF" or len(image.getbands()) == 1:
+        return False
+    return image.tag_v2.get(_PLANAR_CONFIGURATION) == _SEPARATE and image.tag_v2[_BITS_PER_SAMPLE][0] == 16
+
+
+def _separate_planes(image: Image.Image, path: Path) -> np.ndarray:
+    """(H, W, C) of a file with `_has_deep_planes`."""
+    with _opened(path) as again:
+        tiles, byte_order = again.tile, again.tag_v2.prefix
+    (width, height), bands = image.size, image.getbands()
+    if bands[0] != "R" or any(tile.codec_name != "raw" for tile in tiles):
+        raise ValueError(
+            "16-bit channels, one after the other, are read only of uncompressed RGB: store pixel after pixel instead"
+        )
+    samples_hwc = np.empty((height, width, len(bands)), np.int64)
+    contents = path.read_bytes()
+    for _, (left, top, right, bottom), offset, args in tiles:
+        rows, columns = bottom - top, right - left
+        values = np.frombuffer(contents, "<u2" if byte_order == b"II" else ">u2", rows * columns, offset)
+        samples_hwc[top:bottom, left:right, bands.index(args[0])] = values.reshape(rows, columns)
+    return samples_hwc
 
 
 def _is_signed(image: Image.Image) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +18,8 @@ class ImageClassifier:
     """
 
     def __init__(self, *, side: int = 8, penalty: float = 10.0) -> None:
+        from sklearn.svm import SVC  # half a second that only this class is worth
+
         self._side = side
         self._machine = SVC(C=penalty)
         self._fitted = False

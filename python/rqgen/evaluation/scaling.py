@@ -1,4 +1,4 @@
-"""How well a prior predicts the tokens of images it has not learnt from, and how that goes down with its size."""
+"""Power laws of a loss over the size of models."""
 
 from __future__ import annotations
 
@@ -7,49 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-
-from rqgen.data.datasets import ImageDataset
-from rqgen.models import Prior, Tokenizer
-
-
-@dataclass
-class TokenPrediction:
-    """Means over images and tokens, of all scales (or depths) and of the last alone. ``loss``: `-log p(token | the
-    steps before, the label)` in nats. ``error_rate``: the share of tokens that are not the likeliest one."""
-
-    loss: float
-    last_scale_loss: float
-    error_rate: float
-    last_scale_error_rate: float
-
-
-@torch.no_grad()
-def evaluate_token_prediction(
-    prior: Prior, vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128
-) -> TokenPrediction:
-    """Predicts every token of every image once, given the image's label and the true tokens of the steps before
-    (teacher forcing), without dropout; float64 sums.
-
-    Raises:
-        ValueError: an empty dataset; a prior of another tokenizer.
-    """
-    if len(images) == 0:
-        raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
-    prior.check_tokenizer(vae)
-    prior.eval()
-    vae.eval()
-    sums_2l = torch.zeros(2, prior.layout.count, dtype=torch.float64, device=prior.device)
-    for start in range(0, len(images), batch_size):
-        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
-        codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
-        labels = torch.tensor([label for _, label in batch], device=prior.device)
-        found = prior.code_losses(codes, labels if prior.num_classes else None)
-        sums_2l += torch.stack([found.nll.double().sum(0), (~found.correct).double().sum(0)])
-    means_2l = sums_2l / len(images)
-    *_, last_2 = prior.layout.by_level(prior.layout.unflatten(means_2l))
-    (loss, error), (last_loss, last_error) = (part.flatten(1).mean(1).tolist() for part in (means_2l, last_2))
-    return TokenPrediction(loss, last_loss, error, last_error)
 
 
 @dataclass

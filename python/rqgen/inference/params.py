@@ -166,10 +166,10 @@ class LevelParams:
         return torch.empty_like(scores).scatter(-1, order, scores)
 
 
-def refuse_failed(lowest_b: Tensor, first_image: int) -> None:
+def refuse_failed(min_code_b: Tensor, first_image: int) -> None:
     """Raises ValueError for the first image of which a code came back as -1: its logits had no distribution. Waits for
     the device."""
-    failed = (lowest_b < 0).nonzero().flatten().tolist()
+    failed = (min_code_b < 0).nonzero().flatten().tolist()
     if failed:
         image = first_image + failed[0]
         raise ValueError(f"prior: the logits of image {image} have NaN, +inf, or nothing but -inf")

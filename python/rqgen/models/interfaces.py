@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,6 +148,8 @@ class Prior(PretrainedModel, ABC):
     """Whose codes it models."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """The precisions it can be sampled in, see `rqgen.generate`."""
+    edits: ClassVar[Literal["nothing", "rows", "regions"]] = "nothing"
+    """The parts of an image that `rqgen.edit` can sample anew: all rows from one on, or any region."""
     has_smooth_sampling: ClassVar[bool] = False
     """Whether mixtures of codes can stand for codes, see `rqgen.generate`."""
 

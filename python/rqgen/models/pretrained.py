@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -90,7 +91,9 @@ class PretrainedModel(nn.Module):
         Raises:
             FileExistsError: `folder` exists and is not a folder, or holds files that are not a saved model's.
             OSError: the disk is full, or the place cannot be written.
-            ValueError: a tensor is not finite.
+            ValueError: `from_pretrained` would refuse what was written: a tensor is not finite, is float64, or is none
+                of a model made of its config (adapters, parametrizations, quantized layers); or the config was
+                changed to something that is none.
         """
         target = Path(folder).absolute()
         check_replaceable(target)
@@ -107,6 +110,10 @@ class PretrainedModel(nn.Module):
         }
         if bad := first_not_finite(tensors, self.given_later):
             raise ValueError(f"{type(self).__name__}: {bad} is not finite, not saved to {target}")
+        where = f"not saved to {target}"
+        config = from_dict(self.config_class, description["config"], where=where)
+        check_fit(sketch(type(self), config, len(tensors), where=where), tensors, where=where)
+        _check_plain(self.data, where=where)
         with new_folder(target) as written:
             config, weights = written / CONFIG_NAME, written / WEIGHTS_NAME
             config.write_text(json_text(description), encoding="utf-8")
@@ -177,6 +184,16 @@ class PretrainedModel(nn.Module):
         return description
 
 
+def _check_plain(data: Any, *, where: str) -> None:
+    try:
+        json.dumps(data, allow_nan=False)
+        fits = data is None or isinstance(data, dict)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{where}: data: expected a dictionary of plain data, got {shorten(data)}")
+
+
 def _in_float32(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def made(*args: Any, **kwargs: Any) -> None:
@@ -211,9 +228,20 @@ def check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"folder: {folder} exists and is not a folder")
-    foreign = sorted({entry.name for entry in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME})
+    names = {entry.name for entry in folder.iterdir()}
+    foreign = sorted(names - {CONFIG_NAME, WEIGHTS_NAME})
     if foreign:
         raise FileExistsError(f"folder: {folder} holds files of no model, not replaced: {foreign[:5]}")
+    if names and not _describes_a_model(folder / CONFIG_NAME):
+        raise FileExistsError(f"folder: {folder} holds a model, but none that rqgen wrote, not replaced")
+
+
+def _describes_a_model(path: Path) -> bool:
+    """Whether `save_pretrained` of any version wrote a config.json: other libraries use the same names of files."""
+    try:
+        return {"model_type", "format_version", "config"} <= read_json(path).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, *, where: str) -> ModelT:

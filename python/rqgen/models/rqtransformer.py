@@ -288,6 +288,7 @@ class RQTransformer(Prior):
     config_class: ClassVar[type] = RQTransformerConfig
     tokenizer_class: ClassVar[type[Tokenizer]] = RQVAE
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8")
+    edits = "rows"
     given_later: ClassVar[frozenset[str]] = frozenset({"codebooks"})
     config: RQTransformerConfig
     codebooks: Tensor | None

@@ -249,6 +249,7 @@ class VAR(Prior):
     model_type: ClassVar[str] = "var"
     config_class: ClassVar[type] = VARConfig
     tokenizer_class: ClassVar[type[Tokenizer]] = MultiScaleVQVAE
+    edits = "regions"
     has_smooth_sampling: ClassVar[bool] = True
     given_later: ClassVar[frozenset[str]] = frozenset({"quantizer.codebook"})
     config: VARConfig

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from rich.console import Console
 
 from rqgen.config import Given
@@ -14,7 +13,7 @@ from rqgen.data import EncodedImages, ImageDataset, TensorItems
 from rqgen.models import RQVAE, RQTransformer, RQVAEConfig
 from rqgen.training import PriorConfig, PriorStage, prior_data
 
-from .system import DemoConfig, DemoModels, PriorRun, System, TokenizerRun, feature_side, preview_samples
+from .system import DemoConfig, PriorRun, System, TokenizerRun, feature_side, preview_samples
 
 logger = logging.getLogger(__name__)
 
@@ -76,23 +75,6 @@ def _prior_stage(
     return stage, prepared.items
 
 
-def compare_precisions(models: DemoModels) -> dict[str, Any]:
-    """The shorter precisions that the device has beside float32: on the codes of held-out digits (see
-    `rqgen.evaluation.evaluate_precision`), and by how many of as many sampled digits are recognised."""
-    from rqgen.evaluation import evaluate_precision  # waits for scikit-learn
-
-    vae, held_out = models.vae, models.held_out
-    codes_nhwd = torch.cat([vae.encode(some.to(vae.device)) for some in held_out.images.split(128)])
-    labels = held_out.labels.to(vae.device)
-    precisions = {}
-    for precision in ("bf16", "int8") if vae.device.type == "cpu" else ("bf16",):
-        effect = evaluate_precision(models.prior, codes_nhwd, labels, precision=precision)
-        sampled, wanted = models.sample_classes(precision=precision)
-        accuracy = (models.judge.predict(sampled) == wanted).double().mean().item()
-        precisions[precision] = {"sample_accuracy": accuracy, **asdict(effect)}
-    return precisions
-
-
 SYSTEM = System(
     name="rq",
     tokenizer=RQVAE,
@@ -101,5 +83,4 @@ SYSTEM = System(
     prior_run=RQPriorRun,
     prior_stage=_prior_stage,
     demo=RQDemo,
-    demo_parts={"precisions": compare_precisions},
 )

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.config import Given, check_bounds, check_seeds, to_dict
-from rqgen.data import DataConfig, DigitImages, EncodedImages, ImageDataset, TensorItems, image_grid
+from rqgen.config import Given, to_dict
+from rqgen.data import DataConfig, EncodedImages, ImageDataset, TensorItems, image_grid
+from rqgen.evaluation import SamplingConfig
 from rqgen.models import Prior, Tokenizer
 from rqgen.models.classes import names_of_classes
-from rqgen.sampling import SamplingParams, generate
+from rqgen.sampling import generate
 from rqgen.training import LoopConfig
 from rqgen.training.loop import Stage
-
-if TYPE_CHECKING:
-    from rqgen.evaluation import ImageClassifier  # waits for scikit-learn
 
 PREVIEW_COLUMNS, PREVIEW_CLASSES = 8, 10
 
@@ -58,34 +56,13 @@ class PriorRun:
 
 
 @dataclass
-class SamplingConfig:
-    """How the judged images of a demo are sampled."""
-
-    count: int = 500
-    """Equally many of every class."""
-    temperature: float = 1.0
-    """What logits are divided by."""
-    top_k: int | None = None
-    """Only the k likeliest codes."""
-    top_p: float | None = None
-    """Only the likeliest codes of this total mass."""
-    cfg_scale: float | None = None
-    """Strength of classifier-free guidance; 0 is off."""
-    batch_size: int = 250
-    """Images sampled at once."""
-    seed: int = 0
-    """The same seed gives the same images."""
+class DemoSamplingConfig(SamplingConfig):
+    """Settings of sampling whose images fill the figure: ten of each digit at least."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, count=(0, 10**6), batch_size=(1, 2**24), top_k=(1, 2**24))
-        check_seeds(self, "seed")
+        super().__post_init__()
         if self.count < 100 or self.count % 10:
             raise ValueError(f"count: expected a multiple of 10, at least 100, got {self.count}")
-
-    def params(self) -> SamplingParams:
-        """The settings that `generate` and `edit` take."""
-        names = ("temperature", "top_k", "top_p", "cfg_scale", "seed")
-        return SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 @dataclass
@@ -98,8 +75,8 @@ class DemoConfig:
     """Stage 1."""
     prior: Any = None
     """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the judged images are sampled."""
+    sampling: DemoSamplingConfig = field(default_factory=DemoSamplingConfig)
+    """The sampling of the judged images."""
 
     @classmethod
     def implied(cls, given: Given[Any]) -> dict[str, Any]:
@@ -113,23 +90,6 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class DemoModels:
-    """Trained models of a demo and the images that they are judged with."""
-
-    config: DemoConfig
-    prior: Any
-    vae: Any
-    held_out: DigitImages
-    judge: ImageClassifier
-    out: Path
-
-    def sample_classes(self, *, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-        """As `sample_classes`."""
-        classes = len(self.held_out.class_names)
-        return sample_classes(self.prior, self.vae, self.config.sampling, classes, precision=precision)
-
-
-@dataclass(frozen=True)
 class System:
     """What differs between the systems on the command line.
 
@@ -139,7 +99,6 @@ class System:
         tokenizer_run, prior_run: settings of `rqgen train`.
         prior_stage: (run, tokenizer, images or codes, console) -> the stage with a new prior, and what it learns from.
         demo: settings of `rqgen demo`; None: the system has none.
-        demo_parts: what the demo does for this system alone, by the name of its entry in metrics.json.
     """
 
     name: str
@@ -151,27 +110,17 @@ class System:
         [Any, Any, ImageDataset | EncodedImages, Console | None], tuple[Stage[Any], ImageDataset | TensorItems]
     ]
     demo: type[DemoConfig] | None = None
-    demo_parts: Mapping[str, Callable[[DemoModels], Any]] = field(default_factory=dict)
 
     def run(self, stage: str) -> type[TokenizerRun] | type[PriorRun]:
         """Settings of a stage, "tokenizer" or "prior"."""
         return self.tokenizer_run if stage == "tokenizer" else self.prior_run
 
 
-def sample_classes(
-    prior: Prior, vae: Tokenizer, config: SamplingConfig, classes: int, *, precision: str = "fp32"
-) -> tuple[Tensor, Tensor]:
-    """``config.count`` images, equally many of every class, and their labels (on the CPU): 0, 1, ... 9, 0, ..."""
-    labels = torch.arange(config.count) % classes
-    condition, params = labels.to(vae.device), config.params()
-    sampled = generate(prior, vae, condition, params=params, batch_size=config.batch_size, precision=precision)
-    return sampled.images, labels
-
-
 def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
     """Raises ValueError where the two stages would not hold out the same images."""
-    for name, ours in to_dict(prior).items():
-        if ours != (theirs := to_dict(tokenizer)[name]):
+    first, second = to_dict(tokenizer), to_dict(prior)
+    for name in {**first, **second}:
+        if (ours := second.get(name)) != (theirs := first.get(name)):
             raise ValueError(
                 f"prior.data.{name}: {ours}, but tokenizer.data.{name} is {theirs}: expected the same settings, "
                 "one split for both"

@@ -5,23 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from rqgen.config import Given
 from rqgen.data import EncodedImages, ImageDataset, TensorItems
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig
 from rqgen.quantizers.multiscale import scales_up_to
-from rqgen.sampling import EditOutput, edit
 from rqgen.training import CodesStage, VARPriorConfig, code_items
 
-from .system import DemoConfig, DemoModels, PriorRun, System, TokenizerRun, feature_side, preview_samples
-
-# Held-out digits in edits.png.
-EDITED = 10
-# And judged with their lower half sampled anew.
-INPAINTED = 200
+from .system import DemoConfig, PriorRun, System, TokenizerRun, feature_side, preview_samples
 
 
 @dataclass
@@ -76,54 +68,6 @@ def _prior_stage(
     return CodesStage(prior, vae, preview=preview_samples), items
 
 
-def judge_inpainting(models: DemoModels) -> dict[str, Any]:
-    """Held-out digits whose lower half is sampled anew, given their label: how many the classifier reads as that, and
-    the mean squared error of the upper half after the tokenizer (`EditOutput.decoded`) beside that of the same pixels
-    when the tokenizer gets the digit whole. Writes edits.png: the first digits with their lower half sampled anew, with
-    all but their middle, and with their right half as the next class."""
-    from rqgen.report import plot_edits  # waits for matplotlib
-
-    vae, held_out = models.vae, models.held_out
-    images, labels = held_out.images[:INPAINTED].to(vae.device), held_out.labels[:INPAINTED]
-    lower, around, right = _masks(images)
-    edited = _edit(models, images, lower, labels)
-    whole = torch.cat([vae.decode(vae.encode(some)) for some in images.split(128)])
-    kept, own = ((found - images)[:, :, ~lower].double().square().mean().item() for found in (edited.decoded, whole))
-    shown, wanted = images[:EDITED], labels[:EDITED]
-    following = (wanted + 1) % len(held_out.class_names)
-    edits = [
-        (name, shown, mask, _edit(models, shown, mask, label).images)
-        for name, mask, label in (
-            ("in-painted", lower, wanted),
-            ("out-painted", around, wanted),
-            ("next class", right, following),
-        )
-    ]
-    plot_edits(edits, models.out / "edits.png")
-    return {
-        "images": len(images),
-        "accuracy": models.judge.accuracy(edited.images, labels),
-        "kept_mse": kept,
-        "tokenizer_mse": own,
-    }
-
-
-def _masks(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The lower half, all but the middle, the right half."""
-    height, width = images.shape[2:]
-    lower, around, right = (torch.zeros(height, width, dtype=torch.bool, device=images.device) for _ in range(3))
-    lower[height // 2 :] = True
-    around[:] = True
-    around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
-    right[:, width // 2 :] = True
-    return lower, around, right
-
-
-def _edit(models: DemoModels, images: Tensor, mask: Tensor, labels: Tensor) -> EditOutput:
-    params = models.config.sampling.params()
-    return edit(models.prior, models.vae, images, mask, labels.to(models.vae.device), params=params)
-
-
 SYSTEM = System(
     name="var",
     tokenizer=MultiScaleVQVAE,
@@ -132,5 +76,4 @@ SYSTEM = System(
     prior_run=VARPriorRun,
     prior_stage=_prior_stage,
     demo=VARDemo,
-    demo_parts={"inpainting": judge_inpainting},
 )

@@ -75,7 +75,7 @@ def test_metrics(demo):
     out, metrics = demo
     assert metrics["seed"] == 3 and metrics["samples"] == 100 and 290 <= metrics["held_out_images"] <= 310
     assert set(metrics["seconds"]) == {
-        *("tokenizer", "prior", "sampling", "evaluation", "precisions", "figures", "total")
+        *("tokenizer", "prior", "sampling", "evaluation", "precisions", "inpainting", "figures", "total")
     }
     assert all(taken > 0 for taken in metrics["seconds"].values())
     assert metrics["classifier_test_accuracy"] >= 0.97

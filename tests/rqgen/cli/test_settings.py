@@ -20,6 +20,7 @@ from rqgen.cli.scaling import ScalingConfig
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load, nested_dataclasses, to_dict
 from rqgen.data import DataConfig, open_dataset, read_codes
+from rqgen.evaluation import EvaluationConfig
 from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, RQTransformer, load_pretrained
 from rqgen.quantizers.multiscale import SCALES_256, SCALES_512, SCALES_1024, scales_up_to
 from rqgen.systems.rq import RQDemo, RQPriorRun, RQTokenizerRun
@@ -77,7 +78,11 @@ def mine(photos, tmp_path_factory):
         ("tokenizer", "data.held_out_fraction=0.9999", "held_out_fraction: 0.9999 leaves no images to train on"),
         ("tokenizer", "data.held_out_fraction=nan", "'data.held_out_fraction': expected a finite number, got 'nan'"),
         ("tokenizer", "data.resolution=1000000", "data.resolution: expected at most 512, got 1000000"),
-        ("tokenizer", "data.crops_per_epoch=99999999999", "data.crops_per_epoch: expected at most 10000000"),
+        (
+            "tokenizer",
+            "data.photos.crops_per_epoch=99999999999",
+            "data.photos.crops_per_epoch: expected at most 10000000",
+        ),
         ("tokenizer", "loop.optimizer.weight_decay=.nan", "'loop.optimizer.weight_decay': expected a finite number"),
         ("tokenizer", "loop.batch_size=4294967296", "loop.batch_size: expected at most 16777216"),
         ("tokenizer", "model.base_channels=2147483648", "model.base_channels: expected at most 65536"),
@@ -187,16 +192,17 @@ def test_the_readmes_file_is_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(textwrap.dedent(block))
     run = load(RQTokenizerRun, path, recipes=RECIPES)
-    assert run.data.folder == Path("photos") and run.model.base_channels == 32 and run.model.code_shape == [16, 16, 4]
+    assert run.data.folder.path == Path("photos")
+    assert run.model.base_channels == 32 and run.model.code_shape == [16, 16, 4]
 
 
 def test_a_base_from_the_command_line(rqgen, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("base: photos_tokenizer\ndata: {crops_per_epoch: 16}\n")
+    path.write_text("base: photos_tokenizer\ndata: {photos: {crops_per_epoch: 16}}\n")
     code, out, err = rqgen("config", "--config", path)
     assert code == 0, err
     content = yaml.safe_load(out)
-    assert content["model"]["base_channels"] == 32 and content["data"]["crops_per_epoch"] == 16
+    assert content["model"]["base_channels"] == 32 and content["data"]["photos"]["crops_per_epoch"] == 16
     code, _, err = rqgen("train", "tokenizer", "base=photos_tokenizer", "--out", tmp_path / "run")
     assert code == 1 and "unknown key 'base'; a file names what it starts from" in err
 
@@ -230,7 +236,7 @@ def test_seeds_of_a_demo_come_from_the_file_unless_one_is_given(tmp_path):
 def test_the_line_for_folders_trains_in_colour(mine, photos):
     vae = RQVAE.from_pretrained(mine / "model")
     assert vae.config.image_channels == 3 and vae.config.image_shape == (32, 32) and vae.code_shape == (4, 4, 4)
-    assert vae.data["folder"] == str(photos) and vae.data["classes"] == ["no", "010"]
+    assert vae.data["folder"]["path"] == str(photos) and vae.data["classes"] == ["no", "010"]
 
 
 @pytest.mark.parametrize("cls", [RQTokenizerRun, VARTokenizerRun])
@@ -439,6 +445,7 @@ def test_config_prints_a_file_that_the_command_reads(rqgen, tmp_path, command, s
         "train tokenizer": {"rq": RQTokenizerRun, "var": VARTokenizerRun},
         "train prior": {"rq": RQPriorRun, "var": VARPriorRun},
         "encode": {"rq": DataConfig, "var": DataConfig},
+        "evaluate": {"rq": EvaluationConfig, "var": EvaluationConfig},
         "demo": {"rq": RQDemo, "var": VARDemo},
         "scaling": {"rq": ScalingConfig, "var": ScalingConfig},
     }[command][system]
@@ -446,8 +453,8 @@ def test_config_prints_a_file_that_the_command_reads(rqgen, tmp_path, command, s
     assert load(cls, path, recipes=RECIPES) == default
     for key, value in leaves(to_dict(default)):
         assert re.search(rf"^ *(# )?{key.rsplit('.', 1)[-1]}:", out, re.MULTILINE)
-        if command in ("encode", "train prior") and (command == "encode" or key.startswith("data.")):
-            continue  # the tokenizer decides
+        if command == "encode" or (command in ("train prior", "evaluate") and key.startswith("data.")):
+            continue  # the model decides
         found = content
         for name in key.split("."):
             found = found[name]
@@ -486,15 +493,15 @@ def test_a_printed_key_that_follows_may_be_left_out(rqgen, tmp_path):
 
 
 def test_config_of_a_prior_shows_the_images_of_its_tokenizer(rqgen, mine, photos):
-    code, out, err = rqgen("config", "train", "prior", f"tokenizer={mine / 'model'}", "data.fit=enlarge")
+    code, out, err = rqgen("config", "train", "prior", f"tokenizer={mine / 'model'}", "data.folder.fit=enlarge")
     assert code == 0, err
     content = yaml.safe_load(out)
-    assert content["data"]["folder"] == str(photos) and content["data"]["split_seed"] == 3
-    _, out, _ = rqgen("config", "prior", "tokenizer=nowhere", "data.fit=enlarge")
-    assert yaml.safe_load(out)["data"] == {"fit": "enlarge"} and "  # split_seed: 0\n" in out
+    assert content["data"]["folder"]["path"] == str(photos) and content["data"]["split_seed"] == 3
+    _, out, _ = rqgen("config", "prior", "tokenizer=nowhere", "data.folder.fit=enlarge")
+    assert yaml.safe_load(out)["data"] == {"folder": {"fit": "enlarge"}} and "  # split_seed: 0\n" in out
 
 
-@pytest.mark.parametrize("cls", [*KINDS, DataConfig])
+@pytest.mark.parametrize("cls", [*KINDS, DataConfig, EvaluationConfig])
 def test_every_setting_has_help(cls):
     def missing(one, prefix):
         help_of = field_help(one)
@@ -509,7 +516,10 @@ def test_every_setting_has_help(cls):
 
 def test_config_mistakes(rqgen):
     for arguments, words in (
-        (["sample"], "config: expected one of train tokenizer, train prior, encode, demo, scaling, then KEY=VALUE"),
+        (
+            ["sample"],
+            "config: expected one of train tokenizer, train prior, encode, evaluate, demo, scaling, then KEY=VALUE",
+        ),
         (["loop.steps=3", "demo"], "config: expected one of"),
         (["loop.step=3"], "unknown key 'loop.step'; did you mean 'loop.steps'"),
         (["--config", "nowhere.yaml"], "config file not found: nowhere.yaml"),

@@ -102,7 +102,7 @@ def test_a_folder_of_images_trains(rqgen, tmp_path, small_tokenizer):
     small = [setting for setting in small_tokenizer if "batch_size" not in setting]
     code, _, err = rqgen("train", "tokenizer", "--out", tmp_path / "run", *small, *data)
     assert code == 1 and "broken.png: broken image file" in err
-    code, _, err = rqgen("train", "tokenizer", "--out", tmp_path / "other", *small, *data, "data.on_broken=skip")
+    code, _, err = rqgen("train", "tokenizer", "--out", tmp_path / "other", *small, *data, "data.folder.on_broken=skip")
     assert code == 0, err
 
 

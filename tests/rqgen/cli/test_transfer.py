@@ -50,7 +50,7 @@ def test_encode_mistakes(rqgen, trained, tmp_path):
         (["source=folder"], "folder: expected a path"),
         (["--tokenizer", trained[1] / "model"], "holds no tokenizer, but a rqtransformer"),
         (["--out", tmp_path / "x.npz", "--tokenizer", "nowhere"], "--out: codes are written as safetensors"),
-        (["background=whit"], "background: expected a colour"),
+        (["folder.background=whit"], "folder.background: expected a colour"),
     ):
         code, _, err = rqgen("encode", "--tokenizer", tokenizer, "--out", tmp_path / "x", *more)
         assert code == 1 and words in err and err.count("\n") == 1
@@ -69,7 +69,7 @@ def test_a_damaged_picture_is_one_line(rqgen, trained, tmp_path, recwarn):
     arguments = ["--tokenizer", trained[0] / "model", "source=folder", f"folder={pictures}"]
     code, _, err = rqgen("encode", *arguments, "--out", tmp_path / "codes.safetensors")
     assert code == 1 and err.count("\n") == 1 and "cut.tif: broken image file (" in err
-    code, _, err = rqgen("encode", *arguments, "on_broken=skip", "--out", tmp_path / "codes.safetensors")
+    code, _, err = rqgen("encode", *arguments, "folder.on_broken=skip", "--out", tmp_path / "codes.safetensors")
     assert code == 0, err
     assert len(read_codes(tmp_path / "codes.safetensors").labels) == 1
     assert not list(recwarn)

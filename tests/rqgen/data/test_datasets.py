@@ -13,6 +13,8 @@ from PIL import Image
 from rqgen.checks import DIGIT_NAMES
 from rqgen.data import DataConfig, open_dataset
 from rqgen.data.datasets import stratified_split
+from rqgen.data.sources.folder import FolderOptions
+from rqgen.data.sources.photos import PhotosOptions
 
 
 def write_image(path, width=40, height=36, value=128, mode="RGB"):
@@ -29,8 +31,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-def folder_config(folder, **settings):
-    return DataConfig(source="folder", folder=folder, resolution=32, channels=3, **settings)
+def folder_config(folder, fit="crop", on_broken="fail", **settings):
+    options = FolderOptions(folder, fit=fit, on_broken=on_broken)
+    return DataConfig(source="folder", folder=options, resolution=32, channels=3, **settings)
 
 
 def test_digits_are_split_once_stratified_and_shuffled():
@@ -87,7 +90,7 @@ def test_split_parts_cover_everything():
 
 
 def test_photo_crops_are_random_but_repeatable():
-    config = DataConfig(source="photos", channels=3, resolution=48, crops_per_epoch=6)
+    config = DataConfig(source="photos", channels=3, resolution=48, photos=PhotosOptions(crops_per_epoch=6))
     train = open_dataset(config, "train")
     assert train.varies and len(train) == 6 and train.class_names == ("china", "flower")
     first, label = train.item(2, epoch=0)
@@ -313,7 +316,7 @@ def test_unknown_classes_suggest_the_nearest(folder):
         ({"resolution": 0}, "resolution"),
         ({"channels": 2}, "channels"),
         ({"held_out_fraction": 1.0}, "held_out_fraction"),
-        ({"crops_per_epoch": 0}, "crops_per_epoch"),
+        ({"photos": {"crops_per_epoch": 0}}, "crops_per_epoch"),
         ({"source": "folder"}, "folder"),
         ({"folder": "x"}, "folder"),
     ],

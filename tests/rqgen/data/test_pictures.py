@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from rqgen.data import DataConfig, open_dataset, read_image
 from rqgen.data.pictures import parse_colour
+from rqgen.data.sources.folder import FolderOptions
 
 BYTE = 1 / 255  # the accuracy of 8 bits
 WHITE, GREY, BLACK = (1.0,) * 3, (0.5,) * 3, (0.0,) * 3
@@ -201,6 +202,22 @@ CASES = {
         tiff(1, bytes([0, 128, 255]), t258=[8] * 3, t262=[2], t277=[3], t284=[2], t279=[1] * 3),
         [(0, 128 / 255, 1)],
     ),
+    "16 bits, colour in planes, TIFF": (
+        tiff(1, shorts(0, 255, 65535, order="<"), t258=[16] * 3, t262=[2], t277=[3], t284=[2], t279=[2] * 3),
+        [(0, 255 / 65535, 1)],
+    ),
+    "16 bits, colour in planes, TIFF, big-endian": (
+        tiff(1, shorts(0, 255, 65535), ">", t258=[16] * 3, t262=[2], t277=[3], t284=[2], t279=[2] * 3),
+        [(0, 255 / 65535, 1)],
+    ),
+    "16 bits, colour with alpha in planes, TIFF": (
+        tiff(
+            2,
+            shorts(0, 0, 0, 13107, 0, 0, 32768, 65535, order="<"),
+            **{"t258": [16] * 4, "t262": [2], "t277": [4], "t284": [2], "t279": [4] * 4, "t338": [2]},
+        ),
+        [32767 / 65535, (0, 0.2, 0)],
+    ),
     "a channel that is no alpha": (
         tiff(2, bytes([51, 0, 0, 51, 51, 0, 0, 255]), t258=[8] * 4, t262=[2], t277=[4], t338=[0]),
         [(0.2, 0, 0), (0.2, 0, 0)],
@@ -363,7 +380,9 @@ def test_the_background_shows_through(write, tmp_path):
             luma = torch.tensor([0.299, 0.587, 0.114]) @ torch.tensor(seen, dtype=torch.float32)
             assert abs((grey[0, 0, 0] + 1) / 2 - luma) < BYTE and grey[0, 0, 1] == -1
     for background in ("black", "#ff0033"):
-        config = DataConfig(source="folder", folder=tmp_path, channels=3, resolution=1, background=background)
+        config = DataConfig(
+            folder=FolderOptions(tmp_path, background=background), source="folder", channels=3, resolution=1
+        )
         image, _ = open_dataset(config, "all").item(1, 0)
         assert torch.equal(image, read_image(path, background=background)[:, :, :1])
 
@@ -376,7 +395,7 @@ def test_a_background_that_is_no_colour(write, background):
         read_image(write(CASES["8-bit grey"][0]), background=background)
     if isinstance(background, str):
         with pytest.raises(ValueError, match="background: expected a colour"):
-            DataConfig(background=background)
+            FolderOptions(background=background)
     assert parse_colour("Red") == (255, 0, 0)
 
 
@@ -403,7 +422,8 @@ def test_deep_pictures_are_resized_as_shallow_ones(tmp_path):
         (tmp_path / name).mkdir()
         image.save(tmp_path / name / "a.tiff")
         for side in (16, 80):
-            config = DataConfig(source="folder", folder=tmp_path / name, channels=3, resolution=side, fit="enlarge")
+            options = FolderOptions(tmp_path / name, fit="enlarge")
+            config = DataConfig(source="folder", folder=options, channels=3, resolution=side)
             folders[name, side] = open_dataset(config, "all").item(0, 0)[0]
     for side in (16, 80):
         shallow = folders["8", side]
@@ -498,6 +518,10 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(write, tmp_path, c
         (tiff(1, struct.pack("<h", -3), t258=[16], t339=[2]), "signed integers: expected none below 0, got -3"),
         (tiff(1, struct.pack("<b", -3), t258=[8], t339=[2]), "signed integers: expected none below 0, got -3"),
         (tiff(2, bytes(2), t258=[8], t257=[3]), "its strips hold less than 2x3 pixels"),
+        (
+            tiff(1, bytes(8), t258=[16] * 4, t262=[5], t277=[4], t284=[2], t279=[2] * 4),
+            "16-bit channels, one after the other, are read only of uncompressed RGB",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused_by_name(write, tmp_path, content, words):

@@ -1,92 +1,11 @@
-"""Token prediction by its definition, and power laws through points that are known to lie on one, or not."""
+"""Power laws through points that are known to lie on one, or not."""
 
 import math
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
-from rqgen.data import TensorItems
-from rqgen.evaluation import evaluate_token_prediction, fit_power_law
-from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, VARConfig
-from rqgen.quantizers import MultiScaleConfig
-
-SCALES = [1, 2, [2, 4]]
-
-
-def make_tokenizer():
-    return MultiScaleVQVAE(
-        MultiScaleVQVAEConfig(
-            image_channels=1,
-            base_channels=4,
-            channel_multipliers=[1, 2],
-            num_res_blocks=1,
-            attention=False,
-            z_channels=4,
-            norm_groups=2,
-            quantizer=MultiScaleConfig(codebook_size=12, scales=SCALES, refinements=1),
-        )
-    ).eval()
-
-
-@pytest.fixture
-def models():
-    """A tokenizer and a prior that drops out half of everything in training, away from an initialisation that lets
-    nothing through."""
-    vae = make_tokenizer()
-    config = VARConfig(
-        quantizer=vae.config.quantizer,
-        code_dim=4,
-        embed_dim=16,
-        layers=2,
-        heads=2,
-        dropout=0.5,
-        drop_path=0.5,
-        num_classes=3,
-        condition_dropout=0.5,
-    )
-    prior = VAR(config, vae.quantizer)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return vae, prior
-
-
-@pytest.fixture
-def images():
-    return TensorItems(torch.rand(7, 1, 4, 8) * 2 - 1, torch.arange(7) % 3)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 128])
-@torch.no_grad()
-def test_it_equals_the_definition_for_any_batch_size(models, images, batch_size):
-    vae, prior = models
-    prior.train()
-    found = evaluate_token_prediction(prior, vae, images, batch_size=batch_size)
-    prior.eval()
-    codes = vae.encode(images.inputs)
-    logits = prior(codes, images.labels).logits.double()
-    tokens = torch.cat([maps.flatten(1) for maps in codes], dim=1)
-    nll = -logits.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
-    wrong = (logits.argmax(-1) != tokens).double()
-    assert tokens.shape == (7, 1 + 4 + 8)
-    assert found.loss == pytest.approx(nll.mean().item(), rel=1e-5)
-    assert found.last_scale_loss == pytest.approx(nll[:, 5:].mean().item(), rel=1e-5)
-    assert found.error_rate == pytest.approx(wrong.mean().item(), abs=1e-12)
-    assert found.last_scale_error_rate == pytest.approx(wrong[:, 5:].mean().item(), abs=1e-12)
-    # These tell the label, and what is last, from what is not.
-    assert found.loss != pytest.approx(F.cross_entropy(prior(codes, None).logits.mT, tokens).item(), rel=1e-4)
-    assert found.loss != pytest.approx(found.last_scale_loss, rel=1e-4)
-
-
-def test_what_cannot_be_evaluated_is_refused(models, images):
-    vae, prior = models
-    with pytest.raises(ValueError, match="empty dataset"):
-        evaluate_token_prediction(prior, vae, TensorItems(torch.zeros(0, 1, 4, 8), torch.zeros(0, dtype=torch.int64)))
-    with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
-        evaluate_token_prediction(prior, make_tokenizer(), images)
+from rqgen.evaluation import fit_power_law
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(-0.2, 2.5e-9), (-0.01, 6.5e-2), (0.3, 1e-5)])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,67 @@ def test_what_is_no_model_is_not_overwritten(tmp_path: Path, saved: Path) -> Non
     with pytest.raises(FileExistsError, match="not a folder"):
         Toy(ToyConfig()).save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "vit", "hidden_size": 8}', "{", None])
+def test_models_of_other_libraries_are_not_overwritten(saved: Path, config: str | None) -> None:
+    """They have files of the same names."""
+    if config is None:
+        (saved / "config.json").unlink()
+    else:
+        (saved / "config.json").write_text(config)
+    weights = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=f"{saved} holds a model, but none that rqgen wrote, not replaced"):
+        Toy(ToyConfig()).save_pretrained(saved)
+    assert (saved / "model.safetensors").read_bytes() == weights
+
+
+def change_dtype(model: Toy) -> None:
+    model.double()
+
+
+def add_an_adapter(model: Toy) -> None:
+    model.adapter = torch.nn.Linear(2, 2)
+
+
+def parametrize_a_layer(model: Toy) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.first)
+
+
+def change_the_config(model: Toy) -> None:
+    model.config.width = 5
+
+
+def break_the_config(model: Toy) -> None:
+    model.config.width = "wide"
+
+
+def give_data_that_is_none(model: Toy) -> None:
+    model.data = {"split": float("nan")}
+
+
+def give_objects_as_data(model: Toy) -> None:
+    model.data = {"split": object()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (change_dtype, "expected float32, float16 or bfloat16, got torch.float64"),
+        (add_an_adapter, "2 tensors unknown: adapter.bias, adapter.weight"),
+        (parametrize_a_layer, r"tensors unknown: first\.parametrizations"),
+        (change_the_config, "shapes differ"),
+        (break_the_config, "width"),
+        (give_data_that_is_none, "data: expected a dictionary of plain data"),
+        (give_objects_as_data, "data: expected a dictionary of plain data"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_saved(saved: Path, change: Callable[[Toy], None], words: str) -> None:
+    model = Toy.from_pretrained(saved)
+    change(model)
+    with pytest.raises(ValueError, match=f"not saved to {saved}.*{words}"):
+        model.save_pretrained(saved)
+    assert Toy.from_pretrained(saved).config == ToyConfig(width=4)
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:

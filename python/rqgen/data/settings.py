@@ -1,0 +1,100 @@
+"""Settings of the images: those that all sources share, and a section for the options of each source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from rqgen.config import check_bounds, check_seeds, fill_sections, open_sections, shorthands, to_dict
+
+from .datasets import ImageDataset, Split
+from .sources import SOURCES
+
+
+@open_sections(SOURCES, chosen_by="source")
+@dataclass
+class DataConfig:
+    """The images, their size, and their split.
+
+    ``held_out_fraction`` of every class is set aside by a shuffle that depends only on ``split_seed``:
+    whoever reads the same source with the same seed gets the same split.
+    """
+
+    # Keys of configurations and models that were written before each source had its section.
+    moved: ClassVar[dict[str, str]] = {
+        "fit": "folder.fit",
+        "background": "folder.background",
+        "on_broken": "folder.on_broken",
+        "crops_per_epoch": "photos.crops_per_epoch",
+    }
+
+    source: str = "digits"
+    """The source of the images, see `rqgen list sources`. data.folder=PATH implies "folder"."""
+    classes: list[str] | None = None
+    """Only these classes, numbered in this order (None: all, in the order of their names)."""
+    resolution: int = None  # type: ignore[assignment]  # filled in below
+    """Side of the square images in pixels. Default: the source's, 32 for those that come with rqgen. A tokenizer's
+    model follows."""
+    channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (colour). None: 1 for digits, 3 for photographs and folders. A tokenizer's model follows."""
+    held_out_fraction: float = 1 / 6
+    """The share of every class that trains nothing."""
+    split_seed: int = 0
+    """Seed of the split, and of random crops, flips and shifts."""
+    horizontal_flip: bool = False
+    """Mirror half of the training images."""
+    shift: int = 0
+    """Move training images by up to so many pixels, up or down and left or right; the border is repeated."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the chosen source by its name, and of others where they were given."""
+
+    def __post_init__(self) -> None:
+        fill_sections(self)
+        source = SOURCES.find(self.source, "source")
+        if self.resolution is None:
+            self.resolution = source.resolution
+        if self.channels is None:
+            self.channels = source.channels
+        if self.resolution < 1:
+            raise ValueError(f"resolution: expected a positive number of pixels, got {self.resolution}")
+        check_bounds(self, resolution=(1, source.max_resolution))
+        check_seeds(self, "split_seed")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels: expected 1 (grey) or 3 (colour), got {self.channels}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction: expected 0 <= fraction < 1, got {self.held_out_fraction}")
+        if not 0 <= self.shift < self.resolution:
+            raise ValueError(f"shift: expected 0 <= shift < resolution ({self.resolution}), got {self.shift}")
+
+    @property
+    def place(self) -> tuple[str, Any]:
+        """The source, and the value of its section's shorthand (the path of a folder; None without a shorthand).
+        Settings of the same place read the same images."""
+        return self.source, place_of(self.source, self.options.get(self.source))
+
+    def idle_options(self) -> dict[str, Any]:
+        """Dotted path -> value of options of other sources than the chosen one: they have no effect."""
+        idle = {name: options for name, options in self.options.items() if name != self.source}
+        return {
+            f"{name}.{key}": value
+            for name, options in idle.items()
+            for key, value in to_dict(options).items()
+            if value != to_dict(type(options)())[key]
+        }
+
+
+def place_of(source: str, options: Any) -> Any:
+    """The value of the shorthand of a source's options, links of a path resolved; None without a shorthand."""
+    path = shorthands(DataConfig).get(source)
+    value = None if path is None or options is None else getattr(options, path.partition(".")[2])
+    return Path(os.path.realpath(value)) if isinstance(value, Path) else value
+
+
+def open_dataset(config: DataConfig, split: Split) -> ImageDataset:
+    """The images of one split. Raises FileNotFoundError or ValueError where there is nothing to read."""
+    dataset = SOURCES.find(config.source, "source").open(config, config.options.get(config.source), split)
+    if split == "train" and len(dataset) == 0:
+        raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")
+    return dataset

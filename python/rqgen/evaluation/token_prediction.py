@@ -1,0 +1,68 @@
+"""Token prediction of a prior, given the true tokens before each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rqgen.data.datasets import ImageDataset
+from rqgen.models import Prior, Tokenizer
+from rqgen.models.interfaces import level_means
+
+
+@dataclass
+class TokenPrediction:
+    """Means over images and codes. ``loss``: `-log p(code | the codes before it, the condition)` in nats.
+    ``error_rate``: the share of codes that are not the likeliest one. ``level_losses`` and ``level_error_rates``: the
+    same for each depth, or each scale."""
+
+    loss: float
+    error_rate: float
+    level_losses: list[float]
+    level_error_rates: list[float]
+
+    @property
+    def last_scale_loss(self) -> float:
+        return self.level_losses[-1]
+
+    @property
+    def last_scale_error_rate(self) -> float:
+        return self.level_error_rates[-1]
+
+
+@torch.no_grad()
+def evaluate_token_prediction(
+    prior: Prior, vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128
+) -> TokenPrediction:
+    """Predicts every code of every image once, given the true codes before it (teacher forcing) and the image's label,
+    without dropout; float64 sums.
+
+    A prior without classes, and images without labels, go with no condition or the null condition. The codes are the
+    nearest ones, whatever the prior learnt from.
+
+    Args:
+        prior, vae: of one system, put into eval mode.
+        images: of the tokenizer's size.
+        batch_size: images at once; their logits take so many times codes x K numbers.
+
+    Raises:
+        ValueError: an empty dataset; a prior of another tokenizer.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
+    prior.check_tokenizer(vae)
+    prior.eval()
+    vae.eval()
+    sums_2l = torch.zeros(2, prior.layout.count, dtype=torch.float64, device=prior.device)
+    for start in range(0, len(images), batch_size):
+        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
+        codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
+        labels = torch.tensor([label for _, label in batch], device=prior.device)
+        labelled = prior.num_classes > 0 and bool((labels >= 0).all())
+        found = prior.code_losses(codes, labels if labelled else None)
+        sums_2l += torch.stack([found.nll.double().sum(0), (~found.correct).double().sum(0)])
+    means_2l = sums_2l / len(images)
+    by_level = [level_means(prior.layout, means_l.unsqueeze(0)).tolist() for means_l in means_2l]
+    loss, error_rate = means_2l.mean(1).tolist()
+    return TokenPrediction(loss, error_rate, *by_level)
