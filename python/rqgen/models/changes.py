@@ -1,7 +1,7 @@
 """Finds what the weights of a model do not tell: hooks, adapters, parametrizations, modules and methods replaced.
 
-Packed weights (`rqgen.models.packed`), CUDA graphs and fused losses compute from a module's tensors without calling it.
-They stand for the module only while it is as it was written. Everything that decides about that is here.
+Packed weights (`rqgen.inference.packed`), CUDA graphs and fused losses compute from a module's tensors without calling
+it. They stand for the module only while it is as it was written. Everything that decides about that is here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from rqgen.systems.rq import RQPriorRun, RQTokenizerRun
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load, to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset, read_codes, sources
@@ -17,6 +16,7 @@ from rqgen.data.datasets import Augmentation, choose_classes, stratified_split
 from rqgen.data.sources import SOURCES, Source, register
 from rqgen.data.sources.folder import FolderOptions
 from rqgen.models.rqvae import RQVAE
+from rqgen.systems.rq import RQPriorRun, RQTokenizerRun
 
 SMALL_PRIOR = ["prior.embed_dim=16", "prior.spatial.layers=1", "loop.batch_size=4", "loop.steps=1"]
 

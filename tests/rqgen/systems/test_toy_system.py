@@ -6,6 +6,7 @@ depends on the class, each further one on the code before it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -263,6 +264,25 @@ def test_evaluation(run: Path) -> None:
     found = evaluate_token_prediction(prior, vae, held_out)
     fresh = evaluate_token_prediction(Bigram(prior.config), vae, held_out)
     assert all(ours < theirs for ours, theirs in zip(asdict(found).values(), asdict(fresh).values(), strict=True))
+
+
+def test_evaluation_by_the_command_line(run: Path, rqgen: Any, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation.json"
+    settings = ["sampling.count=20", "images=40", "classifier.training_images=200", "classifier.side=4"]
+    code, _, err = rqgen("evaluate", run / "run", "--out", out, *settings)
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    assert set(found["metrics"]) == {"reconstruction", "token_prediction", "classifier"} and not found["failed"]
+    assert set(found["not_computed"]) == {"precision", "inpainting"}
+    assert found["models"]["prior"]["model_type"] == "bigram"
+    prediction = found["metrics"]["token_prediction"]["result"]
+    assert len(prediction["level_losses"]) == 1 and 0 < prediction["loss"] == prediction["level_losses"][0]
+
+
+def test_it_is_listed(rqgen: Any) -> None:
+    code, out, err = rqgen("list", "systems")
+    assert code == 0, err
+    assert "  toy\n" in out and "Bigram" in out
 
 
 def test_pipeline(run: Path, tmp_path: Path) -> None:
