@@ -86,8 +86,8 @@ def main() -> None:
     if nvcc is None:
         print("registers: skipped, there is no nvcc")
         return
-    slugs = sys.argv[1:] or sorted(p.parent.name for p in (ROOT / "csrc" / "ops").glob("*/cuda.cu"))
-    kernels = [k for slug in slugs for k in compile_op(nvcc, ROOT / "csrc" / "ops" / slug / "cuda.cu")]
+    ops = sys.argv[1:] or sorted(p.parent.name for p in (ROOT / "csrc" / "ops").glob("*/cuda.cu"))
+    kernels = [k for op in ops for k in compile_op(nvcc, ROOT / "csrc" / "ops" / op / "cuda.cu")]
     width = max(len(k.name) for k in kernels)
     print(f"{'kernel':{width}}  {'arch':>7}  registers  static shared  stack  spills")
     for k in sorted(kernels, key=lambda k: (k.name, int(k.architecture))):

@@ -6,8 +6,8 @@ minute of the machine hits all of them alike. Reported: median, 20th and 80th pe
 per row of work, and the floor of this device for that work: max(bytes / copy bandwidth, operations / matmul
 rate), both measured in the same rounds. A GPU is timed by events, with its L2 cache flushed before each call.
 
-A bench_<slug>.py is a pytest file for pytest-benchmark (`make bench`) and a script (`python
-benchmarks/bench_<slug>.py --device cuda`) that needs torch alone.
+A bench_<op>.py is a pytest file for pytest-benchmark (`make bench`) and a script (`python
+benchmarks/bench_<op>.py --device cuda`) that needs torch alone.
 
     RQK_BENCH_QUICK=1     tiny shapes, two rounds: does it run at all
     RQK_BENCH_OUT=DIR     where the JSON goes (benchmarks/results)
@@ -236,7 +236,7 @@ def set_threads() -> None:
 
 
 def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]]) -> None:
-    """`python benchmarks/bench_<slug>.py [--device cuda] [--out DIR]`, without pytest."""
+    """`python benchmarks/bench_<op>.py [--device cuda] [--out DIR]`, without pytest."""
     if not _measure.is_warm():
         # The allocator reads its settings when a process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_measure.WARM_HEAP})

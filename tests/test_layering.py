@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SLUGS = (
+OPS = (
     "residual_search",
     "residual_decode",
     "code_statistics",
@@ -46,21 +46,21 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BENEATH = ("checks", "config", "files", "installed", "reading")
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
-FILES_OF_A_SLUG = (
-    "csrc/ops/{slug}/params.h",
-    "csrc/ops/{slug}/op.cpp",
-    "csrc/ops/{slug}/cpu.cpp",
-    "csrc/ops/{slug}/cpu_simd.cpp",
-    "csrc/ops/{slug}/kernel_table.h",
-    "csrc/ops/{slug}/kernel.cuh",
-    "csrc/ops/{slug}/cuda.cu",
-    "csrc/emulation/ops/{slug}.cpp",
-    "rqkernels/ops/{slug}.py",
-    "rqkernels/reference/{slug}.py",
-    "tests/support/op_calls/{slug}.py",
-    "tests/rqkernels/test_{slug}.py",
-    "tests/emulation/test_{slug}.py",
-    "benchmarks/bench_{slug}.py",
+FILES_OF_AN_OP = (
+    "csrc/ops/{op}/params.h",
+    "csrc/ops/{op}/op.cpp",
+    "csrc/ops/{op}/cpu.cpp",
+    "csrc/ops/{op}/cpu_simd.cpp",
+    "csrc/ops/{op}/kernel_table.h",
+    "csrc/ops/{op}/kernel.cuh",
+    "csrc/ops/{op}/cuda.cu",
+    "csrc/emulation/ops/{op}.cpp",
+    "rqkernels/ops/{op}.py",
+    "rqkernels/reference/{op}.py",
+    "tests/support/op_calls/{op}.py",
+    "tests/rqkernels/test_{op}.py",
+    "tests/emulation/test_{op}.py",
+    "benchmarks/bench_{op}.py",
 )
 
 
@@ -227,7 +227,7 @@ def include_violations(root: Path) -> list[str]:
     """No operator's folder includes another's, shared/ none of them, common/ neither; device code sees no torch."""
     found = []
     csrc = root / "csrc"
-    slugs = slugs_of(root)
+    ops = ops_of(root)
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
         parts = path.relative_to(csrc).parts
         here = parts[1] if parts[0] == "ops" else parts[0]
@@ -237,8 +237,8 @@ def include_violations(root: Path) -> list[str]:
                 continue
             target = posixpath.normpath(match.group(1))
             at = where(path, root, number)
-            for other in set(target.split("/")[:-1]) & (set(slugs) - {here}):
-                if here in slugs or here in ("common", "shared"):
+            for other in set(target.split("/")[:-1]) & (set(ops) - {here}):
+                if here in ops or here in ("common", "shared"):
                     found.append(f"{at}: {here} includes {other}")
             if here == "common" and "shared" in target.split("/")[:-1]:
                 found.append(f"{at}: common includes shared")
@@ -259,18 +259,18 @@ def shared_violations(root: Path) -> list[str]:
     """Every header of csrc/shared serves two operators: what one alone includes belongs in that one's folder."""
     csrc = (root / "csrc").resolve()
     users: dict[Path, set[str]] = {path: set() for path in sorted((csrc / "shared").glob("*"))}
-    for slug in slugs_of(root):
-        pending = [p for p in (csrc / "ops" / slug).iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    for op in ops_of(root):
+        pending = [p for p in (csrc / "ops" / op).iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
         reached: set[Path] = set()
         while pending:
             reached.add(path := pending.pop())
             pending += [p for p in csrc_includes(path, csrc) if p not in reached]
         for path in users.keys() & reached:
-            users[path].add(slug)
+            users[path].add(op)
     return [
-        f"{path.relative_to(csrc.parent).as_posix()}: included by {', '.join(sorted(slugs)) or 'no operator'} alone"
-        for path, slugs in users.items()
-        if len(slugs) < 2
+        f"{path.relative_to(csrc.parent).as_posix()}: included by {', '.join(sorted(ops)) or 'no operator'} alone"
+        for path, ops in users.items()
+        if len(ops) < 2
     ]
 
 
@@ -278,8 +278,8 @@ def constant_violations(root: Path) -> list[str]:
     """No constant of an operator has the name of another that its files see: one would hide the other in silence."""
     found = []
     csrc = (root / "csrc").resolve()
-    for slug in slugs_of(root):
-        pending = [p for p in (csrc / "ops" / slug).iterdir() if p.suffix in (".h", ".cuh")]
+    for op in ops_of(root):
+        pending = [p for p in (csrc / "ops" / op).iterdir() if p.suffix in (".h", ".cuh")]
         seen: dict[str, Path] = {}
         reached: set[Path] = set()
         while pending:
@@ -292,17 +292,17 @@ def constant_violations(root: Path) -> list[str]:
                 other = seen.setdefault(name, path)
                 if other != path:
                     here, there = (p.relative_to(csrc).as_posix() for p in (path, other))
-                    found.append(f"{slug}: {name} is defined in {there} and {here}")
+                    found.append(f"{op}: {name} is defined in {there} and {here}")
     return found
 
 
 def build_violations(root: Path) -> list[str]:
     """CMake builds the folders of csrc/ops as they stand: no list of operators is kept beside them."""
     return [
-        f"{path.relative_to(root).as_posix()}: names {slug}"
+        f"{path.relative_to(root).as_posix()}: names {op}"
         for path in (root / "CMakeLists.txt", root / "csrc" / "emulation" / "CMakeLists.txt")
-        for slug in slugs_of(root)
-        if re.search(rf"\b{slug}\b", path.read_text())
+        for op in ops_of(root)
+        if re.search(rf"\b{op}\b", path.read_text())
     ]
 
 
@@ -328,7 +328,7 @@ def emulation_violations(root: Path) -> list[str]:
     return found
 
 
-def slugs_of(root: Path) -> list[str]:
+def ops_of(root: Path) -> list[str]:
     return sorted(p.name for p in (root / "csrc" / "ops").glob("*") if p.is_dir())
 
 
@@ -352,35 +352,35 @@ def cases_of(path: Path) -> list[str]:
 
 
 def case_violations(root: Path) -> list[str]:
-    """Every slug has a case that the emulation runs by name."""
+    """Every operator has a case that the emulation runs by name."""
     return [
-        f"{slug}: csrc/emulation/ops/{slug}.cpp defines no case"
-        for slug in slugs_of(root)
-        if not cases_of(root / "csrc" / "emulation" / "ops" / f"{slug}.cpp")
+        f"{op}: csrc/emulation/ops/{op}.cpp defines no case"
+        for op in ops_of(root)
+        if not cases_of(root / "csrc" / "emulation" / "ops" / f"{op}.cpp")
     ]
 
 
 def inventory_violations(root: Path) -> list[str]:
-    """Every slug has all its files, a public function, and a reference of the same name."""
-    slugs = slugs_of(root)
+    """Every operator has all its files, a public function, and a reference of the same name."""
+    ops = ops_of(root)
     found = [
-        f"{slug}: {name.format(slug=slug)} is missing"
-        for slug in slugs
-        for name in FILES_OF_A_SLUG
-        if not (root / name.format(slug=slug)).is_file()
+        f"{op}: {name.format(op=op)} is missing"
+        for op in ops
+        for name in FILES_OF_AN_OP
+        if not (root / name.format(op=op)).is_file()
     ]
     for path in sorted((root / "rqkernels" / "ops").glob("[!_]*.py")):
-        if path.stem not in slugs:
+        if path.stem not in ops:
             found.append(f"{path.stem}: rqkernels/ops/{path.name} has no folder in csrc/ops")
     public = listed_names(root / "rqkernels" / "__init__.py")
-    for slug in slugs:
-        names = public & public_functions(root / "rqkernels" / "ops" / f"{slug}.py")
+    for op in ops:
+        names = public & public_functions(root / "rqkernels" / "ops" / f"{op}.py")
         if not names:
-            found.append(f"{slug}: rqkernels.__all__ names no function of rqkernels/ops/{slug}.py")
-        for name in sorted(names - public_functions(root / "rqkernels" / "reference" / f"{slug}.py")):
-            found.append(f"{slug}: {name} has no twin in rqkernels/reference/{slug}.py")
+            found.append(f"{op}: rqkernels.__all__ names no function of rqkernels/ops/{op}.py")
+        for name in sorted(names - public_functions(root / "rqkernels" / "reference" / f"{op}.py")):
+            found.append(f"{op}: {name} has no twin in rqkernels/reference/{op}.py")
         for name in sorted(names - listed_names(root / "rqkernels" / "reference" / "__init__.py")):
-            found.append(f"{slug}: rqkernels.reference.__all__ does not name {name}")
+            found.append(f"{op}: rqkernels.reference.__all__ does not name {name}")
     return found
 
 
@@ -408,7 +408,7 @@ def test_the_repository_keeps_the_rule(rule) -> None:
 
 
 def test_the_rules_saw_the_repository() -> None:
-    assert set(SLUGS) <= set(slugs_of(ROOT))
+    assert set(OPS) <= set(ops_of(ROOT))
     assert {"quantizers", "models", "inference", "training", "systems", "cli"} <= {
         p.relative_to(ROOT / "python" / "rqgen").parts[0] for p in python_files(ROOT / "python" / "rqgen")
     }
@@ -623,7 +623,7 @@ def test_a_way_into_the_emulation_is_found(tmp_path: Path, file: str, text: str,
     assert message in violation
 
 
-@pytest.mark.parametrize("name", [name.format(slug="search") for name in FILES_OF_A_SLUG])
+@pytest.mark.parametrize("name", [name.format(op="search") for name in FILES_OF_AN_OP])
 def test_a_missing_file_is_found(tmp_path: Path, name: str) -> None:
     assert f"search: {name} is missing" in inventory_violations(plant(tmp_path, {name: None}))
 

@@ -47,7 +47,7 @@ def test_a_new_operator_has_all_that_one_must_have(tree: Path, name: str) -> Non
     after = contents(tree)
     assert {path for path, text in after.items() if text is not None and path not in before} == set(new)
     assert {path for path in before if after[path] != before[path]} == set(changed)
-    assert {path.format(slug=name) for path in layering.FILES_OF_A_SLUG} <= set(new)
+    assert {path.format(op=name) for path in layering.FILES_OF_AN_OP} <= set(new)
     for rule in layering.RULES:
         assert rule(tree) == []
     for path in new:

@@ -52,7 +52,7 @@ inline const int chosen_mutant = [] {{
 
 
 class Mutant(NamedTuple):
-    slug: str
+    op: str
     file: Path  # from csrc on
     line: int
     barrier: str
@@ -78,7 +78,7 @@ def mutated(source: str, first: int) -> tuple[str, list[tuple[int, str]]]:
     return "".join([*parts, source[done:]]), barriers
 
 
-def make_mutants(slugs: Sequence[str], target: Path) -> list[Mutant]:
+def make_mutants(ops: Sequence[str], target: Path) -> list[Mutant]:
     """Copies csrc to `target`, with all mutants of these operators in it. Mutant n of the list is number n + 1."""
     csrc = ROOT / "csrc"
     shutil.rmtree(target, ignore_errors=True)
@@ -87,20 +87,20 @@ def make_mutants(slugs: Sequence[str], target: Path) -> list[Mutant]:
     with (target / "common" / "device.h").open("a") as file:
         file.write(CHOSEN)
     found: list[Mutant] = []
-    for slug in slugs:
-        files = sorted((csrc / "ops" / slug).glob("*.cuh")) + [csrc / "shared" / name for name in SHARED.get(slug, ())]
+    for op in ops:
+        files = sorted((csrc / "ops" / op).glob("*.cuh")) + [csrc / "shared" / name for name in SHARED.get(op, ())]
         for path in files:
             file = path.relative_to(csrc)
             text, barriers = mutated(path.read_text(), len(found) + 1)
             (target / file).write_text(text)
-            found += [Mutant(slug, file, line, barrier) for line, barrier in barriers]
+            found += [Mutant(op, file, line, barrier) for line, barrier in barriers]
     return found
 
 
-def caught_by(slug: str, number: int, builds: Path) -> str | None:
-    """The build whose tests of `slug` fail with this mutant, the likeliest first; None where all pass."""
+def caught_by(op: str, number: int, builds: Path) -> str | None:
+    """The build whose tests of `op` fail with this mutant, the likeliest first; None where all pass."""
     for name in BUILDS:
-        command = [sys.executable, "-m", "pytest", ROOT / "tests" / "emulation" / f"test_{slug}.py", "-x", "-q"]
+        command = [sys.executable, "-m", "pytest", ROOT / "tests" / "emulation" / f"test_{op}.py", "-x", "-q"]
         environment = os.environ | {"RQK_EMULATION_FOLDER": str(builds), CHOICE: str(number)}
         done = subprocess.run(
             [*command, "-k", name, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -108,34 +108,34 @@ def caught_by(slug: str, number: int, builds: Path) -> str | None:
         if done.returncode == 1:
             return name
         if done.returncode != 0:
-            raise RuntimeError(f"the tests of {slug} do not run:\n{done.stdout}{done.stderr}")
+            raise RuntimeError(f"the tests of {op} do not run:\n{done.stdout}{done.stderr}")
     return None
 
 
 def main() -> int:
-    slugs = sys.argv[1:] or sorted(path.parent.name for path in (ROOT / "csrc" / "ops").glob("*/kernel.cuh"))
+    ops = sys.argv[1:] or sorted(path.parent.name for path in (ROOT / "csrc" / "ops").glob("*/kernel.cuh"))
     source = WORK / "source"
-    mutants = make_mutants(slugs, source / "csrc")
+    mutants = make_mutants(ops, source / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", source)
     builds = build(source, WORK / "build", quiet=True)
 
-    def attempt(slug: str, number: int) -> tuple[str | None, float]:
+    def attempt(op: str, number: int) -> tuple[str | None, float]:
         start = time.monotonic()
-        return caught_by(slug, number, builds), time.monotonic() - start
+        return caught_by(op, number, builds), time.monotonic() - start
 
     survivors = 0
     # The tests of the emulation run on one core each.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        wanted = sorted({mutant.slug for mutant in mutants})
-        for slug, (name, _) in zip(wanted, pool.map(lambda slug: attempt(slug, 0), wanted), strict=True):
+        wanted = sorted({mutant.op for mutant in mutants})
+        for op, (name, _) in zip(wanted, pool.map(lambda op: attempt(op, 0), wanted), strict=True):
             if name is not None:
-                sys.exit(f"mutation: the tests of {slug} fail in the {name} build with every barrier in its place")
+                sys.exit(f"mutation: the tests of {op} fail in the {name} build with every barrier in its place")
         numbers = range(1, len(mutants) + 1)
-        tried = pool.map(lambda number: attempt(mutants[number - 1].slug, number), numbers)
+        tried = pool.map(lambda number: attempt(mutants[number - 1].op, number), numbers)
         for mutant, (name, seconds) in zip(mutants, tried, strict=True):
             survivors += name is None
             verdict = "SURVIVES" if name is None else f"caught by {name}"
-            where = f"{mutant.slug}: {mutant.file}:{mutant.line}"
+            where = f"{mutant.op}: {mutant.file}:{mutant.line}"
             print(f"mutation: {where}: {mutant.barrier}: {verdict} ({seconds:.0f} s)", flush=True)
     print(f"mutation: {len(mutants) - survivors} of {len(mutants)} caught")
     return 1 if survivors else 0
