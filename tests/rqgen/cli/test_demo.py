@@ -18,7 +18,9 @@ from rqgen.evaluation import evaluate_reconstruction
 from rqgen.models.rqtransformer import RQTransformer
 from rqgen.models.rqvae import RQVAE
 
-FIGURES = ("reconstructions.png", "coarse_to_fine.png", "code_usage.png", "losses.png", "samples.png")
+FIGURES = tuple(
+    f"{name}.png" for name in ("reconstructions", "coarse_to_fine", "code_usage", "losses", "samples", "edits")
+)
 
 
 @pytest.fixture(scope="module")

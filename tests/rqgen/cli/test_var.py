@@ -234,7 +234,7 @@ def test_convert(rqgen, published_var, tmp_path):
 
 
 def test_demo(rqgen, tmp_path, monkeypatch):
-    monkeypatch.setattr("rqgen.systems.var.INPAINTED", 12)
+    monkeypatch.setattr("rqgen.cli.demo.INPAINTED", 12)
     out = tmp_path / "demo"
     overrides = [*(f"tokenizer.{s}" for s in TOKENIZER), *(f"prior.{s}" for s in PRIOR)]
     steps = ["tokenizer.loop.steps=8", "prior.loop.steps=4", "sampling.count=100"]
