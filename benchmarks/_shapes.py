@@ -1,4 +1,4 @@
-"""Shapes of the systems that residual quantization serves, and data of those shapes."""
+"""Shapes of systems that use residual quantization, and random data of these shapes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Shape(NamedTuple):
     shared: bool
     rows_cpu: int
     rows_cuda: int
-    changes: bool = False  # the codebook is another one in every round, as in training
+    changes: bool = False  # the codebook changes in every round, as in training
 
     def rows(self, device: torch.device) -> int:
         return self.rows_cuda if device.type == "cuda" else self.rows_cpu
 
     def codebooks(self, generator: torch.Generator) -> Tensor:
-        """Random codes of norms between a fifth and the whole of a standard normal row's, as a trained
-        codebook of all depths has them."""
+        """Return random codes with norms between 0.2 and 1 times a standard normal row's, as in a trained codebook that
+        all depths share."""
         leading = () if self.shared else (self.depth,)
         norms = torch.rand(*leading, self.codes, 1, generator=generator) * 0.8 + 0.2
         return torch.randn(*leading, self.codes, self.channels, generator=generator) * norms
