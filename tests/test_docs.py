@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+
+import rqkernels
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -92,3 +95,18 @@ def test_the_page_of_commands_is_up_to_date() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text() == script.page(), "run: python docs/generate_cli.py"
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rqkernels.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yaml")), ids=lambda p: p.stem)
+def test_issue_forms_are_complete(path: Path) -> None:
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= form.keys()
+    ids = [element["id"] for element in form["body"]]
+    assert len(ids) == len(set(ids))
+    assert all(element["attributes"]["label"] for element in form["body"])
