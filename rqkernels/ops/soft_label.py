@@ -86,7 +86,7 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
     """Soft labels `Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
 
     Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances.
-    Here products run in float32 on vectors relative to the codebook centre (on CUDA on tensor cores, each vector split
+    Here products run in float32 on vectors relative to the codebook center (on CUDA on tensor cores, each vector split
     into two float16 parts, or as squared differences if their range is too small). If rounding could be visible in Q,
     the codes with the largest mass get float64 distances. So for tau -> 0 Q tends to the certified code of
     `residual_search` (shared equally by equal codes). A small Q has the relative error of its float32 score, about
@@ -138,7 +138,7 @@ def soft_label_cross_entropy(
     with Q recomputed). The only allocation of their size is the returned gradient, in their dtype, if one will be
     needed: in the forward call, or in backward (see below). On a CPU a call also holds the labels of at most 32 rows,
     per thread if there are many rows, else for all threads together (with K C >= 2^19 a twentieth of the logits from
-    about 700 rows on), and a copy of the codebook if its centre is not the origin. Sums within a row are float32,
+    about 700 rows on), and a copy of the codebook if its center is not the origin. Sums within a row are float32,
     beyond 1024 terms float64; sums over rows are float64. A row's loss and gradient depend neither on threads nor on
     the other rows.
 

@@ -161,10 +161,10 @@ def _labels(op: str, x: Tensor, codebook: Tensor, tau: float, dtype: torch.dtype
 
 
 def _softmax(x: Tensor, codebook: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
-    # Centring on the mean code keeps distances and avoids cancellation in the expanded square.
-    centre = codebook.detach().double().mean(dim=0)
-    e_kc = codebook.detach().double() - centre
-    x_c = x.detach().double() - centre
+    # Centering on the mean code keeps distances and avoids cancellation in the expanded square.
+    center = codebook.detach().double().mean(dim=0)
+    e_kc = codebook.detach().double() - center
+    x_c = x.detach().double() - center
     squared = x_c.square().sum(-1, keepdim=True) - 2 * (x_c @ e_kc.T) + e_kc.square().sum(-1)
     # Differences before the division: for a tiny tau, quotients of whole distances would have no digits left, or be
     # infinite.
