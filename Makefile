@@ -23,7 +23,7 @@ BENCH_ENV := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=1717986918
 	MALLOC_TOP_PAD_=268435456 OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help build emulation test demo new-op lint format bench gpu-check clean FORCE
+.PHONY: help build emulation test coverage docs demo new-op lint format bench gpu-check clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +54,7 @@ $(VENV)/.built: $(SOURCES) setup.py pyproject.toml $(VENV)/.tools $(if $(wildcar
 	@touch $@
 
 $(VENV)/.lint: $(CONSTRAINTS) $(VENV)/.made
-	$(INSTALL) ruff clang-format
+	$(INSTALL) ruff clang-format mypy
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.built
@@ -72,16 +72,24 @@ emulation: build ## compile the CUDA kernels for the CPU, in three builds that t
 test: build emulation ## all tests (ARGS="-k search" passes options to pytest)
 	$(PY) -m pytest $(ARGS)
 
+coverage: build ## the tests under coverage, which takes half as long again (ARGS="tests/rqgen/data" for a part)
+	$(PY) -m pytest --cov=rqkernels --cov=rqgen $(ARGS)
+
+docs: build ## write docs/cli.md from the commands
+	$(PY) docs/generate_cli.py
+
 demo: build ## train both stages on handwritten digits and draw what they learned, into runs/demo
 	$(VENV)/bin/rqgen demo $(ARGS)
 
 new-op: $(VENV)/.lint ## write the files of a new operator (NAME=my_op): kernels, reference, tests, benchmark
 	@$(PY) tools/new_op.py "$(NAME)"
 
-lint: $(VENV)/.lint ## ruff and clang-format, changing nothing
+# mypy reads the types of torch and the other dependencies, so it needs them installed.
+lint: $(VENV)/.lint $(VENV)/.built ## ruff, clang-format and mypy, changing nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
 
 format: $(VENV)/.lint ## let ruff and clang-format rewrite what they can
 	$(VENV)/bin/ruff check --fix .
@@ -102,5 +110,6 @@ gpu-check: ## tests marked gpu, compute-sanitizer, benchmarks on the card; JSON 
 	echo "gpu-check: no Python here has torch and pytest ($(PYTHON), $(PY)); name one: make gpu-check PYTHON=..." >&2; exit 2
 
 clean: ## remove .venv, builds and caches (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info rqkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info rqkernels/*.so .pytest_cache .ruff_cache .mypy_cache \
+		.hypothesis .benchmarks .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

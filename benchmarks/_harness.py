@@ -1,18 +1,18 @@
-"""What every benchmark here does the same way.
+"""Harness of all benchmarks.
 
-A benchmark hands over contenders that do the same work in the same process. `compare` first looks whether
-they agree, then times them in turns (one call of each per round, the peers in rotating order), so that a slow
-minute of the machine hits all of them alike. Reported: median, 20th and 80th percentile, peak memory, ratios
-per row of work, and the floor of this device for that work: max(bytes / copy bandwidth, operations / matmul
-rate), both measured in the same rounds. A GPU is timed by events, with its L2 cache flushed before each call.
+A benchmark passes contenders that do the same work in the same process. `compare` first checks that they agree, then
+times them in turns (one call of each per round, the peers in rotating order), so that a slow minute of the machine
+affects all of them alike. It reports median, 20th and 80th percentile, peak memory, ratios per row of work, and the
+floor of this device for that work: max(bytes / copy bandwidth, operations / matmul rate), both measured in the same
+rounds. A GPU is timed by events, with its L2 cache flushed before each call.
 
-A bench_<op>.py is a pytest file for pytest-benchmark (`make bench`) and a script (`python
-benchmarks/bench_<op>.py --device cuda`) that needs torch alone.
+A bench_<op>.py is a pytest file for pytest-benchmark (`make bench`) and a script (`python benchmarks/bench_<op>.py
+--device cuda`) that needs torch alone.
 
-    RQK_BENCH_QUICK=1     tiny shapes, two rounds: does it run at all
-    RQK_BENCH_OUT=DIR     where the JSON goes (benchmarks/results)
-    RQK_BENCH_THREADS=N   torch threads (torch's own default)
-    RQK_BENCH_SECONDS=S   how long the rounds of one case take, roughly (20)
+    RQK_BENCH_QUICK=1     tiny shapes and two rounds, to test that it runs
+    RQK_BENCH_OUT=DIR     folder of the JSON (benchmarks/results)
+    RQK_BENCH_THREADS=N   torch threads (torch's default)
+    RQK_BENCH_SECONDS=S   approximate seconds for the rounds of one case (20)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rqkernels import _measure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))  # op_calls
 RESULTS = ROOT / "benchmarks" / "results"
-# Files that benchmarks and renderers write: they do not make a tree dirty.
+# Files written by benchmarks and renderers; they do not make a tree dirty.
 GENERATED = (
     "benchmarks/results",
     "benchmarks/RESULTS.md",
@@ -44,15 +44,15 @@ GENERATED = (
     "docs/scaling.png",
 )
 QUICK = os.environ.get("RQK_BENCH_QUICK") == "1"
-PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # of the matrix products that the floor counts on
+PRECISION = {"cpu": "fp32", "cuda": "bf16"}  # of the matrix products that define the floor
 PACKAGES = (*_measure.PACKAGES, "vector-quantize-pytorch", "faiss-cpu")
 _SECONDS_PER_CASE = float(os.environ.get("RQK_BENCH_SECONDS", "20"))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work. `call` does `rows` rows of it and returns what `check` compares; `setting` names options
-    that were chosen for this case."""
+    """One implementation of the work. `call` does `rows` rows of it and returns the result that `check` compares;
+    `setting` names options that were chosen for this case."""
 
     name: str
     call: Callable[[], object]
@@ -70,14 +70,14 @@ class Work:
 
 @functools.cache
 def peaks(device: torch.device) -> _measure.Peaks:
-    """Rates of this device in float32, or in bfloat16 on a GPU, probed in every round."""
+    """Return the rates of this device in float32, or in bfloat16 on a GPU, probed in every round."""
     if QUICK:
         _measure.COPIED_BYTES, _measure.PRODUCT_SIDE = (dict.fromkeys(("cpu", "cuda"), n) for n in (1 << 20, 256))
     return _measure.Peaks(device, [PRECISION[device.type]])
 
 
 def floor(work: Work, our_median_ns: float, peak: _measure.Peaks) -> dict[str, Any]:
-    """Least time of that work on this device, what limits it, and how near ours comes."""
+    """Return the least time of this work on this device, the limiting unit, and the percentage that ours reaches."""
     ns, limit = peak.rates.floor_ns(work.bytes, work.operations, PRECISION[peak.device.type])
     return {
         "bytes": work.bytes,
@@ -89,7 +89,7 @@ def floor(work: Work, our_median_ns: float, peak: _measure.Peaks) -> dict[str, A
 
 
 def time_ns(call: Callable[[], object], device: torch.device) -> int:
-    """Nanoseconds of one call, on a GPU with a cold L2."""
+    """Return the nanoseconds of one call, on a GPU with a cold L2."""
     return _measure.time_call(call, device, flush_l2=True)[0]
 
 
@@ -106,16 +106,16 @@ def compare(
     benchmark: Any = None,
     before_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Checks, times and describes one case; contenders[0] is ours.
+    """Check, time and describe one case; contenders[0] is ours.
 
     Args:
-        check: gets each contender's result by name, raises AssertionError where they did not do the same
-            work, and returns each one's agreement with the definition (1.0: equal).
-        benchmark: pytest-benchmark's fixture. It times our rounds, and runs the peers' as the setup of each.
-        before_round: changes in place what all contenders work on, untimed, before each of them is called once.
+        check: takes each contender's result by name, raises AssertionError if they did not do the same work, and
+            returns each one's agreement with the definition (1.0: equal).
+        benchmark: pytest-benchmark's fixture. It times our rounds; the peers run as the setup of each.
+        before_round: changes the inputs of all contenders in place, untimed, before each of them is called once.
     """
     ours, *peers = contenders
-    # The first calls compile, pack and warm; the last of them tells how many rounds there is time for.
+    # The first calls compile, pack and warm up; a last one determines the number of rounds.
     for contender in contenders:
         contender.call()
     before_round()
@@ -185,7 +185,7 @@ def _summary(samples_ns: Sequence[int]) -> dict[str, float]:
 class Run:
     """Cases of one operator on one device, written as one JSON file.
 
-    Raises ValueError where results would come from a tree with uncommitted changes and go to the repository's own.
+    Raises ValueError if results of a tree with uncommitted changes would be written to the repository's folder.
     """
 
     slug: str
@@ -200,7 +200,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{_measure.device_slug(self.device)}-{self.slug}.json"
         peak = peaks(self.device)
-        for case in self.cases:  # by the best peaks of the whole run
+        for case in self.cases:  # with the best peaks of the whole run
             work = Work(case["floor"]["bytes"], case["floor"]["operations"])
             case["floor"] = floor(work, case["contenders"][0]["median_ns"], peak)
         content = {
@@ -216,10 +216,10 @@ class Run:
 
 
 def clean_checkout(folder: Path) -> _measure.Checkout:
-    """State of this repository, for results that go into ``folder``.
+    """Return the state of this repository, for results that are written to ``folder``.
 
     Raises:
-        ValueError: ``folder`` is the repository's own, and a result from this tree could not be repeated.
+        ValueError: ``folder`` is the repository's own, and the tree has uncommitted changes.
     """
     state = _measure.checkout(ROOT, ignored=GENERATED)
     if state.dirty and folder.resolve() == RESULTS:
@@ -236,7 +236,7 @@ def set_threads() -> None:
 
 
 def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]]) -> None:
-    """`python benchmarks/bench_<op>.py [--device cuda] [--out DIR]`, without pytest."""
+    """Run `python benchmarks/bench_<op>.py [--device cuda] [--out DIR]`, without pytest."""
     if not _measure.is_warm():
         # The allocator reads its settings when a process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_measure.WARM_HEAP})
@@ -257,16 +257,16 @@ def main(slug: str, cases: Sequence[Any], run_case: Callable[..., dict[str, Any]
         record = run_case(case, run.device)
         run.cases.append(record)
         print(describe(record), flush=True)
-        path = run.write()  # after each case: what is ended early has what it measured
+        path = run.write()  # after each case: an interrupted run keeps its results
     print(f"measured here: {rates_in_words(peaks(run.device).rates.described())}")
     print(path)
 
 
 def described(environment: Mapping[str, Any]) -> str:
-    """Threads, heap, versions, commit and time of a measurement.
+    """Describe threads, heap, versions, commit and time of a measurement.
 
     Raises:
-        ValueError: it was made from a tree with uncommitted changes, so nobody could repeat it.
+        ValueError: the measurement came from a tree with uncommitted changes and cannot be repeated.
     """
     if environment["dirty"]:
         raise ValueError(f"measured with uncommitted changes on {environment['time']}: measure again from a commit")
@@ -279,13 +279,13 @@ def described(environment: Mapping[str, Any]) -> str:
 
 
 def rates_in_words(rates: Mapping[str, Any]) -> str:
-    """Such as "copy 24.1 GB/s, fp32 matmul 303.5 GFLOP/s", of `_measure.Rates.described`."""
+    """Format `_measure.Rates.described`, such as "copy 24.1 GB/s, fp32 matmul 303.5 GFLOP/s"."""
     products = [f"{name} matmul {rate / 1e9:.4g} GFLOP/s" for name, rate in rates["operations_per_s"].items()]
     return ", ".join([f"copy {rates['copy_bytes_per_s'] / 1e9:.3g} GB/s", *products])
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """One case in a few lines, for the terminal."""
+    """Format one case in a few lines, for the terminal."""
     floor = record["floor"]
     percent, floor_ms = floor["percent_of_floor"], floor["ns"] / 1e6
     lines = [f"{record['case']}: {percent:.1f} % of the floor, {floor_ms:.3f} ms ({floor['limit']})"]
@@ -298,7 +298,7 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what stands between two markers. Raises ValueError where they are not both there, in order."""
+    """Replace the text between two markers. Raise ValueError unless both are present, in order."""
     before, found_begin, rest = path.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:

@@ -1,4 +1,4 @@
-"""Shapes of the systems that residual quantization serves, as tests/support/op_calls has them for all callers."""
+"""Shapes of systems that use residual quantization, of tests/support/op_calls."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""What soft labels and stochastic codes do to a prior: all four combinations, over several seeds.
+"""Ablation of soft labels and stochastic codes: priors with all four combinations, over several seeds.
 
     python benchmarks/ablation_soft_labels.py --out runs/ablation [--seeds 0 1 2] [KEY=VALUE ...]
 
-The recipe is `rqgen demo`'s (digits); KEY=VALUE changes its settings. Each seed trains one tokenizer, which its four
-priors share: the same weights to start from, the same batches, the same sampling noise. Judged are
+The recipe is that of `rqgen demo` (digits); KEY=VALUE changes its settings. Each seed trains one tokenizer, which its
+four priors share; they also share initial weights, batches and sampling noise. The measures are
 
-- sample accuracy, as in the demo: how many of 500 drawn digits a classifier of real ones recognises,
-- plain sample accuracy: the same without guidance and without top-p, from the distribution that was learned,
-- hard-label NLL, in nats a code: -log p(nearest code), on held-out digits, however the prior was trained.
+- sample accuracy, as in the demo: the share of 500 sampled digits that a classifier of real ones recognises,
+- plain sample accuracy: the same without guidance and top-p, from the learned distribution,
+- hard-label NLL, in nats per code: -log p(nearest code) on held-out digits, however the prior was trained.
 
-A run that was interrupted goes on where it stopped. What is done is in OUT/seed-S/VARIANT/metrics.json; at the end all
-of it, with device, versions and commit, is written to benchmarks/results and as a table into docs/soft_labels.md.
+An interrupted run continues where it stopped. Finished parts are in OUT/seed-S/VARIANT/metrics.json; at the end all of
+it, with device, versions and commit, is written to benchmarks/results and as a table into docs/soft_labels.md.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def judged(config: DemoConfig, vae: RQVAE, prior: RQTransformer) -> dict[str, An
 
 
 def run(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """One record for each seed and variant."""
+    """Return one record per seed and variant."""
     records = []
     for seed in seeds:
-        # What a run of one seed loses by an interruption.
+        # The most that an interruption loses.
         often = [f"{stage}.loop.checkpoint_every=100" for stage in ("tokenizer", "prior")]
         config = load_demo(seed, [*often, *overrides])
         folder = out / f"seed-{seed}"
@@ -103,7 +103,7 @@ def run(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[
 
 
 def refuse_other_settings(config: DemoConfig, folder: Path) -> None:
-    """Raises ValueError where `folder` holds runs of another configuration: they would be taken for this one's."""
+    """Raise ValueError if `folder` holds runs of another configuration: they would be mistaken for this one's."""
     path, described = folder / "config.json", to_dict(config)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def refuse_other_settings(config: DemoConfig, folder: Path) -> None:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """A row for each variant: mean over the seeds, and every seed's own value."""
+    """Format a row per variant: mean over the seeds, and the value of each seed."""
     environment, records = content["environment"], content["records"]
     seeds = sorted({record["seed"] for record in records})
     lines = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rqkernels
 
-# The reference adds row after row in Python: a few thousand rows are enough of it.
+# The reference adds rows one by one in Python: a few thousand rows are enough.
 REFERENCE_ROWS = 4096
 
 
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     codes: int
     rows_cpu: int
     rows_cuda: int
-    first_code: float = 0.0  # share of the rows that chose code 0, beside the others' even spread
+    first_code: float = 0.0  # share of the rows with code 0; the others are spread evenly
 
 
 CASES = (
@@ -39,7 +39,7 @@ CASES = (
 
 
 def one_hot(x_nc: Tensor, codes_n: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """The published way: an N x K one-hot matrix, and as much arithmetic as the search itself."""
+    """Sum as published: an N x K one-hot matrix, and as much arithmetic as the search itself."""
     choice_nk = torch.zeros(x_nc.shape[0], num_codes, device=x_nc.device)
     choice_nk.scatter_(1, codes_n[:, None], 1.0)
     return choice_nk.sum(0), choice_nk.t() @ x_nc
@@ -57,7 +57,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
     codes = torch.randint(case.codes, (rows,), generator=generator).to(device)
     codes[: int(case.first_code * rows)] = 0
     reference_rows = min(rows, REFERENCE_ROWS)
-    # A one-hot matrix of all rows of the largest case would not fit: it gets the rows that fill 1 GiB.
+    # A one-hot matrix of all rows of the largest case would not fit: this contender gets the rows that fill 1 GiB.
     one_hot_rows = min(rows, (1 << 28) // case.codes)
 
     contenders = [
@@ -76,7 +76,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
     ]
 
     def check(results: Mapping[str, Any]) -> dict[str, float]:
-        # float64 sums of the rows that each contender saw; float32 sums may differ by their rounding.
+        # Compared with float64 sums of each contender's rows; float32 sums may differ by their rounding.
         agreement = {}
         for contender in contenders:
             n = contender.rows

@@ -17,7 +17,7 @@ import rqkernels
 
 
 class Case(NamedTuple):
-    """N stacks of D depths with H heads of head_dim, out of one projection; with the gradient or without."""
+    """N stacks of D depths with H heads of head_dim, from one projection; with or without the gradient."""
 
     name: str
     depths: int
@@ -32,8 +32,8 @@ class Case(NamedTuple):
 def _cases() -> list[Case]:
     if QUICK:
         return [Case(f"tiny{way}", 4, 2, 8, torch.float32, bool(way), 8, 8) for way in ("", "-both-ways")]
-    # The 1.4B model has 24 heads. On a GPU several hundred MB, but not more stacks than the 65535 blocks that a grid's
-    # second and third dimension can have: others put them there.
+    # The 1.4B model has 24 heads. On a GPU several hundred MB, but at most 65535 stacks, the limit of a grid's second
+    # and third dimension, which peers use for stacks.
     shapes = [
         ("d4", 4, 8, torch.float32, 2048, 49152),
         ("d4-24-heads", 4, 24, torch.float32, 1024, 16384),
@@ -50,7 +50,7 @@ def _cases() -> list[Case]:
             ("d8-fp16", 8, 8, torch.float16, 1024, 32768),
             ("d16-fp16", 16, 8, torch.float16, 512, 16384),
         ]
-        # A run on a card may be ended early: what a prior computes in there comes first.
+        # A run on a card may be cut short: bfloat16, in which a prior computes there, comes first.
         shapes.sort(key=lambda shape: (torch.bfloat16, torch.float32, torch.float16).index(shape[3]))
     return [
         Case(name + way, depths, heads, 64, dtype, bool(way), on_cpu, on_cuda)
@@ -63,7 +63,7 @@ CASES = _cases()
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores, mask, softmax, weighted sum."""
+    """Compute scores, mask, softmax, weighted sum."""
     unseen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(unseen, -torch.inf)
     return scores.softmax(-1) @ v
@@ -82,7 +82,7 @@ def with_backend(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tens
 
 
 def from_packed(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """As a transformer has it: heads out of one projection, and side by side again for the next."""
+    """Wrap attention as in a transformer: heads from one projection, concatenated again for the next."""
 
     def call(qkv: Tensor) -> Tensor:
         return attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
@@ -99,7 +99,8 @@ BACKENDS = {
 
 
 def attentions_on(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By name, ours first; not every backend takes every type. (On a CPU torch's choice is the only one but math.)"""
+    """Return the contenders by name, ours first. Not every backend supports every type; a CPU has torch's choice and
+    math only."""
     backends = BACKENDS if device.type == "cuda" else {"SDPA (math)": SDPBackend.MATH}
     found = {
         "rqkernels": lambda qkv: rqkernels.depth_attention_packed(qkv).flatten(2),
@@ -108,7 +109,7 @@ def attentions_on(device: torch.device, dtype: torch.dtype) -> dict[str, Callabl
         **{name: from_packed(with_backend(backend)) for name, backend in backends.items()},
         "naive, eager": from_packed(naive),
     }
-    # On a GPU compiling takes longer than all the rest; there bfloat16 stands for all.
+    # On a GPU compiling takes longer than everything else: there only bfloat16 is compiled.
     if not QUICK and (device.type == "cpu" or dtype == torch.bfloat16):
         torch.compiler.reset()
         mode = "max-autotune-no-cudagraphs"
@@ -135,7 +136,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
     truth = qkv.detach()[:n].double().requires_grad_()
     out = rqkernels.reference.depth_attention_packed(truth).flatten(2)
     true = [out.detach(), *torch.autograd.grad(out, truth, grad[:n].double())]
-    # Half types round the result, some of them the probabilities too.
+    # Half types round the result; some implementations also round the probabilities.
     limit = 1e-5 if case.dtype == torch.float32 else 4 * torch.finfo(case.dtype).eps
 
     def error_of(found: tuple[Tensor, ...]) -> float:
@@ -163,9 +164,9 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
 
     element, rows = case.dtype.itemsize, stacks * case.depths * width
     work = Work(
-        # q, k, v and the result; both ways also q, k, v and grad once more, and three gradients.
+        # q, k, v and the result; both ways also q, k, v and grad again, and three gradients.
         bytes=element * rows * (11 if case.both_ways else 4),
-        # Two products of vectors for each pair of a query and a key that it sees; backward five.
+        # Two dot products per query and visible key; five in backward.
         operations=rows * (case.depths + 1) * (7 if case.both_ways else 2),
     )
     described = {"N": stacks, "H": case.heads, "D": case.depths, "head_dim": case.head_dim, "dtype": str(case.dtype)}

@@ -1,9 +1,9 @@
 """One position of an RQ-Transformer, its spatial step and all D codes, against eager loops over the same weights.
 
-Peers are what rqgen's sampling does without these operators: PyTorch modules with a static cache, a call for each
-depth, and top-k, top-p and multinomial of PyTorch; in float32, in bfloat16, and with `quantize_dynamic` (int8 weights
-and activations). On a GPU all of them, ours too, also as a CUDA graph, which is what they are worth there. `agrees`:
-codes of a greedy position that equal those of the model in float64.
+Peers do what rqgen's sampling does without these operators: PyTorch modules with a static cache, one call per depth,
+and PyTorch's top-k, top-p and multinomial; in float32, in bfloat16, and with `quantize_dynamic` (int8 weights and
+activations). On a GPU each of them, ours too, also runs as a CUDA graph, its fastest form there. `agrees`: codes of a
+greedy position that equal those of the model in float64.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def prior_of(case: Case, device: torch.device) -> RQTransformer:
     )
     with device:
         prior = RQTransformer(config, torch.randn(case.codes, case.channels)).eval()
-    # Drawn as they are initialised all codes would be nearly as likely as one another.
+    # With its usual initialisation all codes would be almost equally likely.
     nn.init.normal_(prior.classifier.weight, std=2 * case.width**-0.5)
     return prior
 
 
 def sample_in_torch(logits: Tensor) -> Tensor:
-    """Top-k, top-p and multinomial, as published code has them (on a GPU what that does, without waiting for it)."""
+    """Apply top-k, top-p and multinomial as published (on a GPU the same without a host sync)."""
     if logits.shape[1] > TOP_K:
         logits = logits.masked_fill(logits < logits.topk(TOP_K)[0][:, -1:], -torch.inf)
     ordered, order = torch.softmax(logits, -1).sort(-1, descending=True)
@@ -79,7 +79,7 @@ def sample_in_torch(logits: Tensor) -> Tensor:
 
 
 class LinearClassifier(nn.Module):
-    """The classifier with a module that quantize_dynamic knows."""
+    """Classifier made of a module that quantize_dynamic supports."""
 
     def __init__(self, prior: RQTransformer) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ def quantized(prior: RQTransformer) -> RQTransformer:
     return torch.ao.quantization.quantize_dynamic(prior, {nn.Linear}, dtype=torch.qint8)
 
 
-Position = Callable[[bool], Tensor]  # greedy or drawn, to codes (B, D)
+Position = Callable[[bool], Tensor]  # greedy or sampled, to codes (B, D)
 
 
 def eager(prior: RQTransformer, history: tuple[Tensor, Tensor], codes_bd: Tensor) -> Position:
-    """A position of this model with these keys and values of what came before, after the codes."""
+    """Return a position of this model after the codes, with these keys and values of earlier positions."""
     spatial, depths = stack_caches(prior, codes_bd.shape[0])
     spatial.keys[:, :, :, :SEEN], spatial.values[:, :, :, :SEEN] = history
 
@@ -153,7 +153,7 @@ def ours(case: Case, prior: RQTransformer, history: tuple[Tensor, Tensor], codes
 
 
 def captured(position: Position) -> Position:
-    """As one CUDA graph, where codes are drawn."""
+    """Capture a position as one CUDA graph, which serves sampling; greedy positions run without it."""
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -197,7 +197,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
             assert case.precision != "fp32" or agreement["rqkernels fp32"] == 1, "greedy codes differ from float64's"
             return agreement
 
-        # Each weight once a depth, whatever the batch; sums as many times as rows.
+        # Each weight is read once per depth, whatever the batch; operations are proportional to rows.
         block = 12 * case.width**2
         weights = case.layers[0] * block + case.depth * (case.layers[1] * block + case.codes * case.width)
         size = {"fp32": 4, "bf16": 2, "int8": 1}[case.precision]

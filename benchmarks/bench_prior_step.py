@@ -15,11 +15,11 @@ import rqkernels
 from rqgen.models import RQTransformer, RQTransformerConfig, SoftLabels, prior_loss
 from rqgen.models.transformer import TransformerConfig
 
-TAU = 60.0  # of the squared distances between normal vectors of 256 channels: a few codes share each label
+TAU = 60.0  # for squared distances between normal vectors of 256 channels: a few codes share each label
 
 
 class Case(NamedTuple):
-    """A prior of `width` with `layers` (spatial, depth) and `heads`, for h x w stacks of D out of K codes."""
+    """A prior of `width` with `layers` (spatial, depth) and `heads`, for h x w stacks of D codes of K."""
 
     name: str
     width: int
@@ -40,9 +40,9 @@ CASES = (
     if QUICK
     else [
         Case("width-512", 512, (8, 2), 8, (8, 8, 4), 16384, 256, 2, 16),
-        # Where logits (256 MiB) are what memory goes to. Half a minute a round on two CPU cores.
+        # Logits (256 MiB) dominate the memory. Half a minute per round on two CPU cores.
         *([] if torch.cuda.is_available() else [Case("width-512-16", 512, (8, 2), 8, (8, 8, 4), 16384, 256, 16, 16)]),
-        # A minute a step on a CPU.
+        # A minute per step on a CPU.
         *([Case("350M", 1024, (24, 4), 16, (8, 8, 4), 16384, 256, 1, 16)] if torch.cuda.is_available() else []),
     ]
 )
@@ -53,12 +53,12 @@ class Labels(NamedTuple):
     residuals: Tensor  # (B, h, w, D, C)
 
 
-# What a step learns from, and its loss given the codes.
+# Labels of a step, and its loss given the codes.
 Prepared: TypeAlias = tuple[Labels, Callable[[Tensor], Tensor]]
 
 
 def published_labels(x_bhwc: Tensor, codebook_kc: Tensor, depth: int) -> tuple[Labels, Tensor]:
-    """Stochastic codes, residuals and soft labels in full: distances, softmax, multinomial."""
+    """Compute stochastic codes, residuals and whole soft labels: distances, softmax, multinomial."""
     residual, codes, residuals, soft = x_bhwc, [], [], []
     squared_norms = codebook_kc.square().sum(1)
     for _ in range(depth):
@@ -100,7 +100,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         loss = loss_of(labels.codes)
         loss.backward()
         norm = gradient_norm(model)
-        # Gradients are part of what a step needs, not of what stood before it.
+        # Gradients count as memory of the step.
         model.zero_grad(set_to_none=True)
         return labels, loss.detach(), norm
 
@@ -127,7 +127,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
     ]
 
     def check(results: Mapping[str, Any]) -> dict[str, float]:
-        # Codes are drawn, so each contender's loss and gradient are held against the definition's for its own codes.
+        # Codes are random, so each contender's loss and gradient are compared with the definition's for its own codes.
         for name, (labels, loss, norm) in results.items():
 
             def defined(labels: Labels = labels) -> Prepared:
@@ -141,8 +141,8 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         return dict.fromkeys(results, 1.0)
 
     rows, parameters = batch * height * width, sum(p.numel() for p in model.parameters())
-    # The classifier and the labels see every code; forward and backward of a layer are three products. Attention and
-    # the spatial stack's fewer rows are left out: less than that cannot be done.
+    # The classifier and the labels touch every code; forward and backward of a layer are three products. Attention and
+    # the spatial stack, with fewer rows, are left out: this is a lower bound.
     work = Work(
         bytes=12 * parameters,
         operations=2 * rows * depth * case.codes * (3 * case.width + 2 * case.channels),

@@ -1,4 +1,4 @@
-"""residual_decode against gather-and-add, and against embedding_bag where one codebook is shared."""
+"""residual_decode against gather-and-add, and for a shared codebook against embedding_bag."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def gather_and_add(codes_nd: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
-    # A decode is cheap: ten times the rows of a search fill the memory system.
+    # A decode is cheap: it takes ten times the rows of a search to fill the memory system.
     rows = 10 * case.rows(device)
     generator = torch.Generator().manual_seed(0)
     codebooks = case.codebooks(generator).to(device)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import rqkernels
 
-# The float64 reference takes seconds for what others do in milliseconds: so many rows * K * C * D of it are
-# checked once, and so many timed (its time is compared per row).
+# The float64 reference takes seconds where others take milliseconds: limits of rows * K * C * D that are checked once,
+# and that are timed (its time is compared per row).
 CHECKED_ELEMENTS, TIMED_ELEMENTS = (1 << 20, 1 << 12) if QUICK else (1 << 29, 1 << 26)
 
 
@@ -30,7 +30,7 @@ CASES = [
             Shape("rq-vae-16", 256, 16384, 16, True, 1024, 8192),
             # One image.
             Shape("rq-vae-64-rows", 256, 16384, 4, True, 64, 64),
-            # A training step: what was prepared of the last step's codebook is of no use.
+            # A training step: a cached codebook of the previous step is of no use.
             Shape("rq-vae-training", 256, 16384, 4, True, 1024, 8192, changes=True),
         ]
     ),
@@ -38,7 +38,7 @@ CASES = [
 
 
 def published_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """As published: |r|^2 + |e|^2 - 2 r.e as an N x K matrix, argmin, gather, subtract."""
+    """Search as published: |r|^2 + |e|^2 - 2 r.e as an N x K matrix, argmin, gather, subtract."""
     residual, total, codes = x_nc, torch.zeros_like(x_nc), []
     for d in range(depth):
         codebook = codebook_at(codebooks, d)
@@ -51,7 +51,7 @@ def published_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tenso
 
 
 def cdist_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """What one would write without thinking of speed: `torch.cdist`, argmin."""
+    """Search in the simplest way: `torch.cdist`, argmin."""
     residual, total, codes = x_nc, torch.zeros_like(x_nc), []
     for d in range(depth):
         codebook = codebook_at(codebooks, d)
@@ -63,7 +63,7 @@ def cdist_search(x_nc: Tensor, codebooks: Tensor, depth: int) -> tuple[Tensor, T
 
 
 def with_tf32(search: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with float32 matrix products in TF32, as many train: 10 bits of fraction."""
+    """Run a search with float32 matrix products in TF32 (10 bits of fraction), as is common in training."""
 
     def call(*args: Any) -> Any:
         before = torch.get_float32_matmul_precision()
@@ -77,7 +77,7 @@ def with_tf32(search: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def residual_vq(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
-    """vector-quantize-pytorch's ResidualVQ in eval mode, holding our codebooks."""
+    """Return vector-quantize-pytorch's ResidualVQ in eval mode with our codebooks."""
     from vector_quantize_pytorch import ResidualVQ
 
     model = ResidualVQ(
@@ -87,7 +87,7 @@ def residual_vq(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
         shared_codebook=codebooks.dim() == 2,
     ).to(x_nc.device)
     for d, layer in enumerate(model.layers):
-        # In ours, so that it changes with them.
+        # Shares memory with ours, so that it changes with them.
         layer._codebook.embed.data = codebook_at(codebooks, d)[None]
     model.eval()
 
@@ -100,12 +100,12 @@ def residual_vq(x_nc: Tensor, codebooks: Tensor, depth: int) -> Any:
 
 
 class FaissSearch:
-    """One IndexFlatL2 per codebook, the residual between depths in numpy. An index copies its codebook: one that
-    changes is copied anew by every call.
+    """One IndexFlatL2 per codebook, with the residual between depths in numpy. An index copies its codebook: every call
+    copies one that changes again.
 
-    `faiss.cvar.distance_compute_blas_threshold` decides between its own loops and matrix products by queries times
-    dimension (version 1.15: 128000, below which it may be many times slower). The faster of its default and 1 is found
-    by trying both on this case.
+    `faiss.cvar.distance_compute_blas_threshold` selects faiss's own loops or matrix products by queries times dimension
+    (version 1.15: 128000, below which it may be many times slower). The faster of its default and 1 is found by trying
+    both on this case.
     """
 
     TRIES = 3
@@ -152,9 +152,9 @@ class FaissSearch:
 
 
 def check_no_nearer(x_nc: Tensor, codebooks: Tensor, ours_nd: Tensor, theirs_nd: Tensor) -> None:
-    """Where another contender's codes differ, ours must be the nearer at the first such depth, in float64.
+    """Assert that ours is the nearer code, in float64, at the first depth at which another contender's code differs.
 
-    Up to there both took the same codes, so they stand at the same residual.
+    Up to that depth both chose the same codes, so they have the same residual.
     """
     residual, same = x_nc, torch.ones(x_nc.shape[0], dtype=torch.bool, device=x_nc.device)
     for d in range(ours_nd.shape[1]):
@@ -163,7 +163,7 @@ def check_no_nearer(x_nc: Tensor, codebooks: Tensor, ours_nd: Tensor, theirs_nd:
         near, other = (
             (residual[rows].double() - codebook[codes[rows]].double()).square().sum(1) for codes in (ours, theirs)
         )
-        # The sums run in another order than the definition's: equal to the last digits is a tie.
+        # These sums have another order than the definition's: equal up to rounding is a tie.
         assert (near <= other * (1 + 1e-14)).all(), f"a contender found a nearer code at depth {d}"
         same &= ours == theirs
         residual = residual - codebook[ours]
@@ -192,14 +192,14 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
         packed = rqkernels.PackedCodebook(codebooks)
         name = "rqkernels, PackedCodebook"
         contenders.append(Contender(name, lambda: rqkernels.residual_search(x, packed, depth)[:2], rows))
-    # TF32 gives up near ties: other work, shown beside the rest, but its codes need only not be nearer than ours.
+    # TF32 loses near ties: it is different work, reported too, and its codes only must not be nearer than ours.
     tf32 = []
     if device.type == "cuda":
         contenders.append(Contender("cdist, eager", lambda: cdist_search(x, codebooks, depth), rows))
         eager = with_tf32(published_search)
         tf32.append(Contender("published, eager, TF32", lambda: eager(x, codebooks, depth), rows))
     if not QUICK:
-        torch.compiler.reset()  # a cache of few shapes, else the later cases would run eagerly
+        torch.compiler.reset()  # its cache holds few shapes; else later cases would run eagerly
         options: dict[str, Any] = {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
         compiled = torch.compile(published_search, **options)
         contenders.append(Contender("published, torch.compile", lambda: compiled(x, codebooks, depth), rows))
@@ -225,7 +225,7 @@ def run_case(case: Shape, device: torch.device, benchmark: Any = None) -> dict[s
             n = codes.shape[0]
             check_no_nearer(x[:n], codebooks, ours[:n], codes)
             agreement[name] = (codes == ours[:n]).all(1).double().mean().item()
-        # float32 scores may lose a near tie; more than that would be other work.
+        # float32 scores may lose a near tie; more differences would mean different work.
         least = min(agreement[name] for name in agreement.keys() - {contender.name for contender in tf32})
         assert least > 0.9, f"a contender does not do the same work: {agreement}"
         return agreement

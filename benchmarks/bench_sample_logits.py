@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rqkernels
 
-# The float64 reference takes milliseconds a row: so many codes of it are timed.
+# The float64 reference takes milliseconds per row: number of codes that are timed.
 TIMED_CODES = 1 << 10 if QUICK else 1 << 18
 
 
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     rows_cuda: int
 
 
-# top_k and top_p of the first are the published settings of a 16384-code prior; VAR draws a scale's tokens at once.
+# top_k and top_p of the first are the published settings of a 16384-code prior; VAR samples a scale's tokens at once.
 CASES = (
     [
         Case("tiny", 64, 16, 0.9, 8, 8),
@@ -46,7 +46,7 @@ CASES = (
 
 
 def published(logits_nk: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """As published: mask what is below the k-th largest, look for NaN, softmax, sort, mask again, multinomial."""
+    """Sample as published: mask logits below the k-th largest, check for NaN, softmax, sort, mask, multinomial."""
     if top_k is not None:
         smallest = torch.topk(logits_nk, top_k)[0][:, -1:]
         logits_nk = logits_nk.clone().masked_fill_(logits_nk < smallest, -torch.inf)
@@ -64,7 +64,7 @@ def published(logits_nk: Tensor, top_k: int | None, top_p: float | None) -> Tens
 
 
 def cut(logits_nk: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor | None]:
-    """Masses of the codes that may stay, and which codes these are (None: all, in order)."""
+    """Return the mass of each candidate code and the candidates (None: all, in order)."""
     if top_k is not None:
         ordered, order = torch.topk(logits_nk, top_k)
     elif top_p is not None:
@@ -78,14 +78,14 @@ def cut(logits_nk: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tens
 
 
 def with_multinomial(logits_nk: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Nothing that is not needed: what topk has sorted is not sorted again, and nothing is scattered back."""
+    """Sample without needless work: the result of topk is not sorted again, and nothing is scattered back."""
     mass, order = cut(logits_nk, top_k, top_p)
     drawn = torch.multinomial(mass, 1)
     return (drawn if order is None else order.gather(-1, drawn))[:, 0]
 
 
 def with_searchsorted(logits_nk: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """One uniform a row in place of multinomial's one per code; float32 sums."""
+    """Sample with one uniform per row, where multinomial takes one per code; float32 sums."""
     mass, order = cut(logits_nk, top_k, top_p)
     cumulative = mass.cumsum(-1)
     drawn = torch.searchsorted(cumulative, torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:], right=True)
@@ -95,7 +95,7 @@ def with_searchsorted(logits_nk: Tensor, top_k: int | None, top_p: float | None)
 
 def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[str, Any]:
     rows = case.rows_cuda if device.type == "cuda" else case.rows_cpu
-    # Such logits spread their mass over hundreds of codes, as those of a trained prior do.
+    # These logits spread their mass over hundreds of codes, like those of a trained prior.
     logits = 2 * torch.randn(rows, case.codes, generator=torch.Generator(device).manual_seed(0), device=device)
     timed_rows = max(1, min(rows, TIMED_CODES // case.codes))
     settings = {"top_k": case.top_k, "top_p": case.top_p}
@@ -115,7 +115,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         ),
     ]
     if not QUICK:
-        torch.compiler.reset()  # a cache of few shapes, else the later cases would run eagerly
+        torch.compiler.reset()  # its cache holds few shapes; else later cases would run eagerly
         compiled = torch.compile(with_searchsorted, mode="max-autotune", fullgraph=True, dynamic=False)
         contenders.append(Contender("softmax + searchsorted, torch.compile", chain(compiled), rows))
 

@@ -15,7 +15,7 @@ import rqkernels
 
 
 class Case(NamedTuple):
-    """N rows of C channels, K codes; hidden: the width of a classifier that is part of the work, or None."""
+    """N rows of C channels, K codes; hidden: width of a classifier that is part of the work, or None."""
 
     name: str
     channels: int
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     hidden: int | None = None
 
 
-# tau: labels of several codes, as after the paper's annealing; the distances of these codes differ by some C / 2.
+# tau: labels have several codes, as after the paper's annealing; distances of these codes differ by some C / 2.
 CASES = (
     [Case("tiny", 8, 16, 4.0, 64, 64), Case("tiny-linear", 8, 16, 4.0, 64, 64, hidden=8)]
     if QUICK
@@ -40,7 +40,7 @@ CASES = (
 
 
 def published_loss(logits_nk: Tensor, x_nc: Tensor, codebook_kc: Tensor, tau: float) -> Tensor:
-    """As published: distances, their softmax, and the cross-entropy, N x K each."""
+    """Compute the loss as published: distances, their softmax, and the cross-entropy, N x K each."""
     squares = x_nc.square().sum(1, keepdim=True) + codebook_kc.square().sum(1)
     distances = torch.addmm(squares, x_nc, codebook_kc.t(), alpha=-2.0)
     return torch.nn.functional.cross_entropy(logits_nk, torch.softmax(-distances / tau, dim=1))
@@ -82,11 +82,12 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         Contender("published, eager", both_ways(published), rows),
     ]
     if case.hidden is None:
-        # Its gradient overwrites the logits: each call works on what the last one left, the same work on other numbers.
+        # The gradient overwrites the logits: each call works on the result of the last one, the same work on other
+        # values.
         scratch = leaves[0].detach().clone()
 
         def in_place() -> tuple[Tensor, Tensor]:
-            logits = scratch.requires_grad_().view_as(scratch)  # not a leaf, and the same memory
+            logits = scratch.requires_grad_().view_as(scratch)  # no leaf, but the same memory
             value = rqkernels.soft_label_cross_entropy(logits, x, codebook, case.tau, inplace=True)
             (gradient,) = torch.autograd.grad(value, scratch)
             return value.detach(), gradient
@@ -98,7 +99,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         contenders.append(Contender("published, torch.compile", both_ways(compiled), rows))
 
     def check(results: Mapping[str, Any]) -> dict[str, float]:
-        # Against float64 on a few rows; that of all rows would take the memory of eight times these logits.
+        # Compared with float64 on a few rows; all rows would take eight times the memory of these logits.
         n = min(rows, 64)
         agreement = {}
         if case.hidden is None:
@@ -107,7 +108,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
             (expected,) = torch.autograd.grad(true.sum() / rows, logits)
         for name, (value, gradient, *_) in results.items():
             if name == "rqkernels, in place":
-                # What it worked on is gone: its first call was checked by the tests.
+                # Its input is overwritten; the tests check its first call.
                 agreement[name] = 1.0
                 continue
             assert abs(value - results["rqkernels"][0]) < 1e-4 * abs(value), name
@@ -119,7 +120,7 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
 
     elements, width = rows * case.codes, case.hidden or 0
     work = Work(
-        # Logits in and their gradient out, where they are not made on the way.
+        # Logits in and their gradient out, unless they are computed on the way.
         bytes=4 * (case.codes * (case.channels + 3 * width) + rows * (case.channels + 2 * width))
         + (0 if case.hidden else 8 * elements),
         operations=2 * elements * (case.channels + 3 * width),

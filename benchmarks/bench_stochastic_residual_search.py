@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rqkernels
 
-# The float64 reference takes seconds for what others do in milliseconds: so many rows * K * C of it are timed.
+# The float64 reference takes seconds where others take milliseconds: limit of rows * K * C that are timed.
 TIMED_ELEMENTS = 1 << 12 if QUICK else 1 << 26
 
 
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     name: str
     channels: int
     codes: int
-    tau: float  # concentrated: a few likely codes in each row; spread: a thousand and more
+    tau: float  # concentrated: a few likely codes per row; spread: a thousand and more
     rows_cpu: int
     rows_cuda: int
 
@@ -39,7 +39,7 @@ CASES = (
 
 
 def softmax_and_multinomial(x_nc: Tensor, codebook_kc: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """As published: distances, softmax and multinomial, each an N x K matrix."""
+    """Search as published: distances, softmax and multinomial, each an N x K matrix."""
     squares = x_nc.square().sum(1, keepdim=True) + codebook_kc.square().sum(1)
     squared = torch.addmm(squares, x_nc, codebook_kc.t(), alpha=-2.0)
     codes = torch.multinomial(torch.softmax(squared * (-1 / tau), -1), 1)
@@ -65,13 +65,13 @@ def run_case(case: Case, device: torch.device, benchmark: Any = None) -> dict[st
         ),
     ]
     if not QUICK:
-        torch.compiler.reset()  # a cache of few shapes, else the later cases would run eagerly
+        torch.compiler.reset()  # its cache holds few shapes; else later cases would run eagerly
         compiled = torch.compile(softmax_and_multinomial, mode="max-autotune", fullgraph=True, dynamic=False)
         name = "softmax + multinomial, torch.compile"
         contenders.append(Contender(name, lambda: compiled(x, codebook, case.tau), rows))
 
     def check(results: Mapping[str, Any]) -> dict[str, float]:
-        # The peers draw other numbers from the same distribution: their codes lie as near on the average.
+        # The peers sample other codes from the same distribution: on average these are equally near.
         agreement, means = {}, {}
         for name, (codes, _) in results.items():
             n = codes.shape[0]

@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks: one run per file and device, written when it is over."""
+"""Fixtures of the benchmarks: one run per file and device, written at its end."""
 
 from __future__ import annotations
 

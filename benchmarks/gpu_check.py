@@ -1,4 +1,4 @@
-"""What needs a card: tests marked gpu, compute-sanitizer, the benchmarks. Results as JSON in one folder, in one call.
+"""Checks that need a card: tests marked gpu, compute-sanitizer, benchmarks. One call, JSON results in one folder.
 
     python benchmarks/gpu_check.py [--out DIR] [--budget SECONDS] [--ncu] [--only STEP ...]
 

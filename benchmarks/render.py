@@ -1,4 +1,4 @@
-"""Writes benchmarks/RESULTS.md and its plots from the JSON in benchmarks/results. The same JSON gives the same bytes.
+"""Write benchmarks/RESULTS.md and its plots from the JSON in benchmarks/results. The same JSON gives the same bytes.
 
 python benchmarks/render.py [--results DIR] [--out FILE]
 """
@@ -44,7 +44,7 @@ def memory(count: int | None) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """One JSON file of `_harness.Run` as markdown."""
+    """Format one JSON file of `_harness.Run` as markdown."""
     lines = [
         f"### {result['slug']}: {result['environment']['device']}",
         "",
@@ -71,7 +71,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def side_by_side(results: Sequence[Mapping[str, Any]]) -> str:
-    """Our lead over the strongest peer, by case and machine."""
+    """Format our lead over the strongest peer, by case and machine."""
     machines = sorted({result["environment"]["device"] for result in results})
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:
@@ -88,7 +88,10 @@ def side_by_side(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def lead(case: Mapping[str, Any]) -> str:
-    """Such as "3.52 (faiss IndexFlatL2)": the fastest contender that is neither ours nor the float64 definition."""
+    """Format a lead, such as "3.52 (faiss IndexFlatL2)", over the fastest contender.
+
+    Contenders of ours and the float64 definition do not count.
+    """
     peers = [c for c in case["contenders"] if not c["name"].startswith(("rqkernels", "reference"))]
     if not peers:
         return "-"
@@ -104,7 +107,7 @@ def amount(count: float) -> str:
 
 
 def systems_tables(result: Mapping[str, Any]) -> str:
-    """What `rqgen bench systems` counted and measured, as markdown."""
+    """Format the counts and times of `rqgen bench systems` as markdown."""
     settings, systems = result["settings"], result["systems"]
     names, first = [system["name"] for system in systems], [system["counted_per_image"][0] for system in systems]
     counted = {
@@ -153,17 +156,17 @@ def _measured(case: Mapping[str, Any]) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """A table of rows that all have the same columns."""
+    """Format rows, which all have the same columns, as the lines of a table."""
     cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel for each JSON file: by shape, how many times as long as ours each contender takes per row.
+    """Plot one panel per JSON file: time per row of each contender relative to ours, by shape.
 
-    The definition in float64 is left out: it is there to be right, and far off every scale.
+    The float64 definition is left out: it would be far off the scale.
     """
-    # Text stays text, and nothing in the file comes from a clock or a random number.
+    # Text is kept as text, and the file depends on no clock and no random number.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rqkernels", "font.size": 8})
     heights = [len(result["cases"]) for result in results]
     figure, panels = plt.subplots(
@@ -198,10 +201,10 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def render(results: Path, out: Path) -> None:
-    """Writes the tables into ``out``, and a plot per machine beside the JSON.
+    """Write the tables to ``out``, and a plot per machine next to the JSON.
 
     Raises:
-        ValueError: a result that nobody could repeat, see `_harness.described`; the message names its file.
+        ValueError: a result that cannot be repeated, see `_harness.described`; the message names its file.
     """
     contents = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     contents |= {path: json.loads(path.read_text()) for path in sorted(results.glob("systems/*/systems.json"))}

@@ -1,10 +1,10 @@
-"""What a run of `rqgen scaling` found, into docs/scaling.md.
+"""Write the results of a run of `rqgen scaling` into docs/scaling.md.
 
     rqgen scaling --out runs/scaling
     python benchmarks/scaling_table.py runs/scaling
 
-Keeps the run's JSON as benchmarks/results/scaling-digits.json and its figure as docs/scaling.png, and writes the tables
-of docs/scaling.md, between its two markers, from that JSON.
+Copies the run's JSON to benchmarks/results/scaling-digits.json and its figure to docs/scaling.png, and writes the
+tables of docs/scaling.md, between two markers, from that JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DOCS = _harness.ROOT / "docs" / "scaling.md"
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """A row per model, and a row per law."""
+    """Format a table with a row per model and one with a row per law."""
     environment, members, loop = result["environment"], result["members"], result["config"]["prior"]["loop"]
     seconds = sum(member["seconds"] for member in members) + (result["tokenizer_seconds"] or 0)
     lines = [

@@ -1,6 +1,6 @@
 """Residual-quantization kernels for PyTorch: CPU and CUDA twins of every op, and a plain-PyTorch reference.
 
-Importing this loads the compiled libraries; `info()` says which, and why one was not.
+Importing it loads the compiled libraries; `info()` says which, and why one did not load.
 """
 
 from ._shadow import give_way

@@ -1,4 +1,4 @@
-"""`python -m rqkernels`: what is installed and which libraries loaded."""
+"""`python -m rqkernels`: print what is installed and which libraries loaded."""
 
 from . import info
 

@@ -1,13 +1,13 @@
-"""Checks of arguments: one place for operators, references and fake kernels. Imports torch alone, as references do.
+"""Argument checks, shared by operators, references and fake kernels. Imports torch alone, as references do.
 
-Decided once, for every operator and packed object:
+Rules for every operator and packed object:
 
-- An integer is what Python and numpy call one (`numbers.Integral`). A bool is none, nor is a float without a fraction,
-  nor a tensor: reading it would make the host wait for a device. Where an operator takes a tensor, it says so.
+- An integer is a Python or numpy integer (`numbers.Integral`). A bool is not an integer, nor is a float without a
+  fraction, nor a tensor: reading one would synchronise the host with the device. Operators that take a tensor say so.
 - A number is an integer or a real number of Python or numpy. NaN is refused everywhere, infinity where it has no
   meaning.
-- A flag is a bool of Python or numpy.
-- A tensor is dense and strided. Of a subclass that is one, too.
+- A flag is a Python or numpy bool.
+- A tensor is dense and strided; subclasses of torch.Tensor are accepted if they are.
 - A list is a list or a tuple.
 
 Every message reads `operator: argument must be ..., got ...`. A wrong type is a TypeError, a wrong value a ValueError.
@@ -19,23 +19,24 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined] # is_lazy cannot be traced
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# References take float64 too, and compute in it: they are the truth that kernels are measured by.
+# References also take float64 and compute in it: they are the truth that kernels are compared with.
 REFERENCE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 MOST_ELEMENTS = 1 << 40  # kMostElements of csrc/common/tensors.h
-_MOST_FLOAT32 = 3.4028235677973366e38  # from here on a number rounds to infinity
+_MOST_FLOAT32 = 3.4028235677973366e38  # the smallest number that rounds to infinity
 
 # --- numbers ---------------------------------------------------------------------------------------------
 
 
 def _is_integer(value: object) -> bool:
-    if type(value) is int:  # mostly; what comes next takes a microsecond
+    if type(value) is int:  # the usual case; the test below takes a microsecond
         return True
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
@@ -53,37 +54,37 @@ def _is_flag(value: object) -> bool:
     )
 
 
-def _plain(value: object) -> object:
-    """A number of another library as Python's own: torch takes no others."""
+def _plain(value: Any) -> Any:
+    """Convert an integer of another library to Python's int, which is all that torch takes."""
     return value if type(value) in (int, float) or isinstance(value, (torch.SymInt, torch.SymFloat)) else int(value)
 
 
 def check_integer(
     op: str, name: str, value: object, low: int | None = 0, bits: int | None = None, *, or_none: bool = False
 ) -> int:
-    """The integer, at least `low` and below 2^bits. TypeError or ValueError."""
+    """Return the integer if it is at least `low` and below 2^bits; raise TypeError or ValueError."""
     if not _is_integer(value):
         raise TypeError(f"{op}: {name} must be an integer{' or None' if or_none else ''}, got {type(value).__name__}")
-    value = _plain(value)
-    if low is not None and value < low:
-        raise ValueError(f"{op}: {name} must be >= {low}, got {value}")
-    if bits is not None and value >= 1 << bits:
-        raise ValueError(f"{op}: {name} must be < 2^{bits}, got {value}")
-    return value
+    integer: int = _plain(value)
+    if low is not None and integer < low:
+        raise ValueError(f"{op}: {name} must be >= {low}, got {integer}")
+    if bits is not None and integer >= 1 << bits:
+        raise ValueError(f"{op}: {name} must be < 2^{bits}, got {integer}")
+    return integer
 
 
 def check_counter(op: str, name: str, value: object, bits: int) -> int:
-    """The integer, of so many bits without a sign. TypeError or ValueError."""
+    """Return the integer if it is an unsigned `bits`-bit one; raise TypeError or ValueError."""
     if not _is_integer(value):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
-    value = _plain(value)
-    if not 0 <= value < 1 << bits:
-        raise ValueError(f"{op}: {name} must be in [0, 2^{bits}), got {value}")
-    return value
+    integer: int = _plain(value)
+    if not 0 <= integer < 1 << bits:
+        raise ValueError(f"{op}: {name} must be in [0, 2^{bits}), got {integer}")
+    return integer
 
 
 def check_depth(op: str, depth: object) -> int | None:
-    """The depth, 1 <= depth < 2^31, or None."""
+    """Return the depth, 1 <= depth < 2^31, or None."""
     return None if depth is None else check_integer(op, "depth", depth, 1, 31, or_none=True)
 
 
@@ -96,12 +97,15 @@ def check_number(
     *,
     kind: str = "a number",
 ) -> float:
-    """The number as a float for which `fits` holds; `expected` says so in words, `kind` what else than a number may
-    come. TypeError or ValueError."""
+    """Return the number as a float if `fits` holds for it; raise TypeError or ValueError.
+
+    `expected` states the range in words, `kind` the accepted types.
+    """
     if not _is_number(value):
         raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
+    number: Any = value
     try:
-        number = value if isinstance(value, torch.SymFloat) else float(value)
+        number = number if isinstance(number, torch.SymFloat) else float(number)
     except OverflowError:
         raise ValueError(f"{op}: {name} must be {expected}, got an integer above the range of float64") from None
     if not fits(number):
@@ -110,17 +114,17 @@ def check_number(
 
 
 def check_positive(op: str, name: str, value: object) -> float:
-    """A number above 0; infinity among them."""
+    """Return a number above 0, infinity included."""
     return check_number(op, name, value, "> 0", lambda number: number > 0)
 
 
 def check_float32(op: str, name: str, value: object) -> float:
-    """A number >= 0 that is finite in float32, which is what computes with it."""
+    """Return a number >= 0 that is finite in float32, the type that kernels compute with."""
     return check_number(op, name, value, "a finite number >= 0", lambda number: 0 <= number < _MOST_FLOAT32)
 
 
 def check_scale(op: str, scale: object) -> float | None:
-    """The factor of attention scores, finite in float32; None is left to the operator."""
+    """Return the factor of attention scores, finite in float32, or None, which stands for the operator's default."""
     if scale is None:
         return None
     number = check_number(op, "scale", scale, "finite", math.isfinite, kind="a number or None")
@@ -130,14 +134,14 @@ def check_scale(op: str, scale: object) -> float | None:
 
 
 def check_flag(op: str, name: str, value: object) -> bool:
-    """The bool. TypeError."""
+    """Return the bool; raise TypeError."""
     if not _is_flag(value):
         raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
     return bool(value)
 
 
 def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> str:
-    """One of some strings. TypeError or ValueError."""
+    """Return the string if it is one of `allowed`; raise TypeError or ValueError."""
     if not isinstance(value, str):
         raise TypeError(f"{op}: {name} must be a string, one of {', '.join(allowed)}; got {type(value).__name__}")
     if value not in allowed:
@@ -146,11 +150,11 @@ def check_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> s
 
 
 def signed_seed(seed: int) -> int:
-    """The same 64 bits as operators take them: as a signed integer."""
+    """Return the same 64 bits as a signed integer, which is what operators take."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-# --- how codes are drawn ---------------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------------
 
 
 def check_temperature(op: str, value: object) -> float:
@@ -158,7 +162,7 @@ def check_temperature(op: str, value: object) -> float:
 
 
 def check_top_k(op: str, value: object) -> int | None:
-    """At most what an operator takes: so many codes are all codes."""
+    """Return top_k, at most 2^63 - 1, the largest that an operator takes: more than any codebook has."""
     if value is None:
         return None
     return min(check_integer(op, "top_k", value, 1, or_none=True), (1 << 63) - 1)
@@ -171,7 +175,7 @@ def check_top_p(op: str, value: object) -> float | None:
 
 
 def check_rows_from(op: str, offset: int, rows: int) -> None:
-    """The counters of all rows must be 63 bits."""
+    """Raise ValueError unless the counter of every row fits into 63 bits."""
     if offset > (1 << 63) - 1 - rows:
         raise ValueError(f"{op}: offset must be >= 0, and offset + rows below 2^63; got {offset} with {rows} rows")
 
@@ -180,7 +184,7 @@ def check_rows_from(op: str, offset: int, rows: int) -> None:
 
 
 def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """TypeError unless it is a dense tensor of one of `dtypes`."""
+    """Raise TypeError unless `tensor` is a dense tensor of one of `dtypes`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     if type(tensor) is not Tensor and isinstance(tensor, UninitializedTensorMixin):
@@ -194,7 +198,7 @@ def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, 
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """ValueError where torch would not let a result be written over it. Not told while a graph is traced."""
+    """Raise ValueError if torch would not let a result be written into `tensor`. Traced graphs are not checked."""
     if torch.compiler.is_compiling():
         return
     if tensor._is_zerotensor() or tensor.is_neg():
@@ -204,7 +208,7 @@ def check_writable(op: str, name: str, tensor: Tensor) -> None:
 
 
 def is_apart(tensor: Tensor) -> bool:
-    """Whether no two of its elements share memory, as far as sizes and strides tell."""
+    """True if no two elements share memory, judged by sizes and strides (conservative)."""
     if tensor.numel() == 0:
         return True
     reach = 1
@@ -217,7 +221,7 @@ def is_apart(tensor: Tensor) -> bool:
 
 
 def may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from the first to the last element of one meets that of the other."""
+    """True if the memory spans from first to last element of both tensors intersect."""
     if a.device != b.device or a.numel() == 0 or b.numel() == 0 or a.device.type == "meta":
         return False
     (begin_a, end_a), (begin_b, end_b) = _memory_of(a), _memory_of(b)
@@ -230,7 +234,7 @@ def _memory_of(tensor: Tensor) -> tuple[int, int]:
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     try:
         begin = tensor.data_ptr()
-    except RuntimeError:  # a wrapper of torch.func, which has no memory of its own
+    except RuntimeError:  # a torch.func wrapper, which has no memory of its own
         return 0, 0
     return begin, begin + (last + 1) * tensor.element_size()
 
@@ -243,7 +247,7 @@ def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Ten
 
 
 def check_elements(op: str, name: str, tensor: Tensor) -> None:
-    """Dimensions of size zero count as one. Symbolic sizes are taken as they come."""
+    """Raise ValueError for 2^40 elements or more. Sizes of zero count as one, symbolic sizes are not checked."""
     elements = 1
     for size in tensor.shape:
         elements *= max(size, 1) if isinstance(size, int) else 1
@@ -252,7 +256,7 @@ def check_elements(op: str, name: str, tensor: Tensor) -> None:
 
 
 def check_finite(op: str, name: str, codebooks: Tensor) -> None:
-    """ValueError naming the first code that is not finite, of (K, C) or (D, K, C)."""
+    """Raise ValueError naming the first code of (K, C) or (D, K, C) that is not finite."""
     bad = ~torch.isfinite(codebooks)
     if not bool(bad.any()):
         return
@@ -262,7 +266,7 @@ def check_finite(op: str, name: str, codebooks: Tensor) -> None:
 
 
 def differ(a: int, b: int) -> bool:
-    """Of two sizes. Symbolic ones count as alike: a check must not tie a compiled graph to them."""
+    """True if two sizes differ. Symbolic sizes never do: a check must not specialise a compiled graph."""
     return isinstance(a, int) and isinstance(b, int) and a != b
 
 
@@ -275,5 +279,5 @@ def is_below(size: int, low: int) -> bool:
 
 
 def shape_of(tensor: Tensor) -> str:
-    """As errors have it: (2, 8, 8), and (3) of one dimension."""
+    """Format a shape for an error: (2, 8, 8), or (3) for one dimension."""
     return "(" + ", ".join(map(str, tensor.shape)) + ")"

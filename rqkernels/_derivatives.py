@@ -1,5 +1,7 @@
-"""Derivatives of operators, registered where the dispatcher looks for those of PyTorch's own operators: a call is
-differentiated rightly, or refused, wherever it comes from, compiled code and `torch.func` among it."""
+"""Derivatives of operators, registered with the dispatcher like those of PyTorch's own operators.
+
+Every call is differentiated correctly or refused, from compiled code and `torch.func` too.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Registrations live as long as this.
+# Registrations live as long as this object.
 LIBRARY = torch.library.Library("rqkernels", "FRAGMENT")
 
 
 def is_transformed(tensors: Sequence[Any]) -> bool:
-    """Whether `torch.func` is at work, or forward mode on one of these."""
+    """True inside a `torch.func` transform, or if one of the tensors carries a forward-mode tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
     return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
@@ -24,14 +26,14 @@ def is_transformed(tensors: Sequence[Any]) -> bool:
 def register_derivative(
     name: str, plain: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
-    """Registers the derivatives of `torch.ops.rqkernels.<name>`.
+    """Register the derivatives of `torch.ops.rqkernels.<name>`.
 
     Args:
         name: of the operator.
-        plain: the operator by differentiable functions of PyTorch, which forward mode and `torch.func` go through.
-        setup_context: as of `torch.autograd.Function`; at its end (ctx, inputs, output).
-        backward: as of `torch.autograd.Function`. With gradients enabled, which is where its result may be
-            differentiated again, that must be right (see `vjp`) or refused (see `refuse_second_derivative`).
+        plain: the operator in differentiable PyTorch functions, for forward mode and `torch.func`.
+        setup_context: as in `torch.autograd.Function`: called with (ctx, inputs, output).
+        backward: as in `torch.autograd.Function`. With gradients enabled its result may be differentiated again: it
+            must then be differentiable (see `vjp`) or refuse that (see `refuse_second_derivative`).
     """
     op = getattr(torch.ops.rqkernels, name).default
 
@@ -46,12 +48,12 @@ def register_derivative(
             setup_context(ctx, args, output)
             return output
 
-    Derivative.backward = staticmethod(backward)
+    setattr(Derivative, "backward", staticmethod(backward))  # noqa: B010 (mypy knows backward as a method)
     Derivative.__name__ = Derivative.__qualname__ = name
 
     def call(*args: Any) -> Any:
         if is_transformed(args):
-            below(*args)  # What it refuses is refused here too.
+            below(*args)  # for the operator's checks
             return plain(*args)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             return Derivative.apply(*args)
@@ -61,8 +63,8 @@ def register_derivative(
 
 
 def vjp(plain: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of `plain(*inputs)`, which may be differentiated again, in inputs and in `grad`."""
-    # Views, since one input may have been made from another: that path is not this function's.
+    """Return the gradients of `plain(*inputs)`, which can be differentiated again in inputs and in `grad`."""
+    # Views: one input may have been computed from another, and that path must not be differentiated here.
     own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
     return torch.autograd.grad(plain(*own), own, grad, create_graph=True)
 
@@ -81,6 +83,9 @@ class _Refusal(torch.autograd.Function):
 
 
 def refuse_second_derivative(op: str, gradient: Tensor, *of: Tensor) -> Tensor:
-    """The gradient, which raises where it is differentiated. `of` are tensors through which that would go on: the
-    result of `op`, which is never large, and what its gradient came from."""
+    """Return the gradient, wrapped to raise when it is differentiated.
+
+    `of` are the tensors that such a second derivative would pass through: the result of `op`, which is never large, and
+    the tensors that its gradient was computed from.
+    """
     return _Refusal.apply(op, gradient, *of) if torch.is_grad_enabled() else gradient

@@ -1,4 +1,4 @@
-"""What is installed, for a bug report or a tired person."""
+"""Facts about the installation, for bug reports."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ._version import __version__
 
 
 def info(*, paths: bool = True) -> dict[str, Any]:
-    """Versions, instruction set, and which libraries loaded, or why not. `python -m rqkernels` prints it.
+    """Return versions, the instruction set, and which libraries loaded or why not. `python -m rqkernels` prints it.
 
     Args:
-        paths: with the paths on this machine; without them it can be published beside a result.
+        paths: include paths on this machine; False for facts to publish with a result.
 
     Returns:
         A dict of plain values: `version`, `python`, `torch`, `cuda_runtime_of_torch`, `device` (the GPU's name and
         compute capability, or None), `cuda_architectures` (those the CUDA library was compiled for), `cpu_capability`,
-        `threads`, `cpu_library` and `cuda_library` ("loaded", or the reason why not); with paths `package` (the folder
-        that was imported), `cpu_library_file` and `cuda_library_file` (None where there is no such file).
+        `threads`, `cpu_library` and `cuda_library` ("loaded", or the reason why not); with paths also `package` (the
+        imported folder), `cpu_library_file` and `cuda_library_file` (None if there is no such file).
     """
     cuda_file = _library._FOLDER / _library.CUDA_LIBRARY
     cuda = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries and remembers which came up, and why one did not."""
+"""Loading of the compiled libraries: which ones loaded, and why one did not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OLDEST_TORCH = (2, 11)
 
 
 def _load_cpu() -> str:
-    """Loads `_C` and returns the instruction set its kernels use; ImportError says what to do."""
+    """Load `_C` and return the instruction set of its kernels; the ImportError says what to do."""
     path = _FOLDER / CPU_LIBRARY
     torch_version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if torch_version < _OLDEST_TORCH:
@@ -33,14 +33,14 @@ def _load_cpu() -> str:
         raise ImportError(
             f"rqkernels: {path.name} could not be loaded into torch {torch.__version__}: {error}"
         ) from error
-    # Decides the level once; raises ValueError where RQK_CPU_CAPABILITY asks for what is not there.
+    # Decides the level once; raises ValueError if RQK_CPU_CAPABILITY asks for an unavailable one.
     return torch.ops.rqkernels.cpu_capability()
 
 
 def _serves(capability: tuple[int, int], architectures: list[int]) -> bool:
-    """Whether code compiled for these architectures (the newest also as PTX) runs on a GPU of this capability.
+    """True if code compiled for these architectures (the newest also as PTX) runs on a GPU of this capability.
 
-    Machine code serves its own major version from its minor version on; PTX serves everything newer.
+    Machine code runs on its own major version from its minor version on, PTX on everything newer.
     """
     device = 10 * capability[0] + capability[1]
     return device >= max(architectures) or any(
@@ -49,7 +49,7 @@ def _serves(capability: tuple[int, int], architectures: list[int]) -> bool:
 
 
 def _load_cuda() -> str | None:
-    """Loads `_cuda` where it can serve. Returns why it was not loaded, or None where it was."""
+    """Load `_cuda` if this machine can use it. Return the reason why not, or None if it loaded."""
     path = _FOLDER / CUDA_LIBRARY
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
@@ -76,23 +76,23 @@ _OUT_OF_GPU_MEMORY = "CUDA out of memory"
 _OUT_OF_CPU_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 
 
-def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """As `_arguments.check_tensor`; an error too where no library serves its device."""
+def check_tensor(op: str, name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check as `_arguments.check_tensor` does, and that a library for the tensor's device is loaded."""
     _arguments.check_tensor(op, name, tensor, dtypes)
-    device = tensor.device.type  # type: ignore[attr-defined]
+    device = tensor.device.type
     if device == "cuda" and CUDA_UNAVAILABLE is not None:
         raise RuntimeError(
-            f"{op}: {name} is on {tensor.device}, but the CUDA library is not loaded: {CUDA_UNAVAILABLE}"  # type: ignore[attr-defined]
+            f"{op}: {name} is on {tensor.device}, but the CUDA library is not loaded: {CUDA_UNAVAILABLE}"
         )
     if device not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{op}: {name} must be on cpu or cuda, got {tensor.device}")  # type: ignore[attr-defined]
+        raise ValueError(f"{op}: {name} must be on cpu or cuda, got {tensor.device}")
 
 
 def call(op: str, operator: Callable[..., Any], *arguments: object) -> Any:
-    """Calls an operator of the library in the name of `op`.
+    """Call an operator of the library; its errors are raised in the name of `op`.
 
-    Memory that is not there is an error of torch's own class, with its text: torch.OutOfMemoryError on a GPU (which no
-    library with a stable ABI can raise), RuntimeError on a CPU.
+    Running out of memory raises torch's own class with torch's text: torch.OutOfMemoryError on a GPU (which a library
+    with a stable ABI cannot raise itself), RuntimeError on a CPU.
     """
     try:
         return operator(*arguments)
@@ -102,7 +102,7 @@ def call(op: str, operator: Callable[..., Any], *arguments: object) -> Any:
             raise torch.OutOfMemoryError(f"{op}: {text}") from None
         if any(words in text for words in _OUT_OF_CPU_MEMORY):
             raise RuntimeError(f"{op}: {text}") from None
-        # "Inference tensors cannot be saved for backward", "Inplace update to inference tensor": without a name.
+        # "Inference tensors cannot be saved for backward", "Inplace update to inference tensor": torch names no tensor.
         if "nference tensor" in text:
             raise ValueError(
                 f"{op}: {_made_in_inference_mode(operator, arguments)} must not be made in inference mode to take part "

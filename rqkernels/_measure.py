@@ -1,10 +1,10 @@
 """Timing, peak memory, device peaks and the environment of a measurement, for every benchmark of both packages.
 
-Needs torch alone, so that the kernels' benchmarks run where the models' dependencies are missing.
+Needs torch alone, so that the kernels' benchmarks run without the models' dependencies.
 
-Rules: a GPU is timed by events, with its L2 cache flushed before a call where the caller asks for it; a CPU by the wall
-clock. A peak is the best of all probes: the most that the device can do, not what it did in a slow minute. The floor of
-some work is max(bytes / copy bandwidth, operations / matmul rate) of those peaks.
+Rules: a GPU is timed by events, with its L2 cache flushed before a call if the caller asks for it; a CPU by the wall
+clock. A peak is the best of all probes: what the device is capable of, not what it did in a slow minute. The floor of
+some work is max(bytes / copy bandwidth, operations / matmul rate) at those peaks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# glibc then keeps large blocks in the process, so that no call pays for page faults, and a second OpenMP pool sleeps.
+# With these, glibc keeps large blocks in the process, so that no call takes page faults, and idle OpenMP threads sleep.
 WARM_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -34,8 +34,8 @@ WARM_HEAP = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 PACKAGES = ("rqkernels", "torch", "numpy")
-# Bytes of the copy and side of the square product that peaks are measured with: more than a CPU's caches hold, and on a
-# GPU enough that a launch does not count.
+# Bytes of the copy and side of the square matrix product that measure the peaks: larger than a CPU's caches, and on a
+# GPU large enough that launch overhead does not count.
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 
@@ -44,7 +44,7 @@ PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU, or of the processor; a virtual machine's generic name is completed by family and model."""
+    """Return the name of a GPU or of the processor; family and model complete a virtual machine's generic name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     facts = _cpuinfo()
@@ -55,17 +55,17 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """`device_name` as part of a file's name."""
+    """Return `device_name` in a form for file names."""
     return slug(device_name(device))
 
 
 def slug(name: str) -> str:
-    """Lower-case letters, digits and single hyphens of a name."""
+    """Reduce a name to lower-case letters, digits and single hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _cpuinfo() -> dict[str, str]:
-    """First processor of /proc/cpuinfo; empty on other systems."""
+    """Return the entry of the first processor in /proc/cpuinfo; empty on other systems."""
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
@@ -75,20 +75,22 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def is_warm() -> bool:
-    """Whether the process was started with the settings of `WARM_HEAP`."""
+    """True if the process was started with the settings of `WARM_HEAP`."""
     return all(os.environ.get(name) == value for name, value in WARM_HEAP.items())
 
 
 class Checkout(NamedTuple):
-    """State of the git checkout that a file lies in; both None outside one."""
+    """State of a git checkout; both fields are None outside of one."""
 
     commit: str | None
     dirty: bool | None
 
 
 def checkout(folder: Path, *, ignored: Sequence[str] = ()) -> Checkout:
-    """Commit of the checkout at ``folder``, and whether tracked files differ from it; paths in ``ignored`` (relative to
-    the folder) do not count."""
+    """Return the commit of the checkout at ``folder`` and if tracked files differ from it.
+
+    Paths in ``ignored``, relative to the folder, do not count.
+    """
     status = _git(
         folder, "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in ignored)
     )
@@ -104,7 +106,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -113,7 +115,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def environment(device: torch.device, state: Checkout, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """Everything a reader needs to repeat a measurement, as JSON holds it."""
+    """Return everything a reader needs to repeat a measurement, as JSON values."""
     import rqkernels
 
     return {
@@ -131,19 +133,21 @@ def environment(device: torch.device, state: Checkout, packages: Iterable[str] =
     }
 
 
-# --- the least time ---------------------------------------------------------------------------------------
+# --- peaks and floors ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Copy bandwidth, bytes read and written per second, and operations (multiplications and additions) per second of a
-    matrix product, by precision: "fp32", "bf16", "int8"."""
+    """Copy bandwidth (bytes read and written per second) and operations per second of a matrix product.
+
+    Operations are multiplications and additions, by precision: "fp32", "bf16", "int8".
+    """
 
     copy_bytes_per_s: float
     operations_per_s: Mapping[str, float]
 
     def floor_ns(self, moved: float, operations: float, precision: str) -> tuple[float, str]:
-        """Least time in nanoseconds for that many bytes and operations, and the unit that limits it."""
+        """Return the least time in nanoseconds for this many bytes and operations, and the unit that limits it."""
         ns = {
             "memory bandwidth": 1e9 * moved / self.copy_bytes_per_s,
             "matrix unit": 1e9 * operations / self.operations_per_s[precision],
@@ -159,9 +163,9 @@ class Peaks:
     """Best rates of a device over all probes so far.
 
     Args:
-        device: where.
-        precisions: of the products; by default all that the device has ("int8" on a CPU alone). A precision may compute
-            in a wider one, so it never counts for less than the wider.
+        device: the device to measure.
+        precisions: of the matrix products; by default all that the device supports ("int8" on a CPU only). Work in a
+            precision can be done in a wider one, so its rate is never taken as less than the wider one's.
     """
 
     def __init__(self, device: torch.device, precisions: Sequence[str] = ("fp32", "bf16", "int8")) -> None:
@@ -180,12 +184,12 @@ class Peaks:
         square = torch.randn(self._side, self._side, device=self.device)
         half, byte = square.bfloat16(), square.mul(30).clamp(-127, 127).to(torch.int8)
         products: dict[str, Callable[[], object]] = {"fp32": lambda: square @ square, "bf16": lambda: half @ half}
-        if self.device.type == "cpu":  # cuBLAS has int8 for some layouts alone
+        if self.device.type == "cpu":  # cuBLAS supports int8 for some layouts only
             products["int8"] = lambda: torch._int_mm(byte, byte)
         return {name: product for name, product in products.items() if name in precisions}
 
     def probe(self) -> None:
-        """Measures each rate once more and keeps the best."""
+        """Measure each rate once more and keep the best."""
         copy_ns = time_call(lambda: self._target.copy_(self._source), self.device)[0]
         self._copy = max(self._copy, 2e9 * self._source.nbytes / copy_ns)
         for name, product in self._products.items():
@@ -200,16 +204,16 @@ class Peaks:
         return Rates(self._copy, rates)
 
 
-# --- one call ---------------------------------------------------------------------------------------------
+# --- timing and memory ------------------------------------------------------------------------------------
 
 
 @functools.cache
 def _l2_flush(device: torch.device) -> torch.Tensor:
-    return torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times any L2 there is
+    return torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times the largest L2
 
 
 def time_call(call: Callable[[], object], device: torch.device, *, flush_l2: bool = False) -> tuple[int, object]:
-    """Nanoseconds of one call, until the device has done what it asked for, and its result."""
+    """Return the nanoseconds of one call, until the device has finished its work, and its result."""
     if device.type != "cuda":
         start = time.perf_counter_ns()
         result = call()
@@ -245,11 +249,11 @@ class Times(NamedTuple):
 def interleave(
     calls: Sequence[Callable[[], object]], device: torch.device, seconds: float, *, warm_up: bool = True
 ) -> list[Times]:
-    """Times calls in turns, so that a slow minute of the machine hits all of them alike.
+    """Time calls in turns, so that a slow minute of the machine affects all of them alike.
 
-    After one round to warm up, another tells how many there is time for: each call may spend the same part of
-    ``seconds``, in at most 20 rounds and at least two, or in one where that already takes longer than all of it. Calls
-    with fewer rounds than others have theirs spread evenly among them.
+    After a warm-up round, a second round determines the number of rounds: each call gets the same share of ``seconds``,
+    at least two and at most 20 rounds, or one round if that alone takes longer than ``seconds``. The rounds of a call
+    that gets fewer are spread evenly over the others'.
     """
     if warm_up:
         for call in calls:
@@ -266,10 +270,10 @@ def interleave(
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one call needs beyond what stood before it, its result included; None where nobody tells.
+    """Return the bytes that one call allocates at its peak, its result included; None if the system does not tell.
 
-    On a GPU torch's allocator knows. On Linux the high-water mark of the process is reset and read, which sees every
-    allocation that was touched, whoever made it.
+    On a GPU torch's allocator counts them. On Linux the high-water mark of the process is reset and read: it sees every
+    allocation that was touched, by any library.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""Keeps a source folder without its compiled library from hiding the installed package.
+"""Protection against a source folder without a compiled library that hides the installed package.
 
-Python looks in the current folder first, so that in a clone `import rqkernels` and `python -m rqkernels` find the
-clone's source, also after `pip install .` has put package and library elsewhere. Whole packages are exchanged, never
-Python files of one with the library of the other.
+Python looks in the current folder first, so in a clone `import rqkernels` and `python -m rqkernels` find the clone's
+source even if `pip install .` has put package and library elsewhere. The whole package is exchanged: Python files of
+one copy never run with the library of the other.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ CPU_LIBRARY = "_C.abi3.so"
 
 
 def give_way(name: str, file: str) -> bool:
-    """Puts the installed package in the place of the package `name`, whose `__init__.py` is `file`, where that has no
-    library and an installed one has. Says so in a warning. Returns whether it did: the caller then defines nothing."""
+    """Replace the package `name`, whose `__init__.py` is `file`, by the installed one if only that has a library.
+
+    Warns when it does. Returns True if it did: the caller then defines nothing.
+    """
     folder = Path(file).resolve().parent
     if (folder / CPU_LIBRARY).exists():
         return False
@@ -27,7 +29,7 @@ def give_way(name: str, file: str) -> bool:
         return False
     installed = Path(spec.origin).parent
     differs = "" if _sources(folder) == _sources(installed) else ", whose Python files differ from the folder's"
-    # Line 0: no line of source is printed below the warning.
+    # Line 0: Python then prints no source line below the warning.
     warnings.warn_explicit(
         f"{name}: {folder} is a source folder without the compiled library; imported the installed package "
         f"{installed} instead{differs}",
@@ -38,13 +40,13 @@ def give_way(name: str, file: str) -> bool:
     for loaded in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
         del sys.modules[loaded]
     package = module_from_spec(spec)
-    sys.modules[name] = package  # the import system hands out what stands here once the importing module has run
+    sys.modules[name] = package  # the import system returns this entry once the importing module has run
     spec.loader.exec_module(package)
     return True
 
 
 def _find_installed(name: str, folder: Path) -> ModuleSpec | None:
-    """The first package of this name on `sys.path` that has a library, outside `folder`."""
+    """Find the first package of this name on `sys.path`, outside `folder`, that has a library."""
     for entry in sys.path:
         spec = PathFinder.find_spec(name, [entry])
         if spec is not None and spec.origin is not None:

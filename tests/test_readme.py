@@ -1,4 +1,4 @@
-"""The README's Python examples run, and say what their comments promise."""
+"""Tests of the README: it is short, its examples run and print the promised shapes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
+import rqkernels
 from rqgen import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
 from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import QuantizerConfig
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text()
+BLOCKS = {
+    re.search(r"^import (rq\w+)$", block, re.MULTILINE)[1]: block
+    for block in re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def promised(block: str) -> list[str]:
-    """The output that the comments behind `print` give, up to a colon, comma or the end."""
+    """Return the outputs that comments behind `print` promise, up to a colon, a comma or the end."""
     return re.findall(r"^print\(.*\)\s+# (torch\.Size\(\[[\d, ]+\]\))", block, re.MULTILINE)
 
 
 @pytest.fixture
 def demo_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Untrained models of the demo's shapes, where the demo would have put them."""
+    """Write untrained models of the demo's shapes where the demo puts them, and go there."""
     quantizer = QuantizerConfig(codebook_size=32, depth=4, init="random")
     vae = RQVAE(
         RQVAEConfig(
@@ -38,6 +45,7 @@ def demo_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             norm_groups=4,
             code_shape=[4, 4, 4],
             quantizer=quantizer,
+            class_names=DIGITS,
         )
     )
     stack = TransformerConfig(layers=1, heads=2)
@@ -50,6 +58,8 @@ def demo_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         depth=stack,
         condition="class",
         condition_vocab_size=10,
+        condition_dropout=0.1,  # with a null condition, as the demo's prior has one
+        class_names=DIGITS,
     )
     vae.save_pretrained(tmp_path / "runs" / "demo" / "tokenizer")
     RQTransformer(prior_config, vae.codebooks).save_pretrained(tmp_path / "runs" / "demo" / "prior")
@@ -57,8 +67,9 @@ def demo_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("demo_models")
-@pytest.mark.parametrize("block", BLOCKS, ids=["rqkernels", "rqgen"])
-def test_the_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("package", ["rqgen", "rqkernels"])
+def test_the_example_runs(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    block = BLOCKS[package]
     exec(compile(block, str(README), "exec"), {})
     printed = capsys.readouterr().out
     assert promised(block)
@@ -66,11 +77,17 @@ def test_the_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> Non
         assert text in printed
 
 
-def test_numbers_of_the_example_are_certified() -> None:
-    """The claim under the first example: the reference finds the same codes."""
-    namespace: dict[str, object] = {}
-    exec(compile(BLOCKS[0], str(README), "exec"), namespace)
-    x, codebook, found = namespace["x"], namespace["codebook"], namespace["found"]
-    import rqkernels
+def test_every_python_block_is_run() -> None:
+    assert TEXT.count("```python") == len(BLOCKS) == 2
 
+
+def test_codes_of_the_example_are_certified() -> None:
+    """The claim under the example of the operators: the reference finds the same codes."""
+    namespace: dict[str, object] = {}
+    exec(compile(BLOCKS["rqkernels"], str(README), "exec"), namespace)
+    x, codebook, found = namespace["x"], namespace["codebook"], namespace["found"]
     assert torch.equal(rqkernels.reference.residual_search(x, codebook, 4).codes, found.codes)
+
+
+def test_the_first_screen_is_short() -> None:
+    assert len(TEXT.splitlines()) <= 120

@@ -1,1 +1,1 @@
-"""One module per operator: its public function, its fake kernel and its gradient."""
+"""Operators, one module each: public function, fake kernel and gradient."""

@@ -13,24 +13,24 @@ _OP = "code_statistics"
 
 
 def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How many vectors chose each code, and their sum: what an EMA codebook is updated with.
+    """Count the vectors assigned to each code and sum them, as the update of a moving-average codebook needs it.
 
         counts_k = #{n : k_n = k}        sums_k = sum of x_n over k_n = k
 
-    Naively `one_hot(codes).T.float() @ x`, with a one-hot of rows x codes; here it is a scatter. A code's rows are
-    added in float64 in row order, every 1024 of them from zero and then these sums in their order, and rounded once:
-    the result does not depend on threads or device. (Lee et al. 2022, section 3.1: the codebook is the exponential
-    moving average of these sums over these counts.)
+    Naively `one_hot(codes).T.float() @ x`, with a one-hot of rows x codes; here it is a scatter. The rows of a code are
+    summed in float64 in row order, in pieces of 1024 that each start from zero; then the pieces are summed in order and
+    rounded once. The result does not depend on threads or device. (Lee et al. 2022, section 3.1: the codebook is the
+    exponential moving average of these sums over these counts.)
 
-    Neither x nor codes is copied where x is float32, its channels lie side by side, and at most two strides lead
-    through the other dimensions. Beside the results it takes 8 bytes per row and 16 per code on a CPU, or 3 MiB per
-    thread at most where codes are few; on CUDA 16 bytes per row, 4 per code, 1/256 of x, and 1 MiB.
+    Neither x nor codes is copied if x is float32, its channels are contiguous, and its other dimensions can be walked
+    with at most two strides. In addition to the results, a CPU needs 8 bytes per row and 16 per code, or at most 3 MiB
+    per thread if there are few codes; CUDA needs 16 bytes per row, 4 per code, 1/256 of x, and 1 MiB.
 
-    Not differentiable: x is taken detached.
+    Not differentiable: x is detached.
 
     Args:
         x: (..., C), float32, float16 or bfloat16.
-        codes: int64 (...): the shape of x without its last dimension. -1 counts nowhere.
+        codes: int64 (...): the shape of x without its last dimension. Rows with code -1 are skipped.
         num_codes: 1 <= K < 2^40.
 
     Returns:
@@ -38,9 +38,9 @@ def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
 
     Raises:
         TypeError: a wrong dtype, num_codes not an integer.
-        ValueError: shapes or devices that do not fit, num_codes out of range.
-        IndexError: on a CPU, a code outside [-1, K). On CUDA such a code makes all counts and sums NaN instead, since
-            raising would have to wait for the device.
+        ValueError: shapes or devices that do not match, num_codes out of range.
+        IndexError: on a CPU, a code outside [-1, K). On CUDA such a code makes all counts and sums NaN instead, because
+            raising would require a host-device sync.
     """
     check_tensor(_OP, "x", x, FLOAT_DTYPES)
     check_tensor(_OP, "codes", codes, (torch.int64,))
@@ -49,8 +49,11 @@ def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, T
 
 
 def statistics(op: str, x: Tensor, codes: Tensor, num_codes: int, *, by_depth: bool) -> tuple[Tensor, Tensor]:
-    """`code_statistics` in the name of another operator, of arguments that fit. With `by_depth` of x (..., D, C) and
-    codes (..., D) for each depth alone: (D, K) and (D, K, C), in one call."""
+    """Call `code_statistics` in the name of another operator, with checked arguments.
+
+    With `by_depth`, x (..., D, C) and codes (..., D) give separate statistics per depth, (D, K) and (D, K, C), in one
+    call.
+    """
     return call(op, torch.ops.rqkernels.code_statistics, x, codes, num_codes, by_depth)
 
 

@@ -1,4 +1,4 @@
-"""Sampling with an RQ-Transformer: a step of a stack of blocks, and all codes of one position in one call."""
+"""Sampling with an RQ-Transformer: one step of a transformer stack, and all codes of one position in one call."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from ..reference.depth_decode import (
     rounded_weight,
 )
 
-_PANEL = 32  # kOutputPanel of csrc/ops/depth_decode/params.h, which describes what is packed here
+_PANEL = 32  # kOutputPanel of csrc/ops/depth_decode/params.h, which describes the packed layout
 _LAYERS = ("qkv", "out", "mlp_in", "mlp_out")
 
 
 class PackedTransformer:
-    """The weights of a stack of causal pre-norm blocks, packed once for `transformer_step` and `depth_decode`.
+    """Weights of a stack of causal pre-norm blocks, packed once for `transformer_step` and `depth_decode`.
 
-    They are copied, in the order in which the kernels read them: each call reads them once from end to end, whatever
-    the batch. At precision
+    They are copied in the order in which the kernels read them: each call streams them once, whatever the batch. At
+    precision
 
-    - "fp32" they stay as they are;
-    - "bf16" they are rounded to bfloat16 and multiplied as float32 (on a GPU with activations that are each the sum of
-      two bfloat16, off by at most 2^-18): half the bytes;
-    - "int8" they become integers of [-127, 127] with one float32 scale per output,
+    - "fp32" they are unchanged;
+    - "bf16" they are rounded to bfloat16 and multiplied as float32 (on a GPU each activation is the sum of two
+      bfloat16, with an error of at most 2^-18): half the bytes;
+    - "int8" they become integers in [-127, 127] with one float32 scale per output,
       `scale_o = max_i |w_oi| / 127` (`quantize_weight` in rqkernels/reference/depth_decode.py): a quarter of the bytes.
-      Activations are rounded to integers of [-32639, 32639] with one scale per row, and products are exact, so that
-      what the weights lost is the only error that shows.
+      Activations are rounded to integers in [-32639, 32639] with one scale per row, and products are exact, so that the
+      rounding of the weights is the only visible error.
 
-    Norms, biases, activations, keys, values and attention are float32 throughout. A few rows take as long as their
-    weights take to arrive, so there each halving of bytes counts; with many rows int8 is the fastest where the
-    processor has AVX-512 VNNI, float32 elsewhere.
+    Norms, biases, activations, keys, values and attention are float32 throughout. For a few rows the time is that of
+    reading the weights, so fewer bytes are faster; for many rows int8 is the fastest with AVX-512 VNNI, float32
+    without.
 
     Args:
         blocks: one `BlockWeights` per layer, float32, float16 or bfloat16, all on one device; at least one unless
             `width` is given.
-        heads: divides the width.
+        heads: must divide the width.
         activation: "gelu" (exact) or "quick_gelu", `x * sigmoid(1.702 x)`.
         precision: "fp32", "bf16" or "int8".
         eps: of the norms.
-        width, device: of a stack without blocks, which is the identity (torch's default device, unless given).
+        width, device: of a stack without blocks, which is the identity (default: torch's default device).
 
     Raises:
         TypeError: a weight that is not a tensor of these dtypes, a setting of another type.
-        ValueError: shapes or devices that do not fit, weights that are not finite (at this precision), an unknown
+        ValueError: shapes or devices that do not match, weights that are not finite (at this precision), an unknown
             activation or precision, a width outside of [1, 32768], eps negative or not finite in float32.
     """
 
@@ -97,11 +97,12 @@ class PackedTransformer:
             _joined("PackedTransformer", parts) if parts else torch.empty(0, dtype=torch.uint8, device=given.device)
         )
         self.quantization_error: dict[str, float] = errors.relative()
-        """`|rounded - weight| / |weight|` (Frobenius) over all blocks, for "qkv", "out", "mlp_in", "mlp_out"."""
+        """Relative error `|rounded - weight| / |weight|` (Frobenius) over all blocks, by kind of layer: "qkv", "out",
+        "mlp_in", "mlp_out"."""
 
     @property
     def nbytes(self) -> int:
-        """Memory it holds."""
+        """Bytes held."""
         return self._blocks.nbytes
 
     def _arguments(self) -> tuple[int, int, int, str, str, float]:
@@ -115,28 +116,28 @@ class PackedTransformer:
 
 
 class PackedDepthDecoder:
-    """Everything that `depth_decode` reads, packed once: a depth transformer, its inputs and its classifier.
+    """Weights of `depth_decode`, packed once: a depth transformer, its input embedding and its classifier.
 
     Args:
-        transformer: the depth stack; its precision is the classifier's too.
-        depth_positions: (D, W), added to the input of each depth. Where the vectors come from a linear layer with a
-            bias, that bias belongs here, in rows 1 .. D-1.
-        vectors: (K, W), or (D, K, W) or (D * K, W) with one block per depth: what stands for each code in the inputs,
-            already of width W, such as `linear(codebook, projection)`. Kept in float32: of K * W numbers a call reads
-            one row per code, while projecting the sum of codes would read the whole projection at every depth.
+        transformer: the depth stack; its precision is also the classifier's.
+        depth_positions: (D, W), added to the input of each depth. If the vectors come from a linear layer with a bias,
+            add that bias here, in rows 1 .. D-1.
+        vectors: (K, W), or (D, K, W) or (D * K, W) with one block per depth: the input embedding of each code at width
+            W, such as `linear(codebook, projection)`. Kept in float32: a call reads one row per code, whereas
+            projecting the sum of codes would read the whole projection at every depth.
         norm_weight, norm_bias: (W,), of the LayerNorm before the classifier.
         classifier_weight: (K, W) for all depths, or (D, K, W).
         classifier_bias: (K,) or (D, K), or None.
-        cumulative: whether the input of depth d is the sum of the vectors of all codes before it, added in the order of
-            depths (Lee et al. 2022, equation 12), or the last one's alone.
+        cumulative: if True, the input of depth d is the sum of the vectors of all previous codes, added in depth order
+            (Lee et al. 2022, equation 12); if False, the vector of the last code.
         eps: of the norm.
 
-    All tensors float32, float16 or bfloat16 on one device, and copied.
+    All tensors are float32, float16 or bfloat16 on one device; they are copied.
 
     Raises:
         TypeError: transformer not a `PackedTransformer`, a tensor of another dtype, a setting of another type.
-        ValueError: shapes or devices that do not fit, numbers that are not finite (but a bias of -inf, which forbids
-            its code), eps negative or not finite in float32.
+        ValueError: shapes or devices that do not match, values that are not finite (except a bias of -inf, which
+            forbids its code), eps negative or not finite in float32.
     """
 
     def __init__(
@@ -187,11 +188,11 @@ class PackedDepthDecoder:
             parts += _linear(weight, bias, transformer.precision, errors, "classifier", f"{op}: ")
         self._classifier = _joined(op, parts)
         self.quantization_error: dict[str, float] = {**transformer.quantization_error, **errors.relative()}
-        """Those of the transformer, and "classifier"."""
+        """Errors of the transformer, and of "classifier"."""
 
     @property
     def nbytes(self) -> int:
-        """Memory it holds, that of its transformer included."""
+        """Bytes held, those of its transformer included."""
         return self.transformer.nbytes + self._classifier.nbytes + self._vectors.nbytes + self._positions.nbytes
 
     def __repr__(self) -> str:
@@ -210,34 +211,34 @@ def transformer_step(
     *,
     step: Tensor | None = None,
 ) -> Tensor:
-    """New positions through a stack of causal pre-norm blocks, with the keys and values of those seen before.
+    """Run new positions through a stack of causal pre-norm blocks with a cache of keys and values.
 
         x <- x + out(attention(norm(x)));   x <- x + mlp_out(activation(mlp_in(norm(x))))
-        attention: softmax(q k^T / sqrt(W / heads)) v over the positions up to the own one
+        attention: softmax(q k^T / sqrt(W / heads)) v over the positions up to and including its own
 
-    Weights are read once for up to 64 rows (B * n; whole sequences of n), beyond that once for each block of as many;
-    on a GPU once for all. A row's result is the same to the last bit for every batch size, place in the batch and
-    thread count, on one kind of device. Nothing is concatenated or reallocated.
-    `rqkernels.reference.transformer_step` is the definition in plain PyTorch.
+    Weights are read once for up to 64 rows (B * n; whole sequences of n), and once per block of 64 rows beyond that; on
+    a GPU once in all. On one kind of device a row's result is the same to the last bit for every batch size, position
+    in the batch and thread count. Nothing is concatenated or reallocated. `rqkernels.reference.transformer_step` is the
+    definition in plain PyTorch.
 
     Not differentiable. No norm follows the last block.
 
     Args:
         x: float32 (B, W), or (B, n, W) for n new positions.
         packed: the stack.
-        keys, values: float32 (layers, B, heads, capacity, W / heads), contiguous; the new positions' are written in
-            place, behind the first `length`. What stands beyond is neither read nor changed.
+        keys, values: float32 (layers, B, heads, capacity, W / heads), contiguous; those of the new positions are
+            written in place after the first `length`. Later entries are neither read nor changed.
         length: positions seen so far, 0 .. capacity - n.
-        step: one int64 number on the device of x that adds to `length`, so that a captured CUDA graph can be replayed
-            for the next position. (On a GPU it is not read back: where it does not fit the capacity y is NaN.)
+        step: one int64 number on the device of x, added to `length`, so that a captured CUDA graph can be replayed for
+            the next position. (On a GPU it is not read back: if it exceeds the capacity the result is NaN.)
 
     Returns:
         float32, the shape of x.
 
     Raises:
         TypeError: another dtype, packed not a `PackedTransformer`, length not an integer.
-        ValueError: shapes or devices that do not fit, keys or values that are not contiguous, share memory with one
-            another or with x, or cannot be written, no room left.
+        ValueError: shapes or devices that do not match; keys or values that are not contiguous, share memory with one
+            another or with x, cannot be written, or are full.
     """
     op = "transformer_step"
     for name, tensor in (("x", x), ("keys", keys), ("values", values)):
@@ -276,38 +277,38 @@ def depth_decode(
     stream: int = 0,
     step: Tensor | None = None,
 ) -> Tensor:
-    """The D codes of one position, one after another, in one call (Lee et al. 2022, equations 12-14).
+    """Sample the D codes of one position, one after another, in one call (Lee et al. 2022, equations 12-14).
 
         x_0 = context + positions[0];   x_d = sum_{d' < d} vectors[S_d'] + positions[d]
         S_d ~ sample_logits(classifier_d(norm(transformer(x_0 .. x_d)_d)))
 
-    or, where the decoder is not cumulative, x_d = vectors[S_{d-1}] + positions[d].
+    or, if the decoder is not cumulative, x_d = vectors[S_{d-1}] + positions[d].
 
-    Embedding, transformer, classifier and draw of all depths run without coming back to Python; keys and values of the
-    D inputs and the logits of one depth are all that is kept meanwhile. Weights are read once per depth for up to 64
-    rows (32 with guidance), beyond that once for each block of as many; on a GPU once for all. There a call is a fixed
-    chain of launches, nothing is read back, and a CUDA graph can capture it. A row's codes are the same for every batch
-    size, place in the batch and thread count. `rqkernels.reference.depth_decode` is the definition in plain PyTorch.
+    Embedding, transformer, classifier and sampling of all depths run without returning to Python; the only temporaries
+    are keys and values of the D inputs and the logits of one depth. Weights are read once per depth for up to 64 rows
+    (32 with guidance), and once per block of as many beyond that; on a GPU once in all. There a call is a fixed
+    sequence of launches without a host sync, which a CUDA graph can capture. A row's codes are the same for every batch
+    size, position in the batch and thread count. `rqkernels.reference.depth_decode` is the definition in plain PyTorch.
 
     Args:
-        context: float32 (B, W): the position's context, from the spatial transformer. With guidance (2 B, W), the
-            second half the same rows under the null condition.
+        context: float32 (B, W): the position's context, from the spatial transformer. With guidance (2 B, W): the
+            second half is the same rows under the null condition.
         decoder: weights.
         temperature, top_k, top_p: one value, or a list of one per depth; as in `rqkernels.reference.sample_logits`.
         guidance: g >= 0: logits = (1 + g) * conditional - g * null (Ho and Salimans 2022); 0 is off.
         seed: 0 <= seed < 2^64.
-        offset: what the index of the first row counts from, >= 0.
-        stream: the draw of depth d is that of `sample_logits(..., seed=seed, offset=offset, stream=stream + d)`.
+        offset: index of the first row, >= 0.
+        stream: depth d samples as `sample_logits(..., seed=seed, offset=offset, stream=stream + d)` does.
         step: one int64 number on the device of context; adds step * D to the stream, so that a captured CUDA graph can
-            be replayed for the next position. (On a GPU it is not read back: a stream beyond 2^32 begins anew.)
+            be replayed for the next position. (On a GPU it is not read back: a stream beyond 2^32 wraps around.)
 
     Returns:
-        int64 (B, D). On a GPU a row gets -1 from the depth on whose logits have NaN, +inf or nothing but -inf.
+        int64 (B, D). On a GPU a row is -1 from the first depth on whose logits have NaN, +inf or only -inf.
 
     Raises:
-        TypeError: context not float32, decoder not a `PackedDepthDecoder`, numbers that are none.
-        ValueError: shapes or devices that do not fit, a setting out of range; on a CPU logits with NaN, +inf or nothing
-            but -inf.
+        TypeError: context not float32, decoder not a `PackedDepthDecoder`, or a non-numeric setting.
+        ValueError: shapes or devices that do not match, a setting out of range; on a CPU logits with NaN, +inf or only
+            -inf.
     """
     op = "depth_decode"
     _check_context(op, context, decoder)
@@ -340,13 +341,13 @@ def depth_decode(
 
 
 def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) -> Tensor:
-    """Logits of every depth given all codes before it, bit for bit those that `depth_decode` draws from.
+    """Logits of every depth given the codes before it, bit for bit those that `depth_decode` samples from.
 
-    Not differentiable: context is taken detached.
+    Not differentiable: context is detached.
 
     Args:
         context: float32 (B, W), as in `depth_decode`, without guidance.
-        codes: int64 (B, D) in [0, K). On a GPU they are not checked: behind one out of range the logits are NaN.
+        codes: int64 (B, D) in [0, K). On a GPU they are not checked: after one out of range the logits are NaN.
         decoder: weights.
 
     Returns:
@@ -354,7 +355,7 @@ def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) ->
 
     Raises:
         TypeError: another dtype, decoder not a `PackedDepthDecoder`.
-        ValueError, IndexError: shapes or devices that do not fit, a code out of range (on a CPU).
+        ValueError, IndexError: shapes or devices that do not match, a code out of range (on a CPU).
     """
     op = "depth_logits"
     _check_context(op, context, decoder)
@@ -440,7 +441,7 @@ def _fake_decode(
 
 
 class _Errors:
-    """Squared norms of weights and of what rounding took from them, by kind of layer."""
+    """Squared norms of weights and of their rounding errors, by kind of layer."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
@@ -472,7 +473,7 @@ def _vector(values: Tensor) -> Tensor:
 def _linear(
     weight: Tensor, bias: Tensor | None, precision: str, errors: _Errors, kind: str, owner: str
 ) -> list[Tensor]:
-    """The parts of a packed linear layer; `owner` begins the name of its weight in an error."""
+    """Pack a linear layer into parts; `owner` begins the name of its weight in an error."""
     weight = weight.detach().float()
     outputs, inputs = weight.shape
     rounded = rounded_weight(weight, precision)

@@ -18,28 +18,28 @@ _OP = "residual_decode"
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, *, check: bool = True) -> Tensor:
-    """The vector that codes stand for: `sum_{d < depth} e_d(k_d)` (Lee et al. 2022, equation 5).
+    """Sum the code vectors of each row: `sum_{d < depth} e_d(k_d)` (Lee et al. 2022, equation 5).
 
     Naively `codebook.float()[codes[..., :depth]].sum(-2)`; here the (..., D, C) gather is never formed. The sum runs in
     float32, in depth order from zero, and is cast once, so for codes of `residual_search` it equals its `.quantized`.
 
-    Differentiable in codebooks, in which it is linear: any number of times, in forward mode and under `torch.func` too
-    (there and for a gradient with create_graph=True by `rqkernels.reference.residual_decode`).
+    Linear in codebooks and differentiable in them any number of times, also in forward mode and under `torch.func`
+    (there, and for a gradient with create_graph=True, by `rqkernels.reference.residual_decode`).
 
     Args:
         codes: int64 (..., D).
         codebooks: (K, C), shared by all depths, or (D', K, C), one per depth, with D' >= D; float32, float16 or
             bfloat16.
         depth: use only the first `depth` codes, 1 <= depth <= D; None for all.
-        check: raise where a code is outside [0, K). On CUDA this reads one flag back from the device; False is for
-            graph capture, and turns a row with such a code into NaN.
+        check: raise if a code is outside [0, K). On CUDA this reads one flag back from the device. False is for graph
+            capture: a row with such a code becomes NaN.
 
     Returns:
         (..., C) in the dtype of codebooks.
 
     Raises:
         TypeError: codes not int64, codebooks not of those dtypes, depth not an integer, check not a bool.
-        ValueError: shapes or devices that do not fit, depth out of range.
+        ValueError: shapes or devices that do not match, depth out of range.
         IndexError: a code outside [0, K), with its row and depth.
     """
     check_tensor(_OP, "codes", codes, (torch.int64,))
@@ -65,18 +65,18 @@ def _plain(codes: Tensor, codebooks: Tensor, depth: int | None, check: bool) -> 
     return reference.residual_decode(codes, codebooks, depth, check=False)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[1]:
         return None, None, None, None
     (codes,) = ctx.saved_tensors
     if torch.is_grad_enabled():
-        # The sum is linear: where codebooks are does not matter to its gradient.
+        # The sum is linear: its gradient does not depend on the values of the codebooks.
         anywhere = grad.new_zeros(ctx.codebooks_shape, dtype=ctx.codebooks_dtype)
         return None, *vjp(lambda e: _plain(codes, e, ctx.depth, False), [anywhere], grad), None, None
     num_codes = ctx.codebooks_shape[-2]
-    # Only check=False lets a bad code come this far; its row is NaN, and no code had a part in it.
+    # A bad code gets here with check=False only; its row is NaN, and no code contributed to it.
     codes = codes.masked_fill((codes < 0) | (codes >= num_codes), -1)
-    # A row's gradient belongs to each of its codes: it is read D times, and never copied.
+    # A row's gradient goes to each of its codes: it is read D times and never copied.
     codes = codes[..., : ctx.depth]
     grad = grad.float().contiguous().unsqueeze(-2).expand(*codes.shape, -1)
     by_depth = len(ctx.codebooks_shape) == 3

@@ -14,28 +14,28 @@ _OP = "residual_search"
 
 
 class PackedCodebook:
-    """A shared codebook prepared once, for encoding much data: stands in the place of `codebooks` in `residual_search`.
+    """A shared codebook packed once, for encoding much data; takes the place of `codebooks` in `residual_search`.
 
-    Codes, quantized vectors, norms, residuals and statistics are those of the plain codebook, bit for bit. What a
-    call need not do again: pack the codebook, or compare it with one that was kept. And on a CPU with int8
-    instructions (level avx512), from 32 channels and 128 codes on, depths share scans: with the codes' products
-    `G[k, j] = <e_k, e_j>` at one byte each (`has_gram`), the scores of one residual become those of the next by
-    adding a row of G, K operations instead of K*C. That takes about K^2 bytes (256 MiB at K = 16384) and K^2 C
-    multiplications once: at K = 16384, C = 256 repaid after some 10,000 rows of 16 depths, or 30,000 of 4. A search
-    then keeps scores of 96 rows in every thread, two bytes for each code (3.2 MiB at K = 16384), while it runs.
+    Codes, quantized vectors, norms, residuals and statistics are those of the plain codebook, bit for bit. A call
+    neither packs the codebook nor compares it with a cached one. On a CPU with int8 instructions (level avx512), from
+    32 channels and 128 codes on, depths also share scans: with the products of codes `G[k, j] = <e_k, e_j>` at one byte
+    each (`has_gram`), adding a row of G turns the scores of one residual into those of the next, K operations instead
+    of K*C. G takes about K^2 bytes (256 MiB at K = 16384) and K^2 C multiplications once, which at K = 16384, C = 256
+    is amortised over some 10,000 rows of 16 depths, or 30,000 of 4. A search then holds the scores of 96 rows per
+    thread, two bytes per code (3.2 MiB at K = 16384).
 
-    Where G would exceed 320 MiB (K > 18304), at other levels, and for codes of extreme size (no norm above 1e-10, or
-    one above 1e10) the codebook is kept packed, without G; on CUDA it is kept as it is. Both serve the ordinary search.
+    If G would exceed 320 MiB (K > 18304), at other levels, and for codes of extreme size (no norm above 1e-10, or one
+    above 1e10) the codebook is packed without G; on CUDA it is kept as it is. Both serve the ordinary search.
 
-    The codebook is copied: changes of the original have no effect, and the copy must not be changed. Pickled and
-    copied by its codebook, and prepared again for the machine it arrives on.
+    The codebook is copied: changes to the original have no effect, and the copy must not be changed. It is pickled and
+    copied as the plain codebook, and packed again for the machine it arrives on.
 
     Args:
         codebook: (K, C), float32, float16 or bfloat16, on cpu or cuda; kept in float32.
 
     Raises:
         TypeError: codebook of another dtype (float64 among them), or not a tensor.
-        ValueError: another shape, an empty codebook; on a CPU one that is not finite.
+        ValueError: a wrong shape, an empty codebook; on a CPU one that is not finite.
     """
 
     def __init__(self, codebook: Tensor) -> None:
@@ -51,21 +51,21 @@ class PackedCodebook:
 
     @property
     def codebook(self) -> Tensor:
-        """(K, C) float32, for reading."""
+        """Codebook (K, C), float32, read-only."""
         return self._codebook
 
     @property
     def has_gram(self) -> bool:
-        """Whether it holds the products of its codes."""
+        """True if the products of codes are stored."""
         return self._packed is not None and torch.ops.rqkernels.packed_has_gram(self._packed)
 
     @property
     def nbytes(self) -> int:
-        """Memory it holds: the copy of the codebook and what was prepared."""
+        """Bytes held: the copy of the codebook and its packed form."""
         return self._codebook.nbytes + (0 if self._packed is None else self._packed.nbytes)
 
     def _parts(self) -> tuple[Tensor, Tensor | None]:
-        # A compiled graph has no version to look at.
+        # Tensors of a compiled graph have no version.
         if not torch.compiler.is_compiling() and self._codebook._version != self._version:
             raise ValueError("residual_search: the codebook of a PackedCodebook was changed in place; make a new one")
         return self._codebook, self._packed
@@ -97,17 +97,16 @@ def residual_search(
     Naively, for each depth: `k = torch.cdist(r, e).argmin(-1); r = r - e[k]`. Here no array of rows x codes is ever
     formed, and the codes are certified: for every finite row, `k_d` has the smallest float64 sum of
     `(float64(r_c) - float64(e_c))^2` on the values as given, the lowest index where sums are equal, and `r_d` is
-    subtracted in float32. So they are the same on every device, instruction set, thread count, batch size and position
+    computed in float32. So codes are the same on every device, instruction set, thread count, batch size and position
     in the batch. `rqkernels.reference.residual_search` is the definition in plain PyTorch.
 
-    Not differentiable: inputs are taken detached (the straight-through gradient is a model's matter). Autocast does not
-    touch it.
+    Not differentiable: inputs are detached (a model adds the straight-through gradient). Autocast does not affect it.
 
-    On a CPU the codebooks are packed for the scan, which for small batches takes as long as the search. What came twice
-    is kept: at most 8 codebooks (or stacks of them) and 96 MiB in a process, of those searched lately; nothing larger
-    is kept, and other codebooks push them out. A kept one is found by comparing all of its contents, bit for bit, so
-    any change counts, however it was made; codebooks that change from call to call are not copied. Any number of
-    threads may search at once; a forked child starts with nothing kept.
+    On a CPU the codebooks are packed for the scan, which takes as long as the search of a small batch. Codebooks that
+    are seen twice are cached packed: the most recent 8 (or stacks of them), at most 96 MiB per process; larger ones are
+    not cached. A cached one is found by comparing all of its contents, bit for bit, so that every change is noticed;
+    codebooks that change from call to call are not copied. Any number of threads may search at once; a forked child
+    starts with an empty cache.
 
     Args:
         x: (..., C), float32, float16 or bfloat16, any strides, on cpu or cuda. Searched as float32.
@@ -116,8 +115,8 @@ def residual_search(
         depth: D. Required with a shared codebook; otherwise None or the number of codebooks.
         return_residuals: also return r_0 .. r_{D-1}.
         return_statistics: also return counts and sums of the residuals by code (see `code_statistics`): over all
-            depths together for a shared codebook, stacked by depth for one per depth. The residuals are formed for it,
-            rows * D * C floats, once and never copied, and left out of the result unless asked for.
+            depths together for a shared codebook, stacked by depth for one per depth. This materialises the residuals,
+            rows * D * C floats, once; they are not part of the result unless requested.
 
     Returns:
         `ResidualCodes`: codes int64 (..., D); quantized (..., C) in the dtype of x, the float32 sum of the chosen codes
@@ -129,7 +128,7 @@ def residual_search(
 
     Raises:
         TypeError: x or codebooks of another dtype (float64 among them), depth not an integer, a flag not a bool.
-        ValueError: shapes or devices that do not fit, an empty codebook, a depth that contradicts the codebooks; on a
+        ValueError: shapes or devices that do not match, an empty codebook, a depth that contradicts the codebooks; on a
             CPU a codebook that is not finite (on CUDA its bad codes are never chosen).
     """
     check_tensor(_OP, "x", x, FLOAT_DTYPES)
@@ -158,7 +157,7 @@ def residual_search(
 def fake_codes(
     op: str, x: Tensor, codebooks: Tensor, depth: int | None, return_residuals: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the operator of any residual search returns, without the numbers."""
+    """Return empty tensors of the shapes and dtypes that the operator of a residual search returns."""
     depth = check_shapes(op, x, codebooks, depth)
     leading, channels = x.shape[:-1], x.shape[-1]
     return (
@@ -178,5 +177,5 @@ def _fake(
 
 @torch.library.register_fake("rqkernels::pack_codebook")
 def _fake_pack(codebook: Tensor) -> Tensor:
-    # How much an instruction set needs is the library's matter.
+    # The size depends on the instruction set; only the library knows it.
     return codebook.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Soft labels from distances, and the cross-entropies that never materialise them."""
+"""Soft labels from distances, and cross-entropies that never materialise them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _SOFTMAX, _LOSS, _FUSED = (
     "soft_label_cross_entropy",
     "fused_linear_soft_label_cross_entropy",
 )
-# Bytes of logits that the fused linear holds at a time.
+# Bytes of logits that the fused linear loss holds at a time.
 _LOGITS_BUDGET = 32 << 20
-# softmax(logits) - Q lies in [-1, 1]: times this it does not overflow in float16, and down to 2^-29 keeps all digits.
+# softmax(logits) - Q is in [-1, 1]: scaled by this it does not overflow float16 and keeps all digits down to 2^-29.
 _FLOAT16_SCALE = 2.0**15
 
 
@@ -40,7 +40,7 @@ def _check_call(op: str, x: object, codebook: object, tau: object) -> float:
 
 
 def _weight(op: str, x: Tensor, mask: Tensor | None, reduction: str) -> Tensor | None:
-    """What the sum of all losses is multiplied by: None for 1. One over no rows is infinite, and their mean NaN."""
+    """Return the factor of the sum of all losses, None for 1. Without rows it is infinite, and the mean NaN."""
     if reduction != "mean":
         return None
     rows = torch.full((), x.shape[:-1].numel(), device=x.device) if mask is None else call(op, mask.sum)
@@ -62,38 +62,37 @@ def _fill(op: str, losses_out: Tensor, losses: Tensor) -> None:
 
 
 def _forms_gradient_early(dtype: torch.dtype, reduce: bool) -> bool:
-    """Whether the forward call can form the gradient of logits, to be multiplied in backward by what comes there.
+    """True if the forward call may compute the gradient of logits, for backward to multiply by the incoming gradient.
 
-    Such a factor may have any size, which float16 has no room for; and where each row has one, all of bfloat16 would
-    be rounded twice. There backward forms the gradient, once the factors are known.
+    That factor can have any size, which float16 cannot represent; and with one factor per row all of a bfloat16
+    gradient would be rounded twice. In these cases backward computes the gradient, once the factors are known.
     """
     return dtype == torch.float32 or (dtype == torch.bfloat16 and reduce)
 
 
 def _is_one(factor: Tensor) -> bool:
-    """Whether a factor can be left out: known for numbers in reach alone, not in a graph or on a device, nor where it
-    may be differentiated."""
+    """True if a factor is known to be 1. False for one in a graph, on a device, or that may be differentiated."""
     if type(factor) is not Tensor or factor.dim() > 0 or factor.device.type != "cpu":
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     try:
         return factor.item() == 1
-    except RuntimeError:  # of a batch (is_grads_batched), which has not one value
+    except RuntimeError:  # a batch of factors (is_grads_batched)
         return False
 
 
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
-    """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
+    """Soft labels `Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`, materialised (Lee et al. 2022, equation 15).
 
-    Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances;
-    here products run in float32 on vectors centred among the codes (on CUDA on tensor cores, each vector in two parts
-    of float16, and where those do not reach as squared differences), and where their rounding could be seen in Q, the
-    codes that have the most of it get their distances in float64. So with tau -> 0 Q
-    tends to the certified code of `residual_search` (shared equally by equal codes). A small Q has the relative error
-    of its float32 score, about 1e-7 |x||e| / tau plus 1e-7 times its exponent; below about 1e-38 it is zero.
+    Naively `torch.softmax(-torch.cdist(x, codebook).square() / tau, -1)`, which loses the digits of small distances.
+    Here products run in float32 on vectors relative to the codebook center (on CUDA on tensor cores, each vector split
+    into two float16 parts, or as squared differences if their range is too small). If rounding could be visible in Q,
+    the codes with the largest mass get float64 distances. So for tau -> 0 Q tends to the certified code of
+    `residual_search` (shared equally by equal codes). A small Q has the relative error of its float32 score, about
+    1e-7 |x||e| / tau plus 1e-7 times its exponent; below about 1e-38 it is zero.
 
-    Not differentiable: inputs are taken detached. For a loss, `soft_label_cross_entropy` needs no such tensor.
+    Not differentiable: inputs are detached. The loss, `soft_label_cross_entropy`, needs no such tensor.
 
     Args:
         x: (..., C), float32, float16 or bfloat16; taken as float32.
@@ -101,12 +100,12 @@ def distance_softmax(x: Tensor, codebook: Tensor, tau: float) -> Tensor:
         tau: temperature > 0, in squared units of x.
 
     Returns:
-        (..., K) float32, rows summing to one. NaN for a row of x that is not finite, and on CUDA, where an error would
-        have to wait for the device, for every row of a codebook that is not.
+        (..., K) float32, rows summing to one. NaN for a row of x that is not finite. On CUDA, where an error would
+        require a host sync, also NaN for all rows if the codebook is not finite.
 
     Raises:
         TypeError: a wrong dtype (float64 among them).
-        ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0.
+        ValueError: shapes that do not match, an empty codebook or on a CPU one that is not finite, tau not > 0.
     """
     tau = _check_call(_SOFTMAX, x, codebook, tau)
     return call(_SOFTMAX, torch.ops.rqkernels.distance_softmax, x.detach(), codebook.detach(), tau)
@@ -134,54 +133,54 @@ def soft_label_cross_entropy(
         loss = logsumexp(logits) - sum_k Q_tau(k|x) logits_k        d loss / d logits = softmax(logits) - Q_tau
 
     Naively `cross_entropy(logits.flatten(0, -2), distance_softmax(x, codebook, tau).flatten(0, -2))`: distances,
-    labels, log-softmax and gradient, each of the size of the logits. Here Q is formed for some rows at a time (see
-    `distance_softmax`, also for what happens as tau -> 0), loss and gradient come from one reading of the logits (on
-    CUDA one each, with Q formed again), and nothing of their size is made but the gradient that is returned, in their
-    dtype: where one will be asked for in the forward call, or in backward (see below). On a CPU a call also holds the
-    labels of at most 32 rows, for each thread where there are many rows, else for all together (with K C >= 2^19 a
-    twentieth of the logits from about 700 rows on), and a copy of the codebook where it lies off the origin. Sums
-    within a row are float32 and beyond 1024 terms float64, over rows float64. A row's loss and gradient do not depend
-    on threads or on the other rows.
+    labels, log-softmax and gradient, each of the size of the logits. Here Q is formed for a few rows at a time (see
+    `distance_softmax`, also for tau -> 0), and loss and gradient come from one pass over the logits (on CUDA one each,
+    with Q recomputed). The only allocation of their size is the returned gradient, in their dtype, if one will be
+    needed: in the forward call, or in backward (see below). On a CPU a call also holds the labels of at most 32 rows,
+    per thread if there are many rows, else for all threads together (with K C >= 2^19 a twentieth of the logits from
+    about 700 rows on), and a copy of the codebook if its center is not the origin. Sums within a row are float32,
+    beyond 1024 terms float64; sums over rows are float64. A row's loss and gradient depend neither on threads nor on
+    the other rows.
 
-    Differentiable in logits alone: x, codebook and mask are taken detached, tau is a number. The gradient is
-    `factor * (softmax(logits) - Q)` in float32, rounded once to the dtype of logits, with factor all that the loss is
-    multiplied by, the reduction included: it is infinite or zero where that is. For this backward reads float16 logits
-    once more, with reduction="none" bfloat16 logits too: at about the cost of another forward call, and neither these
-    nor x and codebook may be changed before. Of bfloat16 logits with "mean" or "sum" the gradient is formed at once,
-    and rounded once more where a factor other than one comes to it later.
+    Differentiable in logits only: x, codebook and mask are detached, tau is a number. The gradient is
+    `factor * (softmax(logits) - Q)` in float32, rounded once to the dtype of logits. `factor` is everything that the
+    loss is multiplied by, the reduction included; if it is infinite or zero, so is the gradient. For this, backward
+    reads float16 logits again, with reduction="none" also bfloat16 logits, at about the cost of another forward call:
+    until then logits, x and codebook must not be changed. For bfloat16 logits with "mean" or "sum" the forward call
+    computes the gradient, which is rounded a second time if a factor other than one arrives later.
 
-    There is no second derivative. In forward mode and under `torch.func`, where there are all, the loss is that of
-    `rqkernels.reference.soft_label_cross_entropy`, with labels materialised in float64. Autocast does not touch it:
-    logits are used in the dtype in which they come.
+    There is no second derivative. In forward mode and under `torch.func`, which have all derivatives, the loss is
+    computed by `rqkernels.reference.soft_label_cross_entropy`, with labels materialised in float64. Autocast does not
+    affect it: logits are used in their own dtype.
 
     Args:
-        logits: (..., K), or (..., D, K) where x is (..., D, C); float32, float16 or bfloat16. Strides that no (n, m, K)
+        logits: (..., K), or (..., D, K) if x is (..., D, C); float32, float16 or bfloat16. Strides that no (n, m, K)
             tensor with contiguous K can have cost a copy.
-        x: (..., C) or (..., D, C): the residual that each label is for; float32, float16 or bfloat16.
+        x: (..., C) or (..., D, C): the residual of each label; float32, float16 or bfloat16.
         codebook: (K, C), or (D, K, C): one per depth; any of these dtypes.
         tau: temperature > 0, in squared units of x.
-        mask: bool, the shape of logits without K. False rows are not read (they may hold NaN), count nowhere and get a
-            gradient of zero.
-        reduction: "mean" (over counted rows; NaN where there are none), "sum" or "none" (masked rows 0).
-        inplace: where a gradient will be asked for, write it over the logits, which nobody may need afterwards, and
-            allocate nothing of their size: at once, or in backward where that forms it. Autograd raises where another
-            function has kept these logits for its own backward. backward then runs once. Without a gradient to come,
-            logits stay as they are.
-        losses_out: float32, the shape of logits without K: is filled with the rows' losses, to be logged beside a
-            "mean" whose gradient is written once. No gradient goes through it: that is what reduction="none" is for.
+        mask: bool, the shape of logits without K. False rows are not read (they may hold NaN), are not counted and have
+            a gradient of zero.
+        reduction: "mean" (over counted rows; NaN without any), "sum" or "none" (masked rows are 0).
+        inplace: if a gradient will be needed, write it over the logits, which must not be used afterwards, and allocate
+            nothing of their size: in the forward call, or in backward if that computes it. Autograd raises if another
+            function has saved these logits for its own backward. backward then runs once. If no gradient will be
+            needed, logits are unchanged.
+        losses_out: float32, the shape of logits without K: filled with the rows' losses, for logging next to a "mean".
+            No gradient flows through it: use reduction="none" for that.
 
     Returns:
         float32 scalar, or the rows' losses. For a row with
-        - a logit of -inf: +inf where its label is above zero, else as if that code were not there;
-        - logits of NaN, +inf or nothing but -inf, or x (on CUDA: or the codebook) not finite: NaN, so is the gradient.
+        - a logit of -inf: +inf if its label is above zero, else as if that code did not exist;
+        - logits of NaN, +inf or only -inf, or x (on CUDA: or the codebook) not finite: NaN, and so is the gradient.
 
     Raises:
         TypeError: a wrong dtype (float64 among them), tau not a number.
-        ValueError: shapes that do not fit, an empty codebook or on a CPU one that is not finite, tau not > 0, an
-            unknown reduction. With inplace: logits that are a leaf with requires_grad, that share memory with one
-            another or have the strides named above, torch.compile, forward mode and `torch.func`. losses_out that was
-            made outside the function that `torch.func` transforms.
-        RuntimeError: a second derivative, where it is asked for; with inplace, a second backward.
+        ValueError: shapes that do not match, an empty codebook or on a CPU one that is not finite, tau not > 0, an
+            unknown reduction. With inplace: logits that are a leaf with requires_grad, overlap in memory or have the
+            strides named above; torch.compile, forward mode and `torch.func`. losses_out created outside the function
+            that `torch.func` transforms.
+        RuntimeError: a second derivative; with inplace, a second backward.
     """
     op = _LOSS
     check_tensor(op, "logits", logits, FLOAT_DTYPES)
@@ -189,7 +188,7 @@ def soft_label_cross_entropy(
     check_loss(op, mask, reduction)
     check_losses_out(op, losses_out, x, logits=logits, codebook=codebook, mask=mask)
     inplace = check_flag(op, "inplace", inplace)
-    if mask is not None:  # whose rows are counted before the operator could check anything
+    if mask is not None:  # its rows are counted below, before the operator checks anything
         check_labels(op, x, codebook)
         check_logits(op, logits, x, codebook, mask)
     x, codebook = x.detach(), codebook.detach()
@@ -270,7 +269,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, x, codebook, ctx.tau, mask, weight, ctx.reduce, ctx.early = inputs
     total, losses, gradient = output
     ctx.mark_non_differentiable(losses if ctx.reduce else total, gradient)
-    ctx.set_materialize_grads(False)  # or zeros, as many as logits, would come for the gradient
+    ctx.set_materialize_grads(False)  # else autograd would allocate zeros of the size of logits
     ctx.save_for_backward(
         total if ctx.reduce else losses, *([gradient] if ctx.early else [logits, x, codebook, mask, weight])
     )
@@ -297,26 +296,26 @@ register_derivative(_LOSS, _plain, _setup_context, _backward)
 
 
 def _factor(grad: Tensor, weight: Tensor | None) -> Tensor:
-    """What softmax(logits) - Q is multiplied by: one number, or one for each row."""
+    """Return the factor of softmax(logits) - Q: one number, or one per row."""
     return grad if weight is None else grad * weight
 
 
 def _times(gradient: Tensor, factor: Tensor, inplace: bool = False) -> Tensor:
-    """The gradient times one number, or in float32 one for each row; in float32, rounded once to its dtype."""
+    """Multiply the gradient by one number, or by one per row for float32; in float32, rounded once to its dtype."""
     if _is_one(factor):
         return gradient
     is_half = gradient.dtype != torch.float32
     if factor.dim() > 0 or (is_half and gradient.is_cuda):
-        # A GPU would round a number without dimensions to the gradient's dtype first.
+        # A GPU would round a 0-dim tensor to the gradient's dtype first.
         factor = factor.unsqueeze(-1)
     if inplace:
         return gradient.mul_(factor)
-    # What has dimensions makes the product of halves float32, unless it goes where halves are.
+    # A factor with dimensions promotes the product of half types to float32, unless it is written in place.
     return gradient.clone().mul_(factor) if is_half and factor.dim() > 0 else gradient * factor
 
 
 class _InPlace(torch.autograd.Function):
-    """The loss whose gradient takes the memory of the logits: (what is reduced, or nothing; losses of rows)."""
+    """Loss whose gradient takes the memory of the logits: (reduced loss, or empty; losses of rows)."""
 
     @staticmethod
     def forward(
@@ -339,7 +338,7 @@ class _InPlace(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         result = total if reduce else losses
         if ctx.early:
-            # So that a function that kept the logits for its own backward finds them changed.
+            # A function that saved the logits for its own backward then finds them changed.
             torch.autograd.graph.increment_version(logits)
             ctx.gradient = gradient
             ctx.save_for_backward(result)
@@ -382,19 +381,19 @@ def fused_linear_soft_label_cross_entropy(
     reduction: str = "mean",
     losses_out: Tensor | None = None,
 ) -> Tensor:
-    """`soft_label_cross_entropy(linear(hidden, weight, bias), x, codebook, tau)`, without the logits of all rows.
+    """`soft_label_cross_entropy(linear(hidden, weight, bias), x, codebook, tau)` without the logits of all rows.
 
-    Rows go through the matmul, the loss and the gradient's matmuls in chunks of at most 32 MiB of logits, which their
-    gradient overwrites; gradients of hidden, weight and bias wait for backward in float32, and are rounded once, after
-    all that the loss is multiplied by. With "none" the rows' factors are not known in time: there backward computes the
-    logits once more. Gradients of float16 logits are rounded after a scaling that keeps their digits, and their
-    products come in float32; so do those of bfloat16 on CUDA.
+    Rows go through the matmul, the loss and the matmuls of the gradient in chunks of at most 32 MiB of logits, which
+    their gradient overwrites. Gradients of hidden, weight and bias are kept in float32 until backward and rounded once,
+    after multiplication by all factors of the loss. With "none" the factors of the rows are not known in the forward
+    call: backward recomputes the logits. Gradients of float16 logits are rounded after a scaling that keeps their
+    digits, and their products are float32; so are those of bfloat16 on CUDA.
 
     Under autocast the matmuls run in its dtype; the loss is float32 arithmetic, as in `soft_label_cross_entropy`.
     Differentiable in hidden, weight and bias, as `soft_label_cross_entropy` is in logits.
 
     Args:
-        hidden: (..., H), or (..., D, H) where x is (..., D, C); float32, float16 or bfloat16.
+        hidden: (..., H), or (..., D, H) if x is (..., D, C); float32, float16 or bfloat16.
         weight: (K, H), and bias (K) or None: the classifier, in the dtype of hidden (any of these under autocast).
         x, codebook, tau, mask, reduction, losses_out: as in `soft_label_cross_entropy`.
 
@@ -402,7 +401,7 @@ def fused_linear_soft_label_cross_entropy(
         float32 scalar, or the rows' losses; see `soft_label_cross_entropy`.
 
     Raises:
-        As `soft_label_cross_entropy`, and for hidden, weight and bias that do not fit.
+        The errors of `soft_label_cross_entropy`, and for hidden, weight and bias that do not match.
     """
     op = _FUSED
     check_tensor(op, "hidden", hidden, FLOAT_DTYPES)
@@ -412,7 +411,7 @@ def fused_linear_soft_label_cross_entropy(
     tau = _check_call(op, x, codebook, tau)
     check_loss(op, mask, reduction)
     check_losses_out(op, losses_out, x, hidden=hidden, weight=weight, bias=bias, codebook=codebook, mask=mask)
-    # Here, for below they come in chunks, to an operator of another name.
+    # Checked here: below, rows go in chunks to an operator of another name.
     check_labels(op, x, codebook)
     check_linear(op, hidden, weight, bias, x, codebook)
     check_mask(op, "hidden", hidden, x, mask)
@@ -438,7 +437,7 @@ LIBRARY.define(
 
 
 def _in_chunks(*arguments: object) -> Tensor:
-    """What a chunk's loss has to say is said in the name of the fused one."""
+    """Compute the loss of a chunk; errors are raised in the name of the fused loss."""
     try:
         return torch.ops.rqkernels.soft_label_cross_entropy_(*arguments)
     except ValueError as error:
@@ -457,8 +456,8 @@ def _fused_linear(
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # Rows in groups that must stay together: the depths of one position where each has a codebook.
+) -> tuple[Tensor, ...]:
+    # Rows are chunked in groups: the depths of one position, if each has its codebook.
     together = 1 if codebook.dim() == 2 else codebook.shape[0]
     num_codes = weight.shape[0]
     group = () if codebook.dim() == 2 else (together,)
@@ -468,16 +467,14 @@ def _fused_linear(
     w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
     losses = x.new_empty(x.shape[:-1], dtype=torch.float32)
     total_factor = factor
-    each_row = factor is not None and factor.dim() > 0
     rest = None
     if with_gradient and dtype == torch.float16:
-        # The powers of two of the factors wait until the products are there, in float32.
+        # The powers of two of the factors are applied to the products, in float32.
         fraction, exponent = torch.frexp(losses.new_ones(()) if factor is None else factor)
         factor, rest = fraction * _FLOAT16_SCALE, torch.exp2((exponent - 15).float())
-    if each_row:
-        factor = factor.reshape(-1, *group)
-    # Products of float16 that may leave its range: on CUDA they can be had in float32, not so after each row's factor.
-    in_float = rest is not None and (each_row or not hidden.is_cuda)
+    row_factor = None if factor is None or factor.dim() == 0 else factor.reshape(-1, *group)
+    # Products of float16 may leave its range: CUDA can return them in float32, but not multiplied by a row's factor.
+    in_float = rest is not None and (row_factor is not None or not hidden.is_cuda)
     w_of_products = w.float() if in_float else w
     if with_gradient:
         grad_h = hidden.new_zeros(losses.numel(), hidden.shape[-1], dtype=torch.float32)
@@ -486,7 +483,7 @@ def _fused_linear(
     step = max(1, _LOGITS_BUDGET // (num_codes * (dtype.itemsize + 4 * in_float) * together))
     logits_buffer = h.new_empty((min(step, h.shape[0]) * together, num_codes), dtype=dtype)
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        # Once without rows too: a codebook that is not finite is refused whatever comes with it.
+        # Runs once even without rows: a codebook that is not finite is always refused.
         for begin in range(0, max(h.shape[0], 1), step):
             rows = slice(begin, begin + step)
             part = h[rows].to(dtype).reshape(-1, h.shape[-1])
@@ -501,18 +498,18 @@ def _fused_linear(
                 codebook,
                 tau,
                 None if mask is None else mask[rows],
-                factor[rows] if each_row else factor,
+                factor if row_factor is None else row_factor[rows],
                 with_gradient,
             )
             if not with_gradient:
                 continue
             if mask is not None:
-                # Times a gradient of zero, NaN would still be NaN.
+                # NaN times a gradient of zero would be NaN.
                 part = part.masked_fill(~mask[rows].reshape(-1, 1), 0)
             flat = slice(begin * together, begin * together + part.shape[0])
             if in_float:
                 logits, part = logits.float(), part.float()
-                if each_row:
+                if rest is not None and row_factor is not None:
                     logits *= rest.reshape(-1)[flat, None]
             _add_product(grad_h[flat], logits, w_of_products)
             _add_product(grad_w, logits.t(), part)
@@ -520,14 +517,14 @@ def _fused_linear(
     total = _reduced(losses, total_factor) if reduce else losses.new_empty(0)
     if not with_gradient:
         return total, losses.view(hidden.shape[:-1]), *(losses.new_empty(0) for _ in range(3))
-    if rest is not None and not each_row:
+    if rest is not None and row_factor is None:
         for grad in (grad_h, grad_w, grad_b):
             grad *= rest
     return total, losses.view(hidden.shape[:-1]), grad_h.view(hidden.shape), grad_w, grad_b
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in float32; on a CPU a product of bfloat16 comes rounded to it."""
+    """Add a @ b to total in float32; on a CPU a bfloat16 product is rounded to bfloat16 first."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:
@@ -548,7 +545,7 @@ def _fake_fused_linear(
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     def new(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=torch.float32)
 
@@ -572,7 +569,7 @@ def _plain_fused(
     reduce: bool,
     with_gradient: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     with torch.amp.autocast(hidden.device.type, enabled=False):
         logits = torch.nn.functional.linear(
             hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

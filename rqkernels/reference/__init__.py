@@ -1,8 +1,8 @@
-"""Plain-PyTorch definitions: slow, obvious, and what "right" means for every kernel.
+"""Plain-PyTorch definitions of all operators: slow and obvious; kernels are correct if they agree.
 
-Each function has the name, arguments and meaning of its twin in `rqkernels`, and accepts and refuses what that does, in
-the same words; float64 it takes too, and computes in it. They import torch and the checks of arguments alone, so that a
-doubt about a kernel can be settled by reading one page.
+Each function has the name, arguments and meaning of its twin in `rqkernels`, and accepts and refuses the same arguments
+with the same messages. It also takes float64, and then computes in it. The references import torch and the argument
+checks only, so that a question about a kernel can be settled by reading one page.
 """
 
 from .code_statistics import code_statistics

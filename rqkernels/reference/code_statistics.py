@@ -24,7 +24,7 @@ def check_num_codes(op: str, num_codes: object) -> int:
 
 
 def check_shapes(op: str, x: Tensor, codes: Tensor) -> None:
-    """What op.cpp checks, in the same words."""
+    """Check shapes and devices with the messages of op.cpp."""
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be (..., C), got a scalar")
     check_elements(op, "x", x)
@@ -39,11 +39,11 @@ def check_shapes(op: str, x: Tensor, codes: Tensor) -> None:
 
 
 def code_statistics(x: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """`counts_k = #{n : k_n = k}` and `sums_k = sum of x_n over k_n = k`; code -1 counts nowhere.
+    """Compute `counts_k = #{n : k_n = k}` and `sums_k = sum of x_n over k_n = k`; rows with code -1 are skipped.
 
-    What an exponential-moving-average codebook needs (Lee et al. 2022, section 3.1). A code's rows are added in
-    float64, in row order: every 1024 of them from zero, then these sums in their order, rounded once. (Long chains of
-    additions can so be made side by side; they also collect less error.) Naively `one_hot(codes).T @ x`.
+    The update of an exponential-moving-average codebook (Lee et al. 2022, section 3.1). The rows of a code are summed
+    in float64, in row order, in pieces of 1024 that each start from zero; then the pieces are summed in order and
+    rounded once. (So long sums can be computed in parallel, and with a smaller error.) Naively `one_hot(codes).T @ x`.
     """
     op = "code_statistics"
     check_tensor(op, "x", x, REFERENCE_DTYPES)

@@ -30,7 +30,7 @@ def _check_sizes(op: str, name: str, tensor: Tensor, layout: str, depths: int, h
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What op.cpp checks, in the same words."""
+    """Check shapes, dtypes and devices with the messages of op.cpp."""
     layout = "(N, H, D, head_dim)"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
@@ -60,16 +60,16 @@ def check_packed(op: str, qkv: Tensor) -> None:
 
 
 def depth_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """`softmax_j(scale <q_i, k_j>) v_j` over the keys j <= i + m - n (Vaswani et al. 2017, equation 1).
+    """Compute `softmax_j(scale <q_i, k_j>) v_j` over the keys j <= i + m - n (Vaswani et al. 2017, equation 1).
 
     Args:
-        q: (N, H, n, head_dim), float32, float16 or bfloat16, computed in float32 and rounded once; or float64, in which
-            then all is computed.
-        k, v: (N, H, m, head_dim), m >= n: the keys of the n queries are the last.
+        q: (N, H, n, head_dim), float32, float16 or bfloat16, computed in float32 and rounded once; or float64, computed
+            in float64.
+        k, v: (N, H, m, head_dim), m >= n: the keys of the n queries are the last n.
         scale: None for `head_dim ** -0.5`.
 
     Returns:
-        (N, H, n, head_dim). What a query does not see has no part in its result, not even where it is NaN.
+        (N, H, n, head_dim). Keys and values that a query does not see do not affect its result, even if they are NaN.
     """
     op = "depth_attention"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -98,7 +98,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Te
 
 
 def depth_attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """`depth_attention` of qkv (N, D, 3, H, head_dim); (N, D, H, head_dim)."""
+    """Compute `depth_attention` of qkv (N, D, 3, H, head_dim); returns (N, D, H, head_dim)."""
     op = "depth_attention_packed"
     check_tensor(op, "qkv", qkv, REFERENCE_DTYPES)
     scale = check_scale(op, scale)

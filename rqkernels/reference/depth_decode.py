@@ -1,4 +1,4 @@
-"""Sampling with an RQ-Transformer, in plain PyTorch: one step of a stack of blocks, and the codes of one position."""
+"""Sampling with an RQ-Transformer, in plain PyTorch: one step of a stack, and all codes of one position."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 
 class BlockWeights(NamedTuple):
-    """Weights of one causal pre-norm block of width W, as `torch.nn.LayerNorm` and `torch.nn.Linear` have them."""
+    """Weights of one causal pre-norm block of width W, in the layout of `torch.nn.LayerNorm` and `torch.nn.Linear`."""
 
     attention_norm_weight: Tensor
     """(W,)"""
     attention_norm_bias: Tensor
     """(W,)"""
     qkv_weight: Tensor
-    """(3 W, W): queries, keys, values; each head's channels stand together."""
+    """(3 W, W): queries, keys, values; the channels of a head are contiguous."""
     qkv_bias: Tensor | None
     """(3 W,)"""
     out_weight: Tensor
@@ -66,9 +66,9 @@ class BlockWeights(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 of a linear layer's weight, one scale per output: `weight ~ q * scale`.
+    """Quantize a linear layer's weight to symmetric int8, with one scale per output: `weight ~ q * scale`.
 
-        scale_o = max_i |w_oi| / 127;   q_oi = round(w_oi / scale_o), ties to even; 0 where all weights are 0
+        scale_o = max_i |w_oi| / 127;   q_oi = round(w_oi / scale_o), ties to even; 0 if all weights of the output are 0
 
     Args:
         weight: (outputs, inputs), float32.
@@ -77,14 +77,14 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         q int8 (outputs, inputs) in [-127, 127], scale float32 (outputs,).
     """
     scale = weight.abs().amax(dim=1) / 127
-    # A row of denormals can have scale 0: its weights count as 0.
+    # The scale of a row of denormals can be 0: its weights become 0.
     divisor = torch.where(scale > 0, scale, torch.inf)
     quotient = weight / divisor[:, None]
     return quotient.round().clamp(-127, 127).to(torch.int8), scale
 
 
 def rounded_weight(weight: Tensor, precision: str) -> Tensor:
-    """The float32 values that a layer multiplies with at this precision."""
+    """Return the float32 values that a layer multiplies by at this precision."""
     weight = weight.detach().float()
     if precision == "bf16":
         return weight.bfloat16().float()
@@ -94,14 +94,14 @@ def rounded_weight(weight: Tensor, precision: str) -> Tensor:
     return weight
 
 
-# --- what is accepted, for the kernels too ---------------------------------------------------------------
+# --- checks, for the kernels too -------------------------------------------------------------------------
 
 CheckTensor = Callable[[str, str, object, "tuple[torch.dtype, ...]"], None]
 MOST_LAYERS, MOST_WIDTH, MOST_DEPTH = 4096, 32768, 32768  # as in csrc/ops/depth_decode/op.cpp
 
 
 class StackArguments(NamedTuple):
-    """What a `PackedTransformer` was given, checked."""
+    """Checked arguments of a `PackedTransformer`."""
 
     blocks: list[BlockWeights]
     heads: int
@@ -126,31 +126,32 @@ def check_stack(
     check: CheckTensor = check_tensor,
 ) -> StackArguments:
     op = "PackedTransformer"
-    blocks = _blocks_of(op, blocks)
+    given = _blocks_of(op, blocks)
     activation = check_choice(op, "activation", activation, ACTIVATIONS)
     precision = check_choice(op, "precision", precision, PRECISIONS)
     heads, eps = check_integer(op, "heads", heads, 1), check_float32(op, "eps", eps)
-    width = None if width is None else check_integer(op, "width", width, 1, or_none=True)
-    device = None if device is None and blocks else _device_of(op, device)
-    if not blocks and width is None:
+    w = None if width is None else check_integer(op, "width", width, 1, or_none=True)
+    place = None if device is None and given else _device_of(op, device)
+    if not given and w is None:
         raise ValueError(f"{op}: no blocks: then width must be given")
-    if len(blocks) > MOST_LAYERS:
-        raise ValueError(f"{op}: blocks must be at most {MOST_LAYERS}, got {len(blocks)}")
-    for layer, block in enumerate(blocks):
+    if len(given) > MOST_LAYERS:
+        raise ValueError(f"{op}: blocks must be at most {MOST_LAYERS}, got {len(given)}")
+    for layer, block in enumerate(given):
         for name, tensor in zip(block._fields, block, strict=True):
             if tensor is not None or not name.endswith("_bias") or "norm" in name:
                 check(op, f"blocks[{layer}].{name}", tensor, dtypes)
-    if blocks:
-        width, hidden, device = _sizes_of(op, blocks[0], width, device)
-    elif width > MOST_WIDTH:
-        raise ValueError(f"{op}: width must be in [1, {MOST_WIDTH}], got {width}")
+    if given:
+        w, hidden, place = _sizes_of(op, given[0], w, place)
     else:
-        hidden = min(4 * width, MOST_WIDTH)
-    if width % heads:
-        raise ValueError(f"{op}: heads must divide the width {width}, got {heads}")
-    for layer, block in enumerate(blocks):
-        _check_block(op, layer, block, width, hidden, device)
-    return StackArguments(blocks, heads, activation, precision, eps, width, hidden, device)
+        assert w is not None and place is not None
+        if w > MOST_WIDTH:
+            raise ValueError(f"{op}: width must be in [1, {MOST_WIDTH}], got {w}")
+        hidden = min(4 * w, MOST_WIDTH)
+    if w % heads:
+        raise ValueError(f"{op}: heads must divide the width {w}, got {heads}")
+    for layer, block in enumerate(given):
+        _check_block(op, layer, block, w, hidden, place)
+    return StackArguments(given, heads, activation, precision, eps, w, hidden, place)
 
 
 def _blocks_of(op: str, blocks: object) -> list[BlockWeights]:
@@ -166,7 +167,7 @@ def _blocks_of(op: str, blocks: object) -> list[BlockWeights]:
 
 
 def _device_of(op: str, device: object) -> torch.device:
-    """The device with its index; None is torch's default device."""
+    """Return the device with its index; None is torch's default device."""
     if device is not None and not isinstance(device, (str, torch.device)):
         raise TypeError(f"{op}: device must be a torch.device, a string or None, got {type(device).__name__}")
     try:
@@ -216,7 +217,7 @@ def check_weights(op: str, name: str, tensor: Tensor) -> None:
 
 
 class DecoderArguments(NamedTuple):
-    """What a `PackedDepthDecoder` was given, checked."""
+    """Checked arguments of a `PackedDepthDecoder`."""
 
     depth: int
     num_codes: int
@@ -234,7 +235,7 @@ def check_decoder(
     dtypes: tuple[torch.dtype, ...],
     check: CheckTensor = check_tensor,
 ) -> DecoderArguments:
-    """`tensors` by name, depth_positions first; width and device are the transformer's."""
+    """Check `tensors` by name, depth_positions first, against the width and device of the transformer."""
     op = "PackedDepthDecoder"
     cumulative, eps = check_flag(op, "cumulative", cumulative), check_float32(op, "eps", eps)
     depth_positions = tensors["depth_positions"]
@@ -257,7 +258,7 @@ def check_decoder(
     num_codes = shape[-2]
     if not 1 <= num_codes < 1 << 31:
         raise ValueError(f"{op}: classifier_weight must have 1 to 2^31 - 1 codes, got {shape}")
-    expected = {
+    expected: dict[str, list[tuple[int, ...]]] = {
         "vectors": [(num_codes, width), (depth * num_codes, width), (depth, num_codes, width)],
         "norm_weight": [(width,)],
         "norm_bias": [(width,)],
@@ -283,7 +284,7 @@ def check_step(op: str, step: Tensor | None) -> None:
 def check_step_shapes(
     op: str, x: Tensor, keys: Tensor, values: Tensor, length: int, step: Tensor | None, layers: int, heads: int
 ) -> None:
-    """What op.cpp checks of a transformer's step, in the same words; of memory where there is some."""
+    """Check the arguments of a transformer's step with the messages of op.cpp."""
     if x.dim() not in (2, 3):
         raise ValueError(f"{op}: x must be (B, W) or (B, n, W), got {shape_of(x)}")
     for name, tensor in (("x", x), ("keys", keys), ("values", values)):
@@ -329,7 +330,7 @@ def check_apart(op: str, x: Tensor, keys: Tensor, values: Tensor) -> None:
 
 
 def per_depth(op: str, name: str, value: object, depth: int, check: Callable[[str, object], Any]) -> list[Any]:
-    """One value for each depth, each checked."""
+    """Expand one value, or a list of one per depth, to a list; check each."""
     if not isinstance(value, (list, tuple)):
         return [check(op, value)] * depth
     if len(value) != depth:
@@ -338,7 +339,7 @@ def per_depth(op: str, name: str, value: object, depth: int, check: Callable[[st
 
 
 class DecodeSettings(NamedTuple):
-    """How `depth_decode` draws, checked; a list has one value for each depth."""
+    """Checked sampling settings of `depth_decode`; lists have one value per depth."""
 
     temperature: list[float]
     top_k: list[int | None]
@@ -381,7 +382,7 @@ def check_context(op: str, context: Tensor, width: int) -> None:
 def check_decode_shapes(
     op: str, context: Tensor, width: int, depth: int, guidance: float, offset: int, stream: int, step: Tensor | None
 ) -> int:
-    """What op.cpp checks of a position's decoding, in the same words. Returns the rows."""
+    """Check the arguments of a position's decoding with the messages of op.cpp; return the number of rows."""
     check_context(op, context, width)
     copies = 2 if guidance > 0 else 1
     if isinstance(context.shape[0], int) and context.shape[0] % copies:
@@ -406,7 +407,7 @@ def check_given_codes(op: str, codes: Tensor, context: Tensor, depth: int) -> No
 
 
 class PackedTransformer:
-    """See `rqkernels.PackedTransformer`; here the weights stay as they are, rounded to the precision."""
+    """Weights rounded to the precision, in their own layout; see `rqkernels.PackedTransformer`."""
 
     def __init__(
         self,
@@ -432,13 +433,11 @@ class PackedTransformer:
         self.heads, self.activation, self.precision, self.eps = given.heads, activation, precision, given.eps
         self.width, self.hidden, self.layers, self.device = given.width, given.hidden, len(given.blocks), given.device
         self.blocks = [
-            BlockWeights(
-                *(
-                    tensor
-                    if tensor is None or tensor.dim() == 1
-                    else _rounded(f"PackedTransformer: blocks[{layer}].{name}", tensor, precision)
-                    for name, tensor in zip(block._fields, block, strict=True)
-                )
+            BlockWeights._make(
+                tensor
+                if tensor is None or tensor.dim() == 1
+                else _rounded(f"PackedTransformer: blocks[{layer}].{name}", tensor, precision)
+                for name, tensor in zip(block._fields, block, strict=True)
             )
             for layer, block in enumerate(given.blocks)
         ]
@@ -451,13 +450,13 @@ def _rounded(name: str, weight: Tensor, precision: str) -> Tensor:
 
 
 def check_rounded(name: str, rounded: Tensor, precision: str) -> None:
-    """bfloat16 has the range of float32, but rounds the largest numbers to infinity."""
+    """Raise ValueError for weights that became infinite: bfloat16 rounds the largest float32 numbers to infinity."""
     if not bool(torch.isfinite(rounded).all()):
         raise ValueError(f"{name} must be finite in {precision}")
 
 
 class PackedDepthDecoder:
-    """See `rqkernels.PackedDepthDecoder`; here the weights stay as they are, rounded to the precision."""
+    """Weights rounded to the precision, in their own layout; see `rqkernels.PackedDepthDecoder`."""
 
     def __init__(
         self,
@@ -499,13 +498,14 @@ class PackedDepthDecoder:
         self.classifier_weights = [rounded_weight(weight, transformer.precision) for weight in weights]
         for rounded in self.classifier_weights:
             check_rounded(f"{op}: classifier_weight", rounded, transformer.precision)
-        biases = classifier_bias if classifier_weight.dim() == 3 else [classifier_bias]
-        self.classifier_biases = [None] * len(weights) if classifier_bias is None else list(biases)
+        self.classifier_biases: list[Tensor | None] = [None] * len(weights)
+        if classifier_bias is not None:
+            self.classifier_biases = list(classifier_bias) if classifier_weight.dim() == 3 else [classifier_bias]
 
 
 @contextmanager
 def _plainly(x: Tensor) -> Iterator[None]:
-    """Not differentiable, and nothing to autocast."""
+    """Disable gradients and autocast."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         yield
 
@@ -521,19 +521,19 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def transformer_step(
     x: Tensor, packed: PackedTransformer, keys: Tensor, values: Tensor, length: int, *, step: Tensor | None = None
 ) -> Tensor:
-    """New positions through a stack of causal pre-norm blocks, with the keys and values of those seen before.
+    """Run new positions through a stack of causal pre-norm blocks with a cache of keys and values.
 
         x <- x + out(attention(norm(x)));   x <- x + mlp_out(activation(mlp_in(norm(x))))
 
     Args:
         x: (B, W), or (B, n, W) for n new positions; float32 or float64, the dtype of all arithmetic.
         packed: the stack.
-        keys, values: (layers, B, heads, capacity, W / heads), the dtype of x; the new positions' are written behind
-            the first `length`.
-        length: positions seen so far; `step`, one int64 number, adds to it.
+        keys, values: (layers, B, heads, capacity, W / heads), the dtype of x; those of the new positions are written
+            after the first `length`.
+        length: positions seen so far; `step`, one int64 number, is added to it.
 
     Returns:
-        Like x. No norm follows the last block.
+        A tensor like x. No norm follows the last block.
     """
     op = "transformer_step"
     for name, tensor in (("x", x), ("keys", keys), ("values", values)):
@@ -559,7 +559,7 @@ def transformer_step(
 
 
 def _step(x: Tensor, packed: PackedTransformer, keys: Tensor, values: Tensor, begin: int) -> Tensor:
-    """The step of arguments that fit."""
+    """Run the step with checked arguments."""
     shape = x.shape
     x = x if x.dim() == 3 else x[:, None]
     batch, new, width = x.shape
@@ -580,8 +580,10 @@ def _step(x: Tensor, packed: PackedTransformer, keys: Tensor, values: Tensor, be
     return x.reshape(shape)
 
 
-def _logits_by_depth(context: Tensor, decoder: PackedDepthDecoder, code_of: object, copies: int) -> list[Tensor]:
-    """Logits (B, K) of each depth; code_of(logits, d) says with which codes to go on."""
+def _logits_by_depth(
+    context: Tensor, decoder: PackedDepthDecoder, code_of: Callable[[Tensor, int], Tensor], copies: int
+) -> list[Tensor]:
+    """Return the logits (B, K) of each depth; code_of(logits, d) returns the codes to continue with."""
     packed, dtype = decoder.transformer, context.dtype
     head_dim = context.shape[1] // packed.heads
     shape = (len(packed.blocks), context.shape[0], packed.heads, decoder.depth, head_dim)
@@ -614,7 +616,7 @@ def depth_decode(
     stream: int = 0,
     step: Tensor | None = None,
 ) -> Tensor:
-    """The D codes of one position, one after another (Lee et al. 2022, equations 12-14).
+    """Sample the D codes of one position, one after another (Lee et al. 2022, equations 12-14).
 
         x_0 = context + positions[0];   x_d = sum_{d' < d} vectors[S_d'] + positions[d]
         S_d ~ sample_logits(classifier_d(norm(transformer(x_0 .. x_d)_d)))
@@ -625,7 +627,7 @@ def depth_decode(
         context: (B, W), float32 or float64, the dtype of all arithmetic up to the logits. With guidance (2 B, W), the
             second half under the null condition: logits = (1 + guidance) * first half - guidance * second half.
         temperature, top_k, top_p: one value or one per depth, as in `sample_logits`.
-        seed, offset, stream: depth d draws as `sample_logits(..., seed, offset, stream + d)` does; `step`, one int64
+        seed, offset, stream: depth d samples as `sample_logits(..., seed, offset, stream + d)` does; `step`, one int64
             number, adds step * D to the stream.
 
     Returns:
@@ -658,24 +660,32 @@ def depth_decode(
         stream += int(step) * depth
     codes: list[Tensor] = []
 
-    def draw(logits: Tensor, d: int) -> Tensor:
+    def sample(logits: Tensor, d: int) -> Tensor:
         if guidance:
             conditional, null = logits[:rows], logits[rows:]
             logits = (1 + guidance) * conditional - guidance * null
         bad = (~torch.isfinite(logits.amax(-1))).nonzero()
         if len(bad) > 0:
             raise ValueError(f"{op}: context: the logits of row {int(bad[0])} have NaN, +inf, or nothing but -inf")
-        options = {"temperature": given.temperature[d], "top_k": given.top_k[d], "top_p": given.top_p[d]}
-        codes.append(sample_logits(logits, **options, seed=given.seed, offset=given.offset, stream=stream + d))
-        return codes[-1]
+        code = sample_logits(
+            logits,
+            temperature=given.temperature[d],
+            top_k=given.top_k[d],
+            top_p=given.top_p[d],
+            seed=given.seed,
+            offset=given.offset,
+            stream=stream + d,
+        )
+        codes.append(code)
+        return code
 
     with _plainly(context):
-        _logits_by_depth(context, decoder, draw, 2 if guidance else 1)
+        _logits_by_depth(context, decoder, sample, 2 if guidance else 1)
     return torch.stack(codes, dim=1)
 
 
 def depth_logits(context: Tensor, codes: Tensor, decoder: PackedDepthDecoder) -> Tensor:
-    """Logits of every depth given all codes before it, computed as `depth_decode` computes them.
+    """Logits of every depth given the codes before it, computed as in `depth_decode`.
 
     Args:
         context: (B, W), float32 or float64, the dtype of all arithmetic.

@@ -1,7 +1,7 @@
 """Counter-based uniforms: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 
-A draw is a pure function of (seed, row, stream, op), so it cannot depend on the batch size, the position in
-the batch, the number of threads or the replay of a graph.
+A uniform is a pure function of (seed, row, stream, op): it cannot depend on the batch size, the position in the batch,
+the number of threads or the replay of a graph.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arguments import check_counter, check_tensor
 
-# The fourth counter word: which operation draws. Two operations never share a uniform.
+# The fourth counter word: the operation that samples. Two operations never share a uniform.
 OP_STOCHASTIC_RESIDUAL_SEARCH = 1
 OP_SAMPLE_LOGITS = 2
 
@@ -22,15 +22,15 @@ _ROUNDS = 10
 
 
 def philox_uniform(rows: Tensor, *, seed: int, stream: int | Tensor, op_id: int) -> Tensor:
-    """One uniform in (0, 1) for every row: `u = (word0 + 0.5) * 2^-32`.
+    """Generate one uniform in (0, 1) per row: `u = (word0 + 0.5) * 2^-32`.
 
     key = seed (64 bit), counter = (row low, row high, stream, op_id).
 
     Args:
         rows: int64 (...), the row counters (offset already added), each >= 0.
         seed: 0 <= seed < 2^64.
-        stream: 0 <= stream < 2^32; a depth or a token index. An int64 tensor that broadcasts with rows, too
-            (unchecked).
+        stream: 0 <= stream < 2^32; a depth or a token index. Also an int64 tensor that broadcasts with rows (its values
+            are not checked).
         op_id: 0 <= op_id < 2^32; see `OP_STOCHASTIC_RESIDUAL_SEARCH`, `OP_SAMPLE_LOGITS`.
 
     Returns:
@@ -47,7 +47,7 @@ def philox_uniform(rows: Tensor, *, seed: int, stream: int | Tensor, op_id: int)
         check_tensor(op, "stream", stream, (torch.int64,))
     else:
         stream = check_counter(op, "stream", stream, 32)
-    # int64 holds an unsigned 32-bit word; products wrap modulo 2^64, which keeps the bits we need.
+    # int64 holds an unsigned 32-bit word; products wrap modulo 2^64, which keeps the needed bits.
     word0, word1 = rows & _MASK32, (rows >> 32) & _MASK32
     word2, word3 = torch.as_tensor(stream, device=rows.device), torch.full_like(rows, op_id)
     key0, key1 = seed & _MASK32, seed >> 32
@@ -61,10 +61,10 @@ def philox_uniform(rows: Tensor, *, seed: int, stream: int | Tensor, op_id: int)
 
 
 def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The first code, in code order, whose cumulative mass exceeds `uniform` times the total mass.
+    """Return the first code, in code order, whose cumulative mass exceeds `uniform` times the total mass.
 
     Args:
-        probabilities: float64 (n, K), non-negative, each row with some mass; need not sum to one.
+        probabilities: float64 (n, K), non-negative, each row with a positive sum, not necessarily one.
         uniform: float64 (n,), in (0, 1).
 
     Returns:
@@ -73,6 +73,6 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform[:, None] * cumulative[:, -1:]
     codes = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    # Rounding may push the target up to the total: then the last code that has mass is the one.
+    # Rounding may push the target up to the total: then the last code with mass is chosen.
     last_with_mass = (cumulative < cumulative[:, -1:]).sum(dim=-1)
     return torch.minimum(codes, last_with_mass)

@@ -18,14 +18,14 @@ from .._arguments import (
 
 
 def check_depth(op: str, depth: object) -> int | None:
-    """Its range depends on the codes (`check_shapes`); here it is cut to what an operator takes."""
+    """Check the type. The range depends on the codes (`check_shapes`); here the value is cut to 64 bits."""
     if depth is None:
         return None
     return max(check_integer(op, "depth", depth, None, 63, or_none=True), -(1 << 63))
 
 
 def check_shapes(op: str, codes: Tensor, codebooks: Tensor, depth: int | None) -> int:
-    """What op.cpp checks, in the same words. Returns the depth."""
+    """Check shapes, depth and devices with the messages of op.cpp; return the depth."""
     if codes.dim() < 1:
         raise ValueError(f"{op}: codes must be (..., D), got a scalar")
     check_elements(op, "codes", codes)
@@ -52,7 +52,7 @@ def check_shapes(op: str, codes: Tensor, codebooks: Tensor, depth: int | None) -
 
 
 def residual_decode(codes: Tensor, codebooks: Tensor, depth: int | None = None, *, check: bool = True) -> Tensor:
-    """`sum_{d < depth} e_d(k_d)` in float32, in depth order from zero, cast once to the codebooks' dtype.
+    """Compute `sum_{d < depth} e_d(k_d)` in float32, in depth order from zero, cast once to the codebooks' dtype.
 
     Lee et al. 2022, equation (5). Naively `codebooks.float()[codes].sum(-2)`.
     """

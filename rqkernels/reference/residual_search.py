@@ -22,12 +22,12 @@ from .._arguments import (
 )
 
 _LANES = 8
-# Rows are taken in chunks, so that the float64 temporaries of one chunk stay near this many elements.
+# Rows are processed in chunks whose float64 temporaries have about this many elements.
 _CHUNK_ELEMENTS = 1 << 23
 
 
 class ResidualCodes(NamedTuple):
-    """What a residual search returns. N stands for the leading shape of `x`."""
+    """Result of a residual search. `...` is the leading shape of `x`."""
 
     codes: Tensor
     """int64 (..., D); -1 where the residual is not finite."""
@@ -36,14 +36,14 @@ class ResidualCodes(NamedTuple):
     residual_sq_norms: Tensor
     """float32 (..., D): |r_d|^2 after each depth."""
     residuals: Tensor | None
-    """float32 (..., D, C): r_0 .. r_{D-1}, what each depth's code was chosen for; None unless asked for."""
+    """float32 (..., D, C): r_0 .. r_{D-1}, the residual that each depth quantizes; None unless requested."""
     statistics: tuple[Tensor, Tensor] | None
-    """(counts, sums) of the residuals by code, see `code_statistics`; None unless asked for.
+    """(counts, sums) of the residuals by code, see `code_statistics`; None unless requested.
     Shared codebook: (K,), (K, C), over all depths together. One per depth: (D, K), (D, K, C)."""
 
 
 class PackedCodebook:
-    """A shared codebook that later changes of the original do not reach; (K, C), kept in float32."""
+    """A copy of a shared codebook (K, C), in float32."""
 
     def __init__(self, codebook: Tensor) -> None:
         check_tensor("PackedCodebook", "codebook", codebook, REFERENCE_DTYPES)
@@ -61,20 +61,21 @@ def check_packable(op: str, codebook: Tensor) -> None:
 
 
 def check_shapes(op: str, x: Tensor, codebooks: Tensor, depth: int | None) -> int:
-    """What op.cpp checks of every residual search, in the same words. Returns the depth."""
+    """Check shapes, depth and devices with the messages of op.cpp; return the depth."""
     if codebooks.dim() not in (2, 3):
         raise ValueError(
             f"{op}: codebooks must be (K, C), shared by all depths, or (D, K, C), one per depth; "
             f"got {shape_of(codebooks)}"
         )
-    if codebooks.dim() == 2:
-        if depth is None:
-            raise ValueError(f"{op}: depth is required with a shared codebook (K, C)")
-    elif depth is not None and differ(depth, codebooks.shape[0]):
-        raise ValueError(
-            f"{op}: depth is {depth}, but codebooks {shape_of(codebooks)} hold {codebooks.shape[0]} depths; "
-            "leave depth out or slice the codebooks"
-        )
+    if codebooks.dim() == 3:
+        if depth is not None and differ(depth, codebooks.shape[0]):
+            raise ValueError(
+                f"{op}: depth is {depth}, but codebooks {shape_of(codebooks)} hold {codebooks.shape[0]} depths; "
+                "leave depth out or slice the codebooks"
+            )
+        depth = codebooks.shape[0]
+    elif depth is None:
+        raise ValueError(f"{op}: depth is required with a shared codebook (K, C)")
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be (..., C), got a scalar")
     check_elements(op, "x", x)
@@ -89,14 +90,14 @@ def check_shapes(op: str, x: Tensor, codebooks: Tensor, depth: int | None) -> in
     if isinstance(codebooks.shape[-2], int) and codebooks.shape[-2] >= 1 << 31:
         raise ValueError(f"{op}: codebooks may hold at most 2^31 - 1 codes, got {shape_of(codebooks)}")
     check_device(op, "x", x, "codebooks", codebooks)
-    return codebooks.shape[0] if codebooks.dim() == 3 else depth  # type: ignore[return-value]
+    return depth
 
 
 def lane_sum(terms: Tensor) -> Tensor:
-    """Sum over the last dimension in the one fixed order that all kernels use.
+    """Sum over the last dimension in the fixed order that all kernels use.
 
-    Eight lanes: lane j adds the terms j, j + 8, j + 16, ... one after another, from zero; then the lanes are
-    halved: (0+4, 1+5, 2+6, 3+7), (0+2, 1+3), (0+1). A missing term is zero.
+    Eight lanes: lane j adds the terms j, j + 8, j + 16, ... in order, from zero; then the lanes are reduced pairwise:
+    (0+4, 1+5, 2+6, 3+7), (0+2, 1+3), (0+1). A missing term is zero.
     """
     missing = -terms.shape[-1] % _LANES
     terms = torch.nn.functional.pad(terms, (0, missing))
@@ -109,8 +110,10 @@ def lane_sum(terms: Tensor) -> Tensor:
 
 
 def choose_by_distances(r_nc: Tensor, codebook_kc: Tensor, choose: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """`choose(squared, rows) -> codes` for chunks of rows, from their float64 squared distances to all codes, by the
-    definition. (n, C), (K, C) -> (n,)."""
+    """Apply `choose(squared, rows) -> codes` to chunks of rows; returns codes (n,) of residuals (n, C), codes (K, C).
+
+    `squared` are the float64 squared distances to all codes, by the definition.
+    """
     size = max(1, _CHUNK_ELEMENTS // max(1, codebook_kc.numel()))
     e_kc = codebook_kc.double()
     codes = [
@@ -121,8 +124,8 @@ def choose_by_distances(r_nc: Tensor, codebook_kc: Tensor, choose: Callable[[Ten
 
 
 def _nearest(r_nc: Tensor, codebook_kc: Tensor) -> Tensor:
-    """Lowest index among the codes with the smallest float64 squared distance. (n, C), (K, C) -> (n,)."""
-    # argmin promises the first index of equal values.
+    """Return the lowest index among the codes with the smallest float64 squared distance. (n, C), (K, C) -> (n,)."""
+    # argmin returns the first index of equal values.
     return choose_by_distances(r_nc, codebook_kc, lambda squared, rows: squared.argmin(dim=-1))
 
 
@@ -133,7 +136,7 @@ def _codebook_at(codebooks: Tensor, d: int) -> Tensor:
 def residual_loop(
     op: str, x: Tensor, codebooks: Tensor, depth: int, choose: Callable[[Tensor, Tensor, Tensor, int], Tensor]
 ) -> tuple[ResidualCodes, Tensor]:
-    """The residual loop, paper equations (3)-(5). `choose(r_nc, rows_n, codebook_kc, d) -> codes_n` picks k_d."""
+    """Run the residual loop, paper equations (3)-(5). `choose(r_nc, rows_n, codebook_kc, d) -> codes_n` picks k_d."""
     check_finite(op, "codebooks", codebooks)
     leading, channels = x.shape[:-1], x.shape[-1]
     residual = x.detach().reshape(-1, channels).float().clone()
@@ -171,7 +174,7 @@ def residual_search(
     return_residuals: bool = False,
     return_statistics: bool = False,
 ) -> ResidualCodes:
-    """Nearest codes of successive residuals (Lee et al. 2022, equations 3-5), by the definition.
+    """Find the nearest codes of successive residuals (Lee et al. 2022, equations 3-5), by the definition.
 
     `r_0 = float32(x)`; `k_d` = the lowest index among the codes with the smallest float64 sum over c of
     `(r_{d-1,c} - e_{k,c})^2`, summed in the order of `lane_sum`; `r_d = r_{d-1} - e_{k_d}` in float32.

@@ -1,4 +1,4 @@
-"""Drawing a code from logits, in plain PyTorch."""
+"""Sampling of codes from logits, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OP = "sample_logits"
 
 
 def check_place(op: str, name: str, value: object, bits: int) -> int | Tensor:
-    """An offset or a stream: an integer, or an int64 tensor that is read where the logits are."""
+    """Check an offset or a stream: an integer, or an int64 tensor on the device of the logits."""
     if isinstance(value, Tensor):
         check_tensor(op, name, value, (torch.int64,))
         return value
@@ -32,7 +32,7 @@ def check_place(op: str, name: str, value: object, bits: int) -> int | Tensor:
 
 
 def check_shapes(op: str, logits: Tensor, offset: int | Tensor, stream: int | Tensor, streams: int) -> None:
-    """What op.cpp checks, in the same words."""
+    """Check shapes and devices with the messages of op.cpp."""
     if logits.dim() < 1:
         raise ValueError(f"{op}: logits must be (..., K), got a scalar")
     if is_below(logits.shape[-1], 1):
@@ -68,13 +68,13 @@ def sample_logits(
     stream: int | Tensor = 0,
     streams: int = 1,
 ) -> Tensor:
-    """Temperature, top-k and top-p sampling with one counter-based uniform per row.
+    """Sample with temperature, top-k and top-p, and one counter-based uniform per row.
 
-    Keep exactly `top_k` codes, the largest (ties: lower index). A code weighs exp((logit - largest) / temperature),
-    which is the softmax but for a factor (temperature 0 means argmax, ties to the lower index). From the likeliest
+    Keep exactly `top_k` codes, the largest (ties: lower index). The weight of a code is exp((logit - largest) /
+    temperature), the softmax up to a factor (temperature 0 means argmax, ties to the lower index). From the likeliest
     down, keep a code while the weights before it sum to < `top_p` times all of them. Invert one uniform in code order.
-    The uniform of row n is `philox_uniform(offset + n // streams, stream=stream + n % streams)`. Arithmetic is float64,
-    and weights of equal logits that are the largest are ones, so that cuts among them are exact.
+    The uniform of row n is `philox_uniform(offset + n // streams, stream=stream + n % streams)`. Arithmetic is float64.
+    The largest logits have weight 1, so that cuts among equal ones are exact.
 
     Args:
         logits: (..., K), floating point; -inf forbids a code.
@@ -89,7 +89,7 @@ def sample_logits(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an argument out of range, or a row with NaN, +inf, or nothing but -inf.
+        ValueError: an argument out of range, or a row with NaN, +inf, or only -inf.
     """
     check_tensor(_OP, "logits", logits, REFERENCE_DTYPES)
     temperature, top_k, top_p = check_temperature(_OP, temperature), check_top_k(_OP, top_k), check_top_p(_OP, top_p)

@@ -27,7 +27,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_labels(op: str, x: Tensor, codebook: Tensor) -> None:
-    """What op.cpp checks of x and codebook, in the same words."""
+    """Check x and codebook with the messages of op.cpp."""
     if x.dim() < 1:
         raise ValueError(f"{op}: x must be (..., C), got a scalar")
     check_elements(op, "x", x)
@@ -52,7 +52,7 @@ def check_labels(op: str, x: Tensor, codebook: Tensor) -> None:
 
 
 def check_logits(op: str, logits: Tensor, x: Tensor, codebook: Tensor, mask: Tensor | None) -> None:
-    """What op.cpp checks of logits and mask, in the same words."""
+    """Check logits and mask with the messages of op.cpp."""
     if logits.dim() < 1 or shapes_differ(logits.shape[:-1], x.shape[:-1]):
         raise ValueError(f"{op}: logits {shape_of(logits)} and x {shape_of(x)} must agree up to the last dimension")
     if differ(logits.shape[-1], codebook.shape[-2]):
@@ -74,7 +74,7 @@ def check_mask(op: str, name: str, beside: Tensor, x: Tensor, mask: Tensor | Non
 
 
 def check_linear(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, codebook: Tensor) -> None:
-    """The shapes of a classifier and of what goes in."""
+    """Check the shapes and devices of a classifier and its input."""
     if hidden.dim() < 1 or shapes_differ(hidden.shape[:-1], x.shape[:-1]):
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} and x {tuple(x.shape)} must agree up to the last dimension"
@@ -94,7 +94,7 @@ def check_linear(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, x
 
 
 def check_losses_out(op: str, losses_out: Tensor | None, x: Tensor, **others: Tensor | None) -> None:
-    """Where the rows' losses are to be written: memory of its own that autograd does not watch over."""
+    """Check the output for the rows' losses: it must have memory of its own and not require a gradient."""
     if losses_out is None:
         return
     check_tensor(op, "losses_out", losses_out, (torch.float32,))
@@ -107,7 +107,7 @@ def check_losses_out(op: str, losses_out: Tensor | None, x: Tensor, **others: Te
         raise ValueError(f"{op}: losses_out must not require a gradient: none goes through it")
     check_writable(op, "losses_out", losses_out)
     if torch.compiler.is_compiling():
-        return  # no memory to look at
+        return  # traced tensors have no memory
     if not is_apart(losses_out):
         raise ValueError(f"{op}: losses_out must have memory for each row, got strides {losses_out.stride()}")
     for name, other in {"x": x, **others}.items():
@@ -116,7 +116,7 @@ def check_losses_out(op: str, losses_out: Tensor | None, x: Tensor, **others: Te
 
 
 def check_inplace(op: str, logits: Tensor) -> None:
-    """Of logits that their gradient is to be written over."""
+    """Check logits that their gradient will overwrite."""
     if logits.is_leaf:
         raise ValueError(f"{op}: inplace would overwrite logits that are a leaf with requires_grad")
     check_writable(op, "logits", logits)
@@ -128,7 +128,7 @@ def check_inplace(op: str, logits: Tensor) -> None:
 
 
 def distance_softmax(x: Tensor, codebook: Tensor, tau: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`. Paper, equation (15).
+    """Soft labels `Q_tau(k | x) = softmax_k(-|x - e(k)|^2 / tau)`. Paper, equation (15).
 
     Args:
         x: (..., C), any floating dtype.
@@ -152,7 +152,7 @@ def _check_call(op: str, x: object, codebook: object, tau: object) -> float:
 
 
 def _labels(op: str, x: Tensor, codebook: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
-    if codebook.device.type == "cpu":  # elsewhere an error would have to wait for the device: the labels are NaN
+    if codebook.device.type == "cpu":  # elsewhere an error would require a host sync: the labels are NaN
         check_finite(op, "codebook", codebook)
     if codebook.dim() == 3:
         per_depth = [_softmax(x[..., d, :], codebook[d], tau, dtype) for d in range(codebook.shape[0])]
@@ -161,12 +161,13 @@ def _labels(op: str, x: Tensor, codebook: Tensor, tau: float, dtype: torch.dtype
 
 
 def _softmax(x: Tensor, codebook: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
-    # Centring on the mean code leaves distances alone and keeps the expanded square from cancelling.
-    centre = codebook.detach().double().mean(dim=0)
-    e_kc = codebook.detach().double() - centre
-    x_c = x.detach().double() - centre
+    # Centering on the mean code keeps distances and avoids cancellation in the expanded square.
+    center = codebook.detach().double().mean(dim=0)
+    e_kc = codebook.detach().double() - center
+    x_c = x.detach().double() - center
     squared = x_c.square().sum(-1, keepdim=True) - 2 * (x_c @ e_kc.T) + e_kc.square().sum(-1)
-    # Differences first: where tau is tiny, the quotients of whole distances have no digits left, or are all infinite.
+    # Differences before the division: for a tiny tau, quotients of whole distances would have no digits left, or be
+    # infinite.
     return torch.softmax(-(squared - squared.amin(-1, keepdim=True)) / tau, dim=-1).to(dtype)
 
 
@@ -184,18 +185,18 @@ def soft_label_cross_entropy(
     """Cross-entropy of `logits` against Q_tau: per row `logsumexp(logits) - sum_k Q_tau(k|x) logits_k`.
 
     Args:
-        logits: (..., K), or (..., D, K) where x is (..., D, C).
-        x: (..., C) or (..., D, C): the residual each label is for.
+        logits: (..., K), or (..., D, K) if x is (..., D, C).
+        x: (..., C) or (..., D, C): the residual of each label.
         codebook: (K, C), or (D, K, C): one per depth.
         tau: temperature > 0.
-        mask: bool, the shape of logits without K; False rows count nowhere, and have no gradient.
-        reduction: "mean" (over counted rows), "sum" or "none" (masked rows 0).
-        inplace: what it may do to the logits it does not do here.
-        losses_out: is filled with the rows' losses.
+        mask: bool, the shape of logits without K; False rows are not counted and have no gradient.
+        reduction: "mean" (over counted rows), "sum" or "none" (masked rows are 0).
+        inplace: permission to overwrite the logits, which the reference does not use.
+        losses_out: filled with the rows' losses.
 
     Returns:
-        float32 scalar (float64 for float64 logits), or the rows' losses. Differentiable in logits alone. A row with
-        logits of NaN, +inf or nothing but -inf, or of x that is not finite, is NaN.
+        float32 scalar (float64 for float64 logits), or the rows' losses. Differentiable in logits only. A row with
+        logits of NaN, +inf or only -inf, or x that is not finite, is NaN.
     """
     op = "soft_label_cross_entropy"
     check_tensor(op, "logits", logits, REFERENCE_DTYPES)
@@ -225,15 +226,15 @@ def _loss(
     reduction: str,
     losses_out: Tensor | None,
 ) -> Tensor:
-    # float64 logits get all of float64: the truth that kernels are measured by.
+    # float64 logits are computed in float64: the truth that kernels are compared with.
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = _labels(op, x, codebook, tau, dtype)
     logits = logits.to(dtype)
     if mask is not None:
-        # NaN in a row that is not counted must not reach the gradient of that row either.
+        # NaN in a masked row must not reach the gradient of that row either.
         logits = torch.where(mask.unsqueeze(-1), logits, 0.0)
         target = torch.where(mask.unsqueeze(-1), target, 0.0)
-    # A logit of -inf with a label of zero is no loss, not NaN.
+    # A logit of -inf with a label of zero adds zero, not NaN.
     weighted = torch.where(target == 0, 0.0, target * logits)
     loss = logits.logsumexp(dim=-1) - weighted.sum(dim=-1)
     if mask is not None:
@@ -259,10 +260,10 @@ def fused_linear_soft_label_cross_entropy(
     reduction: str = "mean",
     losses_out: Tensor | None = None,
 ) -> Tensor:
-    """`soft_label_cross_entropy` of the logits `hidden @ weight.T + bias`. Differentiable in those three.
+    """`soft_label_cross_entropy` of the logits `hidden @ weight.T + bias`. Differentiable in hidden, weight and bias.
 
     Args:
-        hidden: (..., H), or (..., D, H) where x is (..., D, C).
+        hidden: (..., H), or (..., D, H) if x is (..., D, C).
         weight: (K, H).
         bias: (K), or None.
         x, codebook, tau, mask, reduction, losses_out: as in `soft_label_cross_entropy`.
@@ -280,13 +281,13 @@ def fused_linear_soft_label_cross_entropy(
     check_mask(op, "hidden", hidden, x, mask)
     check_linear_dtypes(op, hidden, weight, bias)
     if mask is not None:
-        hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # NaN in a row that is not counted reaches no gradient
+        hidden = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # NaN in a masked row reaches no gradient
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return _loss(op, logits, x, codebook, tau, mask, reduction, losses_out)
 
 
 def check_linear_dtypes(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype in which logits are computed."""
+    """Check that dtypes agree; return the dtype in which logits are computed."""
     device = hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

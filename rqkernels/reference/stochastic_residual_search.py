@@ -1,4 +1,4 @@
-"""Codes drawn from the softmax of distances, in plain PyTorch."""
+"""Sampling of codes from the softmax of distances, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def stochastic_residual_search(
     offset: int = 0,
     return_residuals: bool = False,
 ) -> ResidualCodes:
-    """Codes sampled at every depth: `k_d ~ Q_tau(. | r_{d-1})` (Lee et al. 2022, section 3.2.3).
+    """Sample a code at every depth: `k_d ~ Q_tau(. | r_{d-1})` (Lee et al. 2022, section 3.2.3).
 
     One uniform per choice, from `philox_uniform(row, stream=d)` with row = offset + flattened index of the
     row and d = 0 .. D-1, inverted in code order through the weights `exp(-(D_k - min D) / tau)`, where `D_k` are the
-    float64 squared distances of `residual_search`. Shapes and the rest are `residual_search`'s.
+    float64 squared distances of `residual_search`. Shapes and results are those of `residual_search`.
 
     Args:
-        tau: temperature > 0, in squared units of x. Infinity draws all codes alike.
+        tau: temperature > 0, in squared units of x. Infinity samples all codes uniformly.
         seed: 0 <= seed < 2^64.
         offset: 0 <= offset, offset + rows < 2^63: the counter of the first row.
 
@@ -68,7 +68,7 @@ def stochastic_residual_search(
         uniform_n = philox_uniform(rows_n + offset, seed=seed, stream=d, op_id=OP_STOCHASTIC_RESIDUAL_SEARCH)
 
         def draw(squared_nk: Tensor, rows: slice) -> Tensor:
-            # Differences first: where tau is tiny, the quotients of whole distances have no digits left.
+            # Differences before the division: for a tiny tau, quotients of whole distances would have no digits left.
             weights_nk = torch.exp(-(squared_nk - squared_nk.min(dim=-1, keepdim=True).values) / tau)
             return inverse_cdf(weights_nk, uniform_n[rows])
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from rqgen.cli.app import main
 from rqgen.cli.demo import load_demo
