@@ -33,8 +33,8 @@ class KnownRows:
 def check_models(prior: Any, vae: Any) -> None:
     """Raises TypeError or ValueError unless they are a prior and the tokenizer whose codes it models, on one device."""
     if not isinstance(prior, Prior):
-        known = " or a ".join(model.__name__ for model in MODELS.values() if issubclass(model, Prior))
-        raise TypeError(f"prior: expected an {known}, got {type(prior).__name__}")
+        known = ", ".join(model.__name__ for model in MODELS.values() if issubclass(model, Prior))
+        raise TypeError(f"prior: expected a prior ({known}), got {type(prior).__name__}")
     if not isinstance(vae, Tokenizer):
         expected = prior.tokenizer_class.__name__
         raise TypeError(f"vae: expected an {expected}, got {type(vae).__name__}")

@@ -196,7 +196,8 @@ def test_a_prior_of_another_tokenizer_is_refused(refused, pair, tmp_path):
 def test_classes_of_other_images_are_no_classes_of_the_prior(evaluated, refused, pair):
     found, _ = evaluated(pair, "data.classes=[1,0]", "--metric", "reconstruction")
     assert found["protocol"]["class_names"] == ["one", "zero"]
-    words = "needs images of the prior's classes: expected 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), got 1, 0"
+    digits = "zero, one, two, three, four, five, six, seven, eight, nine"
+    words = f"needs images of the prior's classes: expected 10 classes ({digits}), got one, zero"
     for name in ("classifier", "token_prediction", "precision", "inpainting"):
         assert f"metric '{name}' does not fit: {words}" in refused(pair, "data.classes=[1,0]", "--metric", name)
 

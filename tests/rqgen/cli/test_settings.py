@@ -187,9 +187,9 @@ def test_every_recipe_says_what_it_starts_from():
     assert photos.data.channels == photos.model.image_channels == 3 and photos.model.resolution == 64
 
 
-def test_the_readmes_file_is_read(tmp_path):
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
-    block = re.search(r"^    base: .*?(?=\n\n)", readme, re.MULTILINE | re.DOTALL)[0]
+def test_the_documented_file_is_read(tmp_path):
+    text = (Path(__file__).resolve().parents[3] / "docs/settings.md").read_text()
+    block = re.search(r"^    base: .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)[0]
     path = tmp_path / "mine.yaml"
     path.write_text(textwrap.dedent(block))
     run = load(RQTokenizerRun, path, recipes=RECIPES)

@@ -96,7 +96,7 @@ def test_models_that_do_not_belong_together(pipe, folder):
     other = SAVED / {"rq": "var", "var": "rq"}[folder.name]
     with pytest.raises(TypeError, match="vae: expected an"):
         Pipeline(load_pretrained(other / "tokenizer"), pipe.prior)
-    with pytest.raises(TypeError, match="prior: expected an RQTransformer or a VAR, got"):
+    with pytest.raises(TypeError, match=r"prior: expected a prior \(RQTransformer, VAR.*\), got"):
         Pipeline(pipe.tokenizer, pipe.tokenizer)
     with pytest.raises(ValueError, match="class_names must be one for each of 2 classes"):
         Pipeline(pipe.tokenizer, pipe.prior, class_names=["cat"])
