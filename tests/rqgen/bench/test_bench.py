@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -12,7 +13,6 @@ from rqgen.bench.published import PublishedSampling
 from rqgen.bench.sampling import SamplingBench
 from rqgen.inference import Engine, SamplingParams, cast_prior, make_sampler
 from rqgen.inference.cuda_graph import CapturedSampler
-from rqgen.models import RQTransformer, RQTransformerConfig
 from rqgen.models.transformer import TransformerConfig
 from rqgen.sampling import Cost, sampling_cost
 from rqkernels import _measure
@@ -26,12 +26,9 @@ def quick_peaks(monkeypatch):
 
 
 def small_prior(shape, **settings):
-    stacks = {"spatial": TransformerConfig(2, 2), "depth": TransformerConfig(1, 2)}
-    config = RQTransformerConfig(shape, codebook_size=11, code_dim=4, embed_dim=16, **stacks, **settings)
-    prior = RQTransformer(config, torch.randn(11, 4)).eval()
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return prior
+    spatial = TransformerConfig(layers=2, heads=2)
+    prior = tiny.rq_prior(code_shape=shape, codebook_size=11, spatial=spatial, **settings)
+    return tiny.resample_weights(prior, std=0.3)
 
 
 def test_everything_is_measured_and_drawn(rqgen, tmp_path, monkeypatch):
