@@ -1,4 +1,4 @@
-"""Which way imports and includes go, and that every operator has all its files.
+"""Tests of the order of imports and includes, and that every operator has all its files.
 
     cli -> bench -> systems -> {training, sampling, evaluation, report, integrations} -> {inference, losses, convert}
         -> {models, data} -> quantizers -> rqkernels -> the compiled library

@@ -672,7 +672,7 @@ void before_atomic(void* address, size_t bytes, const void* pc) {
 
 namespace {
 
-// Whether the bytes lie within one variable of this block. For other addresses, a device would use the lower half as a
+// True if the bytes lie within one variable of this block. For other addresses, a device would use the lower half as a
 // shared address.
 bool is_shared(const void* address, size_t bytes) {
   const char* first = static_cast<const char*>(address);

@@ -177,7 +177,7 @@ def test_halves_lose_no_more_than_their_rounding(dtype: torch.dtype) -> None:
 
 
 def test_a_float16_gradient_survives_the_mean_of_many_rows() -> None:
-    """Of 16384 rows, entries are some 1e-8, below all float16 numbers; backward's factor is to find them whole."""
+    """For 16384 rows, entries are some 1e-8, below all float16 numbers; backward's factor is to find them whole."""
     x, e = torch.randn(16384, 2), torch.randn(64, 2)
     logits = torch.randn(16384, 64).half()
     scaled = {}

@@ -28,7 +28,7 @@
 namespace rqk {
 namespace residual_search {
 
-// Whether the center is subtracted from the rows of a depth.
+// True if the center is subtracted from the rows of depth d.
 __device__ inline bool is_centered(int64_t d) { return d == 0; }
 
 // Loads the rows of a block in bf16 (chunks, rows, kChunk) and fills their table. The whole block calls; both are

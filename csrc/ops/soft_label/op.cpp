@@ -113,7 +113,7 @@ RowStrides row_strides(const Tensor& t) {
   return rows;
 }
 
-// Whether no two elements share memory, as far as sizes and strides show.
+// True if no two elements share memory, as far as sizes and strides show.
 bool is_apart(const Tensor& t) {
   if (t.numel() == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;

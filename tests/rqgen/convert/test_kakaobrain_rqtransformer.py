@@ -1,4 +1,4 @@
-"""What the published code computed for its priors, tensor by tensor, and every option of their config."""
+"""Published priors: the published code's results, tensor by tensor, and every option of their config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a shorter precision is from float32."""
+"""Distance of a shorter precision from float32."""
 
 import pytest
 import tiny

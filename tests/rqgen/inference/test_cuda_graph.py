@@ -92,7 +92,7 @@ def tensors_of(results: Any) -> list[Tensor]:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What each capture was begun with."""
+    """Arguments that each capture was begun with."""
     begun: list[dict[str, Any]] = []
 
     class Stream:
@@ -144,7 +144,7 @@ def test_replayed_positions_are_those_that_are_launched(captures: list[Any], set
 
 
 def test_other_weights_are_seen_behind_a_capture(captures: list[Any]) -> None:
-    """What is written to the captured memory, and other memory in its place."""
+    """Weights written to the captured memory, and other memory in its place."""
     prior = make_prior()
     sampler = CapturedSampler(prior, capture=True)
     drawn = [draw(sampler)]

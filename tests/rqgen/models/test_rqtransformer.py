@@ -425,7 +425,7 @@ def test_the_loss_in_place_of_the_logits() -> None:
 
 
 class CountTensors(TorchDispatchMode):
-    """How many tensors of so many elements, that are no views, are made."""
+    """Counts the tensors of `numel` elements, without views, that are made."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()

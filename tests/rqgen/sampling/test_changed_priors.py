@@ -79,7 +79,7 @@ def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Lora(nn.Module):
-    """What peft puts in the place of a linear layer or an embedding, as far as its structure goes."""
+    """A module structured like the one that peft puts in place of a linear layer or an embedding."""
 
     def __init__(self, base_layer: nn.Module, inputs: int, outputs: int) -> None:
         super().__init__()

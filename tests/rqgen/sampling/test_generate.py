@@ -233,7 +233,7 @@ def test_the_same_images_on_any_number_of_threads(prior: RQTransformer, vae: RQV
 def test_the_step_that_a_gpu_captures_draws_the_same(
     vae: RQVAE, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
+    """The step a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
     monkeypatch.setattr(cuda_graph, "BUCKET", 3)  # several graphs' worth of positions
     prior = make_prior(vae, **config)
     condition = None if not config else torch.arange(6) % 5 if config == CLASS else torch.randint(0, 6, (6, 3))

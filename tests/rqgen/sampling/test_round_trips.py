@@ -1,5 +1,5 @@
-"""What `generate` returns goes into `edit` and `encode`, and what `edit` returns too: one range of images for both
-systems. And what the arguments may be."""
+"""Results of `generate` and `edit` go into `edit` and `encode`: one range of images for both systems. And the types
+that arguments may have."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def system(request: pytest.FixtureRequest) -> System:
 
 
 def decoded(vae: Any, codes: Any) -> Tensor:
-    """What the decoder gives, one by one as on a CPU."""
+    """Images as the decoder gives them, one by one as on a CPU."""
     count = len(codes) if isinstance(codes, Tensor) else len(codes[0])
     rows = [slice(i, i + 1) for i in range(count)]
     some = [codes[row] if isinstance(codes, Tensor) else [maps[row] for maps in codes] for row in rows]

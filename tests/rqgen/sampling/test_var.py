@@ -310,7 +310,7 @@ def test_the_tokenizer_s_refinements_are_its_own(prior: VAR, vae: MultiScaleVQVA
 
 
 def test_a_parametrized_quantizer_of_the_tokenizer(prior: VAR, vae: MultiScaleVQVAE) -> None:
-    """What codes stand for is its value; a prior carries that."""
+    """Codes stand for the value of a parametrized codebook; a prior carries that value."""
     changed = copy.deepcopy(vae)
     torch.nn.utils.parametrizations.weight_norm(changed.quantizer.refinements[0])
     torch.nn.utils.parametrize.register_parametrization(changed.quantizer, "codebook", torch.nn.Hardtanh())
