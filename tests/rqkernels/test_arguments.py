@@ -240,6 +240,8 @@ def test_what_is_no_plain_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_other_classes_and_layouts_are_taken(name: str) -> None:
+    """The results have the bits of plain tensors: no layout here changes an order of sums."""
+
     class Mine(Tensor):
         pass
 

@@ -793,6 +793,22 @@ def test_fused_linear_in_halves_at_any_scale(
                 assert error <= 1.5 * (theirs - exact)[kept].norm().item() + 1e-4 * exact[kept].norm().item() + lost
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_fused_linear_gives_strided_tensors_the_same_bits(which: int) -> None:
+    """An operand with no contiguous dimension is copied to the layout of a plain one before the products."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        plain = [torch.randn(4, 7), torch.randn(9, 7), torch.randn(9)]
+        x, e = torch.randn(4, 5), torch.randn(9, 5)
+        strided = [torch.stack([t, t], -1)[..., 1] if i == which else t for i, t in enumerate(plain)]
+        results = []
+        for leaves in (plain, strided):
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            loss = rqk.fused_linear_soft_label_cross_entropy(*leaves, x, e, 0.5)
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
+        assert all(map(torch.equal, *results)), seed
+
+
 def test_fused_linear_of_no_rows_has_no_gradient() -> None:
     x, e, mask = torch.randn(3, 8), torch.randn(50, 8), torch.zeros(3, dtype=torch.bool)
     for dtype in (torch.float32, *HALVES):
