@@ -1,4 +1,4 @@
-"""What every test may use: a seed, the devices of this machine, and what the marker `gpu` means."""
+"""Fixtures for every test: a seed, the devices of this machine, and the meaning of the marker `gpu`."""
 
 from __future__ import annotations
 

@@ -8,11 +8,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
-
-from rqgen import RQVAE, RQVAEConfig
-from rqgen.quantizers import QuantizerConfig
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPTS = {"encode_folder", "own_quantizer", "semantic_ids", "train_and_sample"}
@@ -30,20 +28,14 @@ def test_every_example_is_run_here() -> None:
 
 
 def test_encode_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    RQVAE(
-        RQVAEConfig(
-            image_channels=3,
-            resolution=16,
-            base_channels=8,
-            channel_multipliers=[1, 1],
-            num_res_blocks=1,
-            attention_resolutions=[],
-            z_channels=8,
-            embed_dim=8,
-            norm_groups=4,
-            code_shape=[8, 8, 3],
-            quantizer=QuantizerConfig(codebook_size=32, depth=3, init="random"),
-        )
+    tiny.rqvae(
+        image_channels=3,
+        resolution=16,
+        channel_multipliers=[1, 1],
+        z_channels=8,
+        embed_dim=8,
+        code_shape=[8, 8, 3],
+        quantizer={"codebook_size": 32, "init": "random"},
     ).save_pretrained(tmp_path / "tokenizer")
     photos = tmp_path / "photos" / "sub"
     photos.mkdir(parents=True)

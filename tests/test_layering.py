@@ -1,4 +1,4 @@
-"""Which way imports and includes go, and that every operator has all its files.
+"""Tests of the order of imports and includes, and that every operator has all its files.
 
     cli -> bench -> systems -> {training, sampling, evaluation, report, integrations} -> {inference, losses, convert}
         -> {models, data} -> quantizers -> rqkernels -> the compiled library
@@ -435,8 +435,8 @@ GOOD_TREE: dict[str, str] = {
     "rqkernels/reference/__init__.py": "from .search import search\n__all__ = ['search']\n",
     "rqkernels/reference/search.py": "import math\nimport torch.nn.functional\ndef search(x): ...\n",
     "csrc/common/checks.h": "#include <torch/csrc/stable/tensor.h>\n",
-    "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/device.h"\n',
-    "csrc/emulation/device.h": '#include "emulation/runtime.h"\n',
+    "csrc/common/device.h": '#include <cuda_runtime.h>\n#include "emulation/cuda_language.h"\n',
+    "csrc/emulation/cuda_language.h": '#include "emulation/runtime.h"\n',
     "csrc/emulation/CMakeLists.txt": "add_library(x OBJECT x.cpp)  # install()s nothing\n",
     "csrc/emulation/ops/search.cpp": '#include "ops/search/params.h"\nRQK_CASE(search) {\n',
     "CMakeLists.txt": "file(GLOB op_sources CONFIGURE_DEPENDS csrc/ops/*/op.cpp)\n",
@@ -611,7 +611,11 @@ def test_a_list_of_operators_in_cmake_is_found(tmp_path: Path, file: str) -> Non
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("ops/search/kernel.cuh", '#include "emulation/device.h"\n', "kernel.cuh:1: emulation/device.h is reached"),
+        (
+            "ops/search/kernel.cuh",
+            '#include "emulation/cuda_language.h"\n',
+            "kernel.cuh:1: emulation/cuda_language.h is reached",
+        ),
         ("ops/search/cpu.cpp", '#include "../../emulation/cases.h"\n', "cpu.cpp:1: ../../emulation/cases.h is reached"),
         ("ops/search/kernel.cuh", "#include <cuda_fp16.h>\n", "gets CUDA through common/device.h, not cuda_fp16.h"),
         ("ops/search/scan.cuh", "#include <cuda_fp16.h>\n", "gets CUDA through common/device.h, not cuda_fp16.h"),

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import rqkernels
-from rqgen import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
-from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import QuantizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -31,38 +29,18 @@ def promised(block: str) -> list[str]:
 @pytest.fixture
 def demo_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write untrained models of the demo's shapes where the demo puts them, and go there."""
-    quantizer = QuantizerConfig(codebook_size=32, depth=4, init="random")
-    vae = RQVAE(
-        RQVAEConfig(
-            image_channels=1,
-            resolution=32,
-            base_channels=8,
-            channel_multipliers=[1, 1, 1, 1],
-            num_res_blocks=1,
-            attention_resolutions=[],
-            z_channels=8,
-            embed_dim=8,
-            norm_groups=4,
-            code_shape=[4, 4, 4],
-            quantizer=quantizer,
-            class_names=DIGITS,
-        )
-    )
-    stack = TransformerConfig(layers=1, heads=2)
-    prior_config = RQTransformerConfig(
-        code_shape=(4, 4, 4),
-        codebook_size=32,
-        code_dim=8,
-        embed_dim=16,
-        spatial=stack,
-        depth=stack,
-        condition="class",
-        condition_vocab_size=10,
-        condition_dropout=0.1,  # with a null condition, as the demo's prior has one
+    vae = tiny.rqvae(
+        resolution=32,
+        channel_multipliers=[1, 1, 1, 1],
+        z_channels=8,
+        embed_dim=8,
+        code_shape=[4, 4, 4],
+        quantizer={"codebook_size": 32, "init": "random"},
         class_names=DIGITS,
     )
+    prior = tiny.rq_prior(vae, num_classes=10, class_names=DIGITS)  # with a null condition, as the demo's prior has one
     vae.save_pretrained(tmp_path / "runs" / "demo" / "tokenizer")
-    RQTransformer(prior_config, vae.codebooks).save_pretrained(tmp_path / "runs" / "demo" / "prior")
+    prior.save_pretrained(tmp_path / "runs" / "demo" / "prior")
     monkeypatch.chdir(tmp_path)
 
 

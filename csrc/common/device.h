@@ -18,7 +18,7 @@
 
 #elif defined(RQK_EMULATION)
 
-#include "emulation/device.h"
+#include "emulation/cuda_language.h"
 
 #else
 #error "device code is compiled by nvcc, or for the host by csrc/emulation"

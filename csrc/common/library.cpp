@@ -1,4 +1,4 @@
-// Functions of the CPU library beside the operators: the instruction set in use, and the GPU architectures that the
+// Functions of the CPU library besides the operators: the instruction set in use, and the GPU architectures that the
 // CUDA library of the same build was compiled for (asked here, because `_cuda` is loaded only where it can run).
 #include "common/cpu_capability.h"
 #include "common/tensors.h"

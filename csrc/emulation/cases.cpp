@@ -6,7 +6,7 @@ namespace rqk::emulation {
 namespace {
 
 // Built by the first registration: those of other files may come before any variable of this one. A name that two
-// cases claim is found when it is run: an Error while a library is being loaded would have nobody to catch it.
+// cases claim is found when it is run: nothing could catch an Error while a library is being loaded.
 std::multimap<std::string, Case>& registry() {
   static std::multimap<std::string, Case> cases;
   return cases;

@@ -58,7 +58,7 @@ class Inputs {
   std::string text(const std::string& name) const;
   size_t choice(const std::string& name, std::initializer_list<const char*> choices) const;  // the index of the text
 
-  // Error where an argument was given that nobody asked for.
+  // Throws Error if an argument was given that the case never asked for.
   void check_all_read() const;
 
  private:

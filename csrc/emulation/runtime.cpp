@@ -672,7 +672,7 @@ void before_atomic(void* address, size_t bytes, const void* pc) {
 
 namespace {
 
-// Whether the bytes lie within one variable of this block. For other addresses, a device would use the lower half as a
+// True if the bytes lie within one variable of this block. For other addresses, a device would use the lower half as a
 // shared address.
 bool is_shared(const void* address, size_t bytes) {
   const char* first = static_cast<const char*>(address);
@@ -803,6 +803,7 @@ void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint
         const Element type = lane_of(0)->type;
         const unsigned per_word = type == Element::s8 ? 4 : type == Element::tf32 ? 1 : 2, depth = 8 * per_word;
         double a_mk[kRows][kMaxDepth], b_kn[kMaxDepth][kColumns];
+        // Collect the matrices from the lanes' fragments.
         for (unsigned lane = 0; lane < kWarp; ++lane) {
           const unsigned group = lane / 4, first = lane % 4 * per_word;
           for (unsigned j = 0; j < per_word; ++j) {
@@ -814,6 +815,7 @@ void multiply_matrices(Element type, void* d, const uint32_t (&a)[4], const uint
             }
           }
         }
+        // Each lane's elements of the product.
         for (unsigned lane = 0; lane < kWarp; ++lane) {
           for (unsigned i = 0; i < 4; ++i) {
             const unsigned m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;

@@ -64,9 +64,9 @@ class CenteredCodebook {
   bool finite_;
 };
 
-// How threads divide the rows. With one part, each of `workers` threads takes its own tile of `rows` rows. With more,
-// all threads share the codes and then the rows of one tile at a time: used if there are too few rows to give each
-// thread a tile, or if the scores of several tiles would need too much memory.
+// A division of the rows among threads. With one part, each of `workers` threads takes its own tile of `rows` rows.
+// With more, all threads share the codes and then the rows of one tile at a time: used if there are too few rows to
+// give each thread a tile, or if the scores of several tiles would need too much memory.
 struct TilePlan {
   int64_t rows, parts, workers;
 };

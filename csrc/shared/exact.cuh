@@ -21,7 +21,7 @@ __device__ inline double sum_lanes(double lane) {
   return lane;
 }
 
-// a - b|^2, or |a|^2 if b is null. All threads of the group call.
+// |a - b|^2, or |a|^2 if b is null. All threads of the group call.
 __device__ inline double squared_distance(const float* a, const float* b, int64_t channels) {
   double lane = 0;
   for (int64_t c = threadIdx.x % kLanes; c < channels; c += kLanes) {

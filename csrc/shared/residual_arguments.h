@@ -44,10 +44,10 @@ inline void check_x_and_codebooks(const char* op, const Tensor& x, const Tensor&
 // The inputs of a search as contiguous float32, and its results.
 struct ResidualTensors {
   Tensor x, codebooks;
-  Tensor codes, quantized, norms, residuals;
+  Tensor codes, quantized, sq_norms, residuals;
 };
 
-// Allocates the tensors and points `params` to them.
+// Allocates the tensors and points `params` to them. Residuals that are not wanted have no elements.
 template <class Params>
 ResidualTensors residual_tensors(const Tensor& x, const Tensor& codebooks, int64_t depth, bool return_residuals,
                                  Params& params) {
@@ -59,26 +59,23 @@ ResidualTensors residual_tensors(const Tensor& x, const Tensor& codebooks, int64
     sizes.insert(sizes.end(), more);
     return empty(sizes, type, x);
   };
-  ResidualTensors tensors;
-  tensors.x = as_float(x);
-  tensors.codebooks = as_float(codebooks);
-  tensors.codes = result({depth}, ScalarType::Long);
-  tensors.quantized = result({channels}, ScalarType::Float);
-  tensors.norms = result({depth}, ScalarType::Float);
-  tensors.residuals =
+  const Tensor x_float = as_float(x), codebooks_float = as_float(codebooks);
+  const Tensor codes = result({depth}, ScalarType::Long), quantized = result({channels}, ScalarType::Float);
+  const Tensor sq_norms = result({depth}, ScalarType::Float);
+  const Tensor residuals =
       return_residuals ? result({depth, channels}, ScalarType::Float) : empty({0}, ScalarType::Float, x);
-  params.x = tensors.x.template const_data_ptr<float>();
-  params.codebooks = tensors.codebooks.template const_data_ptr<float>();
+  params.x = x_float.const_data_ptr<float>();
+  params.codebooks = codebooks_float.const_data_ptr<float>();
   params.rows = x.numel() / channels;
   params.channels = channels;
   params.num_codes = codebooks.size(codebooks.dim() - 2);
   params.depth = depth;
   params.codebook_stride = codebooks.dim() == 3 ? params.num_codes * channels : 0;
-  params.codes = tensors.codes.template mutable_data_ptr<int64_t>();
-  params.quantized = tensors.quantized.template mutable_data_ptr<float>();
-  params.residual_sq_norms = tensors.norms.template mutable_data_ptr<float>();
-  params.residuals = return_residuals ? tensors.residuals.template mutable_data_ptr<float>() : nullptr;
-  return tensors;
+  params.codes = codes.mutable_data_ptr<int64_t>();
+  params.quantized = quantized.mutable_data_ptr<float>();
+  params.residual_sq_norms = sq_norms.mutable_data_ptr<float>();
+  params.residuals = return_residuals ? residuals.mutable_data_ptr<float>() : nullptr;
+  return {x_float, codebooks_float, codes, quantized, sq_norms, residuals};
 }
 
 }  // namespace

@@ -431,6 +431,7 @@ Threshold find_threshold(SampleCodes codes, const Real* weights, double total, d
     guess = 2 * within.n <= codes.n;
     codes = within, weights = range_w;
   }
+  // Few codes are left: try each as the threshold.
   Threshold found{inf, base};
   float too_small = -inf;
   const float* const x = codes.block(0);
@@ -502,6 +503,7 @@ int64_t sample_place(const SampleCodes& codes, const KeptCodes& top_k, const Sam
       total += scratch.sums[b];
     }
   };
+  // Weigh the codes that top_k keeps, and sum the weights by block.
   KeptCodes kept_codes = top_k;
   const bool cut = top_k.value > -__builtin_inff(), nucleus = settings.top_p < 1;
   if (!cut && !nucleus) {
@@ -517,6 +519,7 @@ int64_t sample_place(const SampleCodes& codes, const KeptCodes& top_k, const Sam
     });
   }
   double error = weigh.error(total, codes.n);
+  // Cut by top_p.
   if (nucleus) {
     const double target = settings.top_p * total;
     Real* const range_weights[2] = {reinterpret_cast<Real*>(scratch.range_weights[0]),
@@ -541,6 +544,7 @@ int64_t sample_place(const SampleCodes& codes, const KeptCodes& top_k, const Sam
       return keep(Weights<Real>::load(weights + i), kept.next(x));
     });
   }
+  // Find the block, the group and the code in which the cumulative weight exceeds the goal.
   const double goal = uniform * total;
   double before = 0;
   const int64_t block = first_beyond(codes.blocks(), goal, before, [&](int64_t b) { return scratch.sums[b]; });
@@ -606,6 +610,7 @@ inline int64_t sample_row(const float* logits, int64_t num_codes, const SampleSe
     }
   }
 
+  // Cut by top_k, then sample: with float32 weights if possible, else with float64.
   KeptCodes top_k{-inf, codes.n};
   if (settings.top_k < codes.n && codes.x != logits) {
     const double kept = double(settings.top_k);

@@ -464,7 +464,7 @@ def _fused_linear(
     h = hidden.reshape(-1, *group, hidden.shape[-1])
     x = x.reshape(-1, *group, x.shape[-1])
     mask = None if mask is None else mask.reshape(-1, *group)
-    w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+    w, b = _for_products(weight.to(dtype)), None if bias is None else bias.to(dtype)
     losses = x.new_empty(x.shape[:-1], dtype=torch.float32)
     total_factor = factor
     rest = None
@@ -486,7 +486,7 @@ def _fused_linear(
         # Runs once even without rows: a codebook that is not finite is always refused.
         for begin in range(0, max(h.shape[0], 1), step):
             rows = slice(begin, begin + step)
-            part = h[rows].to(dtype).reshape(-1, h.shape[-1])
+            part = _for_products(h[rows].to(dtype).reshape(-1, h.shape[-1]))
             logits = logits_buffer[: part.shape[0]]
             if b is None:
                 torch.mm(part, w.t(), out=logits)
@@ -521,6 +521,15 @@ def _fused_linear(
         for grad in (grad_h, grad_w, grad_b):
             grad *= rest
     return total, losses.view(hidden.shape[:-1]), grad_h.view(hidden.shape), grad_w, grad_b
+
+
+def _for_products(matrix: Tensor) -> Tensor:
+    """Return the matrix, contiguous if neither its rows nor its columns are.
+
+    torch would copy such an operand for every product, and transposed operands in another layout than a contiguous one:
+    the sums would be in another order.
+    """
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -28,7 +28,7 @@ def quick(*command: object, out: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What one quick run of all benchmarks wrote on the CPU, by slug."""
+    """Results that one quick run of all benchmarks wrote on the CPU, by benchmark."""
     out = tmp_path_factory.mktemp("results")
     options = ("-o", "python_files=bench_*.py", "-o", "pythonpath=benchmarks", "-p", "no:cacheprovider")
     run = quick("-m", "pytest", "benchmarks", *options, out=out)

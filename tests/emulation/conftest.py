@@ -14,7 +14,7 @@ from .harness import BUILDS, Emulation
 
 @pytest.fixture(scope="session")
 def emulation_folder() -> Path:
-    """Where the builds are, made now where they are missing or older than the sources."""
+    """Folder of the builds; builds that are missing or older than the sources are made now."""
     if "RQK_EMULATION_FOLDER" in os.environ:  # the mutation check has its own
         return Path(os.environ["RQK_EMULATION_FOLDER"])
     try:

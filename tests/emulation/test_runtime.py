@@ -204,7 +204,7 @@ def d_fragment(i: int) -> tuple[np.ndarray, np.ndarray]:  # the same for all
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """Of float32 values that bfloat16 can hold."""
+    """Bits in bfloat16 of float32 values that bfloat16 can hold."""
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 

@@ -366,7 +366,7 @@ def is_of_memory(error: BaseException) -> bool:
 
 
 def fault_of(call: Call, error: BaseException) -> tuple[str, str] | None:
-    """What is wrong about an error."""
+    """Kind of fault and text of an error that must not occur; None if the error is as documented."""
     text = f"{type(error).__name__}: {error}"
     if is_of_memory(error):
         return None if call.name in text else ("unnamed", text)
@@ -387,7 +387,7 @@ def leaves(result: Any) -> list[Any]:
 
 
 def is_moderate(call: Call) -> bool:
-    """Whether float32 and float64 must agree."""
+    """True if the results of float32 and float64 must agree."""
     for value in call.arguments.values():
         if isinstance(value, Tensor) and value.is_floating_point():
             finite = value.detach().double()
@@ -400,7 +400,7 @@ def is_moderate(call: Call) -> bool:
 
 
 def difference(call: Call, ours: Any, theirs: Any) -> str | None:
-    """What the reference says otherwise; None where nothing, or where rounding may have told."""
+    """First difference from the reference; None if there is none, or if rounding may explain it."""
     mine, others = leaves(ours), leaves(theirs)
     if len(mine) != len(others):
         return f"{len(mine)} results, the reference has {len(others)}"

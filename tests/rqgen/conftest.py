@@ -1,4 +1,4 @@
-"""What all tests of the models share: one thread, and the published checkpoints for the tests of conversion."""
+"""Fixtures that all tests of the models share: one thread, and published checkpoints for tests of conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators, packed objects and references accept, and what they say of everything else.
+"""Arguments that operators, packed objects and references accept, and their errors for everything else.
 
 A refusal of a kernel and of its reference is the same: class and text.
 """
@@ -240,6 +240,8 @@ def test_what_is_no_plain_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_other_classes_and_layouts_are_taken(name: str) -> None:
+    """The results have the bits of plain tensors: no layout here changes an order of sums."""
+
     class Mine(Tensor):
         pass
 
@@ -261,7 +263,7 @@ GIANT = 1 << 45
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"PackedTransformer"}))
 def test_more_elements_than_any_memory(name: str) -> None:
-    """Of one number, by a stride of zero: nothing is waited for, and no memory is asked for."""
+    """One number with a stride of zero: the error comes at once and no memory is requested."""
     for argument, tensor in tensors_of(name).items():
         for d in range(tensor.dim()):
             sizes = [GIANT if i == d else size for i, size in enumerate(tensor.shape)]
@@ -328,7 +330,7 @@ def test_checks_are_traced_with_parameters(name: str) -> None:
 
 
 def test_checks_tie_no_compiled_graph_to_a_size() -> None:
-    """Of rows that only the data tell: how many there are is not known while the graph is made."""
+    """The number of rows depends on the data: it is unknown while the graph is made."""
 
     def f(x: Tensor, chosen: Tensor, codebook: Tensor, logits: Tensor) -> Tensor:
         rows = x[chosen]
@@ -572,7 +574,7 @@ def test_memory_that_is_not_there_on_a_gpu() -> None:
 
 
 def test_a_depth_beyond_reason() -> None:
-    """Of no rows it needs no memory, nor time."""
+    """Without rows it needs no memory and no time."""
     x, codebook = torch.zeros(0, 4), torch.randn(9, 4)
     assert rqk.residual_search(x, codebook, 2**31 - 1).codes.shape == (0, 2**31 - 1)
     assert rqk.stochastic_residual_search(x, codebook, 2**31 - 1, tau=1, seed=0).codes.shape == (0, 2**31 - 1)

@@ -150,7 +150,7 @@ def test_a_stack_without_blocks_is_the_identity() -> None:
 
 
 def test_a_stack_without_blocks_has_a_device() -> None:
-    """Which no weight tells: a GPU's calls need it there."""
+    """No weight tells the device, but calls on a GPU need it."""
     elsewhere = rqk.PackedTransformer([], 3, width=24, device="meta")
     assert elsewhere._blocks.device.type == "meta"
     x, cache = torch.zeros(2, 24, device="meta"), torch.zeros(0, 2, 3, 1, 8, device="meta")

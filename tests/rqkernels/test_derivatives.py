@@ -223,7 +223,7 @@ def test_gradgradcheck(case: Derivative) -> None:
 
 @each_case
 def test_a_gradient_may_be_differentiated_in_what_the_loss_is_multiplied_by(case: Derivative) -> None:
-    """Of one, which a gradient needs no multiplication by; and where it cannot be had, it is refused."""
+    """By one, which a gradient needs no multiplication by; a second derivative that is missing is refused."""
     leaf, scale = case.leaf.clone().requires_grad_(), torch.ones((), requires_grad=True)
     (first,) = torch.autograd.grad(ours(case)(leaf).sum() * scale, leaf, create_graph=True)
     if case.call is CASES["fused losses, weight"].call:

@@ -1,4 +1,4 @@
-"""What loads, what does not, and what a tired person is told about it."""
+"""Loading of the compiled library: what loads, what does not, and readable errors."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_results_and_gradients_are_those_of_the_reference(name: str) -> None:
 def twin_decoders(
     precision: str = "fp32", depth: int = 3, layers: int = 1, under: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """Of random weights, packed where `under` is torch's default dtype."""
+    """Two decoders of the same random weights, packed while `under` is torch's default dtype."""
     width, hidden = 6, 8
     shapes = (
         *((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)),

@@ -1,4 +1,4 @@
-"""What a large search takes beside what it is given: the scan's tiles and the results, never rows x codes."""
+"""Memory that a large search adds to its arguments: the scan's tiles and the results, never rows x codes."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_halves_lose_no_more_than_their_rounding(dtype: torch.dtype) -> None:
 
 
 def test_a_float16_gradient_survives_the_mean_of_many_rows() -> None:
-    """Of 16384 rows, entries are some 1e-8, below all float16 numbers; backward's factor is to find them whole."""
+    """For 16384 rows, entries are some 1e-8, below all float16 numbers; backward's factor is to find them whole."""
     x, e = torch.randn(16384, 2), torch.randn(64, 2)
     logits = torch.randn(16384, 64).half()
     scaled = {}
@@ -791,6 +791,22 @@ def test_fused_linear_in_halves_at_any_scale(
                 error = (ours - exact)[kept].norm().item()
                 lost = kept.sum().item() ** 0.5 * least * torch.finfo(dtype).eps / scale
                 assert error <= 1.5 * (theirs - exact)[kept].norm().item() + 1e-4 * exact[kept].norm().item() + lost
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_fused_linear_gives_strided_tensors_the_same_bits(which: int) -> None:
+    """An operand with no contiguous dimension is copied to the layout of a plain one before the products."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        plain = [torch.randn(4, 7), torch.randn(9, 7), torch.randn(9)]
+        x, e = torch.randn(4, 5), torch.randn(9, 5)
+        strided = [torch.stack([t, t], -1)[..., 1] if i == which else t for i, t in enumerate(plain)]
+        results = []
+        for leaves in (plain, strided):
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            loss = rqk.fused_linear_soft_label_cross_entropy(*leaves, x, e, 0.5)
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
+        assert all(map(torch.equal, *results)), seed
 
 
 def test_fused_linear_of_no_rows_has_no_gradient() -> None:

@@ -34,7 +34,7 @@ def squared_distances(r_nc: torch.Tensor, e_kc: torch.Tensor) -> torch.Tensor:
 def beside_the_interval(
     out: rqk.ResidualCodes, codebooks: torch.Tensor, tau: float, seed: int, offset: int = 0
 ) -> torch.Tensor:
-    """How far each uniform lies outside the interval of the code that it drew, in cumulative mass; 0: inside."""
+    """Distance of each uniform from the interval of the code it sampled, in cumulative mass; 0: inside."""
     depth, off = out.codes.shape[-1], []
     for d in range(depth):
         e = codebooks if codebooks.dim() == 2 else codebooks[d]

@@ -31,7 +31,7 @@ struct LabelArrays {
   }
 };
 
-// The number of rows that went the direct way; -1 where the channels leave no room for tiles.
+// The number of rows that took the direct path; -1 if the channels leave no room for tiles.
 Array direct_rows(const SoftLabels& labels) {
   rqk::soft_label::Work w;
   rqk::soft_label::plan(labels, device().shared_bytes, labels.workspace, &w);

@@ -194,6 +194,7 @@ void launch(const DepthDecodeParams& p, void*) {
 
   for (int64_t first = 0; first < p.rows; first += at_once) {
     const int64_t rows = std::min(at_once, p.rows - first), all_rows = rows * copies;
+    // Input of depth 0.
     for (int64_t i = 0; i < all_rows; ++i) {
       const float* context = p.context + (i / rows * p.rows + first + i % rows) * width;
       for (int64_t c = 0; c < width; ++c) memory.x[i * memory.width + c] = context[c] + p.positions[c];
@@ -214,6 +215,7 @@ void launch(const DepthDecodeParams& p, void*) {
       Worker worker(kernels, stack, memory, phases, thread);
       PackedClassifier classifier(p.classifier, stack.type, width);
       PackedLinear linear{};
+      // Per depth: the stack, the classifier, then one code per row.
       for (int64_t d = 0; d < p.depth; ++d) {
         worker.stack(keys, values, all_rows, p.depth, 0, all_rows, 1, d);
         if (d < p.classifiers) linear = classifier.linears.linear(p.num_codes, width);

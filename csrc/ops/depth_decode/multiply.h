@@ -145,6 +145,7 @@ template <int kRows>
   };
   Fetcher fetcher(task, weights, rows.inputs * kOutputPanel, 4 * kOutputPanel, begin);
 #if defined(__AVX512F__)
+  // Sums start at -128 times those of the inputs, because weights are stored plus 128.
   VecInt high[kRows][2], low[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {

@@ -182,6 +182,7 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
                                         std::vector<double> top_p, double guidance, int64_t seed, int64_t offset,
                                         int64_t stream, std::optional<Tensor> step, std::optional<Tensor> given) {
   const char* op = given.has_value() ? kLogits : kDecode;
+  // Check shapes, counters and devices.
   if (positions.dim() != 2 || positions.size(0) < 1) {
     rqk::value_error(op, ": depth_positions must be (D, W), got ", rqk::shape_of(positions));
   }
@@ -224,6 +225,7 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
     rqk::check_same_device(op, "context", context, name, tensor);
   }
 
+  // Weights and inputs.
   rqk::DepthDecodeParams params{};
   check_eps(op, "classifier_eps", classifier_eps);
   params.stack = stack_of(op, blocks, layers, width, hidden, heads, activation, precision, eps);
@@ -249,7 +251,7 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
                      " with stream = ", stream, " and D = ", depth);
   }
 #endif
-  Tensor codes, logits;
+  // Given codes, or settings to sample by.
   std::vector<rqk::SampleSettings> settings;
   if (given.has_value()) {
     rqk::check_same_device(op, "context", context, "codes", *given);
@@ -266,15 +268,19 @@ std::tuple<Tensor, Tensor> depth_decode(Tensor context, Tensor blocks, Tensor cl
       }
     }
 #endif
-    codes = rqk::empty({0}, ScalarType::Long, context);
-    logits = rqk::empty({rows, depth, num_codes}, ScalarType::Float, context);
-    params.logits = logits.mutable_data_ptr<float>();
   } else {
     settings = settings_of(temperature, top_k, top_p, depth);
     params.settings = settings.data();
-    codes = rqk::empty({rows, depth}, ScalarType::Long, context);
-    logits = rqk::empty({0}, ScalarType::Float, context);
+  }
+  // Either codes are sampled, or logits of the given codes are returned; the other result has no elements.
+  using Sizes = std::vector<int64_t>;
+  const bool samples = !given.has_value();
+  const Tensor codes = rqk::empty(samples ? Sizes{rows, depth} : Sizes{0}, ScalarType::Long, context);
+  const Tensor logits = rqk::empty(samples ? Sizes{0} : Sizes{rows, depth, num_codes}, ScalarType::Float, context);
+  if (samples) {
     params.codes = codes.mutable_data_ptr<int64_t>();
+  } else {
+    params.logits = logits.mutable_data_ptr<float>();
   }
   params.seed = static_cast<uint64_t>(seed);
   params.offset = offset;

@@ -46,7 +46,8 @@ inline void drop_above(Candidates& candidates, float limit) {
   candidates.count = kept;
 }
 
-// Adds a candidate. Returns false and gives up the row if there is no room even after dropping those above `limit`.
+// Adds a candidate. Returns false, with a count of -1 from then on, if there is no room even after dropping those above
+// `limit`.
 inline bool add(Candidates& candidates, int32_t code, float least, float limit) {
   if (candidates.count == Candidates::kCapacity) drop_above(candidates, limit);
   if (candidates.count == Candidates::kCapacity) {

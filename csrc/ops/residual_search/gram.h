@@ -222,6 +222,7 @@ int64_t nearest_by_scores(const PackedCodebook& codebook, const float* r, double
   const int64_t blocks = num_blocks(codebook), size = blocks * kBlock;
   // Eight more than there are blocks; the extra ones are kNoCode, like the scores past the last code.
   int16_t* smallest_b = row.scores + size;
+  // Subtract the code taken last from the scores; find the smallest score of each block.
   const bool scanned = row.taken < 0;
   if (!scanned) {
     int factor;
@@ -230,6 +231,7 @@ int64_t nearest_by_scores(const PackedCodebook& codebook, const float* r, double
   } else {
     pass_over_scores<false>(row.scores, nullptr, 0, blocks, ahead, smallest_b);
   }
+  // An upper bound of the smallest score: by the error bound, and by evaluating a likely code.
   __m512d lowest = _mm512_set1_pd(__builtin_inf());
   for (int64_t b = 0; b < blocks; b += 8) {
     lowest = _mm512_min_pd(lowest, bounds_of_blocks(gram.block_norm + b, smallest_b + b, row.unit, row.error));
@@ -243,7 +245,8 @@ int64_t nearest_by_scores(const PackedCodebook& codebook, const float* r, double
                        slack;
   upper = exact < upper ? exact : upper;
   const double limit = upper + slack;
-  // Right after a scan, the alternative is the float scan, which is slow for single rows.
+  // Collect the candidates from the blocks within the limit. Right after a scan, the alternative is the float scan,
+  // which is slow for single rows.
   const int most_candidates = scanned ? kMostCandidates : kMostBeforeScan;
   int32_t candidates[kMostCandidates];
   int64_t count = 0;

@@ -36,18 +36,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_search(Tensor x, Tensor code
   // On a CPU the launch rejects codebooks that are not finite, even without rows. On a GPU that would need a
   // host-device sync; there a bad code is never chosen.
 #ifdef RQK_CUDA_LIBRARY
-  Tensor workspace;
   if (params.rows > 0) {
-    // Freed when this function returns, and reused only after the kernels launched here: torch's allocator keeps memory
+    // Freed at the end of this block, and reused only after the kernels launched here: torch's allocator keeps memory
     // to its stream.
-    workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
+    const Tensor workspace = rqk::empty({rqk::workspace_bytes(params)}, ScalarType::Byte, x);
     params.workspace = workspace.mutable_data_ptr<uint8_t>();
     rqk::launch(params, scope.stream());
   }
 #else
   rqk::launch(params, scope.stream());
 #endif
-  return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
+  return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.sq_norms, tensors.residuals};
 }
 
 #ifndef RQK_CUDA_LIBRARY
@@ -58,14 +57,14 @@ Tensor pack_codebook(Tensor codebook) {
   }
   rqk::check_elements(kPackOp, "codebook", codebook);
   const Tensor codebook_float = rqk::as_float(codebook);
-  Tensor packed;
+  std::optional<Tensor> packed;
   rqk::pack_codebook(codebook_float.const_data_ptr<float>(), codebook.size(0), codebook.size(1),
                      [&packed, &codebook](int64_t bytes) {
                        packed = rqk::empty({bytes}, ScalarType::Byte, codebook);
                        // Clears the gaps between its parts too: equal codebooks give equal bytes.
-                       return static_cast<uint8_t*>(std::memset(packed.mutable_data_ptr<uint8_t>(), 0, bytes));
+                       return static_cast<uint8_t*>(std::memset(packed->mutable_data_ptr<uint8_t>(), 0, bytes));
                      });
-  return packed;
+  return packed.value();
 }
 
 bool packed_has_gram(Tensor packed) {

@@ -1,4 +1,11 @@
 // Packed codebooks: their size, the place of each part, and how they are filled. For cpu.cpp.
+//
+// kernel_table.h describes the parts. Their way into memory:
+//   measure    center (shared/codebooks.h), squared norms of codes and of centered codes
+//   fill       codes in order of norm; int8 panels without the outlier channels (scan_int8.h), or float panels
+//              (panels.h); with Gram rows, norms of the blocks and the products of all codes (gram.h)
+//   on demand  float panels next to int8 panels, when the int8 scan leaves the first row to the float scan
+// codebook_cache.h keeps packed codebooks from call to call; rqkernels.PackedCodebook keeps one as a tensor.
 #pragma once
 
 #include <algorithm>

@@ -49,7 +49,7 @@ __device__ inline void pack_code(const ResidualSearchParams& p, const Work& w, i
   // A code that is not finite, or past the last, can never be chosen.
   const bool finite = e != nullptr && rounded.finite;
   const double accumulation = accumulation_error(w), share = 1.2 * accumulation + 0x1p-22;
-  // center| <= |e| + |e - center|; the float64 rounding of g (h_k of bound B6) is below this.
+  // |center| <= |e| + |e - center|; the float64 rounding of g (h_k of bound B6) is below this.
   const double loss = 0x1p-40 * (2 * centered + sqrt(centered * squared));
   for (int kind = 0; kind < 2; ++kind) {
     const double g = centered / 2 + (kind == 0 ? 0.0 : product);

@@ -28,7 +28,7 @@
 namespace rqk {
 namespace residual_search {
 
-// Whether the center is subtracted from the rows of a depth.
+// True if the center is subtracted from the rows of depth d.
 __device__ inline bool is_centered(int64_t d) { return d == 0; }
 
 // Loads the rows of a block in bf16 (chunks, rows, kChunk) and fills their table. The whole block calls; both are
@@ -47,7 +47,7 @@ __device__ inline void load_rows(const ResidualSearchParams& p, const Work& w, i
     if (lane_of_group() != 0) continue;
     const double norm = rounded_norm(rounded, p.channels), error = rounded_error(rounded, p.channels);
     const double reach = 1.0001 * max(norm + error, 1024 * error);
-    // r| + max|e|, where |center| <= |e| + |e - center|.
+    // |r| + max|e|, where |center| <= |e| + |e - center|.
     const double extent = norm + (is_centered(d) ? max_norm + max_centered : 0.0) + max_norm;
     const bool scanned = reach < kLargest && max_centered < kLargest;
     table.state[row] = !rounded.finite ? kNotFinite : scanned ? kScanned : kDirect;

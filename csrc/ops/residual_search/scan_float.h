@@ -107,6 +107,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
     pack_float_panel(codebook, first, panel);
     return static_cast<const float*>(panel);
   };
+  // Pack the rows into tiles.
   for (int64_t i = 0; i < num_tiles * kRowTile; ++i) {
     const float* r = i < count ? residuals + which[i] * channels : nullptr;
     pack_column(r, channels, kRowTile, tiles + i / kRowTile * kRowTile * channels + i % kRowTile);
@@ -116,6 +117,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
       codes[which[i]] = nearest_of_all(codebook, r);
     }
   }
+  // First scan: collect candidates.
   for (int64_t first = 0; first < codebook.num_codes; first += kPanelWidth) {
     const float* packed = panel_at(first);
     for (int64_t t = 0; t < num_tiles; ++t) {
@@ -125,7 +127,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
                  });
     }
   }
-  // Rows decided by the first scan are excluded from the second.
+  // Decide the rows whose candidates fit the list, and exclude them from the second scan.
   bool again = false;
   for (int64_t i = 0; i < count; ++i) {
     FloatRows& tile = rows[i / kRowTile];
@@ -141,6 +143,7 @@ inline void search_float(const PackedCodebook& codebook, const float* residuals,
     codes[which[i]] = nearest_of(codebook, residuals + which[i] * channels, candidates.code, candidates.count);
     leave_out(tile, place);
   }
+  // Second scan, for the others: evaluate every code within the final limit.
   for (int64_t first = 0; again && first < codebook.num_codes; first += kPanelWidth) {
     const float* packed = panel_at(first);
     for (int64_t t = 0; t < num_tiles; ++t) {

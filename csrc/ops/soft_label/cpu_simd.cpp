@@ -154,6 +154,7 @@ void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t
     logit_sum.within = logit_sum.within + e;
     product_sum.within = fma(label, below, product_sum.within);
   };
+  // The sums, block by block.
   for (int64_t k = 0; k < num_codes;) {
     const int64_t end = k + kBlockVecs * Vec::kSize < num_codes ? k + kBlockVecs * Vec::kSize : num_codes;
     for (; k + Vec::kSize <= end; k += Vec::kSize) take(k, F::load(logits + k));
@@ -178,6 +179,7 @@ void finish_row(const CrossEntropyRow& row, const CrossEntropyRow& next, int64_t
       }
     }
   }
+  // Loss, and gradient from the stored exponentials.
   *row.loss = float(__builtin_log(logit_sum.total) - product_sum.total / label_sum.total);
   if (!kGradient) return;
   typename F::T* gradient = static_cast<typename F::T*>(row.gradient);

@@ -70,6 +70,7 @@ __device__ inline void scan(const Row* rows, const float* codebook, int64_t num_
     for (int r = 0; r < kRowsPerWarp; ++r) stage.x[lane][first_row + r] = next_x[r];
   };
 
+  // Chunk by chunk, with the next one in flight in registers.
   fetch(0, 0);
   put(stages[0]);
   __syncthreads();

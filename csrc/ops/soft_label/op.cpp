@@ -21,7 +21,8 @@ int64_t product(const std::vector<int64_t>& sizes, size_t count) {
 
 // The tensors that `labels` points to, to keep them alive.
 struct LabelTensors {
-  Tensor x, codebook, workspace;
+  Tensor x, codebook;
+  std::optional<Tensor> workspace;
   rqk::SoftLabels labels;
 };
 
@@ -76,7 +77,7 @@ LabelTensors label_tensors(const char* op, const Tensor& x, const Tensor& codebo
 void take_workspace([[maybe_unused]] LabelTensors& from) {
 #ifdef RQK_CUDA_LIBRARY
   from.workspace = rqk::empty({rqk::workspace_bytes(from.labels)}, ScalarType::Byte, from.x);
-  from.labels.workspace = from.workspace.mutable_data_ptr<uint8_t>();
+  from.labels.workspace = from.workspace->mutable_data_ptr<uint8_t>();
 #endif
 }
 
@@ -113,7 +114,7 @@ RowStrides row_strides(const Tensor& t) {
   return rows;
 }
 
-// Whether no two elements share memory, as far as sizes and strides show.
+// True if no two elements share memory, as far as sizes and strides show.
 bool is_apart(const Tensor& t) {
   if (t.numel() == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;

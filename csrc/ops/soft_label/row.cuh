@@ -40,7 +40,7 @@ __device__ inline Row row_at(const SoftLabelCrossEntropyParams& p, int64_t q, in
   return row;
 }
 
-// x - e_k|^2 as the definition rounds it, for the lanes of `mask`, each with its own code. Four codes at a time, each
+// |x - e_k|^2 as the definition rounds it, for the lanes of `mask`, each with its own code. Four codes at a time, each
 // by a group of eight. The whole warp calls.
 __device__ inline double exact_distance(unsigned mask, const float* x, const float* codebook, int64_t k,
                                         int64_t channels) {

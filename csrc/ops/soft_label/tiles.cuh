@@ -178,6 +178,7 @@ __device__ inline void scan(const Work& w, const PackedCodes& codes, bool backwa
   const int lane = lane_of_warp(), chunks = int(w.chunks), at = 16 * threadIdx.x;
   const int tiles = int(w.tiles), step = backwards ? -1 : 1, first = backwards ? tiles - 1 : 0;
 
+  // Chunks are fetched in scan order.
   int tiles_to_fetch = tiles;
   int fetched_chunk = 0;
   const uint8_t* from = codes.packed + int64_t(first) * chunks * kChunkBytes;
@@ -215,6 +216,7 @@ __device__ inline void scan(const Work& w, const PackedCodes& codes, bool backwa
       current = current + 1 == kStages ? 0 : current + 1;
     }
     if (!has_codes) continue;
+    // Scale the products to half scores.
     const float scale[2] = {scales[first_row_of_warp() + lane / 4], scales[first_row_of_warp() + lane / 4 + 8]};
     const unsigned k = first_code + 2 * (lane % 4);
 #pragma unroll

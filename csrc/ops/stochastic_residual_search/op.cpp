@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> stochastic_residual_search(Tensor x, 
   // On a CPU the launch rejects codebooks that are not finite, even without rows. On a GPU that would need a
   // host-device sync; there a bad code is never sampled.
   if (rows > 0 || !x.is_cuda()) rqk::launch(params, scope.stream());
-  return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.norms, tensors.residuals};
+  return {tensors.codes, rqk::to_type(tensors.quantized, x.scalar_type()), tensors.sq_norms, tensors.residuals};
 }
 
 }  // namespace

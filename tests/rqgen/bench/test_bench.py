@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -12,7 +13,6 @@ from rqgen.bench.published import PublishedSampling
 from rqgen.bench.sampling import SamplingBench
 from rqgen.inference import Engine, SamplingParams, cast_prior, make_sampler
 from rqgen.inference.cuda_graph import CapturedSampler
-from rqgen.models import RQTransformer, RQTransformerConfig
 from rqgen.models.transformer import TransformerConfig
 from rqgen.sampling import Cost, sampling_cost
 from rqkernels import _measure
@@ -26,12 +26,9 @@ def quick_peaks(monkeypatch):
 
 
 def small_prior(shape, **settings):
-    stacks = {"spatial": TransformerConfig(2, 2), "depth": TransformerConfig(1, 2)}
-    config = RQTransformerConfig(shape, codebook_size=11, code_dim=4, embed_dim=16, **stacks, **settings)
-    prior = RQTransformer(config, torch.randn(11, 4)).eval()
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return prior
+    spatial = TransformerConfig(layers=2, heads=2)
+    prior = tiny.rq_prior(code_shape=shape, codebook_size=11, spatial=spatial, **settings)
+    return tiny.resample_weights(prior, std=0.3)
 
 
 def test_everything_is_measured_and_drawn(rqgen, tmp_path, monkeypatch):
@@ -132,7 +129,7 @@ def test_what_does_not_fit_into_the_memory_is_named(rqgen, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("batch", "floor_ms"), [(1, 84.0), (100, 1.02), (200, 0.60), (500, 0.42)])
 def test_the_floor_of_the_largest_preset_on_an_h100(batch, floor_ms):
-    """Of a card that copies 3.0 TB/s and multiplies 790 TFLOP/s."""
+    """A card that copies 3.0 TB/s and multiplies 790 TFLOP/s."""
     config = bench_of(precisions=[], preset="1.4B", codebook_size=16384).prior_config((8, 8, 4))
     peaks = machine.Rates(3.0e12, {"bf16": 790e12})
     seconds = machine.floor_seconds(peaks, sampling_cost(config, batch), "bf16")

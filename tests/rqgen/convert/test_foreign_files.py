@@ -274,7 +274,7 @@ RQVAE_OPTIONS = {
 
 @pytest.mark.parametrize("section", RQVAE_OPTIONS)
 def test_every_option_of_an_rqvae_is_checked(kakaobrain: Path, section: str) -> None:
-    """Of whatever type a value is: a configuration, or one line that names the option."""
+    """Any value of any type gives a configuration, or one line that names the option."""
     arch = yaml.safe_load((kakaobrain / VAE / "config.yaml").read_text())["arch"]
     for option in RQVAE_OPTIONS[section].split():
         named = 0

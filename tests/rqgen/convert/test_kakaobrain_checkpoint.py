@@ -98,7 +98,7 @@ def test_other_contents_are_refused(vae: Path, saved: Any, message: str) -> None
 
 
 class Attack:
-    """What a malicious pickle does: call something while it is read."""
+    """A malicious pickle: calls something while it is read."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("attacked",)

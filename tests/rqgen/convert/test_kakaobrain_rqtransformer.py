@@ -1,4 +1,4 @@
-"""What the published code computed for its priors, tensor by tensor, and every option of their config."""
+"""Published priors: the published code's results, tensor by tensor, and every option of their config."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors import safe_open
@@ -17,8 +18,7 @@ from torch import Tensor
 import rqkernels
 from rqgen.convert import load_kakaobrain
 from rqgen.convert.kakaobrain.rqtransformer import build_rqtransformer
-from rqgen.models import RQVAE, RQTransformer, RQVAEConfig, prior_loss
-from rqgen.quantizers import QuantizerConfig
+from rqgen.models import RQVAE, RQTransformer, prior_loss
 from rqgen.sampling import KnownRows, generate
 
 TOLERANCE = 1e-4
@@ -145,27 +145,19 @@ def test_layouts(name: str) -> None:
 def test_layouts_sample_greedily(name: str) -> None:
     layout = Layout(name)
     prior = layout.build()
-    height, width, depth = prior.config.code_shape
-    vae = RQVAE(
-        RQVAEConfig(
-            image_channels=1,
-            resolution=8,
-            image_size=[height, width],
-            base_channels=4,
-            channel_multipliers=[1],
-            num_res_blocks=1,
-            attention_resolutions=[],
-            z_channels=4,
-            norm_groups=2,
-            embed_dim=prior.config.code_dim or 4,
-            code_shape=[height, width, depth],
-            quantizer=QuantizerConfig(
-                codebook_size=prior.config.codebook_size,
-                depth=depth,
-                shared_codebook=prior.config.shared_codebook,
-            ),
-        )
-    ).eval()
+    height, width, _ = prior.config.code_shape
+    vae = tiny.rqvae(
+        image_size=[height, width],
+        base_channels=4,
+        channel_multipliers=[1],
+        norm_groups=2,
+        embed_dim=prior.config.code_dim or 4,
+        code_shape=prior.config.code_shape,
+        quantizer={
+            "codebook_size": prior.config.codebook_size,
+            "shared_codebook": prior.config.shared_codebook,
+        },
+    )
     if prior.codebooks is not None:
         vae.quantizer.codebook.copy_(prior.codebooks)
     condition = layout.tensors.get("cond")

@@ -28,7 +28,7 @@ def encoded(request):
 
 
 def same(one, two):
-    """Whether codes are equal, in what they are made of too."""
+    """True if codes are equal, in structure and dtype too."""
     if isinstance(one, torch.Tensor):
         return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
     return isinstance(two, list) and len(one) == len(two) and all(map(same, one, two))

@@ -298,7 +298,7 @@ ORIENTED = np.array([[10, 60, 110], [160, 210, 250]], dtype=np.uint8)
 
 
 def stored_as(orientation, pixels):
-    """What a camera that was held so writes, for `pixels` to be seen."""
+    """Pixels that a camera in this orientation stores, so that `pixels` are shown."""
     inverse = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
     turned = {
         1: lambda a: a,
@@ -400,7 +400,7 @@ def test_a_background_that_is_no_colour(write, background):
 
 
 def test_ink_under_transparency_is_seen_when_shrunk(tmp_path):
-    """What hides under alpha must not shine through at the edges either."""
+    """Colour under full transparency must not show through at the edges either."""
     pixels = np.zeros((64, 64, 4), dtype=np.uint8)
     pixels[..., 0] = 255  # red, and transparent
     pixels[16:48, 16:48] = (0, 0, 0, 255)

@@ -1,23 +1,18 @@
-"""How far a shorter precision is from float32."""
+"""Distance of a shorter precision from float32."""
 
 import pytest
+import tiny
 import torch
 
 from rqgen.evaluation import evaluate_precision
 from rqgen.inference.packed import PackedPrior
-from rqgen.models import RQTransformer, RQTransformerConfig
-from rqgen.models.transformer import TransformerConfig
 
 SHAPE = (2, 3, 2)
 
 
 def make_prior(**settings):
-    stack = TransformerConfig(layers=1, heads=2)
-    config = RQTransformerConfig(SHAPE, 9, 4, embed_dim=32, spatial=stack, depth=stack, **settings)
-    prior = RQTransformer(config, torch.randn(9, 4))
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return prior
+    prior = tiny.rq_prior(code_shape=SHAPE, codebook_size=9, embed_dim=32, **settings)
+    return tiny.resample_weights(prior, std=0.2).train()
 
 
 LAYOUTS = [

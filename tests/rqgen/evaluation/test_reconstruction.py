@@ -1,31 +1,17 @@
 """Reconstruction error and code usage over a dataset."""
 
 import pytest
+import tiny
 import torch
 
 from rqgen.data import TensorItems
 from rqgen.evaluation import evaluate_reconstruction
-from rqgen.models.rqvae import RQVAE, RQVAEConfig
-from rqgen.quantizers import QuantizerConfig
 
 
 @pytest.fixture
 def vae():
     torch.manual_seed(0)
-    config = RQVAEConfig(
-        image_channels=1,
-        resolution=8,
-        base_channels=4,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        attention_resolutions=[],
-        z_channels=8,
-        embed_dim=4,
-        norm_groups=2,
-        code_shape=[4, 4, 2],
-        quantizer=QuantizerConfig(codebook_size=16, depth=2),
-    )
-    return RQVAE(config)
+    return tiny.rqvae(base_channels=4, z_channels=8, norm_groups=2, quantizer={"codebook_size": 16}).train()
 
 
 def test_it_equals_the_plain_definition_for_any_batch_size(vae):

@@ -1,40 +1,19 @@
 """Token prediction by its definition, for both systems."""
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
 from rqgen.data import TensorItems
 from rqgen.evaluation import evaluate_token_prediction
-from rqgen.models import (
-    RQVAE,
-    VAR,
-    MultiScaleVQVAE,
-    MultiScaleVQVAEConfig,
-    RQTransformer,
-    RQTransformerConfig,
-    RQVAEConfig,
-    VARConfig,
-)
-from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import MultiScaleConfig, QuantizerConfig
 
 SCALES = [1, 2, [2, 4]]
 
 
 def make_tokenizer():
-    return MultiScaleVQVAE(
-        MultiScaleVQVAEConfig(
-            image_channels=1,
-            base_channels=4,
-            channel_multipliers=[1, 2],
-            num_res_blocks=1,
-            attention=False,
-            z_channels=4,
-            norm_groups=2,
-            quantizer=MultiScaleConfig(codebook_size=12, scales=SCALES, refinements=1),
-        )
-    ).eval()
+    quantizer = {"scales": SCALES, "refinements": 1}
+    return tiny.multiscale_vqvae(base_channels=4, z_channels=4, norm_groups=2, quantizer=quantizer)
 
 
 @pytest.fixture
@@ -42,23 +21,8 @@ def models():
     """A tokenizer and a prior that drops out half of everything in training, away from an initialisation that lets
     nothing through."""
     vae = make_tokenizer()
-    config = VARConfig(
-        quantizer=vae.config.quantizer,
-        code_dim=4,
-        embed_dim=16,
-        layers=2,
-        heads=2,
-        dropout=0.5,
-        drop_path=0.5,
-        num_classes=3,
-        condition_dropout=0.5,
-    )
-    prior = VAR(config, vae.quantizer)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return vae, prior
+    prior = tiny.var(vae, dropout=0.5, drop_path=0.5, condition_dropout=0.5)
+    return vae, tiny.perturb_weights(prior, std=0.3)
 
 
 @pytest.fixture
@@ -99,29 +63,9 @@ def test_what_cannot_be_evaluated_is_refused(models, images):
 @pytest.fixture
 def stacks():
     """An RQ-VAE of 2x2 positions of 3 codes, and a class-conditional prior."""
-    config = RQVAEConfig(
-        image_channels=1,
-        resolution=4,
-        base_channels=4,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        attention_resolutions=[],
-        z_channels=4,
-        embed_dim=4,
-        norm_groups=2,
-        code_shape=[2, 2, 3],
-        quantizer=QuantizerConfig(codebook_size=12, depth=3),
-    )
-    vae = RQVAE(config).eval()
-    stack = TransformerConfig(layers=1, heads=2)
-    settings = {"condition": "class", "condition_vocab_size": 3, "condition_dropout": 0.5}
-    prior = RQTransformer(
-        RQTransformerConfig((2, 2, 3), 12, 4, embed_dim=16, spatial=stack, depth=stack, **settings), vae.codebooks
-    )
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return vae, prior
+    vae = tiny.rqvae(resolution=4, base_channels=4, norm_groups=2, code_shape=[2, 2, 3])
+    prior = tiny.rq_prior(vae, num_classes=3, condition_dropout=0.5)
+    return vae, tiny.perturb_weights(prior, std=0.3)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 128])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,22 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rqkernels
 from rqgen.inference import LevelParams, cuda_graph
 from rqgen.inference.cuda_graph import CapturedSampler
-from rqgen.models import RQTransformer, RQTransformerConfig
-from rqgen.models.transformer import TransformerConfig
+from rqgen.models import RQTransformer
 
 K, DEPTH, CLASSES = 11, 3, 5
 PARAMS = LevelParams(temperature=(1.0, 0.5, 1.0), top_k=(None, 5, None), top_p=(None, None, 0.9), seed=13)
 
 
 def make_prior(side: int = 3) -> RQTransformer:
-    stack = TransformerConfig(layers=2, heads=2)
-    condition = {"condition": "class", "condition_vocab_size": CLASSES, "condition_dropout": 0.1}
-    stacks = {"spatial": stack, "depth": stack}
-    config = RQTransformerConfig((side, side, DEPTH), K, 4, embed_dim=16, **stacks, **condition)
-    prior = RQTransformer(config, torch.randn(K, 4)).eval()
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # the codes before must matter
-    return prior
+    prior = tiny.rq_prior(code_shape=(side, side, DEPTH), codebook_size=K, layers=2, num_classes=CLASSES)
+    return tiny.resample_weights(prior, std=0.3)  # the codes before must matter
 
 
 def draw(
@@ -98,7 +92,7 @@ def tensors_of(results: Any) -> list[Tensor]:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What each capture was begun with."""
+    """Arguments that each capture was begun with."""
     begun: list[dict[str, Any]] = []
 
     class Stream:
@@ -150,7 +144,7 @@ def test_replayed_positions_are_those_that_are_launched(captures: list[Any], set
 
 
 def test_other_weights_are_seen_behind_a_capture(captures: list[Any]) -> None:
-    """What is written to the captured memory, and other memory in its place."""
+    """Weights written to the captured memory, and other memory in its place."""
     prior = make_prior()
     sampler = CapturedSampler(prior, capture=True)
     drawn = [draw(sampler)]

@@ -593,7 +593,7 @@ class TwoStages:
 
 
 def stage_two(transformer: nn.Module, logits: Tensor, soft: object) -> tuple[Tensor, ...]:
-    """What a training script does with soft codes: loss, what it logs, gradients."""
+    """A training script's use of soft codes: loss, logged losses, gradients."""
     loss = transformer.compute_loss(logits, soft, use_soft_target=True)
     by_depth = transformer.compute_codebook_loss(logits, soft, use_soft_target=True)
     assert loss.requires_grad and not by_depth.requires_grad
@@ -690,7 +690,7 @@ def test_soft_codes_never_make_an_array_of_rows_times_codes() -> None:
 
 
 class CountTensors(TorchDispatchMode):
-    """How many tensors of at least so many elements, that are no views, are made."""
+    """Counts the tensors of at least `numel` elements, without views, that are made."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -911,7 +911,7 @@ CODEBOOK_CHANGES = (
     ],
 )
 def test_codebooks_that_others_changed(change: Callable[[nn.Module], None], after: bool) -> None:
-    """What is called of them as published has the same part in what is accelerated, changed before or after."""
+    """Methods called as published have the same effect on accelerated codebooks, changed before or after."""
     torch.manual_seed(3)
     naive = NaiveBottleneck(**LAYOUTS["separate"]).eval()
     plain, fast = copy.deepcopy(naive), copy.deepcopy(naive)

@@ -206,7 +206,7 @@ def test_forward(pair: Pair, training: bool, alone: None) -> None:
 
 
 def test_without_a_process_group() -> None:
-    """Where the published forward stops, because it asks for a group."""
+    """The published forward stops there, because it asks for a group."""
     pair = Pair("plain")
     f = pair.batch()
     with pytest.raises(ValueError, match="process group"):

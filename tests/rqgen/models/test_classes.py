@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -10,33 +11,22 @@ from rqgen.models import (
     VAR,
     MultiScaleVQVAEConfig,
     RQTransformer,
-    RQTransformerConfig,
     RQVAEConfig,
-    VARConfig,
     load_pretrained,
 )
 from rqgen.models.classes import class_label, names_of_classes
-from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import MultiScaleConfig
-
-STACK = TransformerConfig(layers=1, heads=1)
 
 
 def rq_prior(names=(), classes=3, **settings):
-    settings = {"condition": "class", "condition_vocab_size": classes, **settings}
-    config = RQTransformerConfig(
-        (1, 1, 2), 4, 2, embed_dim=4, spatial=STACK, depth=STACK, class_names=names, **settings
-    )
-    return RQTransformer(config, torch.zeros(4, 2))
+    settings = {"condition_dropout": 0.0, "class_names": names, **settings}
+    sizes = {"code_shape": (1, 1, 2), "codebook_size": 4, "code_dim": 2, "embed_dim": 4, "heads": 1}
+    return RQTransformer(tiny.rq_prior_config(**sizes, num_classes=classes, **settings), torch.zeros(4, 2))
 
 
 def var_prior(names=(), classes=3):
-    quantizer = MultiScaleConfig(codebook_size=4, scales=[1, 2], refinements=1)
-    return VAR(
-        VARConfig(
-            quantizer=quantizer, code_dim=2, embed_dim=4, layers=1, heads=1, num_classes=classes, class_names=names
-        )
-    )
+    sizes = {"code_dim": 2, "embed_dim": 4, "layers": 1, "heads": 1}
+    quantizer = {"codebook_size": 4, "scales": [1, 2], "refinements": 1}
+    return VAR(tiny.var_config(quantizer=quantizer, **sizes, num_classes=classes, class_names=names))
 
 
 @pytest.fixture(params=[rq_prior, var_prior])

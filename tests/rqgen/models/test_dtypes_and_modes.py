@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,17 +24,12 @@ from rqgen.models import (
     RQVAE,
     VAR,
     MultiScaleVQVAE,
-    MultiScaleVQVAEConfig,
     RQTransformer,
-    RQTransformerConfig,
-    RQVAEConfig,
     SoftLabels,
-    VARConfig,
     load_pretrained,
     prior_loss,
     var_loss,
 )
-from rqgen.models.transformer import TransformerConfig
 from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer, QuantizerConfig, ResidualQuantizer, code_fingerprint
 from rqgen.sampling import edit, generate
 
@@ -49,50 +45,17 @@ Codes = Tensor | list[Tensor]
 
 
 def make_vae(kind: str = "rqvae", **settings: Any) -> RQVAE | MultiScaleVQVAE:
-    common = {
-        "base_channels": 8,
-        "channel_multipliers": [1, 2],
-        "num_res_blocks": 1,
-        "z_channels": C,
-        "norm_groups": 4,
-        **settings,
-    }
+    common = {"image_channels": 3, "z_channels": C, **settings}
     if kind == "multiscale":
-        scales = MultiScaleConfig(codebook_size=K, scales=[1, 2, 4], refinements=2, init="random")
-        return MultiScaleVQVAE(MultiScaleVQVAEConfig(quantizer=scales, **common)).eval()
-    quantizer = QuantizerConfig(codebook_size=K, depth=3, shared_codebook=kind == "rqvae", init="random")
-    config = RQVAEConfig(
-        resolution=8, attention_resolutions=[4], embed_dim=C, code_shape=[4, 4, 3], quantizer=quantizer, **common
-    )
-    return RQVAE(config).eval()
+        return tiny.multiscale_vqvae(attention=True, quantizer={"codebook_size": K, "init": "random"}, **common)
+    quantizer = {"codebook_size": K, "shared_codebook": kind == "rqvae", "init": "random"}
+    return tiny.rqvae(attention_resolutions=[4], embed_dim=C, code_shape=[4, 4, 3], quantizer=quantizer, **common)
 
 
 def make_prior(kind: str, vae: RQVAE | MultiScaleVQVAE, **settings: Any) -> RQTransformer | VAR:
-    if kind == "var":
-        sizes = {"layers": 2, "heads": 2, "embed_dim": 32, "code_dim": C, "num_classes": CLASSES}
-        prior: RQTransformer | VAR = VAR(
-            VARConfig(quantizer=vae.config.quantizer, **{**sizes, **settings}), vae.quantizer
-        )
-    else:
-        stack = TransformerConfig(layers=1, heads=2)
-        config = RQTransformerConfig(
-            code_shape=vae.code_shape,
-            codebook_size=K,
-            code_dim=C,
-            embed_dim=32,
-            spatial=stack,
-            depth=stack,
-            condition="class",
-            condition_vocab_size=CLASSES,
-            condition_dropout=0.1,
-            **settings,
-        )
-        prior = RQTransformer(config, vae.codebooks)
-    with torch.no_grad():  # larger weights than the first ones: condition and codes must matter
-        for parameter in prior.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return prior.eval()
+    build = tiny.var if kind == "var" else tiny.rq_prior
+    # Larger weights than the first ones: condition and codes must matter.
+    return tiny.perturb_weights(build(vae, embed_dim=32, num_classes=CLASSES, **settings), std=0.1)
 
 
 def make_pair(kind: str, **settings: Any) -> tuple[RQTransformer | VAR, RQVAE | MultiScaleVQVAE]:
@@ -481,9 +444,9 @@ def test_training_does_not_follow_the_default_dtype(kind: str, dtype: torch.dtyp
 def test_dropped_conditions_do_not_follow_the_default_dtype() -> None:
     """In bfloat16 a uniform number has 256 values, and 0.1 is not among them."""
     codes = [torch.zeros(4000, side, side, dtype=torch.int64) for side in (1, 1)]
-    settings = MultiScaleConfig(codebook_size=4, scales=[1, 1], refinements=0)
+    quantizer = {"codebook_size": 4, "scales": [1, 1], "refinements": 0}
     sizes = {"layers": 1, "heads": 1, "embed_dim": 8, "code_dim": C, "num_classes": 2, "drop_path": 0.1}
-    prior = VAR(VARConfig(quantizer=settings, **sizes), MultiScaleQuantizer(settings, C)).train()
+    prior = tiny.var(quantizer=quantizer, **sizes).train()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)

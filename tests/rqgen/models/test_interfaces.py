@@ -1,4 +1,4 @@
-"""What every tokenizer and prior has in common, by its definition."""
+"""The interface that every tokenizer and prior has, by its definition."""
 
 from pathlib import Path
 

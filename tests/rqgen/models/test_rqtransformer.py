@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,27 +23,14 @@ K, C, W = 7, 5, 12
 
 
 def config(**settings: Any) -> RQTransformerConfig:
-    return RQTransformerConfig(
-        **{
-            "code_shape": (2, 3, 3),
-            "codebook_size": K,
-            "code_dim": C,
-            "embed_dim": W,
-            "spatial": TransformerConfig(layers=2, heads=2),
-            "depth": TransformerConfig(layers=2, heads=3),
-            **settings,
-        }
-    )
+    sizes = {"code_shape": (2, 3, 3), "codebook_size": K, "code_dim": C, "embed_dim": W}
+    stacks = {"spatial": TransformerConfig(layers=2, heads=2), "depth": TransformerConfig(layers=2, heads=3)}
+    return tiny.rq_prior_config(**{**sizes, **stacks, **settings})
 
 
 def make_prior(**settings: Any) -> RQTransformer:
-    made = config(**settings)
-    books = () if made.shared_codebook else (made.code_shape[2],)
-    prior = RQTransformer(made, torch.randn(*books, K, C) if made.code_dim else None).eval()
     # Larger weights than the initial ones, so that a wrong input shows in the logits.
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return prior
+    return tiny.resample_weights(tiny.rq_prior(**vars(config(**settings))), std=0.4)
 
 
 def make_codes(prior: RQTransformer, batch: int = 3) -> Tensor:
@@ -437,7 +425,7 @@ def test_the_loss_in_place_of_the_logits() -> None:
 
 
 class CountTensors(TorchDispatchMode):
-    """How many tensors of so many elements, that are no views, are made."""
+    """Counts the tensors of `numel` elements, without views, that are made."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()

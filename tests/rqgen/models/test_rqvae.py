@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional as F
 
@@ -14,23 +15,17 @@ from rqgen.quantizers import QuantizerConfig
 
 
 def config(quantizer: dict[str, Any] | None = None, **changes: Any) -> RQVAEConfig:
-    code_shape = changes.get("code_shape", [4, 4, 3])
     settings = {
+        "image_channels": 3,
         "resolution": 16,
-        "base_channels": 8,
         "channel_multipliers": [1, 1, 2],
-        "num_res_blocks": 1,
         "attention_resolutions": [4],
         "z_channels": 8,
-        "embed_dim": 4,
-        "norm_groups": 4,
-        "code_shape": code_shape,
-        "quantizer": QuantizerConfig(
-            **{"codebook_size": 16, "depth": code_shape[2], "restart_dead_codes": False, **(quantizer or {})}
-        ),
+        "code_shape": [4, 4, 3],
+        "quantizer": {"codebook_size": 16, "restart_dead_codes": False, **(quantizer or {})},
         **changes,
     }
-    return RQVAEConfig(**settings)
+    return tiny.rqvae_config(**settings)
 
 
 SHAPES = [

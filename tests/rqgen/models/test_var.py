@@ -5,28 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from rqgen.inference.kv_cache import scale_cache
-from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, VARConfig, var_loss
+from rqgen.models import VAR, MultiScaleVQVAE, VARConfig, var_loss
 from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
 
-SCALES = [1, [2, 3], [4, 5]]
 TOKENS = 1 + 6 + 20
 
 
+QUANTIZER: dict[str, Any] = {"scales": [1, [2, 3], [4, 5]]}
+
+
 def quantizer_config() -> MultiScaleConfig:
-    return MultiScaleConfig(codebook_size=12, scales=SCALES, refinements=2)
+    return tiny.multiscale_config(**QUANTIZER)
 
 
 def make(**settings: Any) -> VAR:
-    settings = {"layers": 2, "heads": 2, "embed_dim": 16, "code_dim": 6, "num_classes": 3, **settings}
-    prior = VAR(VARConfig(quantizer=quantizer_config(), **settings), MultiScaleQuantizer(quantizer_config(), 6))
-    with torch.no_grad():  # away from an initialisation that lets nothing through
-        for parameter in prior.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return prior.eval()
+    # Away from an initialisation that lets nothing through.
+    return tiny.perturb_weights(tiny.var(quantizer=QUANTIZER, **settings), std=0.2)
 
 
 @pytest.fixture
@@ -130,7 +128,7 @@ def test_presets_have_the_published_number_of_parameters(depth: int) -> None:
 
 
 def test_initialisation_starts_near_the_identity(codes: list[torch.Tensor]) -> None:
-    prior = VAR(VARConfig(quantizer=quantizer_config(), layers=2, heads=2, embed_dim=64, code_dim=6, num_classes=3))
+    prior = VAR(tiny.var_config(quantizer=QUANTIZER, embed_dim=64))
     with pytest.raises(ValueError, match="prior: it has no codebook yet"):
         prior(codes)
     prior.set_quantizer(MultiScaleQuantizer(quantizer_config(), 6))
@@ -174,19 +172,7 @@ def test_a_quantizer_of_another_tokenizer_is_refused() -> None:
 
 
 def make_tokenizer(**settings: Any) -> MultiScaleVQVAE:
-    config = MultiScaleVQVAEConfig(
-        **{
-            "image_channels": 1,
-            "base_channels": 8,
-            "channel_multipliers": [1, 2],
-            "num_res_blocks": 1,
-            "z_channels": 6,
-            "norm_groups": 4,
-            "quantizer": quantizer_config(),
-            **settings,
-        }
-    )
-    return MultiScaleVQVAE(config)
+    return tiny.multiscale_vqvae(attention=True, quantizer=QUANTIZER, **settings)
 
 
 def test_tokenizer_trains_and_comes_back() -> None:

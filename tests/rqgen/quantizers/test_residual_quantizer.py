@@ -110,7 +110,7 @@ def test_commitment_gradient_in_training_too(mode: str) -> None:
 
 @pytest.mark.parametrize("kind", ["commitment", "straight-through"])
 def test_derivatives_of_every_kind_and_order(kind: str) -> None:
-    """Of fixed codes: |z - Z^(d)|^2 is curved in z, and forward mode asks for no gradient beforehand."""
+    """With fixed codes, |z - Z^(d)|^2 is curved in z, and forward mode asks for no gradient beforehand."""
     quantizer, z, along = make().eval(), torch.randn(6, 4), torch.randn(6, 4)
     sums = naive_partial_sums(z, quantizer)
 

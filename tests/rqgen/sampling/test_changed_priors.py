@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,10 +23,9 @@ from torch.nn.utils import parametrize, prune
 import rqkernels
 from rqgen.evaluation import evaluate_precision
 from rqgen.inference import Engine, make_sampler
-from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
+from rqgen.models import RQVAE, RQTransformer
 from rqgen.models.changes import find_change
 from rqgen.models.transformer import Transformer, TransformerBlock, TransformerConfig
-from rqgen.quantizers import QuantizerConfig
 from rqgen.sampling import KnownRows, edit, generate
 
 K, C, W = 11, 4, 32
@@ -36,40 +36,14 @@ LABELS = torch.arange(8) % 5
 @pytest.fixture(scope="module")
 def vae() -> RQVAE:
     torch.manual_seed(1)
-    config = RQVAEConfig(
-        image_channels=1,
-        resolution=4,
-        base_channels=8,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        attention_resolutions=[],
-        z_channels=4,
-        norm_groups=4,
-        embed_dim=C,
-        code_shape=list(SHAPE),
-        quantizer=QuantizerConfig(codebook_size=K, depth=SHAPE[2]),
-    )
-    return RQVAE(config).eval()
+    return tiny.rqvae(resolution=4, embed_dim=C, code_shape=SHAPE, quantizer={"codebook_size": K})
 
 
 def make_prior(vae: RQVAE, cls: type[RQTransformer] = RQTransformer, **settings: Any) -> RQTransformer:
     torch.manual_seed(2)
-    stack = TransformerConfig(layers=2, heads=4)
-    config = RQTransformerConfig(
-        code_shape=SHAPE,
-        codebook_size=K,
-        code_dim=C,
-        embed_dim=W,
-        condition="class",
-        condition_vocab_size=5,
-        condition_dropout=0.1,
-        **{"spatial": stack, "depth": stack, **settings},
-    )
-    prior = cls(config, vae.codebooks).eval()
+    prior = tiny.rq_prior(vae, cls=cls, embed_dim=W, layers=2, heads=4, num_classes=5, **settings)
     # Larger weights than the initial ones: the condition and the codes before must matter.
-    for parameter in prior.parameters():
-        nn.init.normal_(parameter, std=0.25)
-    return prior
+    return tiny.resample_weights(prior, std=0.25)
 
 
 def draw_plainly(prior: RQTransformer, guidance: float = 0.0) -> Tensor:
@@ -105,7 +79,7 @@ def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Lora(nn.Module):
-    """What peft puts in the place of a linear layer or an embedding, as far as its structure goes."""
+    """A module structured like the one that peft puts in place of a linear layer or an embedding."""
 
     def __init__(self, base_layer: nn.Module, inputs: int, outputs: int) -> None:
         super().__init__()

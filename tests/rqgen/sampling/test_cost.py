@@ -1,4 +1,4 @@
-"""What drawing costs, as counted."""
+"""Counted cost of sampling."""
 
 import pytest
 

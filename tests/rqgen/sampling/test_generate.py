@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -13,9 +14,7 @@ import rqkernels
 from rqgen.inference import Engine, LevelParams, cuda_graph, make_sampler
 from rqgen.inference.cuda_graph import CapturedSampler
 from rqgen.inference.packed import PackedPrior
-from rqgen.models import RQVAE, RQTransformer, RQTransformerConfig, RQVAEConfig
-from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import QuantizerConfig
+from rqgen.models import RQVAE, RQTransformer
 from rqgen.sampling import KnownRows, generate
 
 K, C, W = 11, 4, 48
@@ -26,37 +25,15 @@ TOKENS = {"condition": "tokens", "condition_vocab_size": 6, "condition_length": 
 
 
 def make_vae() -> RQVAE:
-    return RQVAE(
-        RQVAEConfig(
-            image_channels=1,
-            resolution=4,
-            base_channels=8,
-            channel_multipliers=[1, 2],
-            num_res_blocks=1,
-            attention_resolutions=[2],
-            z_channels=4,
-            norm_groups=4,
-            embed_dim=C,
-            code_shape=list(SHAPE),
-            quantizer=QuantizerConfig(codebook_size=K, depth=SHAPE[2]),
-        )
-    ).eval()
-
-
-def make_prior(codebooks: Tensor, **settings: Any) -> RQTransformer:
-    stack = TransformerConfig(layers=1, heads=4)
-    config = RQTransformerConfig(
-        code_shape=SHAPE,
-        codebook_size=K,
-        code_dim=C,
-        embed_dim=W,
-        **{"spatial": stack, "depth": stack, **settings},
+    return tiny.rqvae(
+        resolution=4, attention_resolutions=[2], embed_dim=C, code_shape=SHAPE, quantizer={"codebook_size": K}
     )
-    prior = RQTransformer(config, codebooks).eval()
+
+
+def make_prior(vae: RQVAE, **settings: Any) -> RQTransformer:
+    prior = tiny.rq_prior(vae, embed_dim=W, heads=4, **settings)
     # Larger weights than the initial ones: the condition and the codes before must matter.
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return prior
+    return tiny.resample_weights(prior, std=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +45,13 @@ def vae() -> RQVAE:
 @pytest.fixture(scope="module")
 def prior(vae: RQVAE) -> RQTransformer:
     torch.manual_seed(2)
-    return make_prior(vae.codebooks, **CLASS)
+    return make_prior(vae, **CLASS)
 
 
 @pytest.fixture(scope="module")
 def unconditional(vae: RQVAE) -> RQTransformer:
     torch.manual_seed(3)
-    return make_prior(vae.codebooks)
+    return make_prior(vae)
 
 
 LABELS = torch.arange(20) % 5
@@ -155,7 +132,7 @@ def test_without_a_condition(unconditional: RQTransformer, prior: RQTransformer,
 
 
 def test_with_tokens(vae: RQVAE) -> None:
-    prior = make_prior(vae.codebooks, **TOKENS)
+    prior = make_prior(vae, **TOKENS)
     tokens = torch.randint(0, 6, (5, 3))
     drawn = generate(prior, vae, tokens, seed=2, cfg_scale=2.0, batch_size=2)
     assert torch.equal(drawn.codes, draw_plainly(prior, tokens, 5, seed=2, guidance=2.0))
@@ -256,9 +233,9 @@ def test_the_same_images_on_any_number_of_threads(prior: RQTransformer, vae: RQV
 def test_the_step_that_a_gpu_captures_draws_the_same(
     vae: RQVAE, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
+    """The step a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
     monkeypatch.setattr(cuda_graph, "BUCKET", 3)  # several graphs' worth of positions
-    prior = make_prior(vae.codebooks, **config)
+    prior = make_prior(vae, **config)
     condition = None if not config else torch.arange(6) % 5 if config == CLASS else torch.randint(0, 6, (6, 3))
     condition_bl = prior.condition_ids(condition, 6)
     rows = settings.get("start_row", 0)
@@ -287,7 +264,7 @@ def test_the_step_that_a_gpu_captures_draws_the_same(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_draw_the_same(precision: str) -> None:
     vae = make_vae().cuda()
-    prior = make_prior(vae.codebooks, **CLASS).cuda()
+    prior = make_prior(vae, **CLASS).cuda()
     settings = {"seed": 3, "cfg_scale": 0.5, "precision": precision, "top_p": 0.9}
     replayed = generate(prior, vae, LABELS, **settings)
     launched = generate(prior, vae, LABELS, **{**settings, "precision": Engine(precision, use_graphs=False)})
@@ -308,7 +285,7 @@ def test_a_shorter_precision_draws_from_nearby_logits(prior: RQTransformer, vae:
 
 def test_changed_weights_are_seen(vae: RQVAE) -> None:
     """A write through .data leaves no trace in version counters."""
-    prior = make_prior(vae.codebooks, **CLASS)
+    prior = make_prior(vae, **CLASS)
     first = generate(prior, vae, LABELS, seed=2).codes
 
     def drawn_afresh() -> Tensor:
@@ -320,7 +297,7 @@ def test_changed_weights_are_seen(vae: RQVAE) -> None:
 
     for change in (
         step,
-        lambda: prior.load_state_dict(make_prior(vae.codebooks, **CLASS).state_dict()),
+        lambda: prior.load_state_dict(make_prior(vae, **CLASS).state_dict()),
         lambda: prior.spatial_positions.data.neg_(),
         lambda: prior.classifier.norm.bias.data.copy_(prior.classifier.norm.bias.flip(0)),
     ):
@@ -331,7 +308,7 @@ def test_changed_weights_are_seen(vae: RQVAE) -> None:
 
 
 def test_weights_are_packed_once(vae: RQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = make_prior(vae.codebooks)
+    prior = make_prior(vae)
     made = []
     pack = rqkernels.PackedDepthDecoder
     monkeypatch.setattr(rqkernels, "PackedDepthDecoder", lambda *a, **k: made.append(1) or pack(*a, **k))
@@ -399,7 +376,7 @@ def test_a_drawn_map_continues_as_it_was_drawn(prior: RQTransformer, vae: RQVAE)
 
 
 def test_models_are_left_in_their_modes(vae: RQVAE) -> None:
-    prior = make_prior(vae.codebooks, **CLASS)
+    prior = make_prior(vae, **CLASS)
     expected = generate(prior, vae, LABELS, seed=1).codes
     prior.train()
     prior.depth_transformer.eval()
@@ -417,7 +394,7 @@ def test_models_are_left_in_their_modes(vae: RQVAE) -> None:
 
 
 def test_modes_come_back_after_an_error(vae: RQVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = make_prior(vae.codebooks, **CLASS).train()
+    prior = make_prior(vae, **CLASS).train()
     monkeypatch.setattr(vae, "decode", lambda codes: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(prior, vae, [1])
@@ -434,7 +411,7 @@ def test_progress_bar(prior: RQTransformer, vae: RQVAE, capsys: pytest.CaptureFi
 
 
 def test_half_precision(vae: RQVAE) -> None:
-    prior = make_prior(vae.codebooks, **CLASS).bfloat16()
+    prior = make_prior(vae, **CLASS).bfloat16()
     drawn = generate(prior, vae, LABELS, cfg_scale=1.0)
     assert torch.isfinite(drawn.images).all()
 
@@ -523,7 +500,7 @@ def test_wrong_arguments(
 
 
 def test_a_prior_without_a_null_condition(vae: RQVAE, unconditional: RQTransformer) -> None:
-    prior = make_prior(vae.codebooks, condition="class", condition_vocab_size=5)
+    prior = make_prior(vae, condition="class", condition_vocab_size=5)
     generate(prior, vae, [1], cfg_scale=0.0)
     for scale, condition in ((1.0, [1]), (0.1, [0, 4])):
         with pytest.raises(ValueError, match="cfg_scale: guidance needs a prior with a null condition"):
@@ -543,13 +520,9 @@ def test_models_that_do_not_belong_together(prior: RQTransformer, vae: RQVAE) ->
         generate(prior, None, [1])
     with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
         generate(prior, make_vae(), [1])
-    stack = TransformerConfig(layers=1, heads=1)
-    for shape, size, name in (((2, 2, 2), K, "code_shape"), (SHAPE, K + 1, "codebook_size")):
-        config = RQTransformerConfig(
-            code_shape=shape, codebook_size=size, code_dim=C, embed_dim=8, spatial=stack, depth=stack
-        )
+    for change, name in (({"code_shape": (2, 2, 2)}, "code_shape"), ({"codebook_size": K + 1}, "codebook_size")):
+        other = tiny.rq_prior(**{"code_shape": SHAPE, "codebook_size": K, "code_dim": C, **change})
         with pytest.raises(ValueError, match=f"vae: its {name} is"):
-            generate(RQTransformer(config, torch.randn(size, C)), vae, num=1)
-    config = RQTransformerConfig(code_shape=SHAPE, codebook_size=K, code_dim=C, embed_dim=8, spatial=stack, depth=stack)
+            generate(other, vae, num=1)
     with pytest.raises(ValueError, match="no codebooks yet"):
-        generate(RQTransformer(config), vae, num=1)
+        generate(RQTransformer(tiny.rq_prior_config(vae)), vae, num=1)

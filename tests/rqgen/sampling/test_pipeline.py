@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from rqgen import Pipeline, SamplingParams, generate
-from rqgen.models import RQTransformer, RQTransformerConfig, load_pretrained
-from rqgen.models.transformer import TransformerConfig
+from rqgen.models import load_pretrained
 
 # Written by the first version: tokenizer/ and prior/ of two classes without names, and no pipeline.json.
 SAVED = Path(__file__).parents[2] / "data" / "models_v1"
@@ -155,9 +155,7 @@ def test_a_pipeline_that_cannot_be_written_leaves_the_old_one(pipe, tmp_path):
 
 def test_a_prior_without_classes():
     vae = load_pretrained(SAVED / "rq" / "tokenizer")
-    stack = TransformerConfig(layers=1, heads=2)
-    config = RQTransformerConfig((2, 4, 3), 12, 8, embed_dim=8, spatial=stack, depth=stack)
-    pipe = Pipeline(vae, RQTransformer(config, vae.codebooks).eval())
+    pipe = Pipeline(vae, tiny.rq_prior(vae, embed_dim=8))
     assert pipe.class_names == () and len(pipe(num=2).images) == 2
     for condition in (1, "cat"):
         with pytest.raises(ValueError, match="condition: expected none, as this prior knows no classes"):

@@ -1,5 +1,5 @@
-"""What `generate` returns goes into `edit` and `encode`, and what `edit` returns too: one range of images for both
-systems. And what the arguments may be."""
+"""Results of `generate` and `edit` go into `edit` and `encode`: one range of images for both systems. And the types
+that arguments may have."""
 
 from __future__ import annotations
 
@@ -9,34 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from rqgen.data import to_uint8
 from rqgen.models import (
-    RQVAE,
-    VAR,
-    MultiScaleVQVAE,
-    MultiScaleVQVAEConfig,
     RQTransformer,
-    RQTransformerConfig,
-    RQVAEConfig,
-    VARConfig,
 )
-from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import MultiScaleConfig, QuantizerConfig
 from rqgen.sampling import edit, generate
 
 K, CLASSES = 12, 3
 LABELS = torch.tensor([0, 2, 1, 0, 2])
-AUTOENCODER: dict[str, Any] = {
-    "image_channels": 1,
-    "base_channels": 8,
-    "channel_multipliers": [1, 1],
-    "num_res_blocks": 1,
-    "z_channels": 6,
-    "norm_groups": 4,
-}
+AUTOENCODER: dict[str, Any] = {"channel_multipliers": [1, 1], "z_channels": 6}
 
 
 class System(NamedTuple):
@@ -45,28 +30,13 @@ class System(NamedTuple):
 
 
 def stacks() -> System:
-    quantizer = QuantizerConfig(codebook_size=K, depth=2)
-    vae = RQVAE(
-        RQVAEConfig(
-            **AUTOENCODER,
-            resolution=8,
-            attention_resolutions=[],
-            embed_dim=6,
-            code_shape=[4, 4, 2],
-            quantizer=quantizer,
-        )
-    )
-    stack = TransformerConfig(layers=1, heads=2)
-    condition = {"condition": "class", "condition_vocab_size": CLASSES, "condition_dropout": 0.1}
-    config = RQTransformerConfig((4, 4, 2), K, 6, embed_dim=16, spatial=stack, depth=stack, **condition)
-    return System(RQTransformer(config, vae.codebooks), vae)
+    vae = tiny.rqvae(**AUTOENCODER, embed_dim=6)
+    return System(tiny.rq_prior(vae, num_classes=CLASSES), vae)
 
 
 def scales() -> System:
-    quantizer = MultiScaleConfig(codebook_size=K, scales=[1, 2, 4], refinements=2)
-    vae = MultiScaleVQVAE(MultiScaleVQVAEConfig(**AUTOENCODER, attention=False, quantizer=quantizer))
-    config = VARConfig(quantizer=quantizer, code_dim=6, embed_dim=16, layers=1, heads=2, num_classes=CLASSES)
-    return System(VAR(config, vae.quantizer), vae)
+    vae = tiny.multiscale_vqvae(**AUTOENCODER)
+    return System(tiny.var(vae, layers=1, num_classes=CLASSES), vae)
 
 
 @pytest.fixture(scope="module", params=[stacks, scales], ids=["RQ", "VAR"])
@@ -79,7 +49,7 @@ def system(request: pytest.FixtureRequest) -> System:
 
 
 def decoded(vae: Any, codes: Any) -> Tensor:
-    """What the decoder gives, one by one as on a CPU."""
+    """Images as the decoder gives them, one by one as on a CPU."""
     count = len(codes) if isinstance(codes, Tensor) else len(codes[0])
     rows = [slice(i, i + 1) for i in range(count)]
     some = [codes[row] if isinstance(codes, Tensor) else [maps[row] for maps in codes] for row in rows]

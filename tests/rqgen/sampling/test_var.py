@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,17 +19,9 @@ import rqkernels
 from rqgen.inference import SamplingParams, ScaleSampler
 from rqgen.inference.kv_cache import KVCache
 from rqgen.models import (
-    RQVAE,
     VAR,
     MultiScaleVQVAE,
-    MultiScaleVQVAEConfig,
-    RQTransformer,
-    RQTransformerConfig,
-    RQVAEConfig,
-    VARConfig,
 )
-from rqgen.models.transformer import TransformerConfig
-from rqgen.quantizers import MultiScaleConfig, QuantizerConfig
 from rqgen.sampling import KnownRows, edit, generate, sampling_cost
 from rqgen.sampling.edit import _refine_by_reencoding
 
@@ -41,29 +34,13 @@ SHAPE = (1, 8, 8)
 @pytest.fixture(scope="module")
 def vae() -> MultiScaleVQVAE:
     torch.manual_seed(1)
-    config = MultiScaleVQVAEConfig(
-        image_channels=1,
-        base_channels=8,
-        channel_multipliers=[1, 1],
-        num_res_blocks=1,
-        attention=False,
-        z_channels=6,
-        norm_groups=4,
-        quantizer=MultiScaleConfig(codebook_size=K, scales=[1, 2, 4], refinements=2),
-    )
-    return MultiScaleVQVAE(config).eval()
+    return tiny.multiscale_vqvae(channel_multipliers=[1, 1])
 
 
 @pytest.fixture(scope="module")
 def prior(vae: MultiScaleVQVAE) -> VAR:
     torch.manual_seed(2)
-    config = VARConfig(quantizer=vae.config.quantizer, code_dim=6, embed_dim=16, layers=2, heads=2, num_classes=CLASSES)
-    prior = VAR(config, vae.quantizer)
-    with torch.no_grad():
-        for parameter in prior.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return prior.eval()
+    return tiny.perturb_weights(tiny.var(vae, num_classes=CLASSES), std=0.3)
 
 
 def flat(codes: list[Tensor]) -> Tensor:
@@ -333,7 +310,7 @@ def test_the_tokenizer_s_refinements_are_its_own(prior: VAR, vae: MultiScaleVQVA
 
 
 def test_a_parametrized_quantizer_of_the_tokenizer(prior: VAR, vae: MultiScaleVQVAE) -> None:
-    """What codes stand for is its value; a prior carries that."""
+    """Codes stand for the value of a parametrized codebook; a prior carries that value."""
     changed = copy.deepcopy(vae)
     torch.nn.utils.parametrizations.weight_norm(changed.quantizer.refinements[0])
     torch.nn.utils.parametrize.register_parametrization(changed.quantizer, "codebook", torch.nn.Hardtanh())
@@ -442,26 +419,8 @@ def test_bad_edits_are_named(
 
 
 def test_an_rqtransformer_completes_from_the_rows_above() -> None:
-    stack = TransformerConfig(layers=1, heads=2)
-    rqvae = RQVAE(
-        RQVAEConfig(
-            image_channels=1,
-            resolution=8,
-            base_channels=8,
-            channel_multipliers=[1, 1],
-            num_res_blocks=1,
-            attention_resolutions=[],
-            z_channels=4,
-            embed_dim=4,
-            norm_groups=4,
-            code_shape=[4, 4, 2],
-            quantizer=QuantizerConfig(codebook_size=K, depth=2),
-        )
-    ).eval()
-    config = RQTransformerConfig(
-        code_shape=(4, 4, 2), codebook_size=K, code_dim=4, embed_dim=16, spatial=stack, depth=stack
-    )
-    rows_prior = RQTransformer(config, rqvae.codebooks).eval()
+    rqvae = tiny.rqvae(channel_multipliers=[1, 1])
+    rows_prior = tiny.rq_prior(rqvae)
     images = torch.rand(2, *SHAPE) * 2 - 1
     edited = edit(rows_prior, rqvae, images, lower_half(), seed=3)
     filled = images.clone()

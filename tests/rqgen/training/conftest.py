@@ -1,30 +1,18 @@
 """Models and data of a size that trains in a second."""
 
 import pytest
+import tiny
 import torch
 
 import rqkernels
 from rqgen.data import TensorItems
-from rqgen.models.rqvae import RQVAE, RQVAEConfig
-from rqgen.quantizers import QuantizerConfig
+from rqgen.models.rqvae import RQVAE
 
 
 @pytest.fixture
 def vae_config():
-    return RQVAEConfig(
-        image_channels=1,
-        resolution=8,
-        base_channels=4,
-        channel_multipliers=[1, 2],
-        num_res_blocks=1,
-        attention_resolutions=[],
-        z_channels=8,
-        embed_dim=4,
-        dropout=0.1,
-        norm_groups=2,
-        code_shape=[4, 4, 2],
-        quantizer=QuantizerConfig(codebook_size=16, depth=2, decay=0.9, usage_window=128),
-    )
+    quantizer = {"codebook_size": 16, "decay": 0.9, "usage_window": 128}
+    return tiny.rqvae_config(base_channels=4, z_channels=8, dropout=0.1, norm_groups=2, quantizer=quantizer)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the prior's stage feeds to the prior and to its loss."""
+"""Inputs that the prior's stage gives to the prior and to its loss."""
 
 from dataclasses import replace
 
