@@ -82,7 +82,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Device of the models. Raises ValueError if the run has none."""
-        return _present(self._tokenizer or self._prior, "a model").device
+        return _present(self._prior if self._tokenizer is None else self._tokenizer, "a model").device
 
     def lacks(self, *needs: Need) -> str | None:
         """Returns the reason why the first unmet requirement is not met; None if all are met.
