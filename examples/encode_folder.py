@@ -23,11 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     vae = rqgen.RQVAE.from_pretrained(args.tokenizer)
-    size = (vae.config.resolution, vae.config.resolution)
     paths = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         parser.error(f"folder: expected images, found none in {args.folder}")
-    pictures = [read_image(path, channels=vae.config.image_channels)[None] for path in paths]
+    size = vae.image_shape
+    pictures = [read_image(path, channels=vae.image_channels)[None] for path in paths]
     images = torch.cat([torch.nn.functional.interpolate(p, size, mode="bilinear", antialias=True) for p in pictures])
 
     codes = vae.encode(images)  # (N, h, w, D)

@@ -37,7 +37,10 @@ class PublishedSampling:
             raise ValueError(
                 "prior: the published formulation is written for code vectors, one codebook and classifier"
             )
-        self.prior = prior
+        prior.check_codebooks()
+        if prior.codebooks is None:
+            raise ValueError("prior: expected one with codebooks, got one without (code_dim is 0)")
+        self.prior, self._codebook = prior, prior.codebooks
         self.spatial = [_Block(block, prior.config.spatial.heads) for block in _blocks(prior.spatial_transformer)]
         self.depth = [_Block(block, prior.config.depth.heads) for block in _blocks(prior.depth_transformer)]
 
@@ -88,7 +91,7 @@ class PublishedSampling:
         return prior.classifier(x_b1w).flatten(0, 1)
 
     def _code_vectors(self, codes_btd: Tensor) -> Tensor:
-        return F.embedding(codes_btd, self.prior.codebooks)
+        return F.embedding(codes_btd, self._codebook)
 
 
 class _Block:

@@ -240,7 +240,8 @@ def _ours(bench: SamplingBench, prior: RQTransformer, precision: str) -> Contend
 
     def sample(condition_bl: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
         params = SamplingParams(top_k=top_k, top_p=top_p).resolve(prior, condition_bl)
-        return sampler.sample(condition_bl, params).codes.flatten(1, 2)
+        codes = sampler.sample(condition_bl, params).codes
+        return prior.layout.flatten(codes).unflatten(1, (prior.positions, prior.depth))
 
     weights = _weight_bytes(sampler.prior) if isinstance(sampler, CapturedSampler) else None
     return Contender("rqgen", precision, prepare_ns / 1e6, weights, sample)

@@ -240,18 +240,18 @@ def _stacks_decoder_ms(
 
 def _scales_decoder_ms(bench: SystemsBench, config: VARConfig, batch: int, device: torch.device) -> float | None:
     torch.manual_seed(0)
-    height, width = config.quantizer.scales[-1]
+    side = CODES[bench.image_side].scales[-1]
     with torch.device(device):
         vae = MultiScaleVQVAE(
             MultiScaleVQVAEConfig(
                 base_channels=SCALES_DECODER_CHANNELS,
                 norm_groups=min(32, SCALES_DECODER_CHANNELS),
-                channel_multipliers=[1, 1, 2, 2, 4][: (bench.image_side // height).bit_length()],
+                channel_multipliers=[1, 1, 2, 2, 4][: (bench.image_side // side).bit_length()],
                 z_channels=config.code_dim,
                 quantizer=config.quantizer,
             )
         ).eval()
-        latents = torch.randn(batch, config.code_dim, height, width)
+        latents = torch.randn(batch, config.code_dim, side, side)
     with torch.no_grad():
         (times,) = interleave([lambda: vae.decode_latents(latents)], device, bench.seconds / 10)
     return times.median / 1e6 / batch
@@ -262,12 +262,12 @@ def _scales_decoder_ms(bench: SystemsBench, config: VARConfig, batch: int, devic
 
 def _describe(name: str, prior: Prior, layers: list[int], batch_sizes: list[int]) -> dict[str, Any]:
     layout = prior.layout
-    shapes = [layout.shape] if layout.kind == "stacks" else layout.shape
+    sizes = ["x".join(map(str, size)) if isinstance(size, list) else str(size) for size in layout.to_json()]
     # A step of the first of two stacks is a position, of the second one a code.
     steps = [layout.count // layout.levels, layout.count] if len(layers) > 1 else [len(prior.steps)]
     return {
         "name": name,
-        "codes": "+".join("x".join(map(str, shape)) for shape in shapes),
+        "codes": ("x" if layout.kind == "stacks" else "+").join(sizes),
         "number_of_codes": layout.count,
         "codebook_size": layout.codebook_size,
         "layers": layers,

@@ -146,7 +146,7 @@ def prepare(models: Models, settings: Any) -> Run:
 
 def record(run: Run, models: Models, found: Evaluation, *, seconds: float) -> dict[str, Any]:
     """The content of the JSON file."""
-    device = next(model.device for model in (run.tokenizer, run.prior) if model is not None)
+    device = run.device
     described = {
         role: {"folder": str(folder), "model_type": model.model_type, "sha256": file_checksum(folder / WEIGHTS_NAME)}
         for role, model, folder in (

@@ -1,17 +1,23 @@
-"""What a shorter precision changes in a prior."""
+"""Effect of a shorter precision on a prior."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rqgen.checks import check_integer
 from rqgen.inference import cast_prior, change_of_prior
 from rqgen.inference.packed import PackedPrior
+from rqgen.models import Prior
+from rqgen.models.interfaces import level_means
 from rqgen.models.pretrained import eval_mode
 from rqgen.models.rqtransformer import RQTransformer
+from rqgen.quantizers import Codes
 
 
 @dataclass
@@ -27,56 +33,82 @@ class PrecisionEffect:
     weight_error: dict[str, float]
 
 
-@torch.no_grad()
-def evaluate_precision(
-    prior: RQTransformer, codes: Tensor, condition: Tensor | None = None, *, precision: str, batch_size: int = 8
-) -> PrecisionEffect:
-    """Compares the distributions of every code given the codes before it, at `precision` and in float32.
+@dataclass
+class PriorLogits:
+    """Logits that sampling would see at a precision."""
 
-    Args:
-        prior: left in the mode it is in, looked at without dropout.
-        codes: int64 (N, h, w, D), N >= 1, of real images: a prior's own samples would flatter it.
-        condition: of the N images, see `RQTransformer.condition_ids`.
-        precision: as in `rqgen.generate`.
-        batch_size: images at once; their logits take h * w * D * K numbers each, three times.
+    of: Callable[[Codes, Tensor | None], Tensor]
+    """Maps codes and a condition to logits of all codes, (B, .., K), in the order of `CodeLayout.flatten`."""
+    weight_error: dict[str, float] = field(default_factory=dict)
+    """See `PrecisionEffect`."""
+
+
+@functools.singledispatch
+def logits_at(prior: Prior, precision: str) -> PriorLogits:
+    """Return the logits of a prior at a precision. Registered for each class that can be sampled in more than fp32.
 
     Raises:
-        TypeError, ValueError, IndexError: as `RQTransformer.forward` and `rqgen.generate`; no codes.
+        ValueError: a precision other than fp32, for a class without a registered function.
     """
-    packed = change_of_prior(prior, precision) is None and prior.device.type == "cpu"
-    prior.layout.check(codes, device=prior.device, owner="prior")
-    if len(codes) == 0:
+    if precision != "fp32":
+        raise ValueError(f"precision: expected 'fp32' for a {prior.model_type}, got {precision!r}")
+    return PriorLogits(lambda codes, condition: prior(codes, condition).logits.float())
+
+
+@logits_at.register
+def _(prior: RQTransformer, precision: str) -> PriorLogits:
+    if change_of_prior(prior, precision) is not None or prior.device.type != "cpu":
+        cast = cast_prior(prior, precision)
+        return PriorLogits(lambda codes, condition: cast(codes, condition).logits.float())
+    packed = PackedPrior(prior, precision)
+    error = {
+        f"{stack} {kind}": value
+        for stack, weights in (("spatial", packed.spatial), ("depth", packed.decoder))
+        for kind, value in weights.quantization_error.items()
+    }
+
+    def logits(codes: Codes, condition: Tensor | None) -> Tensor:
+        codes_bl = prior.layout.flatten(codes)
+        condition_bl = prior.condition_ids(condition, len(codes_bl))
+        return packed.logits(codes_bl.unflatten(1, prior.config.code_shape), condition_bl)
+
+    return PriorLogits(logits, error)
+
+
+@torch.no_grad()
+def evaluate_precision(
+    prior: Prior, codes: Codes, condition: Tensor | None = None, *, precision: str, batch_size: int = 8
+) -> PrecisionEffect:
+    """Compare the distributions of every code given the codes before it, at `precision` and in float32.
+
+    Args:
+        prior: evaluated without dropout; its mode is kept.
+        codes: of N >= 1 real images, as `prior.layout` says: the prior's own samples would make it look better.
+        condition: of the N images, see `Prior.condition_ids`.
+        precision: as in `rqgen.generate`.
+        batch_size: images at once; their logits take L * K numbers each, three times.
+
+    Raises:
+        TypeError, ValueError, IndexError: codes or a condition that the prior refuses, or none; a precision that it
+            cannot be sampled in.
+    """
+    layout = prior.layout
+    batch_size = check_integer(batch_size, "batch_size", 1)
+    layout.check(codes, device=prior.device, owner="prior")
+    count = len(layout.flatten(codes))
+    if count == 0:
         raise ValueError("codes: expected at least one code map, got none")
     prior.check_codebooks()
-    prior.condition_ids(condition, len(codes))
-    sums_2d = torch.zeros(2, prior.depth, dtype=torch.float64, device=prior.device)
+    prior.condition_ids(condition, count)
+    sums_2l = torch.zeros(2, layout.count, dtype=torch.float64, device=prior.device)
     with eval_mode(prior):
-        exact, short = (_Logits(prior, name, packed) for name in ("fp32", precision))
-        for rows in torch.arange(len(codes), device=prior.device).split(batch_size):
-            given = None if condition is None else condition[rows]
-            p, q = (logits(codes[rows], given).flatten(0, 2) for logits in (exact, short))
+        exact, short = (logits_at(prior, name) for name in ("fp32", precision))
+        for start in range(0, count, batch_size):
+            rows = slice(start, start + batch_size)
+            some = layout.select(codes, rows), None if condition is None else condition[rows]
+            p, q = (logits.of(*some).flatten(1, -2) for logits in (exact, short))
             kl = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
             same = p.argmax(-1) == q.argmax(-1)
-            sums_2d += torch.stack([kl.double().sum(0), same.double().sum(0)])
-    kl_d, same_d = (sums_2d / (len(codes) * prior.positions)).tolist()
+            sums_2l += torch.stack([kl.double().sum(0), same.double().sum(0)])
+    kl_d, same_d = (level_means(layout, row.unsqueeze(0)).tolist() for row in sums_2l / count)
     return PrecisionEffect(precision, kl_d, same_d, short.weight_error)
-
-
-class _Logits:
-    """A prior's logits for codes (B, h, w, D), as sampling at a precision would see them."""
-
-    def __init__(self, prior: RQTransformer, precision: str, packed: bool) -> None:
-        self.weight_error: dict[str, float] = {}
-        self._of: PackedPrior | RQTransformer
-        if packed:
-            self._of = PackedPrior(prior, precision)
-            for stack, weights in (("spatial", self._of.spatial), ("depth", self._of.decoder)):
-                self.weight_error |= {f"{stack} {kind}": error for kind, error in weights.quantization_error.items()}
-        else:
-            self._of = cast_prior(prior, precision)
-        self._condition_ids = prior.condition_ids
-
-    def __call__(self, codes: Tensor, condition: Tensor | None) -> Tensor:
-        if isinstance(self._of, PackedPrior):
-            return self._of.logits(codes, self._condition_ids(condition, len(codes)))
-        return self._of(codes, condition).logits.float()

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from .reconstruction import ReconstructionQuality, evaluate_reconstruction
 from .settings import EvaluationConfig
 
 logger = logging.getLogger(__name__)
+
+ValueT = TypeVar("ValueT")
 
 
 class Run:
@@ -57,7 +59,7 @@ class Run:
         for model in (tokenizer, prior):
             if model is not None:
                 model.eval()
-        self.settings, self.tokenizer, self.prior = settings, tokenizer, prior
+        self.settings, self._tokenizer, self._prior = settings, tokenizer, prior
         self._generate, self._edit, self._no_images = generate, edit, no_images
         self._samples: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -66,6 +68,21 @@ class Run:
     @property
     def data(self) -> DataConfig:
         return self.settings.data
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError if the run has none, see `lacks`."""
+        return _present(self._tokenizer, "a tokenizer")
+
+    @property
+    def prior(self) -> Prior:
+        """The prior. Raises ValueError if the run has none, see `lacks`."""
+        return _present(self._prior, "a prior")
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the models. Raises ValueError if the run has none."""
+        return _present(self._prior if self._tokenizer is None else self._tokenizer, "a model").device
 
     def lacks(self, *needs: Need) -> str | None:
         """Returns the reason why the first unmet requirement is not met; None if all are met.
@@ -93,10 +110,10 @@ class Run:
         return self.settings.options.get(metric)
 
     def _lacks_tokenizer(self) -> str | None:
-        return "needs a tokenizer" if self.tokenizer is None else None
+        return "needs a tokenizer" if self._tokenizer is None else None
 
     def _lacks_prior(self) -> str | None:
-        return "needs a prior" if self.prior is None else None
+        return "needs a prior" if self._prior is None else None
 
     def _lacks_images(self) -> str | None:
         if self._no_images is not None:
@@ -164,8 +181,10 @@ class Run:
     def some(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """At most ``count`` images, chosen at random (None: all), (N, channels, H, W), and their labels (N,), both on
         the CPU."""
-        few = count is not None and count < len(self.images)
-        return _stacked(_Some(self.images, count, self.data.split_seed) if few else self.images)
+        images = self.images
+        if count is not None and count < len(images):
+            images = _Some(images, count, self.data.split_seed)
+        return _stacked(images)
 
     def thumbnails(self, images: ImageDataset, side: int) -> tuple[Tensor, Tensor]:
         """Images averaged to (N, channels, side, side), and their labels (N,), both on the CPU."""
@@ -214,7 +233,7 @@ class Run:
             sampling = self.settings.sampling
             classes = self.prior.num_classes
             labels = torch.arange(sampling.count) % classes if classes else torch.full((sampling.count,), -1)
-            sampled = self._generate(
+            sampled = _present(self._generate, "generate=rqgen.generate")(
                 self.prior,
                 self.tokenizer,
                 self.condition(labels),
@@ -229,7 +248,8 @@ class Run:
     def edit(self, images: Tensor, mask: Tensor, labels: Tensor) -> Any:
         """The output of `rqgen.edit` for images on the device, given their labels."""
         params = self.settings.sampling.params()
-        return self._edit(self.prior, self.tokenizer, images, mask, self.condition(labels), params=params)
+        edit = _present(self._edit, "edit=rqgen.edit")
+        return edit(self.prior, self.tokenizer, images, mask, self.condition(labels), params=params)
 
     @functools.cached_property
     def judge(self) -> ImageClassifier:
@@ -237,6 +257,12 @@ class Run:
         options = self.options("classifier")
         train = self._open("train", options.training_images)
         return ImageClassifier(side=options.side).fit(*self.thumbnails(train, options.side))
+
+
+def _present(value: ValueT | None, name: str) -> ValueT:
+    if value is None:
+        raise ValueError(f"Run: expected {name}, got none")
+    return value
 
 
 class _Some(ImageDataset):
@@ -321,7 +347,7 @@ def _plain(result: Any, name: str) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise TypeError(f"metric '{name}': expected a dictionary or a dataclass, got {type(result).__name__}")
     try:
-        return json.loads(json.dumps(result, allow_nan=False))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(result, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"metric '{name}': its result is not what JSON holds: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from .figures import COLOURS, save_figure, tidy
 
-_LINES = ("-", "--", "-.", ":")
+_LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 
 
 def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:

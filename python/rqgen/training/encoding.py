@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar, overload
 
 import torch
 from rich.console import Console
@@ -16,12 +17,38 @@ from rqgen.quantizers import Codes
 
 from .progress import RunProgress
 
+EncodedT = TypeVar("EncodedT")
+
 
 def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
     """Raises ValueError unless every label is one of the classes, as a prior that is conditioned on them needs: before
     the training in whose middle the first other one would be met. Without classes nothing is said here."""
     if class_names:
         check_within(labels, "labels", "label", 0, len(class_names))
+
+
+@overload
+def encode_dataset(
+    vae: Tokenizer,
+    images: ImageDataset,
+    *,
+    batch_size: int,
+    codes: Literal[True],
+    count: int | None = None,
+    console: Console | None = None,
+) -> tuple[Codes, Tensor]: ...
+
+
+@overload
+def encode_dataset(
+    vae: Tokenizer,
+    images: ImageDataset,
+    *,
+    batch_size: int,
+    codes: Literal[False],
+    count: int | None = None,
+    console: Console | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
@@ -38,18 +65,36 @@ def encode_dataset(
     labels (N,), on the CPU. ``console`` shows how far it is."""
     vae.eval()
     count = len(images) if count is None else count
-    encode = vae.encoder_for(count) if codes else lambda images_nchw: vae.encode_latents(images_nchw).float()
-    layout = vae.layout
+    if codes:
+        encode, layout = vae.encoder_for(count), vae.layout
+        code_parts, labels = _encoded(
+            lambda images_nchw: layout.map(Tensor.cpu, encode(images_nchw)), vae, images, count, batch_size, console
+        )
+        return layout.concatenate(code_parts), labels
+    latent_parts, labels = _encoded(
+        lambda images_nchw: vae.encode_latents(images_nchw).float().cpu(), vae, images, count, batch_size, console
+    )
+    return torch.cat(latent_parts), labels
+
+
+def _encoded(
+    encode: Callable[[Tensor], EncodedT],
+    vae: Tokenizer,
+    images: ImageDataset,
+    count: int,
+    batch_size: int,
+    console: Console | None,
+) -> tuple[list[EncodedT], Tensor]:
+    """Encode the first ``count`` images, ``batch_size`` at a time. Return the batches and labels (N,)."""
     parts, labels = [], []
     began = time.perf_counter()
     with RunProgress(console, "encoding", count) as progress:
         for start in range(0, count, batch_size):
             batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
-            encoded = encode(torch.stack([image for image, _ in batch]).to(vae.device))
-            parts.append(layout.map(Tensor.cpu, encoded) if codes else encoded.cpu())
+            parts.append(encode(torch.stack([image for image, _ in batch]).to(vae.device)))
             labels += [label for _, label in batch]
             progress.report(speed=len(labels) / max(1e-9, time.perf_counter() - began))
             progress.update(len(labels))
     if not parts:
         raise ValueError("images: expected at least one, got an empty dataset")
-    return layout.concatenate(parts) if codes else torch.cat(parts), torch.tensor(labels)
+    return parts, torch.tensor(labels)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -38,13 +38,11 @@ from .checkpoint import (
     save_checkpoint,
     tensors_in,
 )
-from .optim import AveragedWeights, OptimizerConfig, build_optimizer, learning_rate
+from .optim import AveragedWeights, ModelT, OptimizerConfig, build_optimizer, learning_rate
 from .progress import RunProgress
 from .resume import check_resumable, load_optimizer, load_scaler, read_state
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass
@@ -256,8 +254,8 @@ def _train(
     finally:
         if writer is not None:
             writer.close()
-    trained = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    result = averaged.model if averaged is not None else trained
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # mixed precision had set a `forward` on the model
+    result = averaged.model if averaged is not None else model
     return TrainingResult(result.eval(), run.history)
 
 
@@ -271,7 +269,7 @@ class _Run:
         description: dict[str, Any],
         model: nn.Module,
         optimizer: Any,
-        averaged: AveragedWeights | None,
+        averaged: AveragedWeights[Any] | None,
         scaler: Any,
         folder: Path,
     ) -> None:
@@ -405,7 +403,7 @@ def _codes_used(record: dict[str, float]) -> str:
 
 
 @torch.no_grad()
-def _previews(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights | None) -> dict[str, Tensor]:
+def _previews(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights[Any] | None) -> dict[str, Tensor]:
     if averaged is not None:
         return stage.previews(averaged.model)
     # Accelerate's mixed precision is a `forward` set on the instance, which sampling would have to take for a change of

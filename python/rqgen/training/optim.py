@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rqgen.config import check_finite
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass
@@ -73,14 +76,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
 
 
-class AveragedWeights:
+class AveragedWeights(Generic[ModelT]):
     """Exponential moving average of a model's parameters; buffers (codebooks, counts) are copied as they are.
 
     ``w = decay' w + (1 - decay') p`` after every update, with ``decay' = min(decay, (1 + n) / (10 + n))`` at
     update n, so that the first random weights are forgotten quickly.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: ModelT, decay: float) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"ema_decay: expected 0 < decay < 1, got {decay}")
         self.decay = decay
@@ -91,14 +94,15 @@ class AveragedWeights:
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        averaged, current = list(self.model.parameters()), [p.detach() for p in model.parameters()]
+        averaged: list[Tensor] = list(self.model.parameters())
+        current = [parameter.detach() for parameter in model.parameters()]
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "model": self.model.state_dict()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.updates = int(state["updates"])  # type: ignore[call-overload]
-        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        self.model.load_state_dict(state["model"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -85,12 +85,12 @@ class PriorConfig:
         conditional = self.condition == "class"
         if conditional and num_classes < 1:
             raise ValueError("condition: 'class' needs images with classes; set prior.condition=none")
-        shape = {
+        shape: dict[str, Any] = {
             "code_shape": vae.code_shape,
             "codebook_size": vae.codebook_size,
             "code_dim": vae.codebooks.shape[-1],
         }
-        common = {
+        common: dict[str, Any] = {
             "shared_codebook": vae.codebooks.ndim == 2,
             "condition": self.condition,
             "condition_vocab_size": num_classes if conditional else 0,
@@ -135,6 +135,8 @@ def prior_data(
                 "codes on disk have no residuals: set prior.soft_labels=false and "
                 "prior.stochastic_codes=false, or train from images"
             )
+        if not isinstance(source.codes, Tensor):
+            raise ValueError(f"codes: expected stacks of codes, got {source.layout.in_words()}")
         return PriorData(TensorItems(source.codes, source.labels), "codes", None)
     needs_tau = config.soft_labels or config.stochastic_codes
     if config.cache_latents:
@@ -189,11 +191,16 @@ class PriorStage:
         seed: int,
         preview: Callable[[RQTransformer, RQVAE], dict[str, Tensor]] | None = None,
     ) -> None:
-        if (config.soft_labels or config.stochastic_codes) and (tau is None or not tau > 0):
-            raise ValueError(f"tau: expected a positive number, got {tau}")
+        if config.soft_labels or config.stochastic_codes:
+            if tau is None or not tau > 0:
+                raise ValueError(f"tau: expected a positive number, got {tau}")
+            if kind == "codes":
+                raise ValueError("kind: soft labels and stochastic codes need 'images' or 'latents', got 'codes'")
         self.model = model
         self._vae = vae.eval().requires_grad_(False)
-        self._config, self._kind, self._tau, self._seed, self._preview = config, kind, tau, seed, preview
+        self._config, self._kind, self._seed, self._preview = config, kind, seed, preview
+        self._soft_tau = tau if config.soft_labels else None
+        self._stochastic_tau = tau if config.stochastic_codes else None
 
     def to(self, device: torch.device) -> None:
         self._vae.to(device)
@@ -201,10 +208,10 @@ class PriorStage:
     def step(self, batch: Batch) -> StepResult:
         codes_bhwd, residuals_bhwdc = self._codes(batch)
         condition = batch.labels if self._config.condition == "class" else None
-        if not self._config.soft_labels:
+        if self._soft_tau is None or residuals_bhwdc is None:
             loss = prior_loss(self.model(codes_bhwd, condition), codes=codes_bhwd)
         else:
-            labels = SoftLabels(residuals_bhwdc, self._vae.codebooks, self._tau)
+            labels = SoftLabels(residuals_bhwdc, self._vae.codebooks, self._soft_tau)
             if self._config.fused_classifier:
                 loss = prior_loss(self.model(codes_bhwd, condition, labels))
             else:
@@ -216,8 +223,8 @@ class PriorStage:
         if self._kind == "codes":
             return batch.inputs, None
         latents_bhwc = self._vae.encode_latents(batch.inputs) if self._kind == "images" else batch.inputs
-        soft = self._config.soft_labels
-        if not self._config.stochastic_codes:
+        soft = self._soft_tau is not None
+        if self._stochastic_tau is None:
             found = rqkernels.residual_search(latents_bhwc, self._vae.codebooks, self._vae.depth, return_residuals=soft)
         else:
             height, width, _ = self._vae.code_shape
@@ -225,7 +232,7 @@ class PriorStage:
                 latents_bhwc,
                 self._vae.codebooks,
                 self._vae.depth,
-                tau=self._tau,
+                tau=self._stochastic_tau,
                 seed=self._seed,
                 offset=batch.first_row * height * width,
                 return_residuals=soft,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rqgen.config import check_bounds
 from rqgen.models import VAR, MultiScaleVQVAE, VARConfig
@@ -52,7 +53,7 @@ class VARPriorConfig:
         """Config of the prior that `build` makes."""
         if num_classes < 1:
             raise ValueError("data: a VAR is conditioned on classes, and these images have none")
-        common = {
+        common: dict[str, Any] = {
             "quantizer": vae.config.quantizer,
             "code_dim": vae.config.z_channels,
             "num_classes": num_classes,

@@ -75,3 +75,16 @@ def test_mistakes():
         evaluate_precision(prior, torch.full((1, *SHAPE), 9), precision="int8")
     with pytest.raises(TypeError, match="prior: expected float32, float16 or bfloat16 weights"):
         evaluate_precision(make_prior().double(), torch.zeros(1, *SHAPE, dtype=torch.int64), precision="bf16")
+
+
+def test_a_prior_of_another_class_has_one_precision():
+    quantizer = MultiScaleConfig(codebook_size=12, scales=[1, 2], refinements=0)
+    config = VARConfig(quantizer=quantizer, code_dim=4, embed_dim=16, layers=1, heads=2, num_classes=3)
+    prior = VAR(config, MultiScaleQuantizer(quantizer, 4)).eval()
+    codes = [torch.randint(12, (5, side, side)) for side in (1, 2)]
+    effect = evaluate_precision(prior, codes, torch.arange(5) % 3, precision="fp32", batch_size=2)
+    assert effect.kl == [0.0, 0.0] and effect.same_likeliest == [1.0, 1.0] and effect.weight_error == {}
+    with pytest.raises(ValueError, match="precision: expected 'fp32' for a var, got 'bf16'"):
+        evaluate_precision(prior, codes, precision="bf16")
+    with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
+        evaluate_precision(prior, codes, precision="fp32", batch_size=0)

@@ -172,6 +172,11 @@ def test_bad_settings(vae):
         PriorConfig(condition_dropout=1)
     with pytest.raises(ValueError, match="tau: expected a positive number, got None"):
         make_stage(small(), vae, tau=None)
+    with pytest.raises(ValueError, match="kind: soft labels and stochastic codes need 'images' or 'latents'"):
+        make_stage(small(), vae, kind="codes")
+    maps = EncodedImages([torch.zeros(2, 1, 1, dtype=torch.int64)], torch.zeros(2, dtype=torch.int64), 16, "", (), {})
+    with pytest.raises(ValueError, match="codes: expected 4x4x2 codes, as the tokenizer has, got token maps of 1x1"):
+        prior_data(small(soft_labels=False, stochastic_codes=False), vae, maps, batch_size=4)
 
 
 def test_a_large_dataset_is_encoded_with_a_packed_codebook(vae_config, images, searched):

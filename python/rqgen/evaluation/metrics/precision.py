@@ -46,7 +46,7 @@ class Precision(Metric):
             names = ["bf16", "int8"] if run.prior.device.type == "cpu" else ["bf16"]
         codes, labels = run.codes
         judged = options.samples and run.why_not("classifier") is None
-        found = {}
+        found: dict[str, Any] = {}
         for name in names:
             effect = evaluate_precision(run.prior, codes, run.condition(labels), precision=name)
             found[name] = asdict(effect)
