@@ -18,6 +18,9 @@ from .discriminator import PatchDiscriminator
 
 DISC_LOSSES = ("hinge", "vanilla", "non_saturating")
 _WEIGHT_EPSILON = 1e-4
+# Gradients at the reconstruction go through the networks times a power of two, which is exact: per pixel they are of
+# the order of 1 / pixels, which float16 cannot hold. Where an image's distance is differentiated it is at most this.
+_LARGEST_SCALE = 2**14
 
 
 class TokenizerOutput(Protocol):
@@ -123,6 +126,7 @@ class AdversarialLoss(nn.Module):
     """
 
     logit_averages: Tensor
+    logit_batches: Tensor
 
     def __init__(
         self,
@@ -159,8 +163,9 @@ class AdversarialLoss(nn.Module):
         # Not `discriminator`, which is a method.
         self.critic = discriminator
         self.perceptual = perceptual
-        # LeCam's, of real and fake; NaN before the first batch.
-        self.register_buffer("logit_averages", torch.full((2,), math.nan))
+        # LeCam's, of real and fake, and how many batches they have seen.
+        self.register_buffer("logit_averages", torch.zeros(2))
+        self.register_buffer("logit_batches", torch.zeros((), dtype=torch.int64))
         self._pass: _FakePass | None = None
         self.train(self.training)
 
@@ -213,9 +218,7 @@ class AdversarialLoss(nn.Module):
             _check_last_layer(last_layer, reconstruction)
         fake = reconstruction.detach().to(images.dtype).requires_grad_(differentiable)
 
-        # Gradients at the reconstruction go through the networks times a power of two, which is exact: per pixel they
-        # are of the order of 1 / pixels, which float16 cannot hold.
-        scale = 2.0 ** math.floor(math.log2(fake.numel()))
+        scale = _power_of_two(min(fake.numel(), len(fake) * _LARGEST_SCALE))
         perceptual, perceptual_grad = zero, torch.zeros_like(fake)
         if self.perceptual is not None and self.perceptual_weight > 0:
             distance = self._distance(images, fake)
@@ -229,9 +232,8 @@ class AdversarialLoss(nn.Module):
             adversarial = loss.detach()
             if differentiable:
                 adversarial_grad = _gradient(loss, fake, scale, name="discriminator", retain_graph=kept)
-                weight = (
-                    self._adaptive_weight(total, reconstruction, perceptual_grad, adversarial_grad, last_layer).float()
-                    * ramp
+                weight = ramp * self._adaptive_weight(
+                    total, reconstruction, perceptual_grad, adversarial_grad, last_layer
                 )
 
         strength = weight * self.disc_weight
@@ -317,7 +319,7 @@ class AdversarialLoss(nn.Module):
         last_layer: Tensor,
     ) -> Tensor:
         # Times a power of two for half types: less than above, because the weight's gradient sums over all pixels.
-        scale = 2.0 ** (math.floor(math.log2(reconstruction.numel())) // 2)
+        scale = _power_of_two(math.sqrt(reconstruction.numel()))
         dtype = reconstruction.dtype
         # A sum of gradients from two starts.
         (nll_grad,) = torch.autograd.grad(
@@ -344,12 +346,13 @@ class AdversarialLoss(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(batch)
             batch /= dist.get_world_size()
-        averaged = torch.lerp(batch, self.logit_averages, self.lecam_decay)
-        averages = torch.where(self.logit_averages.isnan(), batch, averaged)
+        unset = self.logit_batches == 0
         if not self.training:
-            return torch.where(self.logit_averages.isnan(), batch, self.logit_averages)
+            return torch.where(unset, batch, self.logit_averages)
+        averages = torch.where(unset, batch, torch.lerp(batch, self.logit_averages, self.lecam_decay))
         self.logit_averages.copy_(averages)
-        return averages.clone()
+        self.logit_batches.add_(1)
+        return averages
 
     # --- the discriminator's passes over the reconstruction
 
@@ -440,6 +443,11 @@ def _gradient(loss: Tensor, images: Tensor, scale: float, *, name: str, retain_g
     if gradient is None:
         raise ValueError(f"{name}: expected a result that depends on its images by a gradient, got one without")
     return gradient / scale
+
+
+def _power_of_two(number: float) -> float:
+    """The largest power of two up to a number >= 1."""
+    return 2.0 ** math.floor(math.log2(number))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -128,8 +128,7 @@ class LPIPS(nn.Module):
 
     def _scaled(self, images: Tensor) -> Tensor:
         images = images.to(self.get_buffer("weight0").dtype).expand(-1, 3, -1, -1)
-        images = (images - self.get_buffer("shift")) / self.get_buffer("scale")
-        return images.contiguous(memory_format=torch.channels_last)
+        return (images - self.get_buffer("shift")) / self.get_buffer("scale")
 
     def _stage(self, features: Tensor, stage: tuple[tuple[int, int], ...], *, pool: bool) -> Tensor:
         if pool:
@@ -140,10 +139,8 @@ class LPIPS(nn.Module):
         return features
 
     def _keep(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.detach().to(torch.float32)
-        # A layout in which convolutions on a CPU need not reorder anything; and a copy, as the caller's may change.
-        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        self.register_buffer(name, tensor.clone(memory_format=layout), persistent=False)
+        # A copy: the caller's may change.
+        self.register_buffer(name, tensor.detach().to(torch.float32, copy=True).contiguous(), persistent=False)
 
 
 def _is_head(name: str) -> bool:
