@@ -52,7 +52,7 @@ class ExportedFeatures(nn.Module):
         d(x, y) = mean over maps l and positions of sum_c (f_l(x) - f_l(y))^2,   f_l = maps of unit length over channels
 
     The network takes images (B, C, H, W) in [-1, 1] and gives one feature map (B, C', H', W') or several, in a tuple,
-    list or dictionary. It is frozen, runs as it was exported (export it in eval mode, with a dynamic batch size) and is
+    list or dictionary. It is frozen, runs as it was exported (in eval mode; with a dynamic batch size, best) and is
     no part of the state dict. A file of torch.export may hold code of its operators: load those you trust.
 
     Calling it with (x, y), of the same shape, gives float32 (B,); gradients flow to x and y alone.
@@ -61,7 +61,7 @@ class ExportedFeatures(nn.Module):
         path: the file.
 
     Raises:
-        FileNotFoundError, ValueError: no file, or no program of torch.export.
+        FileNotFoundError, ValueError: no file, no program of torch.export, or one exported in train mode.
         ValueError in a call: images that the network does not take, or outputs that are no feature maps.
     """
 
@@ -137,8 +137,23 @@ def _load(path: Path) -> nn.Module:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        return torch.export.load(path).module()
+        program = torch.export.load(path)
     except Exception as error:  # whatever the damage makes of the file
         raise unreadable(path, "program of torch.export", str(error).strip().partition("\n")[0]) from error
     finally:
         logger.setLevel(level)
+    if (name := _trained(program)) is not None:
+        raise ValueError(f"{path}: its {name} was exported in train mode: export it after .eval()")
+    return program.module()
+
+
+def _trained(program: torch.export.ExportedProgram) -> str | None:
+    """The first operator, such as dropout or batch norm, that behaves as in train mode; None where there is none."""
+    for node in program.graph.nodes:
+        if (schema := getattr(node.target, "_schema", None)) is None:
+            continue
+        for index, argument in enumerate(schema.arguments):
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            if argument.name in ("train", "training") and given is True:
+                return str(schema.name).removeprefix("aten::")
+    return None
