@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         evaluation,
         inference,
         integrations,
+        losses,
         models,
         quantizers,
         report,
@@ -70,8 +71,8 @@ _ROOM_OF = {name: "models" for name in __all__ if name[0].isupper()}
 _ROOM_OF |= dict.fromkeys(("Engine", "KnownRows", "Pipeline", "SamplingParams", "edit", "generate"), "sampling")
 _ROOM_OF |= {"accelerate": "integrations"}
 _MODULES = (
-    "bench", "config", "convert", "data", "evaluation", "inference", "integrations", "models", "quantizers", "report",
-    "sampling", "systems", "training",
+    "bench", "config", "convert", "data", "evaluation", "inference", "integrations", "losses", "models", "quantizers",
+    "report", "sampling", "systems", "training",
 )  # fmt: skip
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from rqgen.config import from_dict
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, VARConfig
+from rqgen.models.pickles import check_state_dict, unpickle
 from rqgen.models.pretrained import sketch
 from rqgen.models.state_dict import ForeignTensors
 from rqgen.quantizers import MultiScaleConfig
 from rqgen.reading import name_some, read_json, require_file, shorten
 
-from .published import VAR_PRIOR, VAR_TOKENIZER, check_state_dict, expect_model, published_name, unpickle
+from .published import VAR_PRIOR, VAR_TOKENIZER, expect_model, published_name
 
 PathLike = str | os.PathLike[str]
 

@@ -22,8 +22,8 @@ from rqgen.convert import load_kakaobrain, load_var
 from rqgen.convert.kakaobrain.checkpoint import read_checkpoint
 from rqgen.convert.kakaobrain.rqtransformer import build_rqtransformer
 from rqgen.convert.kakaobrain.rqvae import rqvae_config
-from rqgen.convert.published import unpickle
 from rqgen.models import RQVAE, load_pretrained
+from rqgen.models.pickles import unpickle
 
 VAE, PRIOR = "rqvae-shared-8x8x4", "rqtransformer-class"
 

@@ -12,9 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from yaml import YAMLError
 
+from rqgen.models.pickles import check_state_dict, unpickle
 from rqgen.reading import read_yaml_text, require_file, shorten, unreadable
-
-from ..published import check_state_dict, unpickle
 
 CHECKPOINT_NAME = "model.pt"
 CONFIG_NAME = "config.yaml"
