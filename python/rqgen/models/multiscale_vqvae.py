@@ -68,8 +68,13 @@ class MultiScaleVQVAEConfig:
     @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of an image."""
-        height, width = self.quantizer.scales[-1]
+        height, width = scale_sizes(self.quantizer)[-1]
         return height * self.stride, width * self.stride
+
+
+def scale_sizes(quantizer: MultiScaleConfig) -> list[list[int]]:
+    """[h_k, w_k] of each token map."""
+    return [[scale, scale] if isinstance(scale, int) else scale for scale in quantizer.scales]
 
 
 class MultiScaleVQVAEOutput(NamedTuple):
@@ -157,7 +162,7 @@ class MultiScaleVQVAE(Tokenizer):
     @property
     def scales(self) -> list[list[int]]:
         """[h_k, w_k] of each token map."""
-        return self.config.quantizer.scales
+        return scale_sizes(self.config.quantizer)
 
     def forward(self, images: Tensor) -> MultiScaleVQVAEOutput:
         """Encodes, quantizes (straight-through gradient) and decodes.

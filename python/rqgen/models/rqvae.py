@@ -78,17 +78,17 @@ class RQVAEConfig:
             self.attention_resolutions = [self.resolution // self.stride]
         if self.code_shape is None:
             # At least 1: a size that no level divides is refused below, by its own name.
-            sides = [max(side // self.stride, 1) for side in self.image_shape]
-            self.code_shape = [*sides, self.quantizer.depth]
+            latents = [max(side // self.stride, 1) for side in self.image_shape]
+            self.code_shape = [*latents, self.quantizer.depth]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(f"code_shape: expected [h, w, depth], got {self.code_shape}")
-        for name, sides in (("resolution", [self.resolution]), ("image_size", self.image_shape)):
+        for name, sides in (("resolution", (self.resolution,)), ("image_size", self.image_shape)):
             if any(side % self.stride for side in sides):
                 raise ValueError(
                     f"{name}: expected a multiple of {self.stride} "
                     f"({len(self.channel_multipliers)} levels), got {getattr(self, name) or self.resolution}"
                 )
-        latents, codes = list(self.latent_shape[:2]), list(self.code_shape[:2])
+        latents, codes = list(self.latent_shape[:2]), self.code_shape[:2]
         if any(latent % code for latent, code in zip(latents, codes, strict=True)):
             raise ValueError(f"code_shape: expected h and w to divide the latents' {latents}, got {codes}")
         if self.quantizer.depth != self.code_shape[2]:
@@ -114,10 +114,18 @@ class RQVAEConfig:
         return height // self.stride, width // self.stride, self.embed_dim
 
     @property
+    def codes_hwd(self) -> tuple[int, int, int]:
+        """`code_shape` as (h, w, D)."""
+        assert self.code_shape is not None  # filled in at the start
+        h, w, depth = self.code_shape
+        return h, w, depth
+
+    @property
     def patch_shape(self) -> tuple[int, int]:
         """Latents that one code vector covers, (down, across)."""
         height, width, _ = self.latent_shape
-        return height // self.code_shape[0], width // self.code_shape[1]
+        h, w, _ = self.codes_hwd
+        return height // h, width // w
 
     @property
     def code_dim(self) -> int:
@@ -129,7 +137,8 @@ class RQVAEConfig:
     def attention_levels(self) -> list[bool]:
         """For each level, from the finest, whether it has attention."""
         levels = range(len(self.channel_multipliers))
-        return [self.resolution // 2**level in self.attention_resolutions for level in levels]
+        resolutions = self.attention_resolutions or []
+        return [self.resolution // 2**level in resolutions for level in levels]
 
 
 class RQVAEOutput(NamedTuple):
@@ -163,6 +172,7 @@ class RQVAE(Tokenizer):
 
     model_type = "rqvae"
     config_class = RQVAEConfig
+    config: RQVAEConfig
 
     def __init__(self, config: RQVAEConfig) -> None:
         super().__init__(config)
@@ -192,7 +202,7 @@ class RQVAE(Tokenizer):
     @property
     def layout(self) -> CodeLayout:
         """Stacks of D codes, of images of the configured size."""
-        return CodeLayout.stacks(self.config.code_shape, self.config.quantizer.codebook_size)
+        return CodeLayout.stacks(self.code_shape, self.config.quantizer.codebook_size)
 
     @property
     def usage(self) -> CodeUsage:
@@ -211,13 +221,12 @@ class RQVAE(Tokenizer):
     @property
     def depth(self) -> int:
         """D, codes per position."""
-        return self.config.code_shape[2]
+        return self.code_shape[2]
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
         """(h, w, D) of the codes of one image of the configured size."""
-        h, w, depth = self.config.code_shape
-        return h, w, depth
+        return self.config.codes_hwd
 
     def forward(self, images: Tensor) -> RQVAEOutput:
         """Encodes, quantizes (straight-through gradient) and decodes; in train mode updates the codebooks.
@@ -351,10 +360,11 @@ class RQVAE(Tokenizer):
             )
         else:
             found = rqkernels.residual_search(latents, self.codebooks, self.depth, return_residuals=True)
+        assert found.residuals is not None  # asked for
         shared = self.config.quantizer.shared_codebook
         soft = [
-            rqkernels.distance_softmax(found.residuals[..., d, :], self.codebooks if shared else self.codebooks[d], tau)
-            for d in range(self.depth)
+            rqkernels.distance_softmax(residual, self.codebooks if shared else self.codebooks[d], tau)
+            for d, residual in enumerate(found.residuals.unbind(-2))
         ]
         return torch.stack(soft, dim=-2), found.codes
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.inference import Engine, KnownRegion, SamplingParams, make_sampler
-from rqgen.models import VAR, MultiScaleVQVAE, Prior, RQTransformer, Tokenizer
+from rqgen.inference import Engine, KnownRegion, SamplingParams, ScaleSampler, make_sampler
+from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, Prior, RQTransformer, Tokenizer
 from rqgen.models.images import check_images
 from rqgen.models.pretrained import eval_mode
 from rqgen.quantizers import Codes
@@ -108,6 +108,8 @@ def _edit(prior: Prior, vae: Tokenizer, job: _Job) -> EditOutput:
 def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
     images, known, condition, params, engine = job
     resolved, sampler = params.resolve(prior, condition), make_sampler(prior, engine)
+    if not isinstance(sampler, ScaleSampler):
+        raise TypeError(f"prior: expected one that a ScaleSampler samples, got a {type(sampler).__name__}")
     condition_nl = prior.condition_ids(condition, len(images))
     with torch.no_grad(), eval_mode(prior, vae):
         codes, decoded = [], []
@@ -116,10 +118,11 @@ def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
         for start in range(0, len(images), step):
             some, first_image = slice(start, start + step), params.offset + start
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
-            share = F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:])
+            height, width = latents.shape[2:]
+            share = F.adaptive_avg_pool2d(known[some].float(), (height, width))
             region = KnownRegion(latents, vae.quantizer.nearest, share)
             sampled = sampler.sample(condition_nl[some], resolved, first_image=first_image, region=region)
-            drawn = finished_images(vae.decode(sampled.codes), first_image).to(images.dtype)
+            drawn = finished_images(vae.decode(prior.layout.by_level(sampled.codes)), first_image).to(images.dtype)
             found = _refine_by_reencoding(vae, images[some], known[some], drawn)
             codes.append(found[0])
             decoded.append(finished_images(found[1], first_image))
@@ -149,7 +152,7 @@ def _refine_by_reencoding(
 
 
 @_edit.register
-def _complete_rows(prior: RQTransformer, vae: Tokenizer, job: _Job) -> EditOutput:
+def _complete_rows(prior: RQTransformer, vae: RQVAE, job: _Job) -> EditOutput:
     images, known, condition, params, engine = job
     height = images.shape[2]
     rows = known[:, 0].all(dim=2)
