@@ -16,6 +16,7 @@ from rqgen.checks import check_targets
 from rqgen.config import check_bounds
 from rqgen.quantizers import CodeLayout, MultiScaleConfig, MultiScaleDecoder
 
+from .attention import attention
 from .changes import as_written
 from .condition import checked_class_names, condition_ids
 from .interfaces import LevelLoss, Prior, Tokenizer
@@ -185,11 +186,11 @@ class ScaleAttention(nn.Module):
         parts, begin = [], 0
         for end in ends:
             parts.append(
-                F.scaled_dot_product_attention(
+                attention(
                     q[:, :, begin:end],
                     k[:, :, : seen + end],
                     v[:, :, : seen + end],
-                    dropout_p=self.dropout if self.training else 0.0,
+                    dropout=self.dropout if self.training else 0.0,
                     scale=self.scale,
                 )
             )
