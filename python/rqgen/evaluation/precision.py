@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.inference import cast_prior, change_of_prior
+from rqgen.inference import can_pack, cast_prior, change_of_prior
 from rqgen.inference.packed import PackedPrior
 from rqgen.models.pretrained import eval_mode
 from rqgen.models.rqtransformer import RQTransformer
@@ -43,7 +43,7 @@ def evaluate_precision(
     Raises:
         TypeError, ValueError, IndexError: as `RQTransformer.forward` and `rqgen.generate`; no codes.
     """
-    packed = change_of_prior(prior, precision) is None and prior.device.type == "cpu"
+    packed = change_of_prior(prior, precision) is None and can_pack(prior)
     prior.layout.check(codes, device=prior.device, owner="prior")
     if len(codes) == 0:
         raise ValueError("codes: expected at least one code map, got none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 import rqkernels
+from rqgen.checks import check_flag, check_integer, check_number, check_range_without_waiting, check_tensor
 from rqgen.config import check_bounds
 from rqgen.quantizers import CodeLayout, CodeUsage, Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
-from .images import check_images, check_some
+from .images import check_images, check_latents, check_some
 from .interfaces import Tokenizer
 from .pretrained import eval_mode
 
@@ -238,6 +240,8 @@ class RQVAE(Tokenizer):
         if self.training:
             check_some(images)
         quantized, codes, commitment_loss = self.quantizer(latents)
+        if len(images) == 0:
+            commitment_loss = latents.float().sum()  # 0: a mean over nothing is NaN
         return RQVAEOutput(self.decode_latents(quantized), commitment_loss, codes)
 
     def loss(self, images: Tensor) -> RQVAELoss:
@@ -267,6 +271,7 @@ class RQVAE(Tokenizer):
                 or whose height and width are not multiples of stride * patch.
         """
         check_images(images, values=check)
+        check_tensor(images, "images", self.device)
         down, across = self.config.patch_shape
         steps = (self.config.stride * down, self.config.stride * across)
         if images.ndim != 4 or images.shape[1] != self.config.image_channels:
@@ -286,10 +291,7 @@ class RQVAE(Tokenizer):
 
     def decode_latents(self, latents_bhwc: Tensor) -> Tensor:
         """Images (B, channels, H, W) from latents in code shape (B, h, w, code_dim). Differentiable."""
-        if latents_bhwc.ndim != 4 or latents_bhwc.shape[-1] != self.config.code_dim:
-            raise ValueError(
-                f"latents_bhwc: expected (B, h, w, {self.config.code_dim}), got shape {tuple(latents_bhwc.shape)}"
-            )
+        check_latents(latents_bhwc, "latents_bhwc", (None, None, self.config.code_dim), self.device)
         down, across = self.config.patch_shape
         b, h, w, _ = latents_bhwc.shape
         patches = latents_bhwc.reshape(b, h, w, down, across, self.config.embed_dim)
@@ -328,8 +330,9 @@ class RQVAE(Tokenizer):
     def decode_partial(self, codes: Tensor, depth: int) -> Tensor:
         """Images from the codes of depths 1..depth only: coarse to fine (figure 5).
 
-        codes and result as for `decode`; ValueError if depth is not within 1..D.
+        codes and result as for `decode`; TypeError if depth is not an integer, ValueError if it is not in [1, D].
         """
+        depth = check_integer(depth, "decode_partial: depth", 1, self.depth)
         self._check_codes(codes)
         with eval_mode(self):
             return self.decode_latents(self.quantizer.decode(codes, depth))
@@ -352,9 +355,13 @@ class RQVAE(Tokenizer):
         Returns:
             float32 (B, h, w, D, K) and the codes int64 (B, h, w, D).
         """
+        tau = check_number(tau, "tau")
+        if not 0 < tau < math.inf:
+            raise ValueError(f"tau: expected a finite number > 0, got {tau}")
+        seed, offset = check_integer(seed, "seed", 0, 2**64 - 1), check_integer(offset, "offset", 0, 2**62)
         with eval_mode(self):
             latents = self.encode_latents(images).float()
-        if stochastic:
+        if check_flag(stochastic, "stochastic"):
             found = rqkernels.stochastic_residual_search(
                 latents, self.codebooks, self.depth, tau=tau, seed=seed, offset=offset, return_residuals=True
             )
@@ -369,7 +376,9 @@ class RQVAE(Tokenizer):
         return torch.stack(soft, dim=-2), found.codes
 
     def _check_codes(self, codes: Tensor) -> None:
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
+        check_tensor(codes, "codes", self.codebooks.device, "codebook")
+        if codes.dtype != torch.int64:
+            raise TypeError(f"codes: expected int64, got {codes.dtype}")
         if codes.ndim != 4 or codes.shape[-1] != self.depth:
             raise ValueError(f"codes: expected (B, h, w, {self.depth}), got shape {tuple(codes.shape)}")
+        check_range_without_waiting(codes, self.config.quantizer.codebook_size, "codes")
