@@ -49,7 +49,7 @@ BENCHMARKS = sorted(
     (ROOT / "benchmarks").glob("bench_*.py"), key=lambda path: (path.stem != "bench_residual_search", path)
 )
 # What the models' tests import beyond torch; without all of it only the kernels are tested.
-MODEL_PACKAGES = ("PIL", "accelerate", "matplotlib", "omegaconf", "rich", "safetensors", "sklearn", "typer", "yaml")
+MODEL_PACKAGES = ("PIL", "accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer", "yaml")
 MODEL_BENCHMARKS = ("bench_depth_decode", "bench_prior_step")
 # Few launches, and none into a CUDA graph: the sanitizer takes a while for each, and sees through torch's allocator
 # only where that caches nothing, which a graph cannot do without.

@@ -84,6 +84,24 @@ def check_nonnegative(value: Any, name: str, expected: str = "a number") -> floa
     return number
 
 
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
+def check_tensor(value: Any, name: str, device: torch.device | None = None, owner: str = "model") -> None:
+    """Raise unless `value` is a dense tensor, and on `device`, that of its `owner`, where one is given.
+
+    Raises:
+        TypeError: not a tensor, or a sparse, nested or otherwise packed one.
+        ValueError: on another device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {str(value.layout).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected on {device}, where the {owner} is, got {value.device}")
+
+
 # --- tensors of integers -----------------------------------------------------------------------------------
 
 
@@ -106,7 +124,7 @@ def check_range(ids: Tensor, size: int, name: str) -> None:
 def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:
     """`check_range` on a CPU. On a GPU reading back would stall every training step, in a compiled graph it would
     break the graph."""
-    if not (ids.is_cuda or torch.compiler.is_compiling()):
+    if not (ids.is_cuda or ids.is_meta or torch.compiler.is_compiling()):
         check_range(ids, size, name)
 
 

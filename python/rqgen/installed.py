@@ -10,7 +10,6 @@ from pathlib import Path
 REQUIREMENTS = {
     "accelerate": "accelerate",
     "matplotlib": "matplotlib",
-    "omegaconf": "omegaconf",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "rich": "rich",

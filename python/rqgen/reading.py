@@ -14,13 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 _HEAD_BYTES = 4096
 # A configuration is smaller by far; what is larger is another file under its name.
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_NESTING = 100
-_MAX_VALUES = 100_000
 
 # The first bytes of a file, at an offset, and its kind. The first that fits counts.
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -153,44 +150,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
-
-
-def read_yaml_text(path: Path) -> str:
-    """The text of a YAML file that is safe to read: not nested too deeply, and without aliases that blow it up.
-
-    Raises ValueError.
-    """
-    text = _read_text(path, "YAML file")
-    # For each collection that is open: its anchor, and how many values it holds, aliases written out.
-    open_nodes: list[tuple[str | None, int]] = [(None, 0)]
-    sizes: dict[str | None, int] = {}
-
-    def count(anchor: str | None, size: int) -> None:
-        sizes[anchor] = size
-        outer, held = open_nodes[-1]
-        open_nodes[-1] = (outer, held + size)
-        if held + size > _MAX_VALUES:
-            raise unreadable(path, "YAML file", f"more than {_MAX_VALUES} values")
-
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.CollectionStartEvent):
-                open_nodes.append((event.anchor, 1))
-                if len(open_nodes) > _MAX_NESTING:
-                    raise unreadable(path, "YAML file", f"nested more than {_MAX_NESTING} levels deep")
-            elif isinstance(event, yaml.CollectionEndEvent):
-                count(*open_nodes.pop())
-            elif isinstance(event, yaml.ScalarEvent):
-                if len(open_nodes) == 1:
-                    raise unreadable(path, "YAML file", "text without a key")
-                count(event.anchor, 1)
-            elif isinstance(event, yaml.AliasEvent):
-                if any(event.anchor == anchor for anchor, _ in open_nodes):
-                    raise unreadable(path, "YAML file", f"*{event.anchor} stands within itself")
-                count(None, sizes.get(event.anchor, 1))
-    except yaml.YAMLError as error:
-        raise unreadable(path, "YAML file", error) from error
-    return text
 
 
 _SHORT = reprlib.Repr()

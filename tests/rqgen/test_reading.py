@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rqgen.reading import describe_file, name_some, read_json, read_yaml_text, require_file, shorten, unreadable
+from rqgen.reading import describe_file, name_some, read_json, require_file, shorten, unreadable
 
 
 def image(kind: str) -> Callable[[Path], None]:
@@ -176,34 +176,6 @@ def test_json_that_is_refused(tmp_path: Path, content: bytes, message: str) -> N
 def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": [1]}).encode())
     assert read_json(tmp_path / "config.json") == {"a": [1]}
-
-
-LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("<html></html>", "it is an HTML page"),
-        ("a: [", r"it is a file of 4 bytes \(.*expected"),
-        ("arch: [1, 2, {", "it is a text file .*expected"),
-        ("a: " + "[" * 10_000, "nested more than 100 levels deep"),
-        (LAUGHS, "more than 100000 values"),
-        ("a: &a [1, *a]", r"\*a stands within itself"),
-        ("settings", "text without a key"),
-        ("a: \x01", "special characters are not allowed"),
-    ],
-)
-def test_yaml_that_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"config\.yaml: not a readable YAML file: .*{message}"):
-        read_yaml_text(tmp_path / "config.yaml")
-
-
-def test_yaml_with_aliases_is_read(tmp_path: Path) -> None:
-    text = "a: &a {x: 1}\nb: [*a, *a]\n"
-    (tmp_path / "config.yaml").write_text(text)
-    assert read_yaml_text(tmp_path / "config.yaml") == text
 
 
 # --- values in messages

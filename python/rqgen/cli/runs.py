@@ -20,6 +20,7 @@ from rqgen.data import DataConfig, ImageDataset, open_dataset, read_codes
 from rqgen.files import claim, claim_folder, existing_folder, write_text
 from rqgen.models import Prior, Tokenizer, load_pretrained
 from rqgen.models.pretrained import check_replaceable
+from rqgen.reading import name_some
 from rqgen.systems import DEFAULT, all_systems, find_system, system_of
 from rqgen.systems.system import PREVIEW_COLUMNS, PriorRun, System, TokenizerRun
 from rqgen.training import (
@@ -167,6 +168,11 @@ def fit_tokenizer(
     tokenizer = system_of(run).tokenizer
     check_memory("model", lambda: tokenizer(run.model))
     images = open_dataset(run.data, "train")
+    if run.model.class_names and tuple(run.model.class_names) != tuple(images.class_names):
+        raise ValueError(
+            f"model.class_names: expected none, as the images' own are taken ({name_some(images.class_names)}), "
+            f"got {name_some(run.model.class_names)}"
+        )
     set_seed(run.loop.seed)
     model = tokenizer(replace(run.model, class_names=images.class_names))
     model.data = to_dict(run.data)

@@ -133,6 +133,7 @@ def load_var(
     """
     vae_tensors = _read_state_dict(Path(vae), "vae", VAR_TOKENIZER)
     var_tensors = _read_state_dict(Path(var), "var", VAR_PRIOR)
+    published: dict[str, Any]
     if config is None:
         where = "config"
         blocks = {m[1] for name in var_tensors if (m := re.match(r"blocks\.(\d+)\.", name))}

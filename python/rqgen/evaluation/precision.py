@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rqgen.checks import check_integer
-from rqgen.inference import cast_prior, change_of_prior
+from rqgen.inference import can_pack, cast_prior, change_of_prior
 from rqgen.inference.packed import PackedPrior
 from rqgen.models import Prior
 from rqgen.models.interfaces import level_means
@@ -57,7 +57,7 @@ def logits_at(prior: Prior, precision: str) -> PriorLogits:
 
 @logits_at.register
 def _(prior: RQTransformer, precision: str) -> PriorLogits:
-    if change_of_prior(prior, precision) is not None or prior.device.type != "cpu":
+    if change_of_prior(prior, precision) is not None or not can_pack(prior):
         cast = cast_prior(prior, precision)
         return PriorLogits(lambda codes, condition: cast(codes, condition).logits.float())
     packed = PackedPrior(prior, precision)

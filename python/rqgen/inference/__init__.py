@@ -3,7 +3,7 @@
 from .params import LevelParams, SamplingParams
 from .sampler import PRECISIONS, Engine, Sampled, Sampler, StepSampler, make_sampler
 from .scales import KnownRegion, ScaleSampler
-from .stacks import cast_prior, change_of_prior
+from .stacks import can_pack, cast_prior, change_of_prior
 
 __all__ = [
     "PRECISIONS",
@@ -15,6 +15,7 @@ __all__ = [
     "SamplingParams",
     "ScaleSampler",
     "StepSampler",
+    "can_pack",
     "cast_prior",
     "change_of_prior",
     "make_sampler",

@@ -118,11 +118,11 @@ def stack_cache(stack: Transformer, batch: int, capacity: int, *, dtype: torch.d
 
 def stack_caches(prior: RQTransformer, batch: int) -> tuple[KVCache, KVCache]:
     """Empty caches of the spatial and the depth transformer for sampling `batch` code maps."""
-    made = {"dtype": cache_dtype(prior), "device": prior.device}
+    dtype, device = cache_dtype(prior), prior.device
     capacity = prior.config.condition_length + prior.positions - 1
     return (
-        stack_cache(prior.spatial_transformer, batch, capacity, **made),
-        stack_cache(prior.depth_transformer, batch, prior.depth, **made),
+        stack_cache(prior.spatial_transformer, batch, capacity, dtype=dtype, device=device),
+        stack_cache(prior.depth_transformer, batch, prior.depth, dtype=dtype, device=device),
     )
 
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import rqkernels
 from rqgen.models import RQTransformer
-from rqgen.models.transformer import Transformer, TransformerConfig
+from rqgen.models.parts import linear, members
+from rqgen.models.transformer import Transformer, TransformerBlock, TransformerConfig
 
 from .kv_cache import KVCache
 from .params import LevelParams
@@ -165,12 +166,12 @@ def pack_transformer(
             block.attention.out.bias,
             block.mlp_norm.weight,
             block.mlp_norm.bias,
-            block.mlp[0].weight,
-            block.mlp[0].bias,
-            block.mlp[2].weight,
-            block.mlp[2].bias,
+            linear(block.mlp, 0).weight,
+            linear(block.mlp, 0).bias,
+            linear(block.mlp, 2).weight,
+            linear(block.mlp, 2).bias,
         )
-        for block in stack.blocks
+        for block in members(stack.blocks, TransformerBlock)
     ]
     return rqkernels.PackedTransformer(
         blocks, stack.heads, activation=config.activation, precision=precision, width=stack.width, device=device
@@ -181,6 +182,7 @@ def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None)
     """What a code adds to a stack's input, (K, W) or (D * K, W), and what a position adds once, (W,)."""
     if kind == "table":
         return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim, dtype=torch.float32)
+    assert prior.codebooks is not None and projection is not None  # the config sees to it
     vectors = prior.codebooks.double().flatten(0, -2) @ projection.weight.detach().double().t()
     return vectors.float(), projection.bias.detach().float()
 

@@ -26,8 +26,9 @@ class Engine:
     Attributes:
         precision: "fp32"; of an RQ-Transformer also "bf16": weights rounded to bfloat16 (on a GPU all arithmetic is, on
             the CPU products are float32), and on the CPU "int8": weights in 8 bits with a scale per output, activations
-            in 16. See `rqgen.evaluation.evaluate_precision` for the loss. Autocast has no say. Where modules are called
-            "bf16" is all arithmetic on the CPU too, and "int8" is refused.
+            in 16. See `rqgen.evaluation.evaluate_precision` for the loss. Autocast has no effect. Where modules are
+            called "bf16" is all arithmetic on the CPU too, and "int8" is refused. A prior cast to float64 is computed
+            in float64 at "fp32", by calling its modules, and refused at the other two.
         use_graphs: capture the steps of an RQ-Transformer's position in CUDA graphs and replay them. On the CPU, and of
             a VAR, there are none; the codes are the same either way.
     """
@@ -46,10 +47,29 @@ class Engine:
         return precision if isinstance(precision, cls) else cls(precision)  # type: ignore[arg-type]
 
     def check_prior(self, prior: Prior) -> None:
-        """Raises ValueError for a precision that the prior cannot be sampled in."""
+        """Raise unless the prior can be sampled from at this precision.
+
+        Raises:
+            TypeError: weights of which some are float64 and some not.
+            ValueError: a precision that the prior cannot be sampled in; weights on several devices, or on none (meta).
+        """
         if self.precision not in prior.precisions:
             allowed = " or ".join(map(repr, prior.precisions))
             raise ValueError(f"precision: a {type(prior).__name__} is sampled in {allowed}, got {self.precision!r}")
+        is_float64 = prior.dtype == torch.float64
+        for name, tensor in (*prior.named_parameters(), *prior.named_buffers()):
+            if tensor.is_meta:
+                raise ValueError(f"prior: {name} is on the meta device and has no values; load them first")
+            if tensor.device != prior.device:
+                raise ValueError(f"prior: expected all weights on {prior.device}, got {name} on {tensor.device}")
+            # What embeds codes may stay float32 in a float64 prior, see `MultiScaleDecoder`.
+            if tensor.dtype == torch.float64 and not is_float64:
+                raise TypeError(f"prior: expected weights of {prior.dtype} like the first, got float64 ({name})")
+        if is_float64 and self.precision != "fp32":
+            raise ValueError(
+                f'precision: a float64 prior is sampled in float64 at "fp32" alone, got {self.precision!r}; '
+                "cast it by prior.float()"
+            )
 
 
 class Sampled(NamedTuple):

@@ -142,7 +142,9 @@ class _Scales:
     def sample(self, advance: Callable[[int], None]) -> Sampled:
         """Token maps, and with smooth sampling the mixtures."""
         prior, params, region, quantizer = self._prior, self._params, self._region, self._prior.quantizer
-        rest, total, codes = None if region is None else region.latents.float(), None, []
+        rest = None if region is None else region.latents.float()
+        total: Tensor | None = None
+        codes: list[Tensor] = []
         mixtures: list[Tensor] = []
         min_code_b = torch.zeros(self._batch, dtype=torch.int64, device=prior.device)
         last = max(prior.levels - 1, 1)
@@ -158,7 +160,7 @@ class _Scales:
                 drawn = weights.argmax(dim=-1)
                 vectors = (weights @ quantizer.codebook.float()).view(self._batch, height, width, -1)
             drawn = drawn.view(self._batch, height, width)
-            if region is not None:
+            if region is not None and rest is not None:
                 known, nearest = _nearest_to_region(prior, region, rest, k)
                 drawn = torch.where(known, nearest, drawn)
                 if vectors is not None:

@@ -28,12 +28,17 @@ def make_stack_sampler(prior: RQTransformer, engine: Engine) -> Sampler:
         TypeError, ValueError: as `change_of_prior`.
     """
     change = change_of_prior(prior, engine.precision)
-    if change is None and prior.device.type == "cpu":
+    if change is None and can_pack(prior):
         return packed_prior(prior, engine.precision)
     ready = cast_prior(prior, engine.precision)
     if change is not None and not change.name:
         return StepSampler(ready)
-    return CapturedSampler(ready, capture=engine.use_graphs and change is None)
+    return CapturedSampler(ready, capture=engine.use_graphs and change is None and prior.device.type == "cuda")
+
+
+def can_pack(prior: RQTransformer) -> bool:
+    """Return True where packed weights stand for an unchanged prior: on a CPU, unless it is float64."""
+    return prior.device.type == "cpu" and prior.dtype != torch.float64
 
 
 def change_of_prior(prior: RQTransformer, precision: str) -> Change | None:
@@ -86,24 +91,17 @@ def check_precision(prior: RQTransformer, precision: str) -> None:
     """Raises what is wrong with sampling from `prior` at `precision`.
 
     Raises:
-        TypeError: a prior with float64 weights.
-        ValueError: an unknown precision, or one that the device does not support; weights on several devices, or on
-            none (meta).
+        TypeError, ValueError: as `Engine.check_prior`; an unknown precision, or one that the device does not support.
     """
     Engine(precision).check_prior(prior)
-    for name, tensor in (*prior.named_parameters(), *prior.named_buffers()):
-        if tensor.dtype == torch.float64:
-            raise TypeError(f"prior: expected float32, float16 or bfloat16 weights, got float64 ({name})")
-        if tensor.is_meta:
-            raise ValueError(f"prior: {name} is on the meta device and has no values; load them first")
-        if tensor.device != prior.device:
-            raise ValueError(f"prior: expected all weights on {prior.device}, got {name} on {tensor.device}")
     if precision == "int8" and prior.device.type != "cpu":
         raise ValueError('precision: "int8" is for priors on the CPU; on a GPU use "bf16"')
 
 
 def cast_prior(prior: RQTransformer, precision: str) -> RQTransformer:
-    """A prior whose modules compute in "fp32" or "bf16": itself where they do, or a copy."""
+    """A prior whose modules compute in "fp32" or "bf16": itself where they do, or a copy. A float64 prior stays so."""
+    if prior.dtype == torch.float64:
+        return prior
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     tensors = (*prior.parameters(), *prior.buffers())
     if all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point()):

@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,8 @@ from torch.nn import functional as F
 import rqkernels
 from rqgen.models.changes import GLOBAL_HOOKS, has_global_hooks, hook_of
 
-from .swap import Accelerated, gives_way, has_structure, override_of, swap_class
+from .published import RQBottleneck, VQEmbedding
+from .swap import gives_way, has_structure, override_of, swap_class
 
 BOTTLENECK_METHODS = (
     "quantize",
@@ -83,7 +85,7 @@ def swap_quantizers(model: nn.Module) -> int:
     return len(quantizers)
 
 
-class Codebook(Accelerated):
+class Codebook(VQEmbedding):
     """`VQEmbedding`: weight (K + 1, C), the last row for padding and never searched; buffers `cluster_size_ema`
     (K,) and `embed_ema` (K, C)."""
 
@@ -127,7 +129,7 @@ class Codebook(Accelerated):
         self.cluster_size_ema.masked_fill_(dead, 1)
 
 
-class Bottleneck(Accelerated):
+class Bottleneck(RQBottleneck):
     """`RQBottleneck`: D codebooks in `codebooks`, the same module D times where they share one."""
 
     def _change_of_parts(self) -> str | None:
@@ -146,6 +148,7 @@ class Bottleneck(Accelerated):
     def quantize(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Partial sums `Z^(1) .. Z^(D)`, each like x, (B, h, w, C), and codes int64 (B, h, w, D)."""
         codebooks = self._searchable_codebooks()
+        sums: Iterable[Tensor]
         if codebooks is None or any(codebook.training for codebook in self.codebooks):
             # One depth after another in their loop, over our `Codebook.forward`.
             sums, codes = super().quantize(x.float())
@@ -174,12 +177,14 @@ class Bottleneck(Accelerated):
 
     @gives_way()
     @torch.no_grad()
-    def get_soft_codes(self, x: Tensor, temp: float = 1.0, stochastic: bool = False) -> tuple[Tensor, Tensor]:
+    def get_soft_codes(self, x: Tensor, temp: float = 1.0, stochastic: bool = False) -> tuple[Any, Tensor]:
+        # A tensor here; a class derived from this one gives an object in its place.
         codebooks = self._searchable_codebooks()
         if stochastic or codebooks is None:
             # Draws stay theirs, torch.multinomial; distributions of different sizes have no common tensor.
             return super().get_soft_codes(x, temp, stochastic)
         found = rqkernels.residual_search(self.to_code_shape(x), codebooks, len(self.codebooks), return_residuals=True)
+        assert found.residuals is not None  # asked for
         residuals = found.residuals.to(codebooks.dtype).unbind(-2)
         soft = [
             F.softmax(-codebook.compute_distances(residual) / temp, dim=-1)
@@ -219,12 +224,12 @@ class Bottleneck(Accelerated):
             raise ValueError(f"code: expected (B, {', '.join(map(str, self.code_shape))}), got {tuple(code.shape)}")
 
 
-def _is_bottleneck(module: nn.Module) -> bool:
+def _is_bottleneck(module: nn.Module) -> TypeGuard[RQBottleneck]:
     known = has_structure(module, BOTTLENECK_METHODS, BOTTLENECK_ATTRIBUTES)
     return known and isinstance(module.codebooks, nn.ModuleList)
 
 
-def _check_codebooks(quantizer: nn.Module, name: str) -> None:
+def _check_codebooks(quantizer: RQBottleneck, name: str) -> None:
     depth = quantizer.code_shape[-1]
     if len(quantizer.codebooks) != depth:
         raise ValueError(f"{name}.codebooks: expected {depth}, from code_shape, got {len(quantizer.codebooks)}")
@@ -234,7 +239,7 @@ def _check_codebooks(quantizer: nn.Module, name: str) -> None:
             raise ValueError(f"{name}.codebooks.{d}: not a VQEmbedding as published: {problem}")
 
 
-def _problem_of_codebook(codebook: nn.Module) -> str | None:
+def _problem_of_codebook(codebook: VQEmbedding) -> str | None:
     missing = [name for name in CODEBOOK_METHODS if not callable(getattr(type(codebook), name, None))]
     missing += [name for name in CODEBOOK_ATTRIBUTES if not hasattr(codebook, name)]
     if missing:

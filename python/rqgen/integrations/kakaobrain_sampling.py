@@ -22,12 +22,12 @@ samples a position in two calls (on a GPU in one CUDA graph), from the transform
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -38,10 +38,11 @@ from rqgen.inference import LevelParams, Sampler
 from rqgen.inference.cuda_graph import CapturedSampler
 from rqgen.inference.packed import PackedPrior, packed_once
 from rqgen.inference.stacks import cast_prior, check_precision
-from rqgen.models import RQTransformer
+from rqgen.models import RQTransformer as Prior
 from rqgen.models.changes import warn_once
 
-from .swap import Accelerated, change_in_tree, has_structure, override_of, swap_class
+from .published import RQTransformer
+from .swap import change_in_tree, has_structure, override_of, swap_class
 
 METHODS = ("embed_with_model_aux", "cached_forward", "init_cache", "sample")
 ATTRIBUTES = (
@@ -63,7 +64,7 @@ def swap_samplers(model: nn.Module) -> int:
     Raises:
         ValueError: one whose codebooks differ in size by depth. No module has been changed then.
     """
-    found = {name: module for name, module in model.named_modules() if has_structure(module, METHODS, ATTRIBUTES)}
+    found = {name: module for name, module in model.named_modules() if _is_sampler(module)}
     for name, transformer in found.items():
         if len(set(transformer.vocab_size)) > 1:
             raise ValueError(
@@ -77,16 +78,21 @@ def swap_samplers(model: nn.Module) -> int:
     return len(found)
 
 
+def _is_sampler(module: nn.Module) -> TypeGuard[Sampling]:
+    return has_structure(module, METHODS, ATTRIBUTES)
+
+
 def _parts(transformer: nn.Module) -> dict[str, str]:
     """The class of every module inside."""
     kinds = {name: type(module) for name, module in transformer.named_modules() if name}
     return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
 
-class Sampling(Accelerated):
+class Sampling(RQTransformer):
     """`RQTransformer`, with our samplers."""
 
     sampling_precision = "fp32"
+    _parts_when_accelerated: dict[str, str]
 
     @torch.no_grad()
     def sample(
@@ -151,6 +157,7 @@ class Sampling(Accelerated):
             sampled = sampler.sample(
                 condition_bl, params, known=known_btd.flatten(1), advance=lambda images: bar.advance(task)
             )
+        assert isinstance(sampled.codes, Tensor)  # of a prior over stacks
         return sampled.codes.view_as(partial_sample)
 
     def _change(self) -> str | None:
@@ -167,9 +174,8 @@ class Sampling(Accelerated):
     def _sampler(self, model_aux: Any, precision: str) -> Sampler:
         state, codebooks = self.state_dict(), self._codebooks(model_aux)
 
-        def prior() -> RQTransformer:
-            arch = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
-            built = build_rqtransformer(arch, state, codebooks).eval()
+        def prior() -> Prior:
+            built = build_rqtransformer(_plain(self.config), state, codebooks).eval()
             check_precision(built, precision)
             return built
 
@@ -186,6 +192,18 @@ class Sampling(Accelerated):
         codes_k = torch.arange(self.vocab_size[0], device=self.pos_emb_d.device)
         codes_khwd = codes_k[:, None, None, None].expand(-1, 1, 1, self.block_size[2])
         return self.embed_with_model_aux(codes_khwd, model_aux)[:, 0, 0].transpose(0, 1).contiguous()
+
+
+def _plain(config: Any) -> Any:
+    """Return a config as dictionaries and lists: OmegaConf's (items come out with interpolations resolved), a
+    dataclass, or plain data."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = vars(config)
+    if isinstance(config, Mapping):
+        return {name: _plain(value) for name, value in config.items()}
+    if isinstance(config, Sequence) and not isinstance(config, (str, bytes)):
+        return [_plain(value) for value in config]
+    return config
 
 
 def _per_depth(value: Any, depth: int) -> list[Any]:

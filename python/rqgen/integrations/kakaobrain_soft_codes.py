@@ -38,7 +38,8 @@ from torch import Tensor, nn
 import rqkernels
 
 from .kakaobrain import Bottleneck
-from .swap import Accelerated, has_structure, override_of, swap_class
+from .published import RQTransformer
+from .swap import has_structure, override_of, swap_class
 
 TRANSFORMER_METHODS = (
     "embed_with_model_aux",
@@ -121,7 +122,7 @@ def _refuse(what: str) -> NoReturn:
     raise TypeError(f"{what}: got SoftCodes, which is no tensor, {_ADVICE}")
 
 
-class LazySoftCodes(Accelerated):
+class LazySoftCodes(Bottleneck):
     """`RQBottleneck`, accelerated: soft codes as `SoftCodes`."""
 
     @torch.no_grad()
@@ -141,10 +142,11 @@ class LazySoftCodes(Accelerated):
             found = rqkernels.stochastic_residual_search(x, codebooks, depth, tau=tau, seed=seed, return_residuals=True)
         else:
             found = rqkernels.residual_search(x, codebooks, depth, return_residuals=True)
+        assert found.residuals is not None  # asked for
         return SoftCodes(found.residuals, codebooks.clone(), tau), found.codes
 
 
-class SoftCodeLoss(Accelerated):
+class SoftCodeLoss(RQTransformer):
     """`RQTransformer`: its losses against `SoftCodes`."""
 
     def compute_loss(self, logits: Tensor, targets: Any, use_soft_target: bool = False) -> Tensor:

@@ -12,9 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-from rqgen.models.changes import GLOBAL_HOOKS, change_of_torch_module, has_global_hooks, is_overridden, warn_once
+from rqgen.models.changes import (
+    GLOBAL_HOOKS,
+    change_of_torch_module,
+    has_global_hooks,
+    is_overridden,
+    parametrized_names,
+    warn_once,
+)
 
 MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
@@ -23,7 +29,9 @@ class Accelerated(nn.Module):
     """What all our classes share: a class made on the fly is pickled and copied by what it was made from."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, state, *rest = super().__reduce_ex__(max(protocol, 2))
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        assert isinstance(reduced, tuple)  # a name only for globals
+        _, _, state, *rest = reduced
         return (_new_instance, type(self).__bases__, state, *rest)
 
     def _change_of_parts(self) -> str | None:
@@ -71,8 +79,8 @@ def change_in_tree(model: nn.Module) -> str | None:
     `model` itself, whose methods are its own affair, a parametrization alone."""
     if has_global_hooks():
         return GLOBAL_HOOKS
-    if parametrize.is_parametrized(model):
-        return f"{type(model).__name__} has a parametrized {', '.join(model.parametrizations)}"
+    if names := parametrized_names(model):
+        return f"{type(model).__name__} has a parametrized {names}"
     for name, module in model.named_modules():
         change = change_of_torch_module(module) if name else None
         if change is not None:
@@ -101,12 +109,16 @@ def has_structure(module: nn.Module, methods: Sequence[str], attributes: Sequenc
     )
 
 
-@functools.cache
-def _accelerated_class(*bases: type) -> type:
-    ours, theirs = bases[0], bases[-1]
-    return type(theirs.__name__, bases, {"__module__": ours.__module__, "__doc__": theirs.__doc__})
+_CLASSES: dict[tuple[type[nn.Module], ...], type[nn.Module]] = {}
 
 
-def _new_instance(*bases: type) -> nn.Module:
+def _accelerated_class(*bases: type[nn.Module]) -> type[nn.Module]:
+    if bases not in _CLASSES:
+        ours, theirs = bases[0], bases[-1]
+        _CLASSES[bases] = type(theirs.__name__, bases, {"__module__": ours.__module__, "__doc__": theirs.__doc__})
+    return _CLASSES[bases]
+
+
+def _new_instance(*bases: type[nn.Module]) -> nn.Module:
     cls = _accelerated_class(*bases)
     return cls.__new__(cls)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ from torch.nn import functional as F
 
 from rqgen.quantizers.multiscale import nearest_codes
 
-from .swap import Accelerated, gives_way, has_structure, swap_class
+from .published import VectorQuantizer2
+from .swap import gives_way, has_structure, swap_class
 
 METHODS = ("embed_to_fhat", "f_to_idxBl_or_fhat", "idxBl_to_var_input", "get_next_autoregressive_input")
 ATTRIBUTES = (
@@ -56,7 +58,7 @@ def swap_quantizers(model: nn.Module) -> int:
     Raises:
         ValueError: a quantizer whose codebook, counts or scales are not as published. No module has been changed then.
     """
-    found = {name: module for name, module in model.named_modules() if has_structure(module, METHODS, ATTRIBUTES)}
+    found = {name: module for name, module in model.named_modules() if _is_quantizer(module)}
     for name, quantizer in found.items():
         _check_quantizer(quantizer, name or "model")
     for quantizer in found.values():
@@ -64,7 +66,7 @@ def swap_quantizers(model: nn.Module) -> int:
     return len(found)
 
 
-class Quantizer(Accelerated):
+class Quantizer(VectorQuantizer2):
     """`VectorQuantizer2`: a codebook `embedding` (K, C), S scales of `v_patch_nums[k]` squared positions, refinements
     `quant_resi` found by the scale's place in [0, 1], counts `ema_vocab_hit_SV` (S, K)."""
 
@@ -74,7 +76,8 @@ class Quantizer(Accelerated):
         with torch.autocast(f_BChw.device.type, enabled=False):
             wanted = f_BChw.float()
             fixed = wanted.detach()
-            total, loss, tokens = torch.zeros_like(fixed), 0.0, []
+            total, loss = torch.zeros_like(fixed), fixed.new_zeros(())
+            tokens: list[Tensor] = []
             for codes, added in self._steps(fixed, self.v_patch_nums):
                 tokens.append(codes)
                 total = total + added
@@ -121,7 +124,8 @@ class Quantizer(Accelerated):
             yield codes, added
 
     def _in_group(self) -> bool:
-        published = getattr(type(self).__bases__[-1].forward, "__globals__", {}).get("dist")
+        theirs: Any = type(self).__bases__[-1]
+        published = getattr(theirs.forward, "__globals__", {}).get("dist")
         if isinstance(published, types.ModuleType) and callable(getattr(published, "initialized", None)):
             return published.initialized()
         return dist.is_available() and dist.is_initialized()
@@ -148,7 +152,11 @@ def _sides(scale: int | Sequence[int]) -> tuple[int, int]:
     return (scale, scale) if isinstance(scale, int) else (scale[0], scale[1])
 
 
-def _check_quantizer(quantizer: nn.Module, name: str) -> None:
+def _is_quantizer(module: nn.Module) -> TypeGuard[VectorQuantizer2]:
+    return has_structure(module, METHODS, ATTRIBUTES)
+
+
+def _check_quantizer(quantizer: VectorQuantizer2, name: str) -> None:
     size, scales = (quantizer.vocab_size, quantizer.Cvae), quantizer.v_patch_nums
     if not scales or not all(isinstance(scale, int) for scale in scales):
         raise ValueError(f"{name}.v_patch_nums: expected the sides of the token maps, got {scales}")

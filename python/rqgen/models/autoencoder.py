@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rqgen.config import check_bounds
 from rqgen.quantizers import Convolution, silu
 
+from .attention import attention
 from .condition import checked_class_names
 from .normalization import GroupNorm
 
@@ -105,7 +106,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value))
-        attended_b1nc = F.scaled_dot_product_attention(q, k, v)
+        attended_b1nc = attention(q, k, v)
         return x + self.output(attended_b1nc.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 

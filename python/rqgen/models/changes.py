@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -71,14 +70,15 @@ def as_written(*settings: str) -> Callable[[type[ModuleT]], type[ModuleT]]:
     return remember
 
 
-for _cls, *_settings in (
-    (nn.Linear,),
-    (nn.LayerNorm, "eps"),
-    (nn.Embedding, "max_norm"),
-    (nn.GELU, "approximate"),
-    (nn.Dropout,),
-    *((container,) for container in _CONTAINERS),
-):
+_TORCH_MODULES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.Linear, ()),
+    (nn.LayerNorm, ("eps",)),
+    (nn.Embedding, ("max_norm",)),
+    (nn.GELU, ("approximate",)),
+    (nn.Dropout, ()),
+    *((container, ()) for container in _CONTAINERS),
+)
+for _cls, _settings in _TORCH_MODULES:
     as_written(*_settings)(_cls)
 
 
@@ -126,6 +126,12 @@ def is_overridden(module: nn.Module, name: str) -> bool:
     return not (own and method.__func__ is getattr(type(module), name))
 
 
+def parametrized_names(module: nn.Module) -> str | None:
+    """Return the names of a module's parametrized tensors, separated by commas; None without any."""
+    found = getattr(module, "parametrizations", None)
+    return ", ".join(found) if isinstance(found, nn.ModuleDict) and found else None
+
+
 def has_global_hooks() -> bool:
     """True where torch calls a forward hook for all modules."""
     return bool(torch_module._global_forward_hooks) or bool(torch_module._global_forward_pre_hooks)
@@ -134,8 +140,8 @@ def has_global_hooks() -> bool:
 def change_of_torch_module(module: nn.Module) -> str | None:
     """A change in a module of an unknown class, in words, as far as it can be seen: a parametrization, a method set on
     the instance, a forward hook, and of torch's layers another `forward` or another epsilon."""
-    if parametrize.is_parametrized(module):
-        return f"has a parametrized {', '.join(module.parametrizations)}"
+    if names := parametrized_names(module):
+        return f"has a parametrized {names}"
     for name in module.__dict__:
         if callable(getattr(type(module), name, None)) and is_overridden(module, name):
             return f"has a {name} of its own, set on the instance"
@@ -162,8 +168,8 @@ def hook_of(module: nn.Module) -> str | None:
 
 def _difference(found: nn.Module, wanted: nn.Module) -> str | None:
     cls, kind = type(wanted), type(found)
-    if parametrize.is_parametrized(found):
-        return f"has a parametrized {', '.join(found.parametrizations)}"
+    if names := parametrized_names(found):
+        return f"has a parametrized {names}"
     if not issubclass(kind, cls):
         return f"is a {kind.__module__}.{kind.__qualname__} and not a {cls.__name__}"
     methods, settings = _WRITTEN[cls]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rqgen.checks import check_range_without_waiting, integers
+from rqgen.checks import check_range_without_waiting, check_tensor, integers
 
 
 def condition_ids(
@@ -44,14 +44,12 @@ def condition_ids(
         return torch.full(shape, vocab_size, dtype=torch.int64, device=device)
     if kind == "none":
         raise ValueError("condition: this prior is unconditional, expected None")
-    if not isinstance(condition, Tensor):
-        raise TypeError(f"condition: expected a tensor, got {type(condition).__name__}")
+    check_tensor(condition, "condition")
     condition = integers(condition, "condition")
     if condition.shape != shape and (kind != "class" or condition.shape != (batch,)):
         expected = f"({batch},) or ({batch}, 1)" if kind == "class" else f"{shape}"
         raise ValueError(f"condition: expected shape {expected}, got {tuple(condition.shape)}")
-    if condition.device != device:
-        raise ValueError(f"condition: expected on {device}, where the prior is, got {condition.device}")
+    check_tensor(condition, "condition", device, "prior")
     check_range_without_waiting(condition, vocab_size, "condition")
     return condition.reshape(shape)
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rqgen.checks import check_tensor
+
 # Images in [-1, 1] have a mean of |x| of at most 1, and what resizing, noise or a decoder adds is less than this. The
 # second bound is for images in 0..255 that are nearly black.
 _FARTHEST_MEAN, _FARTHEST_VALUE = 1.75, 8.0
@@ -30,8 +32,7 @@ def check_images(images: Any, *, values: bool = True) -> None:
             "convert it by torch.from_numpy(images), and (B, height, width, channels) in 0..255 by "
             "torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1"
         )
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    check_tensor(images, "images")
     if not images.is_floating_point():
         raise TypeError(
             f"images: expected a floating-point tensor in [-1, 1], got {images.dtype}; convert 0..255 by "
@@ -39,13 +40,35 @@ def check_images(images: Any, *, values: bool = True) -> None:
         )
     if not values or images.ndim < 2 or images.numel() == 0 or not _readable(images):
         return
-    size = images.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs_().flatten(1)
+    size = (
+        (images.float() if images.element_size() == 1 else images)
+        .detach()
+        .nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        .abs_()
+        .flatten(1)
+    )
     if bool(((size.mean(dim=1) > _FARTHEST_MEAN) | (size.amax(dim=1) > _FARTHEST_VALUE)).any()):
         finite = images.detach().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         raise ValueError(
             f"images: expected values in [-1, 1], got {finite.min().item():g} .. {finite.max().item():g}; convert "
             "0..255 by images / 127.5 - 1, 0..1 by images * 2 - 1"
         )
+
+
+def check_latents(latents: Any, name: str, shape: tuple[int | None, ...], device: torch.device) -> None:
+    """Raise unless `latents` are floating-point numbers (B, *shape) on the model's `device`; None is any size.
+
+    Raises:
+        TypeError: not a dense tensor, or not floating point.
+        ValueError: another shape, or on another device.
+    """
+    check_tensor(latents, name, device)
+    sizes = tuple(latents.shape[1:])
+    if latents.ndim != 1 + len(shape) or any(size not in (None, has) for size, has in zip(shape, sizes, strict=True)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape (B, {expected}), got {tuple(latents.shape)}")
+    if not latents.is_floating_point():
+        raise TypeError(f"{name}: expected floating point, got {latents.dtype}")
 
 
 def check_some(images: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,28 @@ from rqgen.quantizers.usage import UsageCounts
 from .pretrained import PretrainedModel
 
 
+class TokenizerConfig(Protocol):
+    """The settings that every tokenizer's config has."""
+
+    class_names: tuple[str, ...]
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of an image."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        ...
+
+
+class PriorConfig(Protocol):
+    """The settings that every prior's config has."""
+
+    class_names: tuple[str, ...]
+
+
 class Tokenizer(PretrainedModel, ABC):
     """Images to codes and back.
 
@@ -28,6 +50,8 @@ class Tokenizer(PretrainedModel, ABC):
     output with `.reconstruction`; in train mode this may update its codebooks. Its config has `image_channels`,
     `image_shape` and `class_names`.
     """
+
+    config: TokenizerConfig
 
     @property
     @abstractmethod
@@ -144,6 +168,7 @@ class Prior(PretrainedModel, ABC):
     with: no tokenizer is needed to call it.
     """
 
+    config: PriorConfig
     tokenizer_class: ClassVar[type[Tokenizer]]
     """Whose codes it models."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -214,13 +239,13 @@ class Prior(PretrainedModel, ABC):
         if not isinstance(vae, self.tokenizer_class):
             raise TypeError(f"vae: expected an {self.tokenizer_class.__name__}, got {type(vae).__name__}")
         ours, theirs = self.layout, vae.layout
-        for name, mine, other in (
+        for name, expected, got in (
             (_SHAPE_NAMES[ours.kind], ours.to_json(), theirs.to_json()),
             ("codebook_size", ours.codebook_size, theirs.codebook_size),
             ("device", self.device, vae.device),
         ):
-            if mine != other:
-                raise ValueError(f"vae: its {name} is {other}, the prior's is {mine}: they must be the same")
+            if got != expected:
+                raise ValueError(f"vae: its {name} is {got}, the prior's is {expected}: they must be the same")
         self.check_codebooks()
         for mine, other in self.codebook_pairs(vae):
             # One of the two may have been rounded to a shorter type.

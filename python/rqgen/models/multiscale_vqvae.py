@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rqgen.checks import check_integer, check_tensor
 from rqgen.quantizers import CodeLayout, Convolution, MultiScaleConfig, MultiScaleQuantizer
 from rqgen.quantizers.multiscale import ScaleUsage
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
-from .images import check_images, check_some
+from .images import check_images, check_latents, check_some
 from .interfaces import Tokenizer
 from .pretrained import eval_mode
 
@@ -68,8 +69,13 @@ class MultiScaleVQVAEConfig:
     @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of an image."""
-        height, width = self.quantizer.scales[-1]
+        height, width = scale_sizes(self.quantizer)[-1]
         return height * self.stride, width * self.stride
+
+
+def scale_sizes(quantizer: MultiScaleConfig) -> list[list[int]]:
+    """[h_k, w_k] of each token map."""
+    return [[scale, scale] if isinstance(scale, int) else scale for scale in quantizer.scales]
 
 
 class MultiScaleVQVAEOutput(NamedTuple):
@@ -157,7 +163,7 @@ class MultiScaleVQVAE(Tokenizer):
     @property
     def scales(self) -> list[list[int]]:
         """[h_k, w_k] of each token map."""
-        return self.config.quantizer.scales
+        return scale_sizes(self.config.quantizer)
 
     def forward(self, images: Tensor) -> MultiScaleVQVAEOutput:
         """Encodes, quantizes (straight-through gradient) and decodes.
@@ -169,6 +175,8 @@ class MultiScaleVQVAE(Tokenizer):
         if self.training:
             check_some(images)
         quantized, codes, commitment, codebook = self.quantizer(features)
+        if len(images) == 0:
+            commitment = codebook = features.float().sum()  # 0: a mean over nothing is NaN
         return MultiScaleVQVAEOutput(self.decode_latents(quantized), commitment, codes, codebook)
 
     def loss(self, images: Tensor) -> MultiScaleVQVAELoss:
@@ -194,6 +202,7 @@ class MultiScaleVQVAE(Tokenizer):
             TypeError, ValueError: images that `check_images` refuses, or of another shape.
         """
         check_images(images, values=check)
+        check_tensor(images, "images", self.device)
         expected = (self.config.image_channels, *self.config.image_shape)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
@@ -201,6 +210,7 @@ class MultiScaleVQVAE(Tokenizer):
 
     def decode_latents(self, features: Tensor) -> Tensor:
         """Images (B, channels, H, W) from features (B, C, H, W). Differentiable."""
+        check_latents(features, "features", (self.config.z_channels, None, None), self.device)
         return self.decoder(self.from_latents(features.to(self.dtype)))
 
     def decode_vectors(self, vectors: Sequence[Tensor]) -> Tensor:
@@ -222,7 +232,9 @@ class MultiScaleVQVAE(Tokenizer):
 
     @torch.no_grad()
     def decode_partial(self, codes: Sequence[Tensor], scales: int) -> Tensor:
-        """Images of the first `scales` token maps alone: coarse to fine. ValueError unless 1 <= scales <= K."""
+        """Images of the first `scales` token maps alone: coarse to fine. TypeError if scales is not an integer,
+        ValueError if it is not in [1, K]."""
+        scales = check_integer(scales, "decode_partial: scales", 1, self.layout.levels)
         with eval_mode(self):
             return _clamped(self.decode_latents(self.quantizer.decode(codes, scales)))
 

@@ -50,7 +50,7 @@ class PretrainedModel(nn.Module):
     """
 
     model_type: ClassVar[str]
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[Any]]
     given_later: ClassVar[frozenset[str]] = frozenset()
     """Tensors that are all NaN until they are set, such as a prior's codebooks."""
 
@@ -97,7 +97,7 @@ class PretrainedModel(nn.Module):
         """
         target = Path(folder).absolute()
         check_replaceable(target)
-        description = {
+        description: dict[str, Any] = {
             "model_type": self.model_type,
             "format_version": FORMAT_VERSION,
             "config": to_dict(self.config),

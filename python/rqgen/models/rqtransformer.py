@@ -396,7 +396,7 @@ class RQTransformer(Prior):
         else:
             logits = self.classifier(states_ndw).view(*codes.shape, self.config.codebook_size)
         if soft_labels is not None and logits is not None:
-            code_loss, logits = _code_loss(RQTransformerOutput(logits), None, soft_labels, inplace=False), None
+            code_loss, logits = _soft_label_loss(logits, soft_labels, inplace=False), None
         if self.config.condition == "tokens" and condition is not None:
             condition_logits = self.condition_classifier(outputs_bnw[:, :last]).float()
         return RQTransformerOutput(logits, condition_logits, dropped, code_loss)
@@ -475,7 +475,12 @@ class RQTransformer(Prior):
         Returns:
             (B, L + n, W), or (B, n, W) without a condition.
         """
-        first = 0 if condition_bl is not None else cache.length - self.config.condition_length
+        if condition_bl is not None:
+            first = 0
+        elif cache is not None:
+            first = cache.length - self.config.condition_length
+        else:
+            raise ValueError("condition_bl: expected ids in the first call of a sequence (no cache), got None")
         u_bnw = self.embed_stacks(codes_bnd) + self.spatial_positions[first : first + codes_bnd.shape[1]]
         if condition_bl is not None:
             condition_blw = self.condition_embedding(condition_bl) + self.condition_positions
@@ -500,14 +505,15 @@ class RQTransformer(Prior):
         """
         cache.reset()
         codes: list[Tensor] = []
-        x_bw, sum_bc = context_bw, None
+        x_bw = context_bw
+        sum_bc: Tensor | None = None
         for d in range(self.depth):
             state_bw = self.depth_transformer((x_bw + self.depth_positions[d])[:, None], cache)[:, 0]
             codes.append(sample(self.classifier(state_bw, d), d))
             if d + 1 < self.depth:
                 e_bc = self._embed(self.config.depth_embedding, codes[d][:, None], first_depth=d)[:, 0]
-                cumulative = sum_bc is not None and self.config.depth_context == "cumulative"
-                sum_bc = sum_bc + e_bc if cumulative else e_bc
+                cumulative = self.config.depth_context == "cumulative"
+                sum_bc = sum_bc + e_bc if cumulative and sum_bc is not None else e_bc
                 x_bw = self.depth_projection(sum_bc) if self.config.depth_embedding == "codebook" else sum_bc
         return torch.stack(codes, dim=-1)
 
@@ -527,7 +533,10 @@ class RQTransformer(Prior):
         if not (config.shared_codebook if kind == "codebook" else config.shared_table):
             depths = torch.arange(first_depth, first_depth + codes.shape[-1], device=codes.device)
             codes = codes + depths * config.codebook_size
-        return F.embedding(codes, self.codebooks.flatten(0, -2)) if kind == "codebook" else self.table(codes)
+        if kind == "table":
+            return self.table(codes)
+        assert self.codebooks is not None  # the config sees to it
+        return F.embedding(codes, self.codebooks.flatten(0, -2))
 
 
 def prior_loss(
@@ -566,7 +575,7 @@ def prior_loss(
     """
     if not 0 <= condition_weight <= 1:
         raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
-    code_loss = _code_loss(output, codes, (residuals, codebooks, tau), inplace)
+    code_loss = _code_loss(output, codes, residuals, codebooks, tau, inplace)
     if output.condition_logits is None:
         return PriorLoss(code_loss.mean, *code_loss, None)
 
@@ -592,28 +601,39 @@ def _check_some(codes: Tensor) -> None:
 def _code_loss(
     output: RQTransformerOutput,
     codes: Tensor | None,
-    soft: tuple[Tensor | None, Tensor | None, float | None],
+    residuals: Tensor | None,
+    codebooks: Tensor | None,
+    tau: float | None,
     inplace: bool,
 ) -> CodeLoss:
-    hard, *parts = given = [part is not None for part in (codes, *soft)]
+    parts = [part is not None for part in (residuals, codebooks, tau)]
     if output.code_loss is not None:
-        if any(given) or inplace:
+        if codes is not None or any(parts) or inplace:
             raise ValueError("prior_loss: the output holds the loss of its codes: give neither labels nor inplace")
         return output.code_loss
-    if any(parts) if hard else not all(parts):
+    if output.logits is None:
+        raise ValueError("output: expected logits or a code_loss, got neither")
+    if residuals is not None and codebooks is not None and tau is not None and codes is None:
+        return _soft_label_loss(output.logits, SoftLabels(residuals, codebooks, tau), inplace=inplace)
+    if codes is None or any(parts):
         raise ValueError("prior_loss: give either codes, or residuals with codebooks and tau")
-    if inplace and hard:
+    if inplace:
         raise ValueError("inplace: the loss of hard labels leaves the logits as they are")
-    logits = output.logits
+    return _hard_label_loss(output.logits, codes)
+
+
+def _soft_label_loss(logits: Tensor, labels: SoftLabels, *, inplace: bool) -> CodeLoss:
     _check_some(logits[..., 0])
-    if not hard:
-        losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
-        # The mean, so that its gradient is written once; what the depths are logged by comes on the side.
-        mean = rqkernels.soft_label_cross_entropy(logits, *soft, inplace=inplace, losses_out=losses)
-    else:
-        if codes.shape != logits.shape[:-1]:
-            raise ValueError(f"codes: expected shape {tuple(logits.shape[:-1])}, got {tuple(codes.shape)}")
-        check_targets(codes, logits.shape[-1], "codes")
-        losses = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
-        mean = losses.mean()
+    losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    # The mean, so that its gradient is written once; what the depths are logged by comes on the side.
+    mean = rqkernels.soft_label_cross_entropy(logits, *labels, inplace=inplace, losses_out=losses)
     return CodeLoss(mean, losses.detach().mean(dim=(0, 1, 2)))
+
+
+def _hard_label_loss(logits: Tensor, codes: Tensor) -> CodeLoss:
+    _check_some(logits[..., 0])
+    if codes.shape != logits.shape[:-1]:
+        raise ValueError(f"codes: expected shape {tuple(logits.shape[:-1])}, got {tuple(codes.shape)}")
+    check_targets(codes, logits.shape[-1], "codes")
+    losses = F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
+    return CodeLoss(losses.mean(), losses.detach().mean(dim=(0, 1, 2)))

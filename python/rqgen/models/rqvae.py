@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 import rqkernels
+from rqgen.checks import check_flag, check_integer, check_number, check_range_without_waiting, check_tensor
 from rqgen.config import check_bounds
 from rqgen.quantizers import CodeLayout, CodeUsage, Convolution, QuantizerConfig, ResidualQuantizer
 
 from .autoencoder import RECONSTRUCTION_LOSSES, AutoencoderLayout, Decoder, Encoder, check_settings
-from .images import check_images, check_some
+from .images import check_images, check_latents, check_some
 from .interfaces import Tokenizer
 from .pretrained import eval_mode
 
@@ -78,17 +80,17 @@ class RQVAEConfig:
             self.attention_resolutions = [self.resolution // self.stride]
         if self.code_shape is None:
             # At least 1: a size that no level divides is refused below, by its own name.
-            sides = [max(side // self.stride, 1) for side in self.image_shape]
-            self.code_shape = [*sides, self.quantizer.depth]
+            latents = [max(side // self.stride, 1) for side in self.image_shape]
+            self.code_shape = [*latents, self.quantizer.depth]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(f"code_shape: expected [h, w, depth], got {self.code_shape}")
-        for name, sides in (("resolution", [self.resolution]), ("image_size", self.image_shape)):
+        for name, sides in (("resolution", (self.resolution,)), ("image_size", self.image_shape)):
             if any(side % self.stride for side in sides):
                 raise ValueError(
                     f"{name}: expected a multiple of {self.stride} "
                     f"({len(self.channel_multipliers)} levels), got {getattr(self, name) or self.resolution}"
                 )
-        latents, codes = list(self.latent_shape[:2]), list(self.code_shape[:2])
+        latents, codes = list(self.latent_shape[:2]), self.code_shape[:2]
         if any(latent % code for latent, code in zip(latents, codes, strict=True)):
             raise ValueError(f"code_shape: expected h and w to divide the latents' {latents}, got {codes}")
         if self.quantizer.depth != self.code_shape[2]:
@@ -114,10 +116,18 @@ class RQVAEConfig:
         return height // self.stride, width // self.stride, self.embed_dim
 
     @property
+    def codes_hwd(self) -> tuple[int, int, int]:
+        """`code_shape` as (h, w, D)."""
+        assert self.code_shape is not None  # filled in at the start
+        h, w, depth = self.code_shape
+        return h, w, depth
+
+    @property
     def patch_shape(self) -> tuple[int, int]:
         """Latents that one code vector covers, (down, across)."""
         height, width, _ = self.latent_shape
-        return height // self.code_shape[0], width // self.code_shape[1]
+        h, w, _ = self.codes_hwd
+        return height // h, width // w
 
     @property
     def code_dim(self) -> int:
@@ -129,7 +139,8 @@ class RQVAEConfig:
     def attention_levels(self) -> list[bool]:
         """For each level, from the finest, whether it has attention."""
         levels = range(len(self.channel_multipliers))
-        return [self.resolution // 2**level in self.attention_resolutions for level in levels]
+        resolutions = self.attention_resolutions or []
+        return [self.resolution // 2**level in resolutions for level in levels]
 
 
 class RQVAEOutput(NamedTuple):
@@ -163,6 +174,7 @@ class RQVAE(Tokenizer):
 
     model_type = "rqvae"
     config_class = RQVAEConfig
+    config: RQVAEConfig
 
     def __init__(self, config: RQVAEConfig) -> None:
         super().__init__(config)
@@ -192,7 +204,7 @@ class RQVAE(Tokenizer):
     @property
     def layout(self) -> CodeLayout:
         """Stacks of D codes, of images of the configured size."""
-        return CodeLayout.stacks(self.config.code_shape, self.config.quantizer.codebook_size)
+        return CodeLayout.stacks(self.code_shape, self.config.quantizer.codebook_size)
 
     @property
     def usage(self) -> CodeUsage:
@@ -211,13 +223,12 @@ class RQVAE(Tokenizer):
     @property
     def depth(self) -> int:
         """D, codes per position."""
-        return self.config.code_shape[2]
+        return self.code_shape[2]
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
         """(h, w, D) of the codes of one image of the configured size."""
-        h, w, depth = self.config.code_shape
-        return h, w, depth
+        return self.config.codes_hwd
 
     def forward(self, images: Tensor) -> RQVAEOutput:
         """Encodes, quantizes (straight-through gradient) and decodes; in train mode updates the codebooks.
@@ -229,6 +240,8 @@ class RQVAE(Tokenizer):
         if self.training:
             check_some(images)
         quantized, codes, commitment_loss = self.quantizer(latents)
+        if len(images) == 0:
+            commitment_loss = latents.float().sum()  # 0: a mean over nothing is NaN
         return RQVAEOutput(self.decode_latents(quantized), commitment_loss, codes)
 
     def loss(self, images: Tensor) -> RQVAELoss:
@@ -258,6 +271,7 @@ class RQVAE(Tokenizer):
                 or whose height and width are not multiples of stride * patch.
         """
         check_images(images, values=check)
+        check_tensor(images, "images", self.device)
         down, across = self.config.patch_shape
         steps = (self.config.stride * down, self.config.stride * across)
         if images.ndim != 4 or images.shape[1] != self.config.image_channels:
@@ -277,10 +291,7 @@ class RQVAE(Tokenizer):
 
     def decode_latents(self, latents_bhwc: Tensor) -> Tensor:
         """Images (B, channels, H, W) from latents in code shape (B, h, w, code_dim). Differentiable."""
-        if latents_bhwc.ndim != 4 or latents_bhwc.shape[-1] != self.config.code_dim:
-            raise ValueError(
-                f"latents_bhwc: expected (B, h, w, {self.config.code_dim}), got shape {tuple(latents_bhwc.shape)}"
-            )
+        check_latents(latents_bhwc, "latents_bhwc", (None, None, self.config.code_dim), self.device)
         down, across = self.config.patch_shape
         b, h, w, _ = latents_bhwc.shape
         patches = latents_bhwc.reshape(b, h, w, down, across, self.config.embed_dim)
@@ -319,8 +330,9 @@ class RQVAE(Tokenizer):
     def decode_partial(self, codes: Tensor, depth: int) -> Tensor:
         """Images from the codes of depths 1..depth only: coarse to fine (figure 5).
 
-        codes and result as for `decode`; ValueError if depth is not within 1..D.
+        codes and result as for `decode`; TypeError if depth is not an integer, ValueError if it is not in [1, D].
         """
+        depth = check_integer(depth, "decode_partial: depth", 1, self.depth)
         self._check_codes(codes)
         with eval_mode(self):
             return self.decode_latents(self.quantizer.decode(codes, depth))
@@ -343,23 +355,30 @@ class RQVAE(Tokenizer):
         Returns:
             float32 (B, h, w, D, K) and the codes int64 (B, h, w, D).
         """
+        tau = check_number(tau, "tau")
+        if not 0 < tau < math.inf:
+            raise ValueError(f"tau: expected a finite number > 0, got {tau}")
+        seed, offset = check_integer(seed, "seed", 0, 2**64 - 1), check_integer(offset, "offset", 0, 2**62)
         with eval_mode(self):
             latents = self.encode_latents(images).float()
-        if stochastic:
+        if check_flag(stochastic, "stochastic"):
             found = rqkernels.stochastic_residual_search(
                 latents, self.codebooks, self.depth, tau=tau, seed=seed, offset=offset, return_residuals=True
             )
         else:
             found = rqkernels.residual_search(latents, self.codebooks, self.depth, return_residuals=True)
+        assert found.residuals is not None  # asked for
         shared = self.config.quantizer.shared_codebook
         soft = [
-            rqkernels.distance_softmax(found.residuals[..., d, :], self.codebooks if shared else self.codebooks[d], tau)
-            for d in range(self.depth)
+            rqkernels.distance_softmax(residual, self.codebooks if shared else self.codebooks[d], tau)
+            for d, residual in enumerate(found.residuals.unbind(-2))
         ]
         return torch.stack(soft, dim=-2), found.codes
 
     def _check_codes(self, codes: Tensor) -> None:
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"codes: expected a tensor, got {type(codes).__name__}")
+        check_tensor(codes, "codes", self.codebooks.device, "codebook")
+        if codes.dtype != torch.int64:
+            raise TypeError(f"codes: expected int64, got {codes.dtype}")
         if codes.ndim != 4 or codes.shape[-1] != self.depth:
             raise ValueError(f"codes: expected (B, h, w, {self.depth}), got shape {tuple(codes.shape)}")
+        check_range_without_waiting(codes, self.config.quantizer.codebook_size, "codes")

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import rqkernels
 from rqgen.config import check_bounds
 
+from .attention import attention
 from .changes import as_written
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -113,9 +113,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.write(layer, k, v)
             mask = cache.mask(new)
         # is_causal aligns the mask to the first key, so it is right only where nothing was seen before.
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, dropout_p=dropout
-        )
+        y = attention(q, k, v, mask=mask, causal=mask is None and new > 1, dropout=dropout)
         return self.out(y.transpose(1, 2).reshape(batch, new, width))
 
 

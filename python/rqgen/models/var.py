@@ -16,10 +16,12 @@ from rqgen.checks import check_targets
 from rqgen.config import check_bounds
 from rqgen.quantizers import CodeLayout, MultiScaleConfig, MultiScaleDecoder
 
+from .attention import attention
 from .changes import as_written
 from .condition import checked_class_names, condition_ids
 from .interfaces import LevelLoss, Prior, Tokenizer
-from .multiscale_vqvae import MultiScaleVQVAE
+from .multiscale_vqvae import MultiScaleVQVAE, scale_sizes
+from .parts import linear, members
 from .transformer import Cache
 
 _MAX_LOG_SCALE = math.log(100.0)
@@ -184,11 +186,11 @@ class ScaleAttention(nn.Module):
         parts, begin = [], 0
         for end in ends:
             parts.append(
-                F.scaled_dot_product_attention(
+                attention(
                     q[:, :, begin:end],
                     k[:, :, : seen + end],
                     v[:, :, : seen + end],
-                    dropout_p=self.dropout if self.training else 0.0,
+                    dropout=self.dropout if self.training else 0.0,
                     scale=self.scale,
                 )
             )
@@ -209,6 +211,7 @@ class AdaptiveBlock(nn.Module):
         self.attention = ScaleAttention(config)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
         self.dropout = nn.Dropout(config.dropout)
+        self.modulation: nn.Parameter | nn.Linear
         if config.shared_adaptive_norm:
             self.modulation = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
         else:
@@ -293,11 +296,11 @@ class VAR(Prior):
         with torch.no_grad():
             self.classifier.weight.mul_(_INIT_HEAD)
             self.modulation_out.weight.mul_(_INIT_MODULATION)
-            for block in self.blocks:
-                for added in (block.attention.out, block.mlp[2]):
+            for block in members(self.blocks, AdaptiveBlock):
+                for added in (block.attention.out, linear(block.mlp, 2)):
                     added.weight.div_(math.sqrt(2 * self.config.layers))
-                shared = self.config.shared_adaptive_norm
-                rows = block.modulation.view(-1) if shared else block.modulation.weight
+                modulation = block.modulation
+                rows = modulation.view(-1) if isinstance(modulation, Tensor) else modulation.weight
                 gates = 2 * width
                 rows[:gates].mul_(_INIT_GATE)
                 rows[gates:].mul_(_INIT_MODULATION)
@@ -322,7 +325,7 @@ class VAR(Prior):
     @property
     def scales(self) -> list[list[int]]:
         """[h_k, w_k] of each token map."""
-        return self.config.quantizer.scales
+        return scale_sizes(self.config.quantizer)
 
     @property
     def layout(self) -> CodeLayout:
@@ -409,19 +412,20 @@ class VAR(Prior):
         width = self.config.embed_dim
         embedded = self.class_embedding(labels_b)
         activated = F.silu(embedded)
+        blocks = [block.modulation for block in members(self.blocks, AdaptiveBlock)]
         if self.shared_modulation is not None:
             shared = self.shared_modulation(activated).view(-1, 1, 6, width)
-            blocks = [shared + block.modulation for block in self.blocks]
-        else:
-            blocks = [block.modulation(activated).view(-1, 1, 6, width) for block in self.blocks]
-        return Modulation(embedded.unsqueeze(1), blocks, self.modulation_out(activated).view(-1, 1, 2, width))
+        modulations = [
+            shared + one if isinstance(one, Tensor) else one(activated).view(-1, 1, 6, width) for one in blocks
+        ]
+        return Modulation(embedded.unsqueeze(1), modulations, self.modulation_out(activated).view(-1, 1, 2, width))
 
     def scale_input(self, k: int, features: Tensor | None, modulation: Modulation) -> Tensor:
         """Transformer's input (B, h_k * w_k, W) at scale k, from `quantizer.downsample(f_hat, k)`; None at k = 0."""
         begin = self.ends[k - 1] if k else 0
         level = torch.full((), k, dtype=torch.int64, device=self.positions.device)
         places = self.level_embedding(level) + self.positions[begin : self.ends[k]]
-        if k == 0:
+        if features is None:
             return modulation.start + self.start_positions + places
         return self.word_embedding(features.flatten(1, 2).to(self.positions.dtype)) + places
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rqgen.checks import check_range_without_waiting
+from rqgen.checks import check_range_without_waiting, check_tensor
 
 Codes = Tensor | list[Tensor]
 """Of N images: stacks int64 (N, h, w, D), or a list of token maps int64 (N, h_k, w_k)."""
@@ -154,22 +154,20 @@ class CodeLayout:
         """
         names = ["codes"]
         if self.kind == "maps":
-            if isinstance(codes, Tensor) or not isinstance(codes, Sequence):
+            if isinstance(codes, (Tensor, str)) or not isinstance(codes, Sequence):
                 raise TypeError(f"codes: expected a list of token maps, got {type(codes).__name__}")
             if len(codes) != self.levels:
                 raise ValueError(f"codes: expected {self.levels} token maps, got {len(codes)}")
             names = [f"codes[{k}]" for k in range(len(codes))]
         parts = [codes] if self.kind == "stacks" else list(codes)
         for one, part, shape in zip(names, parts, self._shapes, strict=True):
-            if not isinstance(part, Tensor):
-                raise TypeError(f"{one}: expected a tensor, got {type(part).__name__}")
+            check_tensor(part, one)
             if part.dtype != torch.int64:
                 raise TypeError(f"{one}: expected int64, got {part.dtype}")
             same = part.ndim == 1 + len(shape) and tuple(part.shape[1:]) == shape and len(part) == len(parts[0])
             if not same:
                 raise ValueError(f"{one}: expected shape (B, {', '.join(map(str, shape))}), got {tuple(part.shape)}")
-            if device is not None and part.device != device:
-                raise ValueError(f"{one}: expected on {device}, where the {owner} is, got {part.device}")
+            check_tensor(part, one, device, owner)
             check_range_without_waiting(part, self.codebook_size, one)
 
 

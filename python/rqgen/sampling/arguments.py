@@ -87,8 +87,6 @@ def check_known(known: Any, prior: Prior) -> Tensor | None:
         raise ValueError(
             f"known: a {type(prior).__name__} samples whole token maps; rqgen.edit keeps parts of an image"
         )
-    height, width, depth = layout.shape
-    rows = check_integer(known.rows, "known.rows", 0, height - 1)
     if not isinstance(known.codes, Tensor):
         raise TypeError(f"known.codes: expected a tensor, got {type(known.codes).__name__}")
     if known.codes.dtype != torch.int64:
@@ -96,6 +94,8 @@ def check_known(known: Any, prior: Prior) -> Tensor | None:
     if known.codes.shape[1:] != layout.shape or known.codes.shape[0] == 0:
         expected = ", ".join(map(str, layout.shape))
         raise ValueError(f"known.codes: expected shape (num, {expected}), got {tuple(known.codes.shape)}")
+    height, width, depth = known.codes.shape[1:]
+    rows = check_integer(known.rows, "known.rows", 0, height - 1)
     check_range(known.codes[:, :rows], layout.codebook_size, "known.codes in the known rows")
     return known.codes.to(prior.device).flatten(1)[:, : rows * width * depth]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.inference import Engine, KnownRegion, SamplingParams, make_sampler
-from rqgen.models import VAR, MultiScaleVQVAE, Prior, RQTransformer, Tokenizer
+from rqgen.checks import check_tensor
+from rqgen.inference import Engine, KnownRegion, SamplingParams, ScaleSampler, make_sampler
+from rqgen.models import RQVAE, VAR, MultiScaleVQVAE, Prior, RQTransformer, Tokenizer
 from rqgen.models.images import check_images
 from rqgen.models.pretrained import eval_mode
 from rqgen.quantizers import Codes
@@ -50,9 +51,9 @@ def edit(
     """Samples the masked part of images anew, under a condition, and keeps the rest.
 
     In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
-    (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask are never looked at: they are
-    replaced by the mean of the image's others before it is encoded. The others come back as they are (`images`), and
-    as the tokenizer has them (`decoded`).
+    (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask may have any value, NaN
+    included: before anything is computed they are replaced by the mean of the image's other pixels. The others come
+    back as they are (`images`), and as the tokenizer has them (`decoded`).
 
     A VAR takes the code nearest to the image for every place of every scale of which at least half is known, and
     samples the others (see `ScaleSampler`). The sampled and the known part then go through the tokenizer as one image,
@@ -64,10 +65,11 @@ def edit(
 
     Args:
         prior, vae: as `generate` takes them.
-        images: (N, channels, H, W) in [-1, 1], of the tokenizer's size and dtype, on its device; a little beyond is
-            taken as it is, see `rqgen.models.images`.
+        images: (N, channels, H, W), of the tokenizer's size and dtype, on its device. Pixels that are kept must be in
+            [-1, 1], as they come back unchanged: clamp what resizing has moved beyond.
         mask: bool (H, W), or (N, H, W): True where an image is sampled anew. For an RQ-Transformer all rows from some
-            row on, the same for all images; it samples from the row of codes on that holds the first of them.
+            row on, the same for all images, and at least the last one; it samples from the row of codes on that holds
+            the first of them.
         condition, params, precision, sampling: as in `generate`; smooth sampling is not possible.
 
     Raises:
@@ -108,6 +110,8 @@ def _edit(prior: Prior, vae: Tokenizer, job: _Job) -> EditOutput:
 def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
     images, known, condition, params, engine = job
     resolved, sampler = params.resolve(prior, condition), make_sampler(prior, engine)
+    if not isinstance(sampler, ScaleSampler):
+        raise TypeError(f"prior: expected one that a ScaleSampler samples, got a {type(sampler).__name__}")
     condition_nl = prior.condition_ids(condition, len(images))
     with torch.no_grad(), eval_mode(prior, vae):
         codes, decoded = [], []
@@ -116,10 +120,11 @@ def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
         for start in range(0, len(images), step):
             some, first_image = slice(start, start + step), params.offset + start
             latents = vae.encode_latents(_filled(images[some], known[some])).float()
-            share = F.adaptive_avg_pool2d(known[some].float(), latents.shape[2:])
+            height, width = latents.shape[2:]
+            share = F.adaptive_avg_pool2d(known[some].float(), (height, width))
             region = KnownRegion(latents, vae.quantizer.nearest, share)
             sampled = sampler.sample(condition_nl[some], resolved, first_image=first_image, region=region)
-            drawn = finished_images(vae.decode(sampled.codes), first_image).to(images.dtype)
+            drawn = finished_images(vae.decode(prior.layout.by_level(sampled.codes)), first_image).to(images.dtype)
             found = _refine_by_reencoding(vae, images[some], known[some], drawn)
             codes.append(found[0])
             decoded.append(finished_images(found[1], first_image))
@@ -149,7 +154,7 @@ def _refine_by_reencoding(
 
 
 @_edit.register
-def _complete_rows(prior: RQTransformer, vae: Tokenizer, job: _Job) -> EditOutput:
+def _complete_rows(prior: RQTransformer, vae: RQVAE, job: _Job) -> EditOutput:
     images, known, condition, params, engine = job
     height = images.shape[2]
     rows = known[:, 0].all(dim=2)
@@ -160,6 +165,8 @@ def _complete_rows(prior: RQTransformer, vae: Tokenizer, job: _Job) -> EditOutpu
             "mask: an RQTransformer samples in raster order and sees only what stands above and to the left: expected "
             "all rows from some row on, the same for all images; a VAR takes any mask"
         )
+    if first == height:
+        raise ValueError("mask: expected at least the last row to be sampled, got none")
     with torch.no_grad(), eval_mode(vae):
         codes = vae.encode(_filled(images, known))
     kept = KnownRows(codes, first // (height // prior.config.code_shape[0]))
@@ -169,21 +176,12 @@ def _complete_rows(prior: RQTransformer, vae: Tokenizer, job: _Job) -> EditOutpu
 
 def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     """bool (N, 1, H, W): the pixels that are kept."""
-    check_images(images)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    check_images(images, values=False)
     for name, value in (("images", images), ("mask", mask)):
-        if value.device != vae.device:
-            raise ValueError(f"{name}: expected on {vae.device}, where the models are, got {value.device}")
+        check_tensor(value, name, vae.device, "tokenizer")
     shape = (vae.config.image_channels, *vae.config.image_shape)
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or len(images) == 0:
         raise ValueError(f"images: expected (N, {', '.join(map(str, shape))}), got shape {tuple(images.shape)}")
-    dtype = next(vae.parameters()).dtype
-    if images.dtype != dtype:
-        raise TypeError(f"images: expected {dtype}, as the tokenizer has, got {images.dtype}")
-    if not bool((images.abs() <= 1).all()):
-        lowest, highest = (value.item() for value in images.aminmax())
-        raise ValueError(f"images: expected values in [-1, 1], got {lowest:.4g} .. {highest:.4g}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, got {mask.dtype}")
     if tuple(mask.shape) not in (shape[1:], (len(images), *shape[1:])):
@@ -191,10 +189,20 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
     known = ~mask.expand(len(images), *shape[1:]).unsqueeze(1)
     if not bool(known.flatten(1).any(dim=1).all()):
         raise ValueError("mask: it covers an image whole, nothing is left to keep; use generate")
+    kept = torch.where(known, images, 0)
+    check_images(kept)
+    if images.dtype != vae.dtype:
+        raise TypeError(f"images: expected {vae.dtype}, as the tokenizer has, got {images.dtype}")
+    if not bool((kept.abs() <= 1).all()):
+        lowest, highest = (value.item() for value in kept.aminmax())
+        raise ValueError(
+            f"images: expected values in [-1, 1], got {lowest:.4g} .. {highest:.4g} where the mask is False; "
+            "clamp them by images.clamp(-1, 1)"
+        )
     return known
 
 
 def _filled(images: Tensor, known: Tensor) -> Tensor:
     """Images with the mean of their known pixels in the place of the others."""
-    mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
+    mean = torch.where(known, images, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
     return torch.where(known, images, mean)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from rqgen.checks import check_integer
+from rqgen.checks import check_integer, same_names
 from rqgen.data.grid import to_uint8
 from rqgen.files import existing_folder, new_folder, write_json
 from rqgen.models import Prior, Tokenizer, load_pretrained
@@ -21,7 +21,7 @@ from rqgen.models.classes import class_label, names_of_classes
 from rqgen.models.condition import checked_class_names
 from rqgen.models.pretrained import check_replaceable
 from rqgen.quantizers import Codes
-from rqgen.reading import read_json, shorten
+from rqgen.reading import name_some, read_json, shorten
 
 from .arguments import check_condition, check_models
 from .generate import generate
@@ -50,18 +50,30 @@ class Pipeline:
 
     Args:
         tokenizer, prior: of one system, on one device.
-        class_names: of the prior's classes; None: its own.
+        class_names: names of the classes of a prior that has none of its own; of one that has, the same.
 
     Raises:
-        TypeError, ValueError: models that do not belong together; another number of names than classes.
+        TypeError, ValueError: models that do not belong together; another number of names than classes, or others than
+            the prior's own.
     """
 
     def __init__(self, tokenizer: Tokenizer, prior: Prior, *, class_names: Sequence[str] | None = None) -> None:
         check_models(prior, tokenizer)
         self.tokenizer, self.prior = tokenizer, prior
-        self.class_names = names_of_classes(prior)
-        if class_names:
-            self.class_names = checked_class_names(class_names, prior.num_classes)
+        given = checked_class_names(class_names or (), prior.num_classes)
+        own = prior.class_names
+        # Numbers in their order are what classes without names are called.
+        if own and given and not same_names(given, own) and given != tuple(map(str, range(prior.num_classes))):
+            raise ValueError(
+                f"class_names: expected none, as the prior has names of its own ({name_some(own)}), "
+                f"got {name_some(given)}"
+            )
+        self._given_names = given
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The prior's names of its classes; where it has none, the given ones, or else numbers."""
+        return self.prior.class_names or self._given_names or names_of_classes(self.prior)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
@@ -107,7 +119,7 @@ class Pipeline:
         with new_folder(target) as written:
             self.tokenizer.save_pretrained(written / "tokenizer")
             self.prior.save_pretrained(written / "prior")
-            write_description(written, self.class_names if self.prior.num_classes else ())
+            write_description(written, self.prior.class_names or self._given_names)
 
     def to(self, device: str | torch.device) -> Self:
         """Moves both models; returns the pipeline."""

@@ -71,6 +71,15 @@ def test_models_keep_the_names(shapes):
         assert json.loads((folder / "config.json").read_text())["config"]["class_names"] == ["circle", "square"]
 
 
+def test_names_in_the_settings_of_a_tokenizer_are_not_replaced(rqgen, system, settings, shapes, tmp_path):
+    data = ["data.source=folder", f"data.folder={shapes[0] / 'pictures'}"]
+    arguments = ["train", "tokenizer", "--system", system, *data, "loop.steps=1", *settings[0], "--out", tmp_path / "t"]
+    code, _, err = rqgen(*arguments, "model.class_names=[square, circle]")
+    assert code == 1 and "own are taken (circle, square), got square, circle" in err
+    code, _, err = rqgen(*arguments, "model.class_names=[circle, square]")
+    assert code == 0, err
+
+
 def test_the_preview_of_a_training_has_a_row_per_class(shapes):
     _, _, prior = shapes
     events = EventAccumulator(str(prior.parent / "tensorboard")).Reload()

@@ -141,13 +141,22 @@ def test_missing_files(vae: Path) -> None:
         ("dataset: {}", "expected a section `arch` with a `type`"),
         ("arch: {hparams: {}}", "expected a section `arch` with a `type`"),
         ("arch: {type: vit}", r"arch\.type: expected 'rq-vae' or 'rq-transformer', got 'vit'"),
-        ("arch: {type: '${nowhere}'}", "not a readable YAML file"),
+        ("arch: {type: '${nowhere}'}", r"arch\.type: expected a value, got the interpolation '\$\{nowhere\}'"),
+        ("arch: {type: rq-vae, x: [1, 'a${b}']}", r"arch\.x\[1\]: expected a value, got the interpolation 'a\$\{b\}'"),
+        ("arch: {type: rq-transformer}\ndataset: {vocab_size: '${k}'}", r"dataset\.vocab_size: expected a value, got"),
+        ("arch: {type: rq-transformer}\nvqvae: {ckpt: '${path}'}", r"vqvae\.ckpt: expected a value, got the interp"),
     ],
 )
 def test_wrong_configs(vae: Path, text: str, message: str) -> None:
     (vae / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.yaml: {message}"):
         load_kakaobrain(vae)
+
+
+def test_what_is_not_read_may_hold_anything(vae: Path) -> None:
+    edit_config(vae, "experiment", path="${oc.env:NOWHERE}")
+    edit_config(vae, "dataset", root="${nowhere}")
+    load_kakaobrain(vae)
 
 
 def test_the_type_may_be_in_capitals(vae: Path) -> None:

@@ -6,6 +6,8 @@ import torch
 
 from rqgen.evaluation import evaluate_precision
 from rqgen.inference.packed import PackedPrior
+from rqgen.models import VAR, VARConfig
+from rqgen.quantizers import MultiScaleConfig, MultiScaleQuantizer
 
 SHAPE = (2, 3, 2)
 

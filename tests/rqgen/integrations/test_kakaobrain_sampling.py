@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections import UserDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ class Tokenizer:
         return torch.stack([book[code] for book, code in zip(books, codes.unbind(-1), strict=True)], dim=-2), None
 
 
+class Settings(UserDict[str, Any]):
+    """A config as OmegaConf makes it: a mapping, but no dictionary, with its names as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("data", {}):
+            return self[name]
+        raise AttributeError(name)
+
+
 class NaiveTransformer(nn.Module):
     """Parameters and attributes of the published RQTransformer; it cannot draw by itself."""
 
@@ -53,7 +62,7 @@ class NaiveTransformer(nn.Module):
         depth = arch["block_size"][2]
         sizes = arch["vocab_size"] if isinstance(arch["vocab_size"], list) else [arch["vocab_size"]] * depth
         defaults = {"input_emb_vqvae": False, "head_emb_vqvae": False}
-        self.config = OmegaConf.create({**defaults, **arch, "vocab_size": sizes})
+        self.config = Settings({**defaults, **arch, "vocab_size": sizes})
         self.block_size, self.vocab_size = torch.Size(arch["block_size"]), sizes
         self.block_size_cond = max(arch.get("block_size_cond", 0), 1)
         self.vocab_size_cond = max(arch.get("vocab_size_cond", 0), 1)

@@ -179,15 +179,48 @@ def test_sampling_from_cast_models(kind: str, dtype: torch.dtype) -> None:
     assert same_codes([tokens[1:] for tokens in as_list(out.codes)], as_list(again.codes))
 
 
-def test_sampling_from_float64_models() -> None:
-    prior, vae = (model.double() for model in make_pair("var"))
+@pytest.mark.parametrize("kind", PRIORS)
+def test_sampling_from_float64_models(kind: str) -> None:
+    prior, vae = (model.double() for model in make_pair(kind))
     plain, plain_vae = copy.deepcopy(prior).float(), copy.deepcopy(vae).float()
-    for options in ({}, {"smooth": True}):
-        codes = generate(prior, vae, LABELS, **options).codes
-        assert same_codes(codes, generate(plain, plain_vae, LABELS, **options).codes)
+    for options in ({}, {"cfg_scale": 1.0}, *([{"smooth": True}] if kind == "var" else [])):
+        drawn = generate(prior, vae, LABELS, **options)
+        assert drawn.images.dtype == torch.float64
+        assert same_codes(drawn.codes, generate(plain, plain_vae, LABELS, **options).codes)
+
+
+def test_a_float64_prior_is_computed_in_float64() -> None:
+    """No copy of its weights in float32 is sampled from."""
     prior, vae = (model.double() for model in make_pair("rqtransformer"))
-    words = r"^prior: expected float32, float16 or bfloat16 weights, got float64 \(condition_positions\)$"
-    with pytest.raises(TypeError, match=words):
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    class Recorded(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is linear:
+                seen.add(args[1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():
+        generate(prior, vae, LABELS)
+    assert seen == {torch.float64}
+    for precision in ("bf16", "int8"):
+        words = f"^precision: a float64 prior is sampled in float64 at \"fp32\" alone, got '{precision}'; cast it by"
+        with pytest.raises(ValueError, match=words):
+            generate(prior, vae, LABELS, precision=precision)
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_weights_that_do_not_fit_together_are_named(kind: str) -> None:
+    prior, vae = make_pair(kind)
+    prior.classifier.double()
+    with pytest.raises(
+        TypeError, match=r"^prior: expected weights of torch\.float32 like the first, got float64 \(class"
+    ):
+        generate(prior, vae, LABELS)
+    prior, vae = make_pair(kind)
+    prior.classifier.to("meta")
+    with pytest.raises(ValueError, match=r"^prior: classifier\.\S+ is on the meta device and has no values"):
         generate(prior, vae, LABELS)
 
 
@@ -275,7 +308,51 @@ def test_evaluation_refuses_them_too() -> None:
             evaluate_reconstruction(make_vae(kind), Bytes())
 
 
+PACKED = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "_mkldnn": lambda x: x.to_mkldnn(),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_images_without_values_or_in_another_layout(kind: str) -> None:
+    vae = make_vae(kind)
+    for call in calls_with_images(vae):
+        with pytest.raises(ValueError, match=r"^images: expected on cpu, where the model is, got meta$"):
+            call(make_images().to("meta"))
+        for layout, pack in PACKED.items():
+            with pytest.raises(TypeError, match=f"^images: expected a dense tensor, got {layout}$"):
+                call(pack(make_images()))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_latents_are_checked(kind: str) -> None:
+    vae = make_vae(kind)
+    latents = vae.encode_latents(make_images())
+    name = "features" if kind == "multiscale" else "latents_bhwc"
+    for wrong, error, words in (
+        ("x", TypeError, "expected a tensor, got str"),
+        (latents.to("meta"), ValueError, "expected on cpu, where the model is, got meta"),
+        (latents.to_sparse(), TypeError, "expected a dense tensor, got sparse_coo"),
+        (latents[0], ValueError, "expected shape .*8.*, got"),
+        (latents.int(), TypeError, "expected floating point, got torch.int32"),
+    ):
+        with pytest.raises(error, match=f"^{name}: {words}"):
+            vae.decode_latents(wrong)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_losses_of_no_images_are_zero(kind: str) -> None:
+    output = make_vae(kind)(make_images(0))
+    assert output.commitment_loss.item() == 0.0 and output.commitment_loss.dtype == torch.float32
+    if kind == "multiscale":
+        assert output.codebook_loss.item() == 0.0
+    output.commitment_loss.backward()
+
+
 ALLOWED = {
+    "8 bits": (make_images() * 4).round().div(4).to(torch.float8_e5m2),
     "white": torch.ones(2, *IMAGE),
     "a little beyond": make_images() * 1.2,
     "noisy": make_images() + 0.3 * torch.randn(2, *IMAGE),
@@ -327,8 +404,53 @@ def test_codes_of_another_dtype(kind: str, dtype: torch.dtype) -> None:
     vae, codes = make_vae(kind), random_codes(kind)
     wrong = [tokens.to(dtype) for tokens in as_list(codes)]
     for call in (vae.decode, lambda some: vae.decode_partial(some, 1)):
-        with pytest.raises(TypeError, match=r"codes.*int64.*, got"):
+        with pytest.raises(TypeError, match=rf"^codes(\[0\])?: expected int64, got {dtype}$"):
             call(wrong[0] if isinstance(codes, Tensor) else wrong)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_codes_that_cannot_be_decoded_are_named(kind: str) -> None:
+    vae, codes = make_vae(kind), random_codes(kind)
+    for change, error, words in (
+        (lambda part: part.to("meta"), ValueError, "expected on cpu, where the codebook is, got meta"),
+        (lambda part: part.to_sparse(), TypeError, "expected a dense tensor, got sparse_coo"),
+        (lambda part: torch.full_like(part, K), IndexError, rf"expected values in \[0, {K}\), got {K}"),
+        (lambda part: torch.full_like(part, -1), IndexError, rf"expected values in \[0, {K}\), got -1"),
+    ):
+        wrong = vae.layout.map(change, codes)
+        for call in (vae.decode, lambda some: vae.decode_partial(some, 1)):
+            with pytest.raises(error, match=rf"^codes(\[0\])?: {words}$"):
+                call(wrong)
+    for wrong in ("codes", None, 3):
+        with pytest.raises(TypeError, match=r"^codes: expected a"):
+            vae.decode(wrong)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_levels_to_decode_are_checked(kind: str) -> None:
+    vae, codes = make_vae(kind), random_codes(kind)
+    name = "scales" if kind == "multiscale" else "depth"
+    for wrong in ("1", True, 2.0, None, [1]):
+        with pytest.raises(TypeError, match=rf"^decode_partial: {name}: expected an integer, got "):
+            vae.decode_partial(codes, wrong)
+    for wrong in (0, 4, -1):
+        with pytest.raises(
+            ValueError, match=rf"^decode_partial: {name}: expected an integer in \[1, 3\], got {wrong}$"
+        ):
+            vae.decode_partial(codes, wrong)
+    assert torch.equal(vae.decode_partial(codes, np.int64(3)), vae.decode(codes))
+
+
+def test_arguments_of_soft_codes_are_named() -> None:
+    vae = make_vae()
+    for settings, error, words in (
+        ({"tau": "1"}, TypeError, "tau: expected a number, got '1'"),
+        ({"tau": 0.0}, ValueError, "tau: expected a finite number > 0, got 0.0"),
+        ({"tau": 1.0, "stochastic": True, "seed": "x"}, TypeError, "seed: expected an integer, got 'x'"),
+        ({"tau": 1.0, "stochastic": 1}, TypeError, "stochastic: expected True or False, got 1"),
+    ):
+        with pytest.raises(error, match=f"^{words}$"):
+            vae.soft_codes(make_images(), **settings)
 
 
 INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32]

@@ -626,7 +626,7 @@ def test_weights_without_values_are_refused(vae: RQVAE) -> None:
         generate(prior, vae, LABELS)
     prior = make_prior(vae)
     prior.classifier.double()
-    with pytest.raises(TypeError, match=r"prior: expected float32, float16 or bfloat16 .* got float64 \(classifier"):
+    with pytest.raises(TypeError, match=r"prior: expected weights of torch\.float32 .* got float64 \(classifier"):
         generate(prior, vae, LABELS)
 
 

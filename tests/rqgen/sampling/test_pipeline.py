@@ -48,6 +48,37 @@ def test_saved_and_read_again(pipe, tmp_path):
     assert Pipeline.from_pretrained(tmp_path / "pipe").class_names == ("cat", "dog")
 
 
+def named(folder, names):
+    prior = load_pretrained(folder / "prior")
+    prior.config.class_names = names
+    return prior
+
+
+def test_names_of_the_prior_are_not_replaced(folder, tmp_path):
+    tokenizer, prior = load_pretrained(folder / "tokenizer"), named(folder, ("cat", "dog"))
+    for names in (None, [], ["cat", "dog"], ["0", "1"]):
+        assert Pipeline(tokenizer, prior, class_names=names).class_names == ("cat", "dog")
+    words = r"class_names: expected none, as the prior has names of its own \(cat, dog\), got dog, cat"
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        Pipeline(tokenizer, prior, class_names=["dog", "cat"])
+    # A prior that was put into the folder of another one.
+    Pipeline(tokenizer, prior).save_pretrained(tmp_path / "pipe")
+    named(folder, ("dog", "cat")).save_pretrained(tmp_path / "pipe" / "prior")
+    with pytest.raises(ValueError, match=r"pipe: class_names: expected none, .* \(dog, cat\), got cat, dog$"):
+        Pipeline.from_pretrained(tmp_path / "pipe")
+
+
+def test_names_that_the_prior_is_given_later_are_saved(folder, tmp_path):
+    pipe = Pipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "unnamed")
+    assert json.loads((tmp_path / "unnamed" / "pipeline.json").read_text())["class_names"] == []
+    pipe.prior.config.class_names = ("cat", "dog")
+    assert pipe.class_names == ("cat", "dog")
+    pipe.save_pretrained(tmp_path / "named")
+    again = Pipeline.from_pretrained(tmp_path / "named")
+    assert again.class_names == again.prior.class_names == ("cat", "dog")
+
+
 @pytest.mark.parametrize("condition", ["dog", "1", 1, np.int64(1), np.array(1), torch.tensor(1)], ids=repr)
 def test_one_class_by_name_or_number(pipe, condition):
     expected = pipe([1, 1, 1], seed=5)

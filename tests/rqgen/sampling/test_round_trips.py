@@ -137,13 +137,29 @@ def test_logits_that_are_not_numbers_are_no_codes(system: System) -> None:
 
 def test_images_out_of_range_are_named(system: System) -> None:
     images = generate(*system, LABELS).images
-    for wrong, got in ((images * 1.5, "-1.5 .. 1.5"), (to_uint8(images).float(), "0 .. 255")):
+    for wrong, got in ((images * 1.5, r"-1\.5 \.\. 1\.5 where"), (to_uint8(images).float(), r"0 \.\. 255; convert")):
         with pytest.raises(ValueError, match=rf"images: expected values in \[-1, 1\], got {got}"):
             edit(*system, wrong, lower_half(), LABELS)
     spoiled = images.clone()
     spoiled[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"images: expected values in \[-1, 1\], got nan"):
         edit(*system, spoiled, lower_half(), LABELS)
+
+
+def test_images_a_little_out_of_range_are_named(system: System) -> None:
+    """What is kept comes back as it is, and the result is within [-1, 1]."""
+    images = generate(*system, LABELS).images
+    images[0, 0, 0, 0] = 1.01
+    with pytest.raises(ValueError, match=r"got -1 \.\. 1\.01 where the mask is False; clamp them by images\.clamp"):
+        edit(*system, images, lower_half(), LABELS)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 300.0])
+def test_pixels_under_the_mask_may_be_anything(system: System, value: float) -> None:
+    images = generate(*system, LABELS).images
+    hidden = torch.where(lower_half(), value, images)
+    expected, found = (edit(*system, some, lower_half(), LABELS, seed=2) for some in (images, hidden))
+    assert torch.equal(found.images, expected.images) and found.images.abs().max() <= 1
 
 
 # --- forms of arguments

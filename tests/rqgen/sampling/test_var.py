@@ -430,6 +430,8 @@ def test_an_rqtransformer_completes_from_the_rows_above() -> None:
     again = generate(rows_prior, rqvae, known=KnownRows(codes, 2), seed=3)
     assert torch.equal(edited.decoded, again.images)
     assert torch.equal(edited.images, torch.where(lower_half(), again.images, images))
+    with pytest.raises(ValueError, match="mask: expected at least the last row to be sampled, got none"):
+        edit(rows_prior, rqvae, images, torch.zeros(8, 8, dtype=torch.bool))
     for mask in (~lower_half(), lower_half().t()):
         with pytest.raises(ValueError, match="mask: an RQTransformer samples in raster order and sees only what"):
             edit(rows_prior, rqvae, images, mask)

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from yaml import YAMLError
 
+from rqgen.config import read_yaml
 from rqgen.models.pickles import check_state_dict, unpickle
-from rqgen.reading import read_yaml_text, require_file, shorten, unreadable
+from rqgen.reading import BINARY, JSON, TEXT, describe_file, require_file, shorten, unreadable
 
 CHECKPOINT_NAME = "model.pt"
 CONFIG_NAME = "config.yaml"
+# The sections that are read; whatever stands in another one is of the published trainer.
+_SECTIONS = ("arch", "vqvae")
 
 
 class Checkpoint(NamedTuple):
@@ -47,6 +47,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
     content = unpickle(checkpoint_path)
     require_file(config_path, "path")
     config = _read_config(config_path)
+    for name in _SECTIONS:
+        _refuse_interpolations(config.get(name), name, config_path)
     arch = config.get("arch")
     if not isinstance(arch, dict) or not isinstance(arch.get("type"), str):
         found = arch.get("type") if isinstance(arch, dict) else arch
@@ -69,20 +71,35 @@ def section(config: Mapping[str, Any], name: str, path: Path) -> Mapping[str, An
 
 def _vocab_size(config: Mapping[str, Any], path: Path) -> int | list[int] | None:
     value = section(config, "dataset", path).get("vocab_size")
+    _refuse_interpolations(value, "dataset.vocab_size", path)
     if value is not None and not all(type(size) is int for size in (value if isinstance(value, list) else [value])):
         raise ValueError(f"{path}: dataset.vocab_size: expected an integer, or one per depth, got {shorten(value)}")
     return value
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    text = read_yaml_text(path)
     try:
-        config = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise unreadable(path, "YAML file", error) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
-    return config
+        return read_yaml(path)
+    except ValueError as error:
+        found = describe_file(path)
+        if found in (TEXT, JSON, BINARY) or found.startswith("a file of "):
+            raise
+        raise unreadable(path, "YAML file") from error
+
+
+def _refuse_interpolations(value: Any, name: str, path: Path) -> None:
+    """Raise ValueError for text such as ${dataset.vocab_size}, which OmegaConf would replace by another value."""
+    inner: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        inner = [(f"{name}.{key}", one) for key, one in value.items()]
+    elif isinstance(value, list):
+        inner = [(f"{name}[{index}]", one) for index, one in enumerate(value)]
+    elif isinstance(value, str) and "${" in value:
+        raise ValueError(
+            f"{path}: {name}: expected a value, got the interpolation {shorten(value)}; write its value in its place"
+        )
+    for inner_name, one in inner:
+        _refuse_interpolations(one, inner_name, path)
 
 
 def _select_state_dict(content: Any, path: Path, *, ema: bool) -> dict[str, Tensor]:
