@@ -147,8 +147,10 @@ def find_name(given: str, names: Sequence[str]) -> int | None:
     all are `DIGIT_NAMES`, the numerals 0..9 name them as well.
     """
     normalized = unicodedata.normalize("NFC", given)
-    digit = DIGIT_NAMES[int(given)] if given in _NUMERALS and set(names) <= set(DIGIT_NAMES) else None
-    for wanted in (given, normalized, digit):
+    candidates = [given, normalized]
+    if given in _NUMERALS and set(names) <= set(DIGIT_NAMES):
+        candidates.append(DIGIT_NAMES[int(given)])
+    for wanted in candidates:
         if wanted in names:
             return list(names).index(wanted)
     known = [unicodedata.normalize("NFC", name) for name in names]

@@ -141,9 +141,10 @@ def read_codes(path: Path) -> EncodedImages:
 
 def _description(metadata: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
     """The format's version, and what the metadata says in whichever version."""
+    known: tuple[int, ...] = (FORMAT_VERSION,)
     if _ENTRY in metadata:
         description = _parsed(metadata, _ENTRY, dict)
-        version, known = description.get("format_version"), (FORMAT_VERSION,)
+        version = description.get("format_version")
     elif metadata.get("format") == "rqgen-codes":
         shown = metadata.get("format_version", "")
         version, known = int(shown) if shown.isdecimal() else shown, (1, 2)

@@ -69,6 +69,12 @@ class DataConfig:
             raise ValueError(f"shift: expected 0 <= shift < resolution ({self.resolution}), got {self.shift}")
 
     @property
+    def channel_count(self) -> int:
+        """`channels`, the source's default filled in."""
+        assert self.channels is not None  # see __post_init__
+        return self.channels
+
+    @property
     def place(self) -> tuple[str, Any]:
         """The source, and the value of its section's shorthand (the path of a folder; None without a shorthand).
         Settings of the same place read the same images."""

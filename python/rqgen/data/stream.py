@@ -69,7 +69,7 @@ class BatchStream:
         sampler = _NumberedBatches(len(self._items), self._batch_size, self._seed, self._start)
         loader = DataLoader(
             _Items(self._items),
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             num_workers=self._workers,
             # The loader draws a base seed for its workers: from here and not from the global generator, whose
             # state belongs to the model.

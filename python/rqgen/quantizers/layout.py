@@ -36,7 +36,10 @@ class CodeLayout:
     @classmethod
     def stacks(cls, shape: Sequence[int], codebook_size: int) -> CodeLayout:
         """D codes at each of h x w positions, from [h, w, D]."""
-        return cls("stacks", tuple(shape), codebook_size)  # type: ignore[arg-type]
+        if len(shape) != 3:
+            raise ValueError(f"code_shape: expected [h, w, D], got {list(shape)}")
+        height, width, depth = shape
+        return cls("stacks", (height, width, depth), codebook_size)
 
     @classmethod
     def maps(cls, shape: Sequence[Sequence[int]], codebook_size: int) -> CodeLayout:
@@ -66,7 +69,7 @@ class CodeLayout:
 
     def to_json(self) -> list[int] | list[list[int]]:
         """`shape` in lists: [h, w, D], or [h_k, w_k] of each token map."""
-        return list(self.shape) if self.kind == "stacks" else [list(scale) for scale in self.shape]
+        return list(self._shapes[0]) if self.kind == "stacks" else [list(scale) for scale in self._shapes]
 
     @property
     def axis(self) -> str:
@@ -76,7 +79,7 @@ class CodeLayout:
     @property
     def levels(self) -> int:
         """D, or the number of token maps: an image decoded from the first levels alone is a coarser one."""
-        return self.shape[2] if self.kind == "stacks" else len(self.shape)  # type: ignore[return-value]
+        return self._shapes[0][2] if self.kind == "stacks" else len(self.shape)
 
     @property
     def level_sizes(self) -> list[int]:
@@ -101,10 +104,12 @@ class CodeLayout:
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:
-        return [self.shape] if self.kind == "stacks" else list(self.shape)  # type: ignore[list-item, arg-type]
+        """The shape of each tensor of codes, without the images' dimension."""
+        maps: list[tuple[int, ...]] = [scale for scale in self.shape if isinstance(scale, tuple)]
+        return maps or [tuple(size for size in self.shape if isinstance(size, int))]
 
     def _parts(self, codes: Codes) -> list[Tensor]:
-        return [codes] if self.kind == "stacks" else list(codes)  # type: ignore[list-item]
+        return [codes] if isinstance(codes, Tensor) else list(codes)
 
     def _whole(self, parts: list[Tensor]) -> Codes:
         return parts[0] if self.kind == "stacks" else parts
@@ -136,7 +141,7 @@ class CodeLayout:
 
     def by_level(self, codes: Codes) -> list[Tensor]:
         """The codes of each level: (N, h, w) for each depth, or the token maps."""
-        return list(codes.unbind(-1)) if self.kind == "stacks" else list(codes)  # type: ignore[union-attr]
+        return list(codes.unbind(-1)) if isinstance(codes, Tensor) else list(codes)
 
     def in_words(self) -> str:
         """Such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""

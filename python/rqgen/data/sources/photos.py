@@ -83,4 +83,4 @@ class PhotoCrops(ImageDataset):
         crop = region.crop((left, top, left + side, top + side))
         size = (self._config.resolution, self._config.resolution)
         picture = Picture([crop.resize(size, Image.Resampling.LANCZOS)], more_frames=False)
-        return self._augment(picture.tensor(self._config.channels), index, epoch), label
+        return self._augment(picture.tensor(self._config.channel_count), index, epoch), label
