@@ -14,7 +14,7 @@ MAX_SEED = 2**32 - 1
 
 
 def check_finite(settings: Any, prefix: str = "") -> None:
-    """Raises ValueError naming the first field of a dataclass, nested ones too, that is or holds NaN or infinity: no
+    """Raise ValueError naming the first field of a dataclass, nested ones too, that is or holds NaN or infinity: no
     setting means that."""
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), f"{prefix}{field.name}"
@@ -30,7 +30,7 @@ def check_finite(settings: Any, prefix: str = "") -> None:
 
 
 def check_bounds(settings: Any, **bounds: tuple[int, int]) -> None:
-    """Raises ValueError for a field (None aside) outside its (lowest, highest), and as `check_finite`.
+    """Raise ValueError for a field (None aside) outside its (lowest, highest), and as `check_finite`.
 
     The highest values are no advice: they keep a slip of the finger from filling memory or from building objects for
     hours before anything fails.
@@ -45,7 +45,7 @@ def check_bounds(settings: Any, **bounds: tuple[int, int]) -> None:
 
 
 def check_seeds(settings: Any, *names: str) -> None:
-    """Raises ValueError for a seed outside 0..MAX_SEED: the one rule for all seeds among the settings."""
+    """Raise ValueError for a seed outside 0..MAX_SEED: the one rule for all seeds among the settings."""
     for name in names:
         if not 0 <= getattr(settings, name) <= MAX_SEED:
             raise ValueError(f"{name}: expected a seed within 0..{MAX_SEED} (32 bits), got {getattr(settings, name)}")

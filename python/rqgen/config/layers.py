@@ -21,7 +21,7 @@ from .yaml_text import compose, read_file
 
 def find_file(name: str, recipes: Path | None = None, folder: Path | None = None) -> Path:
     """A path to a YAML file (relative to ``folder``), or else the file in ``recipes`` of this name without ".yaml".
-    Raises FileNotFoundError."""
+    Raise FileNotFoundError."""
     path = Path(name) if folder is None else folder / name
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
@@ -41,7 +41,7 @@ def load(
     defaults: Mapping[str, Any] | None = None,
     recipes: Path | None = None,
 ) -> ConfigT:
-    """Reads the YAML file at ``path`` (None: none), then applies overrides written ``a.b=value``.
+    """Read the YAML file at ``path`` (None: none), then apply overrides written ``a.b=value``.
 
     A file, and any section in one, may name what it starts from: `base: NAME` (a recipe, or a path relative to the
     file), or `base: null` for the dataclass's own defaults. Without it a file starts from the recipe that the class
@@ -52,7 +52,7 @@ def load(
     The value of an override is read as YAML where a list or a section is expected, and taken as it stands (without
     its quotes, if it has any) where a scalar is.
 
-    Raises FileNotFoundError for a missing file; ValueError for one that is not UTF-8, not YAML, longer than a megabyte,
+    Raise FileNotFoundError for a missing file; ValueError for one that is not UTF-8, not YAML, longer than a megabyte,
     holds several documents, tags, merge keys, a key twice, or is nested too deeply, and for `base:` in a circle;
     otherwise as `from_dict`.
     """
@@ -137,7 +137,7 @@ def _read_override(cls: type, override: str) -> dict[str, Node]:
 
 
 def _located(cls: type, names: Sequence[str]) -> list[str]:
-    """Translates a path: keys that moved, and a section's name that stands for its shorthand."""
+    """Translate a path: keys that moved, and a section's name that stands for its shorthand."""
     found: list[str] = []
     for name in names:
         for part in getattr(cls, "moved", {}).get(name, name).split("."):

@@ -36,11 +36,11 @@ class Registry(Generic[EntryT]):
         self._reserved: frozenset[str] = frozenset()
 
     def register(self, entry: type[EntryT]) -> type[EntryT]:
-        """Adds a class under its ``name``, and returns it: usable as a decorator.
+        """Add a class under its ``name``, and return it: usable as a decorator.
 
         Raises:
             TypeError: it lacks a method, or ``options`` is neither None nor a dataclass whose fields all have defaults.
-            ValueError: ``name`` is no lower-case identifier, is an attribute of the settings beside which the options
+            ValueError: ``name`` is no lower-case identifier, is an attribute of the settings next to which the options
                 stand, or belongs to another class.
         """
         name, options = getattr(entry, "name", None), getattr(entry, "options", None)
@@ -59,7 +59,7 @@ class Registry(Generic[EntryT]):
         return entry
 
     def remove(self, name: str) -> None:
-        """Forgets an entry. Raises ValueError as `find`."""
+        """Forget an entry. Raise ValueError as `find`."""
         self.find(name, "name")
         del self._entries[name]
 
@@ -68,7 +68,7 @@ class Registry(Generic[EntryT]):
         return list(self._entries)
 
     def find(self, name: str, argument: str) -> EntryT:
-        """The entry of a name. Raises ValueError that starts with ``argument`` and suggests the nearest name."""
+        """The entry of a name. Raise ValueError that starts with ``argument`` and suggests the nearest name."""
         if name not in self._entries:
             raise ValueError(f"{argument}: unknown {self._kind} {name!r}; {did_you_mean(name, self.names())}")
         return self._entries[name]
@@ -78,7 +78,7 @@ class Registry(Generic[EntryT]):
         return {name: entry.options for name, entry in self._entries.items() if entry.options is not None}
 
     def reserve(self, names: Sequence[str]) -> None:
-        """Keeps names from being registered. Raises ValueError where one is."""
+        """Keep names from being registered. Raise ValueError where one is."""
         for name in names:
             if name in self._entries:
                 raise ValueError(f"{name}: a {self._kind} has this name")

@@ -16,7 +16,7 @@ from .typed import build
 
 
 def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> Callable[[type[ConfigT]], type[ConfigT]]:
-    """Adds the options of a registry's entries to a settings dataclass, each as a section beside its fields.
+    """Add the options of a registry's entries to a settings dataclass, each as a section next to its fields.
 
     A decorator above `@dataclass`. The class has a field ``options: dict[str, Any]`` (name -> options), whose keys
     stand in files and on the command line where a field would, and calls `fill_sections` first in its
@@ -53,8 +53,8 @@ def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> C
 
 
 def fill_sections(settings: Any) -> None:
-    """Checks and completes ``settings.options``, see `open_sections`. A section is given as its dataclass, as plain
-    data, or by its shorthand. Raises ValueError that starts with the name of a section or a field."""
+    """Check and complete ``settings.options``, see `open_sections`. A section is given as its dataclass, as plain
+    data, or by its shorthand. Raise ValueError that starts with the name of a section or a field."""
     registry, chosen_by = opened(type(settings))
     given, sections = settings.options, registry.sections()
     for name in given:

@@ -17,7 +17,7 @@ def tree_of(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Node
 
 
 def canonical(cls: type, tree: Mapping[str, Node], prefix: str = "") -> dict[str, Node]:
-    """Translates a tree: keys of older versions, and scalars in the place of a section."""
+    """Translate a tree: keys of older versions, and scalars in the place of a section."""
     moved, sections = getattr(cls, "moved", {}), nested_dataclasses(cls)
     found: dict[str, Node] = {}
     for key, node in tree.items():

@@ -18,13 +18,13 @@ from .trees import merge, refuse_unknown_keys, tree_of
 
 
 def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> ConfigT:
-    """Builds the dataclass ``cls`` (nested ones too) from plain data; keys left out keep their defaults.
+    """Build the dataclass ``cls`` (nested ones too) from plain data; keys left out keep their defaults.
 
     ``where`` says in error messages where the data came from (a file's name, "command line"). A class method
     ``implied(given)`` of a dataclass gives settings that follow from those given (see `Given`), for keys left out.
 
-    Raises ValueError for an unknown key, a value of the wrong type (a number that is not finite, an integer beyond 64
-    bits), a missing field that has no default, and for whatever ``__post_init__`` of the dataclasses refuses;
+    Raise ValueError for an unknown key, a value of the wrong type (a number that is not finite, an integer beyond 64
+    bits), a missing field that has no default, and for all that ``__post_init__`` of the dataclasses refuses;
     TypeError when ``cls`` is not a dataclass or ``mapping`` not a mapping.
     """
     require_dataclass(cls)
@@ -41,7 +41,7 @@ class Given(Generic[ConfigT]):
         refuse_unknown_keys(cls, tree, root=cls, prefix=prefix)
 
     def has(self, path: str) -> bool:
-        """Whether the setting at a dotted path was given."""
+        """Return True if the setting at a dotted path was given."""
         return self._find(path)[0] is not None
 
     def read(self, path: str) -> Any:
@@ -58,7 +58,7 @@ class Given(Generic[ConfigT]):
         return default_of(cls, last)
 
     def error(self, path: str, message: str) -> ValueError:
-        """What to raise about the setting at a dotted path."""
+        """Return the error to raise about the setting at a dotted path."""
         node = self._find(path)[0] or Node(None, self._where)
         return node.error(f"{self._prefix}{path}: {message}")
 
@@ -89,7 +89,7 @@ class Given(Generic[ConfigT]):
 
 
 def _with_implied(cls: type, tree: dict[str, Node], where: str, prefix: str) -> dict[str, Node]:
-    """A tree, and below it the settings that follow from it."""
+    """Put the settings that follow from a tree below it."""
     chosen_by = opened(cls).chosen_by
     if chosen_by is not None and chosen_by not in tree:
         given: Given[Any] = Given(cls, tree, where, prefix)

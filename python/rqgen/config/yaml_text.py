@@ -44,7 +44,7 @@ class _Refused(ValueError):
 
 
 class _Composer:
-    """Builds nodes from PyYAML's events: its own composer would give types to scalars and keep the last of two equal
+    """Build nodes from PyYAML's events: its own composer would give types to scalars and keep the last of two equal
     keys."""
 
     def __init__(self, text: str, where: str, *, lines: bool) -> None:
@@ -149,13 +149,13 @@ def read_file(path: Path) -> Node:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, as plain data by YAML 1.2's core schema; for files that no dataclass describes.
 
-    Raises FileNotFoundError, or ValueError for a file that cannot be read (see `load`).
+    Raise FileNotFoundError, or ValueError for a file that cannot be read (see `load`).
     """
     return typing.cast("dict[str, Any]", untyped(read_file(path)))
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:
-    """Plain data (see `to_dict`) as a YAML file that `load` reads back equal, whatever its strings are; it starts from
+    """Plain data (see `to_dict`) as a YAML file that `load` reads back equal, with any strings in it; it starts from
     no other file."""
     return _dump({"base": None, **settings}, default_flow_style=False)
 

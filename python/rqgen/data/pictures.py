@@ -58,7 +58,7 @@ class Picture(NamedTuple):
     planes: list[Image.Image]
     """One "L" or "RGB" image; of deeper samples one "F" image per channel (1 or 3), values in [0, 1]."""
     more_frames: bool
-    """Whether the file holds more frames (or pages) than this first one."""
+    """True if the file holds more frames (or pages) than this first one."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class Picture(NamedTuple):
 
 
 def read_image(path: str | Path, *, channels: int = 3, background: Colour = "white") -> torch.Tensor:
-    """Reads an image file as a viewer shows it: float32 (channels, H, W) in [-1, 1], black to white.
+    """Read an image file as a viewer shows it: float32 (channels, H, W) in [-1, 1], black to white.
 
     - The orientation that EXIF or XMP give is applied.
     - Integers are scaled by the range of their type: 8, 16 and 32 bits. 16-bit samples that were written with fewer
@@ -123,7 +123,7 @@ def parse_colour(colour: Colour) -> tuple[int, int, int]:
 
 
 def open_picture(path: Path, *, channels: int, background: tuple[int, int, int]) -> Picture:
-    """Opens and decodes an image file, see `read_image`. Planes have one channel where `channels` is 1, and may have
+    """Open and decode an image file, see `read_image`. Planes have one channel where `channels` is 1, and may have
     one where it is 3.
 
     Raises:
@@ -177,7 +177,7 @@ def _check_strips(image: ImageFile.ImageFile) -> None:
 
 
 def _band(tile: ImageFile._Tile) -> str:
-    """What a part of the file holds, as Pillow names it: channels, or how bytes become samples."""
+    """Return Pillow's name of what a part of the file holds: channels, or the layout of samples in bytes."""
     return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
 
 
@@ -191,7 +191,7 @@ def _has_more_frames(image: Image.Image) -> bool:
 
 
 def _rawmode(image: ImageFile.ImageFile) -> str:
-    """How the file's bytes become samples, as Pillow names it; "" where its plugin decides that."""
+    """Return Pillow's name of the layout of samples in the file's bytes; "" where its plugin decides that."""
     return _band(image.tile[0]) if image.tile else ""
 
 
@@ -351,19 +351,19 @@ def _type_maximum(image: Image.Image) -> int:
 
 
 def _declared_bits(image: Image.Image, path: Path) -> int | None:
-    """How many bits of a sample were used, where the file says so."""
+    """Return the number of bits of a sample that were used, where the file says so."""
     if image.format == "PNG":
         return _significant_bits(path)
     if not isinstance(image, TiffImageFile):
         return None
-    # The largest value in use may be a statistic, which must not change what is shown; a number of bits is none.
+    # The largest value in use may be a statistic, which must not change what is shown; a number of bits is not one.
     largest = max(image.tag_v2.get(_MAX_SAMPLE_VALUE, (0,)))
     whole = isinstance(largest, int) and largest > 1 and largest & (largest + 1) == 0
     return largest.bit_length() if whole else None
 
 
 def _significant_bits(path: Path) -> int | None:
-    """Of a PNG's colours, by its sBIT chunk: Pillow passes it over."""
+    """Return the significant bits of a PNG's samples, by its sBIT chunk, which Pillow does not read."""
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -378,8 +378,10 @@ def _significant_bits(path: Path) -> int | None:
 
 
 def _right_aligned(samples_hwc: np.ndarray, bits: int) -> bool:
-    """Whether 16-bit samples of so many significant bits were stored as they are. PNG wants them scaled up, by shifting
-    (with or without repeated bits) or by multiplying: then a sample follows from its upper bits."""
+    """Return True if 16-bit samples of `bits` significant bits were stored as they are.
+
+    PNG wants them scaled up, by shifting (with or without repeated bits) or by multiplying: then a sample follows from
+    its upper bits."""
     upper = samples_hwc >> (16 - bits)
     shifted = upper << (16 - bits)
     repeated = shifted

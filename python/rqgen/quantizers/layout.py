@@ -15,12 +15,12 @@ from torch import Tensor
 from rqgen.checks import check_range_without_waiting
 
 Codes = Tensor | list[Tensor]
-"""Of N images: stacks int64 (N, h, w, D), or a list of token maps int64 (N, h_k, w_k)."""
+"""Codes of N images: stacks int64 (N, h, w, D), or a list of token maps int64 (N, h_k, w_k)."""
 
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """How the codes of an image are laid out.
+    """The layout of the codes of an image.
 
     Attributes:
         kind: "stacks": D codes at each of h x w positions, one tensor (N, h, w, D). "maps": a token map per scale, a
@@ -55,7 +55,7 @@ class CodeLayout:
 
     @classmethod
     def from_json(cls, shape: Any, codebook_size: int) -> CodeLayout:
-        """The layout of what `to_json` gave. Raises ValueError for anything else."""
+        """The layout of what `to_json` gave. Raise ValueError for anything else."""
         nested = isinstance(shape, list) and all(isinstance(part, list) for part in shape)
         parts = shape if nested else [shape]
         sizes = (2,) if nested else (3,)
@@ -95,7 +95,7 @@ class CodeLayout:
 
     @property
     def steps(self) -> list[tuple[int, slice]]:
-        """What an autoregressive prior predicts at once, in order: (level, the codes' places among the L of `flatten`).
+        """The steps of an autoregressive prior, in order: (level, the codes' places among the L of `flatten`).
         A code by itself in stacks, position by position and depth by depth; a whole token map otherwise."""
         if self.kind == "stacks":
             return [(place % self.levels, slice(place, place + 1)) for place in range(self.count)]
@@ -115,7 +115,7 @@ class CodeLayout:
         return parts[0] if self.kind == "stacks" else parts
 
     def map(self, function: Callable[[Tensor], Tensor], codes: Codes) -> Codes:
-        """The same of every tensor of `codes`: moved to a device, some of the images, ..."""
+        """Apply a function to every tensor of `codes`: move it to a device, take some of the images, ..."""
         return self._whole([function(part) for part in self._parts(codes)])
 
     def select(self, codes: Codes, rows: slice) -> Codes:
@@ -133,7 +133,7 @@ class CodeLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def unflatten(self, codes_nl: Tensor) -> Codes:
-        """The opposite of `flatten`. Raises ValueError for another number of codes than `count`."""
+        """The opposite of `flatten`. Raise ValueError for another number of codes than `count`."""
         if codes_nl.ndim != 2 or codes_nl.shape[1] != self.count:
             raise ValueError(f"codes: expected (N, {self.count}), got {tuple(codes_nl.shape)}")
         parts = codes_nl.split([math.prod(shape) for shape in self._shapes], dim=1)
@@ -144,12 +144,12 @@ class CodeLayout:
         return list(codes.unbind(-1)) if isinstance(codes, Tensor) else list(codes)
 
     def in_words(self) -> str:
-        """Such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""
+        """Return text such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""
         texts = ["x".join(map(str, shape)) for shape in self._shapes]
         return f"{texts[0]} codes" if self.kind == "stacks" else f"token maps of {', '.join(texts)}"
 
     def check(self, codes: Any, *, device: torch.device | None = None, owner: str = "model") -> None:
-        """Raises unless `codes` are int64, of this layout and in [0, K), and on `device`, that of their `owner`, where
+        """Raise unless `codes` are int64, of this layout and in [0, K), and on `device`, that of their `owner`, where
         one is given.
 
         Raises:

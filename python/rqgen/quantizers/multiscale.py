@@ -109,7 +109,7 @@ TokensOf = Callable[[int, Tensor | None], Tensor]
 
 
 class ScaleStep(NamedTuple):
-    """What one scale found and added, see `MultiScaleQuantizer.steps`."""
+    """Codes and sum of one scale, see `MultiScaleQuantizer.steps`."""
 
     codes: Tensor  # int64 (B, h_k, w_k)
     total: Tensor  # (B, C, H, W): f_hat, the sum of what this scale and those before it added
@@ -125,7 +125,7 @@ class MultiScaleOutput(NamedTuple):
 
 
 class Refinement(Convolution):
-    """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that mends what enlarging blurred."""
+    """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that sharpens what enlarging blurred."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__(channels, channels, 3, padding=1, dtype=torch.float32)
@@ -136,7 +136,7 @@ class Refinement(Convolution):
 
 
 class MultiScaleDecoder(nn.Module):
-    """What token maps of several scales stand for: feature maps (B, C, H, W) (Tian et al. 2024, algorithm 2).
+    """Decoder of token maps of several scales to feature maps (B, C, H, W) (Tian et al. 2024, algorithm 2).
 
         f_hat_k = f_hat_{k-1} + a_k,    a_k = phi_k(bicubic(e(t_k), (H, W)))       looked up, enlarged, refined
 
@@ -172,7 +172,7 @@ class MultiScaleDecoder(nn.Module):
         return len(self.config.scales)
 
     def code_tensors(self) -> list[Tensor]:
-        """All that decides what token maps of these scales stand for."""
+        """The tensors that decide what token maps of these scales stand for."""
         ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [], dtype=torch.float32)
         return [self.codebook, *self.refinements.parameters(), ratio]
 
@@ -195,7 +195,7 @@ class MultiScaleDecoder(nn.Module):
             return functools.reduce(torch.add, (self.contribution(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
+        """Yield the inputs of a prior for scales 2..K: f_hat_{k-1} shrunk to scale k, float32 (B, h_k, w_k, C) each."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
                 yield self.downsample(total, k + 1)
@@ -236,7 +236,7 @@ class MultiScaleDecoder(nn.Module):
         return features.permute(0, 2, 3, 1)
 
     def check_codes(self, codes: Sequence[Tensor]) -> None:
-        """Raises unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
+        """Raise unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
 
         TypeError (not a list of int64 tensors), ValueError (number, shapes, device), IndexError (a code out of range).
         """
@@ -268,7 +268,7 @@ class ScaleUsage(nn.ModuleList):
         return [usage for usage in self if isinstance(usage, CodeUsage)]
 
     def reset(self) -> None:
-        """Forgets everything counted so far."""
+        """Forget everything counted so far."""
         for usage in self.of_scales():
             usage.reset()
 
@@ -322,7 +322,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         self.usage = ScaleUsage(self.num_scales, config.codebook_size, config.usage_window)
 
     def forward(self, features: Tensor) -> MultiScaleOutput:
-        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time samples the codebook.
+        """Quantize features (B, C, H, W); in train mode also count usage, and the first time sample the codebook.
 
         Raises:
             TypeError, ValueError: features that are not floating-point numbers (B, C, H, W); in train mode no features,
@@ -363,7 +363,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
-        """Samples the codebook from features (B, C, H, W); `forward` does so with the first training batch.
+        """Sample the codebook from features (B, C, H, W); `forward` does so with the first training batch.
 
         Every scale gets an equal share of the codes, sampled from the rest that it meets with the shares before it.
         In a process group all processes take what the first one sampled.

@@ -1,4 +1,4 @@
-"""Residual quantization with codebooks learnt by exponential moving averages."""
+"""Residual quantization with codebooks learned by exponential moving averages."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ INITIALISATIONS = ("data", "kmeans", "random")
 UNUSED = ("shrink", "keep")
 # Buffers that training writes.
 _WRITTEN = ("codebook", "ema_count", "ema_sum")
-# Products of all pairs of codes are repaid once they have saved so many scans of the codebook for each code of it.
-_REPAID_AFTER = 8
+# Products of all pairs of codes are amortised once they have saved this many scans of the codebook per code.
+_AMORTISED_AFTER = 8
 
 
 @dataclass
@@ -53,7 +53,7 @@ class QuantizerConfig:
             "per_depth": compatibility with the published training code, which updates after each depth, so
             that with a shared codebook a depth searches what the depth before has just moved.
         init: "data": codes sampled from the first training batch; "kmeans": clustered from it; "random": normal
-            numbers, no look at data.
+            numbers, independent of the data.
         kmeans_iterations: rounds of Lloyd's algorithm for init="kmeans".
         usage_window: positions over which codes_used and perplexity are taken (see `CodeUsage`).
     """
@@ -158,7 +158,7 @@ class ResidualQuantizer(nn.Module):
         return self.codebook
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantizes z (..., C); in train mode also updates codebooks and usage.
+        """Quantize z (..., C); in train mode also update codebooks and usage.
 
         `commitment_loss = mean_d mean |z - sg[Z^(d)]|^2`, the mean over depths, vectors and features
         (equation (7) writes the sum over depths; the published code takes this mean). NaN where there is no vector.
@@ -218,19 +218,19 @@ class ResidualQuantizer(nn.Module):
     def pack_codebook(self, count: int) -> rqkernels.PackedCodebook | None:
         """The codebook as it is now, prepared for encoding about `count` vectors (the codes are the same).
 
-        None where that would not pay: few vectors, one depth, a codebook per depth, on a GPU, or where
+        None where it is not worth the arithmetic: few vectors, one depth, a codebook per depth, on a GPU, or where
         `rqkernels.PackedCodebook` has no products to offer.
         """
         config = self.config
         if not config.shared_codebook or self.codebook.device.type != "cpu":
             return None
-        if count * (config.depth - 1) < _REPAID_AFTER * config.codebook_size:
+        if count * (config.depth - 1) < _AMORTISED_AFTER * config.codebook_size:
             return None
         packed = rqkernels.PackedCodebook(self.codebook)
         return packed if packed.has_gram else None
 
     def code_tensors(self) -> list[Tensor]:
-        """All that decides what codes stand for."""
+        """The tensors that decide what codes stand for."""
         return [self.codebook]
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
@@ -265,7 +265,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:
-        """Sets codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
+        """Set codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
 
         A codebook per depth is sampled (or clustered) from that depth's residuals. A shared one has an equal
         share of its codes sampled from the residuals of every depth, each after quantization with the shares
@@ -370,7 +370,7 @@ class ResidualQuantizer(nn.Module):
             book.codes[dead] = vectors
 
     def _restart_dead_codes(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Gives dead codes fresh averages; returns which they are, bool (K,), and the vectors they are placed on."""
+        """Give dead codes fresh averages; return a mask of them, bool (K,), and the vectors they are placed on."""
         threshold, size = self.config.dead_code_threshold, self.config.codebook_size
         if vectors_nc.shape[0] < threshold * size:
             warnings.warn(

@@ -130,7 +130,7 @@ class FolderImages(ImageDataset):
         return [file for file, (fault, _) in zip(files, checked, strict=True) if fault is None]
 
     def _check(self, path: Path) -> tuple[PictureError | None, bool]:
-        """Decodes a file: (the error, if any, whether it holds more than its first frame)."""
+        """Decode a file: (the error, if any, whether it holds more than its first frame)."""
         try:
             picture = self._open(path)
         except PictureError as error:
