@@ -57,7 +57,7 @@ def check_integer(value: Any, name: str, lowest: int, highest: int | None = None
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """True or False, of Python or NumPy. Raises TypeError for anything else."""
+    """True or False, of Python or NumPy. Raise TypeError for anything else."""
     flag = plain(value)
     if not isinstance(flag, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -65,7 +65,7 @@ def check_flag(value: Any, name: str) -> bool:
 
 
 def check_number(value: Any, name: str, expected: str = "a number") -> float:
-    """A real number as a float, infinite where it is too large for one. Raises TypeError, which says what was
+    """A real number as a float, infinite where it is too large for one. Raise TypeError, which says what was
     `expected`, for anything else."""
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
@@ -77,7 +77,7 @@ def check_number(value: Any, name: str, expected: str = "a number") -> float:
 
 
 def check_nonnegative(value: Any, name: str, expected: str = "a number") -> float:
-    """A finite number >= 0. Raises TypeError or ValueError for anything else."""
+    """A finite number >= 0. Raise TypeError or ValueError for anything else."""
     number = check_number(value, name, expected)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
@@ -106,14 +106,14 @@ def check_tensor(value: Any, name: str, device: torch.device | None = None, owne
 
 
 def integers(ids: Tensor, name: str) -> Tensor:
-    """Ids of any integer dtype as int64. Raises TypeError for others."""
+    """Ids of any integer dtype as int64. Raise TypeError for others."""
     if ids.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected int64, got {ids.dtype}")
     return ids.to(torch.int64)
 
 
 def check_range(ids: Tensor, size: int, name: str) -> None:
-    """Raises IndexError unless all ids are in [0, size); reads them back from the device."""
+    """Raise IndexError unless all ids are in [0, size); read them back from the device."""
     if ids.numel() == 0:
         return
     lowest, highest = (int(value) for value in ids.aminmax())
@@ -129,14 +129,14 @@ def check_range_without_waiting(ids: Tensor, size: int, name: str) -> None:
 
 
 def check_targets(ids: Tensor, size: int, name: str) -> None:
-    """Raises TypeError or IndexError for ids that cannot be the targets of a cross-entropy over `size` of them."""
+    """Raise TypeError or IndexError for ids that cannot be the targets of a cross-entropy over `size` of them."""
     if ids.dtype != torch.int64:
         raise TypeError(f"{name}: expected int64, got {ids.dtype}")
     check_range_without_waiting(ids, size, name)
 
 
 def checked_integers(values: Any, name: str, ndim: int, *, expected: str) -> Tensor:
-    """Integers of any width as int64, of `ndim` dimensions. Raises ValueError, which says what was `expected`, for
+    """Integers of any width as int64, of `ndim` dimensions. Raise ValueError, which says what was `expected`, for
     anything else: floating point is not cut, and truth values are no numbers."""
     if not isinstance(values, Tensor):
         raise ValueError(f"{name}: expected {expected}, got {type(values).__name__}")
@@ -146,7 +146,7 @@ def checked_integers(values: Any, name: str, ndim: int, *, expected: str) -> Ten
 
 
 def check_within(values: Tensor, name: str, one: str, lowest: int, end: int | None) -> None:
-    """Raises ValueError unless all values are in [lowest, end); without `end`, at least `lowest`."""
+    """Raise ValueError unless all values are in [lowest, end); without `end`, at least `lowest`."""
     if values.numel() == 0:
         return
     low, high = (int(value) for value in values.aminmax())
@@ -165,8 +165,10 @@ def find_name(given: str, names: Sequence[str]) -> int | None:
     all are `DIGIT_NAMES`, the numerals 0..9 name them as well.
     """
     normalized = unicodedata.normalize("NFC", given)
-    digit = DIGIT_NAMES[int(given)] if given in _NUMERALS and set(names) <= set(DIGIT_NAMES) else None
-    for wanted in (given, normalized, digit):
+    candidates = [given, normalized]
+    if given in _NUMERALS and set(names) <= set(DIGIT_NAMES):
+        candidates.append(DIGIT_NAMES[int(given)])
+    for wanted in candidates:
         if wanted in names:
             return list(names).index(wanted)
     known = [unicodedata.normalize("NFC", name) for name in names]
@@ -174,5 +176,5 @@ def find_name(given: str, names: Sequence[str]) -> int | None:
 
 
 def same_names(given: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether these are the same names in the same order, as `find_name` finds them."""
+    """Return True if these are the same names in the same order, as `find_name` finds them."""
     return len(given) == len(names) and all(find_name(name, names) == label for label, name in enumerate(given))

@@ -1,6 +1,6 @@
 """Files on disk: written whole or not at all, by one process at a time, and checked when they are read.
 
-A new file is made in a temporary folder beside its place, flushed to the disk, and renamed: at each instant the
+A new file is made in a temporary folder next to its place, flushed to the disk, and renamed: at each instant the
 old or the new one is there. The temporary folder is locked while its process lives, so that whoever writes there
 next can tell what a killed process left behind, and removes it. Links stay: what they point to is replaced.
 """
@@ -48,9 +48,9 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields where to write a file, which becomes ``path`` when the block ends without an error.
+    """Yield where to write a file, which becomes ``path`` when the block ends without an error.
 
-    Its mode is what the umask says, whatever the writer made of it. Raises OSError that names ``path``, also for a
+    Its mode is what the umask says, not what the writer made of it. Raise OSError that names ``path``, also for a
     disk that is full.
     """
     target = _resolved(path)
@@ -65,7 +65,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes ``path`` when the block ends without an error; as `new_file`.
+    """Yield a folder to fill, which becomes ``path`` when the block ends without an error; as `new_file`.
 
     An existing folder is replaced in one step where the file system can exchange two folders. Elsewhere it has another
     name for an instant, where `existing_folder` finds it.
@@ -84,7 +84,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def existing_folder(path: Path) -> Path:
-    """Returns the folder to read for ``path``: itself, or the previous one if a process was killed between the two
+    """Return the folder to read for ``path``: itself, or the previous one if a process was killed between the two
     renames of `new_folder`."""
     previous = _previous(_resolved(path))
     if not path.exists() and previous.is_dir():
@@ -94,19 +94,19 @@ def existing_folder(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder in one step: nobody finds half of it."""
+    """Remove a folder in one step: nobody finds half of it."""
     with errors_name(path), _scratch(path.parent) as (scratch, _):
         path.rename(scratch / path.name)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Write a text file, whole or not at all."""
     with new_file(path) as written:
         written.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object as a JSON file, whole or not at all."""
+    """Write an object as a JSON file, whole or not at all."""
     write_text(path, json_text(content))
 
 
@@ -115,7 +115,7 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 
 def is_temporary(path: Path) -> bool:
-    """Recognises this module's own files and folders: locks, and leftovers of killed processes."""
+    """Recognize this module's own files and folders: locks, and leftovers of killed processes."""
     return path.name.startswith(".rqgen")
 
 
@@ -136,7 +136,7 @@ def _refuse_no_file(path: Path) -> None:
 
 
 def _finish(path: Path, mode: int) -> None:
-    """Gives the mode of a file that was simply opened, and flushes the file to the disk."""
+    """Give the mode of a file that was simply opened, and flush the file to the disk."""
     path.chmod(mode)
     _flush(path)
 
@@ -158,7 +158,7 @@ def _previous(target: Path) -> Path:
 
 
 def _put(written: Path, target: Path) -> None:
-    """Renames a folder to ``target``. The old ``target`` is then at ``written``, or removed."""
+    """Rename a folder to ``target``. The old ``target`` is then at ``written``, or removed."""
     previous = _previous(target)
     if not target.exists() or not any(target.iterdir()):
         os.rename(written, target)
@@ -174,7 +174,7 @@ def _put(written: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges the names of two folders in one step. False where the system cannot."""
+    """Exchange the names of two folders in one step. False where the system cannot."""
     rename = _renameat2()
     if rename is None:
         return False
@@ -237,7 +237,7 @@ def _sweep(parent: Path) -> None:
 
 
 def check_json_name(path: Path, name: str) -> None:
-    """Raises ValueError for a file name that says another format than JSON: before the work whose result the file would
+    """Raise ValueError for a file name that says another format than JSON: before the work whose result the file would
     hold."""
     if path.suffix.lower() not in ("", ".json"):
         raise ValueError(f"{name}: expected a name that ends in .json, got '{path}'")
@@ -249,7 +249,7 @@ _held: set[int] = set()
 
 
 def _lock(path: Path) -> int | None:
-    """Locks the file ``path``, made where it is missing. Returns its descriptor; None where another process has it."""
+    """Lock the file ``path``, made where it is missing. Return its descriptor; None where another process has it."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
@@ -290,9 +290,9 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def claim_folder(path: Path) -> Iterator[None]:
-    """Locks ``path`` for this process, and tries that it can be written, before any work is done.
+    """Lock ``path`` for this process, and check that it can be written, before any work is done.
 
-    Missing folders are created, and removed again if nothing is written. Raises OSError that names ``path`` if it
+    Missing folders are created, and removed again if nothing is written. Raise OSError that names ``path`` if it
     cannot be written, and BlockingIOError that names the other process if it is locked.
     """
     with errors_name(path):
@@ -377,7 +377,7 @@ def _error(number: int, reason: str, path: Path) -> OSError:
 
 @contextlib.contextmanager
 def errors_name(path: Path) -> Iterator[None]:
-    """Makes errors name ``path`` where they would name a temporary file, or, as those of a write do, none."""
+    """Make errors name ``path`` where they would name a temporary file, or, as those of a write do, none."""
     try:
         yield
     except OSError as error:
@@ -405,19 +405,19 @@ def _numbers(error: BaseException) -> Iterator[int]:
 # --- checksums -------------------------------------------------------------------------------------------
 
 
-def write_signed_json(path: Path, content: Mapping[str, Any], *beside: Path) -> None:
-    """Writes ``content`` with a checksum over itself and the files ``beside`` it. Not on its own whole or not at all:
+def write_signed_json(path: Path, content: Mapping[str, Any], *others: Path) -> None:
+    """Write ``content`` with a checksum over itself and the files ``others``. Not on its own whole or not at all:
     for files in a `new_folder`."""
     text = json_text({**content, CHECKSUM: UNSIGNED}).encode()
-    path.write_bytes(_signed(text, _digest(text, beside)))
+    path.write_bytes(_signed(text, _digest(text, others)))
 
 
-def check_json(path: Path, content: Mapping[str, Any], *beside: Path) -> None:
-    """Raises ValueError unless ``path``, which holds ``content``, and the files ``beside`` it are as
+def check_json(path: Path, content: Mapping[str, Any], *others: Path) -> None:
+    """Raise ValueError unless ``path``, which holds ``content``, and the files ``others`` are as
     `write_signed_json` left them. Files without a checksum, of older versions, pass."""
     found = _checksum(content, path)
-    if found is not None and _digest(_unsigned(path.read_bytes(), found), beside) != found:
-        raise _damaged(path, beside)
+    if found is not None and _digest(_unsigned(path.read_bytes(), found), others) != found:
+        raise _damaged(path, others)
 
 
 def file_checksum(path: Path) -> str:
@@ -425,27 +425,27 @@ def file_checksum(path: Path) -> str:
     return _digest(b"", [path]).removeprefix("sha256:")
 
 
-def sign_tensors(path: Path, *beside: Path) -> None:
-    """Fills in the checksum of a safetensors file whose metadata holds `CHECKSUM`: `UNSIGNED`, over the file itself and
-    the files ``beside`` it. Also sorts its metadata, which the library writes in random order."""
+def sign_tensors(path: Path, *others: Path) -> None:
+    """Fill in the checksum of a safetensors file whose metadata holds `CHECKSUM`: `UNSIGNED`, over the file itself and
+    the files ``others``. Also sort its metadata, which the library writes in random order."""
     with open(path, "r+b") as file:
         head, header = _tensor_header(file, path)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         head = head[:8] + ordered.ljust(len(head) - 8)
-        head = _signed(head, _digest(head, beside, file))
+        head = _signed(head, _digest(head, others, file))
         file.seek(0)
         file.write(head)
 
 
-def check_tensors(path: Path, *beside: Path) -> None:
-    """Raises ValueError unless a safetensors file and the files ``beside`` it are as `sign_tensors` left them. Files
+def check_tensors(path: Path, *others: Path) -> None:
+    """Raise ValueError unless a safetensors file and the files ``others`` are as `sign_tensors` left them. Files
     without a checksum, of older versions, pass."""
     with open(path, "rb") as file:
         head, header = _tensor_header(file, path)
         found = _checksum(header.get("__metadata__", {}), path)
-        if found is not None and _digest(_unsigned(head, found), beside, file) != found:
-            raise _damaged(path, beside)
+        if found is not None and _digest(_unsigned(head, found), others, file) != found:
+            raise _damaged(path, others)
 
 
 def _tensor_header(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -464,10 +464,10 @@ def _tensor_header(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, Any]]:
     return head, header
 
 
-def _digest(head: bytes, beside: Iterable[Path], rest: BinaryIO | None = None) -> str:
+def _digest(head: bytes, others: Iterable[Path], rest: BinaryIO | None = None) -> str:
     sha = hashlib.sha256(head)
     with contextlib.ExitStack() as opened:
-        for file in [*([] if rest is None else [rest]), *(opened.enter_context(open(path, "rb")) for path in beside)]:
+        for file in [*([] if rest is None else [rest]), *(opened.enter_context(open(path, "rb")) for path in others)]:
             while block := file.read(1 << 22):
                 sha.update(block)
     return f"sha256:{sha.hexdigest()}"
@@ -484,13 +484,13 @@ def _unsigned(head: bytes, checksum: str) -> bytes:
 def _checksum(entries: Mapping[str, Any], path: Path) -> str | None:
     found = entries.get(CHECKSUM)
     if found is not None and not (isinstance(found, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", found)):
-        raise ValueError(f"{path}: damaged: its checksum is none, but {str(found)[:80]!r}")
+        raise ValueError(f"{path}: damaged: expected a checksum, got {str(found)[:80]!r}")
     # One wrong letter in the key must not make the file one without a checksum.
     if found is None and any(isinstance(value, str) and value.startswith("sha256:") for value in entries.values()):
         raise ValueError(f"{path}: damaged: its checksum is not called '{CHECKSUM}'")
     return found
 
 
-def _damaged(path: Path, beside: Iterable[Path]) -> ValueError:
-    names = " and ".join([str(path), *(other.name for other in beside)])
+def _damaged(path: Path, others: Iterable[Path]) -> ValueError:
+    names = " and ".join([str(path), *(other.name for other in others)])
     return ValueError(f"{names}: damaged, or changed since they were written: the checksum differs")

@@ -60,7 +60,7 @@ BINARY = "binary data of no known kind"
 
 
 def describe_file(path: str | os.PathLike[str]) -> str:
-    """What lies at a path, as a noun phrase: "an HTML page", "an empty file", "a folder", "a torch checkpoint".
+    """Return what lies at a path, as a noun phrase: "an HTML page", "an empty file", "a folder", "a torch checkpoint".
 
     Judged by its first bytes, and an archive by the names in it: nothing is unpacked or executed.
     """
@@ -126,14 +126,14 @@ def name_some(names: Iterable[object], count: int = 5) -> str:
 
 
 def require_file(path: Path, name: str) -> None:
-    """Raises FileNotFoundError unless there is a file; `name` says in the message what it was for."""
+    """Raise FileNotFoundError unless there is a file; `name` says in the message what it was for."""
     if not path.is_file():
         found = describe_file(path)
         raise FileNotFoundError(f"{name}: no file {path}{'' if found == 'no file' else f': it is {found}'}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError for anything else."""
+    """The object in a JSON file. Raise ValueError for anything else."""
     text = _read_text(path, "JSON")
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
@@ -202,7 +202,7 @@ def _read_text(path: Path, kind: str) -> str:
 
 
 def _depth(content: Any) -> int:
-    """How deeply dictionaries and lists lie in one another."""
+    """Return the depth of nesting of dictionaries and lists."""
     depth, level = 0, [content]
     while level:
         level = [

@@ -20,7 +20,7 @@ from rqgen.reading import shorten, unreadable
 
 FORMAT_VERSION = 3
 SUFFIX = ".safetensors"
-# The metadata entry of a file, beside its checksum.
+# The metadata entry of a file, next to its checksum.
 _ENTRY = "rqgen-codes"
 
 
@@ -68,7 +68,7 @@ class EncodedImages:
         return CodeLayout.of(self.codes, self.codebook_size)
 
     def check_tokenizer(self, layout: CodeLayout, codebook_id: str) -> None:
-        """Raises ValueError unless they are the codes of a tokenizer with this layout and `fingerprint`."""
+        """Raise ValueError unless they are the codes of a tokenizer with this layout and `fingerprint`."""
         if (self.layout.kind, self.layout.shape) != (layout.kind, layout.shape):
             raise ValueError(f"codes: expected {layout.in_words()}, as the tokenizer has, got {self.layout.in_words()}")
         if self.codebook_id != codebook_id:
@@ -76,7 +76,7 @@ class EncodedImages:
 
 
 def check_codes_name(path: Path, name: str = "path") -> None:
-    """Raises ValueError for a file name that says another format than safetensors: before the work whose result the
+    """Raise ValueError for a file name that says another format than safetensors: before the work whose result the
     file would hold."""
     if path.suffix.lower() not in ("", SUFFIX):
         raise ValueError(
@@ -85,7 +85,7 @@ def check_codes_name(path: Path, name: str = "path") -> None:
 
 
 def write_codes(path: Path, encoded: EncodedImages) -> None:
-    """Writes tensors "codes" (int32 (N, L), see `CodeLayout.flatten`) and "labels" (int64) with one entry of metadata,
+    """Write tensors "codes" (int32 (N, L), see `CodeLayout.flatten`) and "labels" (int64) with one entry of metadata,
     which is JSON, and a checksum; whole or not at all. The same codes give the same bytes."""
     check_codes_name(path)
     description = {
@@ -106,8 +106,8 @@ def write_codes(path: Path, encoded: EncodedImages) -> None:
 
 
 def read_codes(path: Path) -> EncodedImages:
-    """Reads what `write_codes` wrote, in this version or in the first two, which had an entry of metadata for each
-    thing; in the first one codes are (N, h, w, D). Raises FileNotFoundError, or ValueError for any other file."""
+    """Read what `write_codes` wrote, in this version or in the first two, which had an entry of metadata for each
+    thing; in the first one codes are (N, h, w, D). Raise FileNotFoundError, or ValueError for any other file."""
     if not path.is_file():
         raise FileNotFoundError(f"codes file not found: {path}")
     path.open("rb").close()  # the library says of a file without permission that it is missing
@@ -141,9 +141,10 @@ def read_codes(path: Path) -> EncodedImages:
 
 def _description(metadata: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
     """The format's version, and what the metadata says in whichever version."""
+    known: tuple[int, ...] = (FORMAT_VERSION,)
     if _ENTRY in metadata:
         description = _parsed(metadata, _ENTRY, dict)
-        version, known = description.get("format_version"), (FORMAT_VERSION,)
+        version = description.get("format_version")
     elif metadata.get("format") == "rqgen-codes":
         shown = metadata.get("format_version", "")
         version, known = int(shown) if shown.isdecimal() else shown, (1, 2)

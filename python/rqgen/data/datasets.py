@@ -1,9 +1,9 @@
 """Datasets of images: the split, the choice of classes, and random variations of training images.
 
 Every dataset answers ``item(index, epoch) -> (image, label)``: the image a float32 tensor (channels, H, W) in
-[-1, 1], the label an int (-1 where there are no classes). What is random in an item (a crop, a flip) is drawn
-from a generator seeded by (seed, epoch, index) alone: the same whatever was read before, by whichever worker,
-in a resumed run too.
+[-1, 1], the label an int (-1 where there are no classes). Random parts of an item (a crop, a flip) are sampled
+from a generator seeded by (seed, epoch, index) alone: they do not depend on what was read before, nor on the worker
+that reads, and are the same in a resumed run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
-        """The image (channels, H, W) in [-1, 1] and its label, as drawn in this epoch."""
+        """The image (channels, H, W) in [-1, 1] and its label, as sampled for this epoch."""
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: Split) -> list[int]:
@@ -57,7 +57,7 @@ def choose_classes(
     names: Sequence[str], wanted: Sequence[str] | None, where: str
 ) -> tuple[tuple[str, ...], dict[int, int]]:
     """The class names in use, and for each used position in ``names`` the label it gets. ``wanted`` as
-    `DataConfig.classes`; names are found as `rqgen.checks.find_name` does. Raises ValueError for a name that is not
+    `DataConfig.classes`; names are found as `rqgen.checks.find_name` does. Raise ValueError for a name that is not
     there, suggesting the nearest."""
     if wanted is None:
         return tuple(names), {position: position for position in range(len(names))}
@@ -72,13 +72,13 @@ def choose_classes(
 
 
 def item_generator(seed: int, epoch: int, index: int, *, stream: int) -> np.random.Generator:
-    """The generator of what is random in one item. Streams 0 and 2 are `Augmentation`'s."""
+    """Return the generator of the random parts of one item. Streams 0 and 2 are `Augmentation`'s."""
     return np.random.default_rng((seed, epoch, index, stream))
 
 
 class Augmentation:
-    """Mirrors every other training image and moves it, as ``config`` says, by draws that depend on (seed, epoch,
-    index). ``on``: whether it does anything in this split."""
+    """Mirror half of the training images and move them, as ``config`` says, by random numbers that depend on (seed,
+    epoch, index) alone. ``on`` is False where it changes no image of this split."""
 
     def __init__(self, config: DataConfig, split: Split) -> None:
         training = split == "train"
@@ -90,8 +90,8 @@ class Augmentation:
         if self._flip and item_generator(self._seed, epoch, index, stream=0).random() < 0.5:
             image_chw = image_chw.flip(-1)
         if self._shift:
-            draw = item_generator(self._seed, epoch, index, stream=2)
-            down, right = draw.integers(-self._shift, self._shift + 1, size=2).tolist()
+            generator = item_generator(self._seed, epoch, index, stream=2)
+            down, right = generator.integers(-self._shift, self._shift + 1, size=2).tolist()
             rows, columns = (torch.arange(side) for side in image_chw.shape[1:])
             rows, columns = (rows - down).clamp(0, len(rows) - 1), (columns - right).clamp(0, len(columns) - 1)
             image_chw = image_chw[:, rows.unsqueeze(1), columns]

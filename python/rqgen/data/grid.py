@@ -65,7 +65,7 @@ def image_grid(
 def grid_size(
     count: int, columns: int, size: tuple[int, int], *, gap: int = 2, row_labels: Sequence[str] = ()
 ) -> tuple[int, int]:
-    """Height and width of the `image_grid` of so many images of this size (height, width)."""
+    """Height and width of the `image_grid` of `count` images of this size (height, width)."""
     columns = min(columns, count)
     labels = _label_column(row_labels, size[0], gap).shape[1] if row_labels else 0
     return -(-count // columns) * (size[0] + gap) + gap, columns * (size[1] + gap) + gap + labels
@@ -86,7 +86,7 @@ def _label_column(labels: Sequence[str], height: int, gap: int) -> torch.Tensor:
 
 
 def check_image_name(path: Path, *, size: tuple[int, int] = (1, 1), name: str = "path") -> None:
-    """Raises ValueError where no image of this size (height, width) can be written under this name: before the work
+    """Raise ValueError where no image of this size (height, width) can be written under this name: before the work
     whose result it would hold."""
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"{name}: expected a file name that ends in {', '.join(_FORMATS)}, got '{path}'")
@@ -102,7 +102,7 @@ def check_image_name(path: Path, *, size: tuple[int, int] = (1, 1), name: str = 
 def save_image(sheet_chw: torch.Tensor, path: Path, *, scale: int = 1) -> None:
     """Bytes (1|3, H, W) to an image file, each pixel ``scale`` times as wide and high; whole or not at all.
 
-    The name's suffix decides the format: PNG, JPEG (quality 95), WebP (lossless), TIFF or BMP. Raises ValueError for
+    The name's suffix decides the format: PNG, JPEG (quality 95), WebP (lossless), TIFF or BMP. Raise ValueError for
     others, and for images larger than the format holds.
     """
     if sheet_chw.dtype != torch.uint8 or sheet_chw.ndim != 3 or sheet_chw.shape[0] not in (1, 3):

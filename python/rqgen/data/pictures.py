@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor
+from PIL import Image, ImageCms, ImageColor, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Picture(NamedTuple):
     planes: list[Image.Image]
     """One "L" or "RGB" image; of deeper samples one "F" image per channel (1 or 3), values in [0, 1]."""
     more_frames: bool
-    """Whether the file holds more frames (or pages) than this first one."""
+    """True if the file holds more frames (or pages) than this first one."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,7 +80,7 @@ class Picture(NamedTuple):
 
 
 def read_image(path: str | Path, *, channels: int = 3, background: Colour = "white") -> torch.Tensor:
-    """Reads an image file as a viewer shows it: float32 (channels, H, W) in [-1, 1], black to white.
+    """Read an image file as a viewer shows it: float32 (channels, H, W) in [-1, 1], black to white.
 
     - The orientation that EXIF or XMP give is applied.
     - Integers are scaled by the range of their type: 8, 16 and 32 bits. 16-bit samples that were written with fewer
@@ -122,7 +123,7 @@ def parse_colour(colour: Colour) -> tuple[int, int, int]:
 
 
 def open_picture(path: Path, *, channels: int, background: tuple[int, int, int]) -> Picture:
-    """Opens and decodes an image file, see `read_image`. Planes have one channel where `channels` is 1, and may have
+    """Open and decode an image file, see `read_image`. Planes have one channel where `channels` is 1, and may have
     one where it is 3.
 
     Raises:
@@ -155,23 +156,29 @@ def open_picture(path: Path, *, channels: int, background: tuple[int, int, int])
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     # Not by its name: a file that Pillow opens itself it may map into memory, and a TIFF with an orientation of 5 to 8
     # is then scrambled (Pillow 13).
     with path.open("rb") as file, Image.open(file) as image:
         yield image
 
 
-def _check_strips(image: Image.Image) -> None:
-    """Raises ValueError for a TIFF whose strips do not reach everywhere: Pillow leaves the rest black."""
-    if image.format != "TIFF":
+def _check_strips(image: ImageFile.ImageFile) -> None:
+    """Raise ValueError for a TIFF whose strips do not reach everywhere: Pillow leaves the rest black."""
+    if not isinstance(image, TiffImageFile):
         return
-    (width, height), covered = image.size, {}
-    for _, (left, top, right, bottom), _, args in image.tile:
-        band = args if isinstance(args, str) else args[0]
-        covered[band] = covered.get(band, 0) + (right - left) * (bottom - top)
+    width, height = image.size
+    covered: dict[str, int] = {}
+    for tile in image.tile:
+        left, top, right, bottom = tile.extents or (0, 0, width, height)
+        covered[_band(tile)] = covered.get(_band(tile), 0) + (right - left) * (bottom - top)
     if any(area < width * height for area in covered.values()):
         raise ValueError(f"its strips hold less than {width}x{height} pixels")
+
+
+def _band(tile: ImageFile._Tile) -> str:
+    """Return Pillow's name of what a part of the file holds: channels, or the layout of samples in bytes."""
+    return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
 
 
 def _has_more_frames(image: Image.Image) -> bool:
@@ -183,11 +190,9 @@ def _has_more_frames(image: Image.Image) -> bool:
         return False
 
 
-def _rawmode(image: Image.Image) -> str:
-    """How the file's bytes become samples, as Pillow names it; "" where its plugin decides that."""
-    args = image.tile[0][3] if image.tile else ""
-    first = args[0] if isinstance(args, tuple) and args else args
-    return first if isinstance(first, str) else ""
+def _rawmode(image: ImageFile.ImageFile) -> str:
+    """Return Pillow's name of the layout of samples in the file's bytes; "" where its plugin decides that."""
+    return _band(image.tile[0]) if image.tile else ""
 
 
 def _orientation(image: Image.Image) -> int:
@@ -201,12 +206,12 @@ def _orientation(image: Image.Image) -> int:
 # --- 8 bits -------------------------------------------------------------------------------------------------------
 
 
-def _eight_bit(image: Image.Image, rawmode: str, channels: int, background: tuple[int, int, int]) -> Image.Image:
-    image, alpha = _split_alpha(image, rawmode)
+def _eight_bit(opened: Image.Image, rawmode: str, channels: int, background: tuple[int, int, int]) -> Image.Image:
+    image, alpha = _split_alpha(opened, rawmode)
     profile = image.info.get("icc_profile")
     transform = _srgb_transform(profile, image.mode) if profile else None
-    if transform is not None:
-        image = ImageCms.applyTransform(image, transform)
+    if transform is not None and (converted := ImageCms.applyTransform(image, transform)) is not None:
+        image = converted
     if alpha is not None:
         canvas = Image.new("RGB", image.size, background)
         canvas.paste(image, mask=alpha)
@@ -222,7 +227,7 @@ def _split_alpha(image: Image.Image, rawmode: str) -> tuple[Image.Image, Image.I
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or key is not None
     if not has_alpha and not (image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")):
         return (image.convert({"1": "L", "P": "RGB"}[image.mode]) if image.mode in ("1", "P") else image), None
-    if rawmode in _GREY_STEPS and key < 2 ** int(rawmode[-1]):
+    if key is not None and rawmode in _GREY_STEPS and key < 2 ** int(rawmode[-1]):
         # The samples were scaled to 8 bits, the transparent one was not.
         image.info["transparency"] = key * _GREY_STEPS[rawmode]
     grey = image.mode in ("1", "L", "LA", "La")
@@ -246,7 +251,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 
 def _deep_planes(
-    image: Image.Image, path: Path, rawmode: str, channels: int, background: tuple[int, int, int]
+    image: ImageFile.ImageFile, path: Path, rawmode: str, channels: int, background: tuple[int, int, int]
 ) -> list[Image.Image]:
     samples_hwc = _deep_samples(image, path, rawmode)
     key, alpha_hw1 = image.info.get("transparency"), None
@@ -255,7 +260,7 @@ def _deep_planes(
     values_hwc = _scaled(samples_hwc, image, path)
     if values_hwc.shape[-1] in (2, 4):
         values_hwc, alpha_hw1 = values_hwc[..., :-1], values_hwc[..., -1:]
-    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         values_hwc = 1 - values_hwc
     if alpha_hw1 is not None:
         values_hwc = alpha_hw1 * values_hwc + (1 - alpha_hw1) * (np.array(background) / 255)
@@ -264,9 +269,9 @@ def _deep_planes(
     return [Image.fromarray(np.ascontiguousarray(plane_hw, np.float32)) for plane_hw in np.moveaxis(values_hwc, -1, 0)]
 
 
-def _deep_samples(image: Image.Image, path: Path, rawmode: str) -> np.ndarray:
+def _deep_samples(image: ImageFile.ImageFile, path: Path, rawmode: str) -> np.ndarray:
     """(H, W, C) as the file has them, alpha last (C = 2 or 4)."""
-    if _has_deep_planes(image):
+    if isinstance(image, TiffImageFile) and _has_deep_planes(image):
         return _separate_planes(image, path)
     if rawmode == "LA;16B":  # as four bytes a pixel, none of which is lost
         return np.asarray(_reread(path, "RGBA")).astype(np.int64) @ np.array([[256, 0], [1, 0], [0, 256], [0, 1]])
@@ -282,15 +287,16 @@ def _deep_samples(image: Image.Image, path: Path, rawmode: str) -> np.ndarray:
 
 def _has_deep_planes(image: Image.Image) -> bool:
     """16-bit samples, each channel on its own: Pillow reads a byte of each, uncompressed ones at the wrong place."""
-    if image.format != "TIFF" or len(image.getbands()) == 1:
+    if not isinstance(image, TiffImageFile) or len(image.getbands()) == 1:
         return False
     return image.tag_v2.get(_PLANAR_CONFIGURATION) == _SEPARATE and image.tag_v2[_BITS_PER_SAMPLE][0] == 16
 
 
-def _separate_planes(image: Image.Image, path: Path) -> np.ndarray:
+def _separate_planes(image: TiffImageFile, path: Path) -> np.ndarray:
     """(H, W, C) of a file with `_has_deep_planes`."""
     with _opened(path) as again:
-        tiles, byte_order = again.tile, again.tag_v2.prefix
+        tiles = again.tile  # decoding has emptied the one of `image`
+    byte_order = image.tag_v2.prefix
     (width, height), bands = image.size, image.getbands()
     if bands[0] != "R" or any(tile.codec_name != "raw" for tile in tiles):
         raise ValueError(
@@ -298,22 +304,23 @@ def _separate_planes(image: Image.Image, path: Path) -> np.ndarray:
         )
     samples_hwc = np.empty((height, width, len(bands)), np.int64)
     contents = path.read_bytes()
-    for _, (left, top, right, bottom), offset, args in tiles:
+    for tile in tiles:
+        left, top, right, bottom = tile.extents or (0, 0, width, height)
         rows, columns = bottom - top, right - left
-        values = np.frombuffer(contents, "<u2" if byte_order == b"II" else ">u2", rows * columns, offset)
-        samples_hwc[top:bottom, left:right, bands.index(args[0])] = values.reshape(rows, columns)
+        values = np.frombuffer(contents, "<u2" if byte_order == b"II" else ">u2", rows * columns, tile.offset)
+        samples_hwc[top:bottom, left:right, bands.index(_band(tile))] = values.reshape(rows, columns)
     return samples_hwc
 
 
 def _is_signed(image: Image.Image) -> bool:
-    return image.format == "TIFF" and image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
 
 
 def _reread(path: Path, rawmode: str) -> Image.Image:
     """The image with its bytes taken apart in another way."""
     with _opened(path) as image:
         image.tile = [
-            tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]))
+            tile._replace(args=(rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode)
             for tile in image.tile
         ]
         image.load()
@@ -336,7 +343,7 @@ def _scaled(samples_hwc: np.ndarray, image: Image.Image, path: Path) -> np.ndarr
 
 
 def _type_maximum(image: Image.Image) -> int:
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         return 2 ** (image.tag_v2[_BITS_PER_SAMPLE][0] - _is_signed(image)) - 1
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two are scaled to 16 bits
         return 2**31 - 1
@@ -344,19 +351,19 @@ def _type_maximum(image: Image.Image) -> int:
 
 
 def _declared_bits(image: Image.Image, path: Path) -> int | None:
-    """How many bits of a sample were used, where the file says so."""
+    """Return the number of bits of a sample that were used, where the file says so."""
     if image.format == "PNG":
         return _significant_bits(path)
-    if image.format != "TIFF":
+    if not isinstance(image, TiffImageFile):
         return None
-    # The largest value in use may be a statistic, which must not change what is shown; a number of bits is none.
+    # The largest value in use may be a statistic, which must not change what is shown; a number of bits is not one.
     largest = max(image.tag_v2.get(_MAX_SAMPLE_VALUE, (0,)))
     whole = isinstance(largest, int) and largest > 1 and largest & (largest + 1) == 0
     return largest.bit_length() if whole else None
 
 
 def _significant_bits(path: Path) -> int | None:
-    """Of a PNG's colours, by its sBIT chunk: Pillow passes it over."""
+    """Return the significant bits of a PNG's samples, by its sBIT chunk, which Pillow does not read."""
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -371,8 +378,10 @@ def _significant_bits(path: Path) -> int | None:
 
 
 def _right_aligned(samples_hwc: np.ndarray, bits: int) -> bool:
-    """Whether 16-bit samples of so many significant bits were stored as they are. PNG wants them scaled up, by shifting
-    (with or without repeated bits) or by multiplying: then a sample follows from its upper bits."""
+    """Return True if 16-bit samples of `bits` significant bits were stored as they are.
+
+    PNG wants them scaled up, by shifting (with or without repeated bits) or by multiplying: then a sample follows from
+    its upper bits."""
     upper = samples_hwc >> (16 - bits)
     shifted = upper << (16 - bits)
     repeated = shifted

@@ -46,7 +46,7 @@ class DataConfig:
     horizontal_flip: bool = False
     """Mirror half of the training images."""
     shift: int = 0
-    """Move training images by up to so many pixels, up or down and left or right; the border is repeated."""
+    """Move training images by up to this many pixels, up or down and left or right; the border is repeated."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the chosen source by its name, and of others where they were given."""
 
@@ -67,6 +67,12 @@ class DataConfig:
             raise ValueError(f"held_out_fraction: expected 0 <= fraction < 1, got {self.held_out_fraction}")
         if not 0 <= self.shift < self.resolution:
             raise ValueError(f"shift: expected 0 <= shift < resolution ({self.resolution}), got {self.shift}")
+
+    @property
+    def channel_count(self) -> int:
+        """`channels`, the source's default filled in."""
+        assert self.channels is not None  # see __post_init__
+        return self.channels
 
     @property
     def place(self) -> tuple[str, Any]:
@@ -93,7 +99,7 @@ def place_of(source: str, options: Any) -> Any:
 
 
 def open_dataset(config: DataConfig, split: Split) -> ImageDataset:
-    """The images of one split. Raises FileNotFoundError or ValueError where there is nothing to read."""
+    """The images of one split. Raise FileNotFoundError or ValueError where there is nothing to read."""
     dataset = SOURCES.find(config.source, "source").open(config, config.options.get(config.source), split)
     if split == "train" and len(dataset) == 0:
         raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")

@@ -14,7 +14,7 @@ from rqgen.checks import check_within, checked_integers
 
 class Batch(NamedTuple):
     """Inputs (B, ...) and labels int64 (B,), -1 for "no class". ``first_row`` counts the items that went
-    before in the whole run: a random draw keyed by it is never repeated."""
+    before in the whole run: a random number keyed by it is never repeated."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 class Items(Protocol):
-    """What a stream reads from: an `rqgen.data.ImageDataset`, or anything else indexed the same way."""
+    """The source of a stream: an `rqgen.data.ImageDataset`, or anything else indexed the same way."""
 
     def __len__(self) -> int: ...
 
@@ -52,9 +52,9 @@ class TensorItems:
 class BatchStream:
     """Batches number ``start``, ``start + 1``, ... of an endless sequence.
 
-    Epoch e is a permutation drawn from (seed, e) and cut into batches, the incomplete last one left out.
+    Epoch e is a permutation sampled by (seed, e) and cut into batches, the incomplete last one left out.
     Batch number b is therefore a function of (seed, b) alone: its number is all the state that a resumed run
-    needs. Raises ValueError when there are fewer items than one batch.
+    needs. Raise ValueError when there are fewer items than one batch.
     """
 
     def __init__(self, items: Items, batch_size: int, *, seed: int, start: int = 0, workers: int = 0) -> None:
@@ -69,9 +69,9 @@ class BatchStream:
         sampler = _NumberedBatches(len(self._items), self._batch_size, self._seed, self._start)
         loader = DataLoader(
             _Items(self._items),
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             num_workers=self._workers,
-            # The loader draws a base seed for its workers: from here and not from the global generator, whose
+            # The loader samples a base seed for its workers: from here and not from the global generator, whose
             # state belongs to the model.
             generator=torch.Generator().manual_seed(self._seed),
         )

@@ -19,15 +19,15 @@ class Convolution(nn.Conv2d):
     number of threads, for inputs (N, C, H, W)."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        plain = input.ndim == 4 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if not (plain and _same_bits_wanted(input) and torch.backends.mkldnn.is_available()):
+        usual = input.ndim == 4 and self.padding_mode == "zeros" and _same_bits_wanted(input)
+        if isinstance(self.padding, str) or not (usual and torch.backends.mkldnn.is_available()):
             return super()._conv_forward(input, weight, bias)
         if self.kernel_size == (1, 1):
             # Rows of channels: of the layouts the one in which oneDNN does not split these sums among threads. A copy
             # even where only the strides of a single image differ, by which the layout would go unseen.
             input = torch.empty_like(input, memory_format=torch.channels_last).copy_(input)
-        settings = self.padding, self.stride, self.dilation, self.groups
-        return torch.mkldnn_convolution(input, weight, bias, *settings).contiguous()
+        convolved = torch.mkldnn_convolution(input, weight, bias, self.padding, self.stride, self.dilation, self.groups)
+        return convolved.contiguous()
 
 
 def silu(x: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from torch import Tensor
 from rqgen.checks import check_range_without_waiting, check_tensor
 
 Codes = Tensor | list[Tensor]
-"""Of N images: stacks int64 (N, h, w, D), or a list of token maps int64 (N, h_k, w_k)."""
+"""Codes of N images: stacks int64 (N, h, w, D), or a list of token maps int64 (N, h_k, w_k)."""
 
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """How the codes of an image are laid out.
+    """The layout of the codes of an image.
 
     Attributes:
         kind: "stacks": D codes at each of h x w positions, one tensor (N, h, w, D). "maps": a token map per scale, a
@@ -36,7 +36,10 @@ class CodeLayout:
     @classmethod
     def stacks(cls, shape: Sequence[int], codebook_size: int) -> CodeLayout:
         """D codes at each of h x w positions, from [h, w, D]."""
-        return cls("stacks", tuple(shape), codebook_size)  # type: ignore[arg-type]
+        if len(shape) != 3:
+            raise ValueError(f"code_shape: expected [h, w, D], got {list(shape)}")
+        height, width, depth = shape
+        return cls("stacks", (height, width, depth), codebook_size)
 
     @classmethod
     def maps(cls, shape: Sequence[Sequence[int]], codebook_size: int) -> CodeLayout:
@@ -52,7 +55,7 @@ class CodeLayout:
 
     @classmethod
     def from_json(cls, shape: Any, codebook_size: int) -> CodeLayout:
-        """The layout of what `to_json` gave. Raises ValueError for anything else."""
+        """The layout of what `to_json` gave. Raise ValueError for anything else."""
         nested = isinstance(shape, list) and all(isinstance(part, list) for part in shape)
         parts = shape if nested else [shape]
         sizes = (2,) if nested else (3,)
@@ -66,7 +69,7 @@ class CodeLayout:
 
     def to_json(self) -> list[int] | list[list[int]]:
         """`shape` in lists: [h, w, D], or [h_k, w_k] of each token map."""
-        return list(self.shape) if self.kind == "stacks" else [list(scale) for scale in self.shape]
+        return list(self._shapes[0]) if self.kind == "stacks" else [list(scale) for scale in self._shapes]
 
     @property
     def axis(self) -> str:
@@ -76,7 +79,7 @@ class CodeLayout:
     @property
     def levels(self) -> int:
         """D, or the number of token maps: an image decoded from the first levels alone is a coarser one."""
-        return self.shape[2] if self.kind == "stacks" else len(self.shape)  # type: ignore[return-value]
+        return self._shapes[0][2] if self.kind == "stacks" else len(self.shape)
 
     @property
     def level_sizes(self) -> list[int]:
@@ -92,7 +95,7 @@ class CodeLayout:
 
     @property
     def steps(self) -> list[tuple[int, slice]]:
-        """What an autoregressive prior predicts at once, in order: (level, the codes' places among the L of `flatten`).
+        """The steps of an autoregressive prior, in order: (level, the codes' places among the L of `flatten`).
         A code by itself in stacks, position by position and depth by depth; a whole token map otherwise."""
         if self.kind == "stacks":
             return [(place % self.levels, slice(place, place + 1)) for place in range(self.count)]
@@ -101,16 +104,18 @@ class CodeLayout:
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:
-        return [self.shape] if self.kind == "stacks" else list(self.shape)  # type: ignore[list-item, arg-type]
+        """The shape of each tensor of codes, without the images' dimension."""
+        maps: list[tuple[int, ...]] = [scale for scale in self.shape if isinstance(scale, tuple)]
+        return maps or [tuple(size for size in self.shape if isinstance(size, int))]
 
     def _parts(self, codes: Codes) -> list[Tensor]:
-        return [codes] if self.kind == "stacks" else list(codes)  # type: ignore[list-item]
+        return [codes] if isinstance(codes, Tensor) else list(codes)
 
     def _whole(self, parts: list[Tensor]) -> Codes:
         return parts[0] if self.kind == "stacks" else parts
 
     def map(self, function: Callable[[Tensor], Tensor], codes: Codes) -> Codes:
-        """The same of every tensor of `codes`: moved to a device, some of the images, ..."""
+        """Apply a function to every tensor of `codes`: move it to a device, take some of the images, ..."""
         return self._whole([function(part) for part in self._parts(codes)])
 
     def select(self, codes: Codes, rows: slice) -> Codes:
@@ -128,7 +133,7 @@ class CodeLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def unflatten(self, codes_nl: Tensor) -> Codes:
-        """The opposite of `flatten`. Raises ValueError for another number of codes than `count`."""
+        """The opposite of `flatten`. Raise ValueError for another number of codes than `count`."""
         if codes_nl.ndim != 2 or codes_nl.shape[1] != self.count:
             raise ValueError(f"codes: expected (N, {self.count}), got {tuple(codes_nl.shape)}")
         parts = codes_nl.split([math.prod(shape) for shape in self._shapes], dim=1)
@@ -136,15 +141,15 @@ class CodeLayout:
 
     def by_level(self, codes: Codes) -> list[Tensor]:
         """The codes of each level: (N, h, w) for each depth, or the token maps."""
-        return list(codes.unbind(-1)) if self.kind == "stacks" else list(codes)  # type: ignore[union-attr]
+        return list(codes.unbind(-1)) if isinstance(codes, Tensor) else list(codes)
 
     def in_words(self) -> str:
-        """Such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""
+        """Return text such as "8x8x4 codes" or "token maps of 1x1, 2x2, 4x4"."""
         texts = ["x".join(map(str, shape)) for shape in self._shapes]
         return f"{texts[0]} codes" if self.kind == "stacks" else f"token maps of {', '.join(texts)}"
 
     def check(self, codes: Any, *, device: torch.device | None = None, owner: str = "model") -> None:
-        """Raises unless `codes` are int64, of this layout and in [0, K), and on `device`, that of their `owner`, where
+        """Raise unless `codes` are int64, of this layout and in [0, K), and on `device`, that of their `owner`, where
         one is given.
 
         Raises:

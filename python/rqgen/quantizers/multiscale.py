@@ -6,7 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,18 +70,23 @@ class MultiScaleConfig:
             raise ValueError("scales: expected at least one")
         if len(self.scales) > 256:
             raise ValueError(f"scales: expected at most 256, got {len(self.scales)}")
-        self.scales = [_pair(scale) for scale in self.scales]
-        height, width = self.scales[-1]
+        self.scales = [list(_pair(scale)) for scale in self.scales]
+        height, width = self.sizes[-1]
         if max(height, width) > 2**12:
             raise ValueError(f"scales: expected token maps of at most {2**12} a side, got {[height, width]}")
-        for scale in self.scales:
-            if scale[0] > height or scale[1] > width:
-                raise ValueError(f"scales: none may be larger than the last, {[height, width]}; got {scale}")
+        for h, w in self.sizes:
+            if h > height or w > width:
+                raise ValueError(f"scales: expected none larger than the last, {[height, width]}, got {[h, w]}")
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(h_k, w_k) of each scale."""
+        return [_pair(scale) for scale in self.scales]
 
     @property
     def tokens(self) -> list[int]:
         """h_k * w_k of each scale."""
-        return [h * w for h, w in self.scales]
+        return [h * w for h, w in self.sizes]
 
 
 def scales_up_to(side: int) -> list[int]:
@@ -93,8 +98,8 @@ def scales_up_to(side: int) -> list[int]:
     raise ValueError(f"scales: no published list reaches a feature map of {side}x{side}; give one")
 
 
-def _pair(scale: Any) -> list[int]:
-    pair = [scale, scale] if isinstance(scale, int) else list(scale) if isinstance(scale, Sequence) else []
+def _pair(scale: int | Sequence[int]) -> tuple[int, int]:
+    pair = (scale, scale) if isinstance(scale, int) else tuple(scale)
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
         raise ValueError(f"scales: expected [h, w] or one number >= 1 for each, got {scale!r}")
     return pair
@@ -104,7 +109,7 @@ TokensOf = Callable[[int, Tensor | None], Tensor]
 
 
 class ScaleStep(NamedTuple):
-    """What one scale found and added, see `MultiScaleQuantizer.steps`."""
+    """Codes and sum of one scale, see `MultiScaleQuantizer.steps`."""
 
     codes: Tensor  # int64 (B, h_k, w_k)
     total: Tensor  # (B, C, H, W): f_hat, the sum of what this scale and those before it added
@@ -120,7 +125,7 @@ class MultiScaleOutput(NamedTuple):
 
 
 class Refinement(Convolution):
-    """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that mends what enlarging blurred."""
+    """phi: `(1 - r) h + r conv(h)`, a 3x3 convolution that sharpens what enlarging blurred."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__(channels, channels, 3, padding=1, dtype=torch.float32)
@@ -131,7 +136,7 @@ class Refinement(Convolution):
 
 
 class MultiScaleDecoder(nn.Module):
-    """What token maps of several scales stand for: feature maps (B, C, H, W) (Tian et al. 2024, algorithm 2).
+    """Decoder of token maps of several scales to feature maps (B, C, H, W) (Tian et al. 2024, algorithm 2).
 
         f_hat_k = f_hat_{k-1} + a_k,    a_k = phi_k(bicubic(e(t_k), (H, W)))       looked up, enlarged, refined
 
@@ -150,7 +155,7 @@ class MultiScaleDecoder(nn.Module):
             raise ValueError(f"code_dim: expected at least 1, got {code_dim}")
         self.config = config
         self.code_dim = code_dim
-        self.layout = CodeLayout.maps(config.scales, config.codebook_size)
+        self.layout = CodeLayout.maps(config.sizes, config.codebook_size)
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, code_dim, dtype=torch.float32))
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
@@ -167,7 +172,7 @@ class MultiScaleDecoder(nn.Module):
         return len(self.config.scales)
 
     def code_tensors(self) -> list[Tensor]:
-        """All that decides what token maps of these scales stand for."""
+        """The tensors that decide what token maps of these scales stand for."""
         ratio = torch.tensor([self.config.refinement_ratio] if self.refinements else [], dtype=torch.float32)
         return [self.codebook, *self.refinements.parameters(), ratio]
 
@@ -190,7 +195,7 @@ class MultiScaleDecoder(nn.Module):
             return functools.reduce(torch.add, (self.contribution(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
-        """What a prior sees before scales 2..K: f_hat_{k-1} shrunken to scale k, float32 (B, h_k, w_k, C) each."""
+        """Yield the inputs of a prior for scales 2..K: f_hat_{k-1} shrunk to scale k, float32 (B, h_k, w_k, C) each."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
                 yield self.downsample(total, k + 1)
@@ -217,19 +222,21 @@ class MultiScaleDecoder(nn.Module):
     def contribution(self, k: int, vectors_bhwc: Tensor) -> Tensor:
         """a_k, (B, C, H, W), of vectors (B, h_k, w_k, C): enlarged (bicubic) and refined."""
         h = vectors_bhwc.permute(0, 3, 1, 2)
-        if self.config.scales[k] != self.config.scales[-1]:
-            h = F.interpolate(h, size=self.config.scales[-1], mode="bicubic")
+        sizes = self.config.sizes
+        if sizes[k] != sizes[-1]:
+            h = F.interpolate(h, size=sizes[-1], mode="bicubic")
         refinement = self._refinement(k)
         return h.contiguous() if refinement is None else refinement(h)
 
     def downsample(self, features: Tensor, k: int) -> Tensor:
         """Features (B, C, H, W) averaged to scale k: (B, h_k, w_k, C)."""
-        if self.config.scales[k] != self.config.scales[-1]:
-            features = F.interpolate(features, size=self.config.scales[k], mode="area")
+        sizes = self.config.sizes
+        if sizes[k] != sizes[-1]:
+            features = F.interpolate(features, size=sizes[k], mode="area")
         return features.permute(0, 2, 3, 1)
 
     def check_codes(self, codes: Sequence[Tensor]) -> None:
-        """Raises unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
+        """Raise unless `codes` are token maps of every scale: int64 (B, h_k, w_k) in [0, K) here.
 
         TypeError (not a list of int64 tensors), ValueError (number, shapes, device), IndexError (a code out of range).
         """
@@ -256,22 +263,26 @@ class ScaleUsage(nn.ModuleList):
     def __init__(self, scales: int, codebook_size: int, window: int) -> None:
         super().__init__(CodeUsage(1, codebook_size, window) for _ in range(scales))
 
+    def of_scales(self) -> list[CodeUsage]:
+        """The usage of each scale."""
+        return [usage for usage in self if isinstance(usage, CodeUsage)]
+
     def reset(self) -> None:
-        """Forgets everything counted so far."""
-        for usage in self:
+        """Forget everything counted so far."""
+        for usage in self.of_scales():
             usage.reset()
 
     def counts(self) -> Tensor:
         """int64 (scales, K): how often each code was chosen at each scale within its window."""
-        return torch.cat([usage.counts() for usage in self])
+        return torch.cat([usage.counts() for usage in self.of_scales()])
 
     def codes_used(self) -> Tensor:
         """int64 (scales,): number of different codes chosen at each scale within its window."""
-        return torch.cat([usage.codes_used() for usage in self])
+        return torch.cat([usage.codes_used() for usage in self.of_scales()])
 
     def perplexity(self) -> Tensor:
         """float32 (scales,): see `CodeUsage.perplexity`."""
-        return torch.cat([usage.perplexity() for usage in self])
+        return torch.cat([usage.perplexity() for usage in self.of_scales()])
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, normalize: bool) -> Tensor:
@@ -311,7 +322,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         self.usage = ScaleUsage(self.num_scales, config.codebook_size, config.usage_window)
 
     def forward(self, features: Tensor) -> MultiScaleOutput:
-        """Quantizes features (B, C, H, W); in train mode also counts usage, and the first time samples the codebook.
+        """Quantize features (B, C, H, W); in train mode also count usage, and the first time sample the codebook.
 
         Raises:
             TypeError, ValueError: features that are not floating-point numbers (B, C, H, W); in train mode no features,
@@ -333,7 +344,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
                 commitment.append(F.mse_loss(wanted, total.detach()))
                 codebook.append(F.mse_loss(total, fixed))
                 if counted:
-                    self.usage[k].update(tokens.unsqueeze(-1))
+                    self.usage.of_scales()[k].update(tokens.unsqueeze(-1))
         # f - f is exactly zero, so the value is what `decode` gives for these codes.
         quantized = total.detach().to(features.dtype) + (features - features.detach())
         return MultiScaleOutput(quantized, codes, torch.stack(commitment).mean(), torch.stack(codebook).mean())
@@ -352,7 +363,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
-        """Samples the codebook from features (B, C, H, W); `forward` does so with the first training batch.
+        """Sample the codebook from features (B, C, H, W); `forward` does so with the first training batch.
 
         Every scale gets an equal share of the codes, sampled from the rest that it meets with the shares before it.
         In a process group all processes take what the first one sampled.
@@ -378,14 +389,15 @@ class MultiScaleQuantizer(MultiScaleDecoder):
         self.usage.reset()
         self.initialized.fill_(True)
 
-    def _nearest_of_rest(self, k: int, rest: Tensor) -> Tensor:
+    def _nearest_of_rest(self, k: int, rest: Tensor | None) -> Tensor:
+        assert rest is not None  # `steps` was given features
         return self.nearest(self.downsample(rest, k))
 
     def _check_features(self, features: Tensor) -> None:
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating-point tensor, got {got}")
-        expected = (self.code_dim, *self.config.scales[-1])
+        expected = (self.code_dim, *self.config.sizes[-1])
         if features.ndim != 4 or tuple(features.shape[1:]) != expected:
             sizes = ", ".join(map(str, expected))
             raise ValueError(f"features: expected (B, {sizes}), got shape {tuple(features.shape)}")

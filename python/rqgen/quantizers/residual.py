@@ -1,4 +1,4 @@
-"""Residual quantization with codebooks learnt by exponential moving averages."""
+"""Residual quantization with codebooks learned by exponential moving averages."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from .usage import CodeUsage
 EMA_UPDATES = ("after_all_depths", "per_depth")
 INITIALISATIONS = ("data", "kmeans", "random")
 UNUSED = ("shrink", "keep")
-# Products of all pairs of codes are repaid once they have saved so many scans of the codebook for each code of it.
-_REPAID_AFTER = 8
+# Buffers that training writes.
+_WRITTEN = ("codebook", "ema_count", "ema_sum")
+# Products of all pairs of codes are amortised once they have saved this many scans of the codebook per code.
+_AMORTISED_AFTER = 8
 
 
 @dataclass
@@ -51,7 +53,7 @@ class QuantizerConfig:
             "per_depth": compatibility with the published training code, which updates after each depth, so
             that with a shared codebook a depth searches what the depth before has just moved.
         init: "data": codes sampled from the first training batch; "kmeans": clustered from it; "random": normal
-            numbers, no look at data.
+            numbers, independent of the data.
         kmeans_iterations: rounds of Lloyd's algorithm for init="kmeans".
         usage_window: positions over which codes_used and perplexity are taken (see `CodeUsage`).
     """
@@ -99,8 +101,8 @@ class _Book(NamedTuple):
     """Views of one codebook and its averages, written in place."""
 
     codes: Tensor  # (K, C)
-    count: Tensor  # (K,)
-    sum: Tensor  # (K, C)
+    counts: Tensor  # (K,)
+    sums: Tensor  # (K, C)
 
 
 class ResidualQuantizer(nn.Module):
@@ -156,7 +158,7 @@ class ResidualQuantizer(nn.Module):
         return self.codebook
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantizes z (..., C); in train mode also updates codebooks and usage.
+        """Quantize z (..., C); in train mode also update codebooks and usage.
 
         `commitment_loss = mean_d mean |z - sg[Z^(d)]|^2`, the mean over depths, vectors and features
         (equation (7) writes the sum over depths; the published code takes this mean). NaN where there is no vector.
@@ -187,7 +189,7 @@ class ResidualQuantizer(nn.Module):
             )
             quantized, codes, norms = found.quantized, found.codes, found.residual_sq_norms
             mean_residual = None
-            if wanted:
+            if found.residuals is not None:
                 last = vectors - quantized
                 mean_residual = (found.residuals[..., 1:, :].sum(dim=-2) + last) / self.config.depth
             if self.training:
@@ -216,19 +218,19 @@ class ResidualQuantizer(nn.Module):
     def pack_codebook(self, count: int) -> rqkernels.PackedCodebook | None:
         """The codebook as it is now, prepared for encoding about `count` vectors (the codes are the same).
 
-        None where that would not pay: few vectors, one depth, a codebook per depth, on a GPU, or where
+        None where it is not worth the arithmetic: few vectors, one depth, a codebook per depth, on a GPU, or where
         `rqkernels.PackedCodebook` has no products to offer.
         """
         config = self.config
         if not config.shared_codebook or self.codebook.device.type != "cpu":
             return None
-        if count * (config.depth - 1) < _REPAID_AFTER * config.codebook_size:
+        if count * (config.depth - 1) < _AMORTISED_AFTER * config.codebook_size:
             return None
         packed = rqkernels.PackedCodebook(self.codebook)
         return packed if packed.has_gram else None
 
     def code_tensors(self) -> list[Tensor]:
-        """All that decides what codes stand for."""
+        """The tensors that decide what codes stand for."""
         return [self.codebook]
 
     def decode(self, codes: Tensor, depth: int | None = None) -> Tensor:
@@ -263,7 +265,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:
-        """Sets codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
+        """Set codebooks and averages from vectors (..., C); `forward` does so with the first training batch.
 
         A codebook per depth is sampled (or clustered) from that depth's residuals. A shared one has an equal
         share of its codes sampled from the residuals of every depth, each after quantization with the shares
@@ -289,8 +291,8 @@ class ResidualQuantizer(nn.Module):
                     else sample_vectors(residual, count)
                 )
                 book.codes[start:stop] = codes
-                book.sum[start:stop] = codes * self._first_count
-                book.count[start:stop] = self._first_count
+                book.sums[start:stop] = codes * self._first_count
+                book.counts[start:stop] = self._first_count
                 residual = residual - rqkernels.residual_search(residual, codes, 1).quantized
         self.usage.reset()
         self.initialized.fill_(True)
@@ -338,8 +340,10 @@ class ResidualQuantizer(nn.Module):
         for d in range(self.config.depth):
             book = books[0 if self.config.shared_codebook else d]
             found = rqkernels.residual_search(residual, book.codes, 1, return_statistics=True)
+            assert found.statistics is not None  # asked for
+            counts, sums = found.statistics
             vectors_nc = residual.reshape(-1, self.code_dim)
-            self._update_book(book, vectors_nc, found.codes.reshape(-1), *found.statistics)
+            self._update_book(book, vectors_nc, found.codes.reshape(-1), counts, sums)
             residual = residual - found.quantized
             quantized = quantized + found.quantized
             residual_sum = residual_sum + residual
@@ -352,21 +356,21 @@ class ResidualQuantizer(nn.Module):
         # Several processes must leave here with the same averages: the sum of `counts` and `sums` over them
         # belongs on this line and nowhere else. (`lerp_` leaves an average that equals its new value as it is: by
         # rounding alone a code at the threshold must not fall below it.)
-        book.count.lerp_(counts, 1.0 - config.decay)
-        book.sum.lerp_(sums, 1.0 - config.decay)
+        book.counts.lerp_(counts, 1.0 - config.decay)
+        book.sums.lerp_(sums, 1.0 - config.decay)
         restarted = self._restart_dead_codes(book, vectors_nc, codes_n) if config.restart_dead_codes else None
-        total = book.count.sum()
-        smoothed = (book.count + config.epsilon) * (total / (total + config.codebook_size * config.epsilon))
+        total = book.counts.sum()
+        smoothed = (book.counts + config.epsilon) * (total / (total + config.codebook_size * config.epsilon))
         moves = smoothed > 0  # nothing can be said of a code without a count where epsilon is 0
         if config.unused == "keep":
             moves &= counts > 0
-        book.codes.copy_(torch.where(moves.unsqueeze(1), book.sum / smoothed.unsqueeze(1), book.codes))
+        book.codes.copy_(torch.where(moves.unsqueeze(1), book.sums / smoothed.unsqueeze(1), book.codes))
         if restarted is not None:
             dead, vectors = restarted
             book.codes[dead] = vectors
 
     def _restart_dead_codes(self, book: _Book, vectors_nc: Tensor, codes_n: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Gives dead codes fresh averages; returns which they are, bool (K,), and the vectors they are placed on."""
+        """Give dead codes fresh averages; return a mask of them, bool (K,), and the vectors they are placed on."""
         threshold, size = self.config.dead_code_threshold, self.config.codebook_size
         if vectors_nc.shape[0] < threshold * size:
             warnings.warn(
@@ -375,15 +379,15 @@ class ResidualQuantizer(nn.Module):
                 "or codebook_size, or enlarge the batch.",
                 stacklevel=2,
             )
-        dead = book.count < threshold
+        dead = book.counts < threshold
         num_dead = int(dead.sum())
         finite = vectors_nc[codes_n >= 0] if num_dead else vectors_nc
         if num_dead == 0 or finite.shape[0] == 0:
             return None
         vectors = sample_vectors(finite, num_dead)
         # The averages restart with the code: stale ones would pull it back to where it died.
-        book.count[dead] = self._first_count
-        book.sum[dead] = vectors * self._first_count
+        book.counts[dead] = self._first_count
+        book.sums[dead] = vectors * self._first_count
         return dead, vectors
 
     @property
@@ -392,9 +396,9 @@ class ResidualQuantizer(nn.Module):
         return max(1.0, self.config.dead_code_threshold) if self.config.restart_dead_codes else 1.0
 
     def _books(self) -> list[_Book]:
-        if parametrize.is_parametrized(self):
+        if parametrized := [name for name in _WRITTEN if parametrize.is_parametrized(self, name)]:
             raise ValueError(
-                f"quantizer: its {', '.join(self.parametrizations)} is parametrized, and moving averages cannot be "
+                f"quantizer: its {', '.join(parametrized)} is parametrized, and moving averages cannot be "
                 "written to it: remove the parametrization to train, or keep the quantizer in eval mode"
             )
         if self.config.shared_codebook:

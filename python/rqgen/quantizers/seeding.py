@@ -39,22 +39,22 @@ def sample_vectors(vectors_nc: Tensor, count: int) -> Tensor:
 
 
 def kmeans(vectors_nc: Tensor, num_codes: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm from `num_codes` sampled vectors: float32 (num_codes, C) centres.
+    """Lloyd's algorithm from `num_codes` sampled vectors: float32 (num_codes, C) centers.
 
     Assignment is `rqkernels.residual_search` of depth 1 and the means come from `rqkernels.code_statistics`,
-    so nothing of N x K is allocated. A centre that loses all its vectors is sampled anew.
+    so nothing of N x K is allocated. A center that loses all its vectors is sampled again.
     """
     sample = vectors_nc
     limit = KMEANS_VECTORS_PER_CODE * num_codes
     if vectors_nc.shape[0] > limit:
         sample = sample_vectors(vectors_nc, limit)
-    centres = sample_vectors(sample, num_codes)
+    centers = sample_vectors(sample, num_codes)
     for _ in range(iterations):
-        codes_n = rqkernels.residual_search(sample, centres, 1).codes.squeeze(-1)
+        codes_n = rqkernels.residual_search(sample, centers, 1).codes.squeeze(-1)
         counts, sums = rqkernels.code_statistics(sample, codes_n, num_codes)
         empty = counts == 0
-        centres = sums / counts.clamp(min=1).unsqueeze(1)
+        centers = sums / counts.clamp(min=1).unsqueeze(1)
         num_empty = int(empty.sum())
         if num_empty:
-            centres[empty] = sample_vectors(sample, num_empty)
-    return centres
+            centers[empty] = sample_vectors(sample, num_empty)
+    return centers

@@ -1,4 +1,4 @@
-"""What the state of a quantizer must survive: casts of the model, and activation checkpointing."""
+"""The state of a quantizer under casts of the model and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """For `nn.Module._apply`: what `move` does, but for a change of dtype, of which only the change of device is left.
+    """Return `move` without its changes of dtype, for `nn.Module._apply`: only changes of device are left.
 
     So `.half()`, `.bfloat16()`, `.double()` and `.to(dtype)` move a quantizer and leave it float32: averages with a
     decay of 0.99 stand still in bfloat16, and a codebook that is rounded gives other codes.
@@ -23,5 +23,5 @@ def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 def is_recomputed() -> bool:
-    """Whether a forward runs inside a backward pass, as `torch.utils.checkpoint` runs it for the second time."""
+    """Return True if a forward runs inside a backward pass, as `torch.utils.checkpoint` runs it for the second time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

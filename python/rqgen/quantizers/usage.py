@@ -1,4 +1,4 @@
-"""How much of a codebook is in use, counted over a running window of positions."""
+"""Usage of a codebook, counted over a running window of positions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor) -> None:
-        """Counts `codes` int64 (..., D); code -1 (a position that was not finite) counts nowhere."""
+        """Count `codes` int64 (..., D); code -1 (a position that was not finite) counts nowhere."""
         depth, codebook_size = self.current.shape
         codes_dn = codes.reshape(-1, depth).t()
         # A spare last column takes the -1 codes; selecting them away would read their number back.
@@ -67,7 +67,7 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forgets everything counted so far."""
+        """Forget everything counted so far."""
         for table in (self.current, self.previous, self.positions):
             table.zero_()
 

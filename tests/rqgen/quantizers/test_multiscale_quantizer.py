@@ -148,7 +148,7 @@ def test_no_refinement_adds_what_was_looked_up(features: torch.Tensor) -> None:
         ({"scales": []}, "scales: expected at least one"),
         ({"scales": [1, 0]}, r"scales: expected \[h, w\] or one number >= 1 for each, got 0"),
         ({"scales": ["2"]}, "scales: expected"),
-        ({"scales": [4, 3]}, r"none may be larger than the last, \[3, 3\]; got \[4, 4\]"),
+        ({"scales": [4, 3]}, r"expected none larger than the last, \[3, 3\], got \[4, 4\]"),
         ({"codebook_size": 0}, "codebook_size: expected at least 1"),
         ({"refinements": -1}, "refinements: expected a number >= 0"),
         ({"refinement_ratio": 1.5}, "refinement_ratio: expected a number within"),

@@ -47,7 +47,7 @@ class DigitImages(ImageDataset):
             np.asarray(Image.fromarray(small_nhw[indices[i]]).resize(size, Image.Resampling.LANCZOS)) for i in keep
         ]
         images_n1hw = torch.from_numpy(np.reshape(enlarged, (-1, 1, *size)).astype(np.float32)).clamp_(-1, 1)
-        self.images = images_n1hw.expand(-1, config.channels, -1, -1).contiguous()
+        self.images = images_n1hw.expand(-1, config.channel_count, -1, -1).contiguous()
         self.labels = torch.tensor([labels[i] for i in keep], dtype=torch.int64)
         self._augment = Augmentation(config, split)
         self.varies = self._augment.on

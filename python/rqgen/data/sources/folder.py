@@ -110,7 +110,7 @@ class FolderImages(ImageDataset):
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
         path, label = self.files[index]
         picture = self._fit(path, self._open(path))
-        return self._augment(picture.tensor(self._config.channels), index, epoch), label
+        return self._augment(picture.tensor(self._config.channel_count), index, epoch), label
 
     def _readable(self, files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
         with ThreadPoolExecutor() as pool:
@@ -130,7 +130,7 @@ class FolderImages(ImageDataset):
         return [file for file, (fault, _) in zip(files, checked, strict=True) if fault is None]
 
     def _check(self, path: Path) -> tuple[PictureError | None, bool]:
-        """Decodes a file: (the error, if any, whether it holds more than its first frame)."""
+        """Decode a file: (the error, if any, whether it holds more than its first frame)."""
         try:
             picture = self._open(path)
         except PictureError as error:
@@ -139,7 +139,7 @@ class FolderImages(ImageDataset):
         return None, picture.more_frames
 
     def _open(self, path: Path) -> Picture:
-        return open_picture(path, channels=self._config.channels, background=self._background)
+        return open_picture(path, channels=self._config.channel_count, background=self._background)
 
     def _fit(self, path: Path, picture: Picture) -> Picture:
         side, fit = self._config.resolution, self._options.fit

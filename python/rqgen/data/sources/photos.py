@@ -76,11 +76,11 @@ class PhotoCrops(ImageDataset):
             raise IndexError(f"index: expected 0 <= index < {len(self)}, got {index}")
         label = index % len(self._regions)
         region = self._regions[label]
-        draw = item_generator(self._config.split_seed, epoch, index, stream=1)
-        side = int(draw.integers(self._config.resolution, min(region.size) + 1))
-        left = int(draw.integers(0, region.width - side + 1))
-        top = int(draw.integers(0, region.height - side + 1))
+        generator = item_generator(self._config.split_seed, epoch, index, stream=1)
+        side = int(generator.integers(self._config.resolution, min(region.size) + 1))
+        left = int(generator.integers(0, region.width - side + 1))
+        top = int(generator.integers(0, region.height - side + 1))
         crop = region.crop((left, top, left + side, top + side))
         size = (self._config.resolution, self._config.resolution)
         picture = Picture([crop.resize(size, Image.Resampling.LANCZOS)], more_frames=False)
-        return self._augment(picture.tensor(self._config.channels), index, epoch), label
+        return self._augment(picture.tensor(self._config.channel_count), index, epoch), label

@@ -1,0 +1,180 @@
+"""Settings from trees of nodes: types, defaults, settings that follow from others."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Generic
+
+from .fields import default_of, hints_of, nested_dataclasses, require_dataclass, shorthands
+from .hints import ConfigT, in_words, shape
+from .nodes import INTEGER, Node, leaves, untyped
+from .registry import opened
+from .scalars import NOTHING, read_scalar, shape_of
+from .trees import merge, refuse_unknown_keys, tree_of
+
+
+def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> ConfigT:
+    """Build the dataclass ``cls`` (nested ones too) from plain data; keys left out keep their defaults.
+
+    ``where`` says in error messages where the data came from (a file's name, "command line"). A class method
+    ``implied(given)`` of a dataclass gives settings that follow from those given (see `Given`), for keys left out.
+
+    Raise ValueError for an unknown key, a value of the wrong type (a number that is not finite, an integer beyond 64
+    bits), a missing field that has no default, and for all that ``__post_init__`` of the dataclasses refuses;
+    TypeError when ``cls`` is not a dataclass or ``mapping`` not a mapping.
+    """
+    require_dataclass(cls)
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{where}: expected a mapping of settings, got {type(mapping).__name__}")
+    return Given(cls, tree_of(cls, mapping, where), where).build()
+
+
+class Given(Generic[ConfigT]):
+    """Settings as they were given, before defaults and types: what files and overrides say, later ones first."""
+
+    def __init__(self, cls: type[ConfigT], tree: dict[str, Node], where: str, prefix: str = "") -> None:
+        self._cls, self._tree, self._where, self._prefix = cls, tree, where, prefix
+        refuse_unknown_keys(cls, tree, root=cls, prefix=prefix)
+
+    def has(self, path: str) -> bool:
+        """Return True if the setting at a dotted path was given."""
+        return self._find(path)[0] is not None
+
+    def read(self, path: str) -> Any:
+        """The setting at a dotted path, typed; its default where it was not given. Errors as `from_dict`."""
+        node, hint, default = self._find(path)
+        return default if node is None else convert(node, hint, f"{self._prefix}{path}")
+
+    def unset(self, path: str) -> Any:
+        """The default in the dataclass of the setting at a dotted path; MISSING where it has none."""
+        *sections, last = path.split(".")
+        cls: type = self._cls
+        for name in sections:
+            cls = nested_dataclasses(cls)[name]
+        return default_of(cls, last)
+
+    def error(self, path: str, message: str) -> ValueError:
+        """Return the error to raise about the setting at a dotted path."""
+        node = self._find(path)[0] or Node(None, self._where)
+        return node.error(f"{self._prefix}{path}: {message}")
+
+    def followed(self) -> set[str]:
+        """Dotted paths that were not given but follow from what was (see `from_dict`)."""
+        return _followed(self._cls, self._tree, self._where, self._prefix)
+
+    def build(self, below: Mapping[str, Any] | None = None, *, where: str | None = None) -> ConfigT:
+        """The typed settings. ``below``: plain data, from ``where``, for keys that were not given."""
+        tree = self._tree
+        if below:
+            lower = tree_of(self._cls, below, where or self._where)
+            refuse_unknown_keys(self._cls, lower, root=self._cls, prefix=self._prefix)
+            tree = merge(self._cls, lower, tree)
+        return build(self._cls, Node(tree, self._where), self._prefix)
+
+    def _find(self, path: str) -> tuple[Node | None, Any, Any]:
+        cls: type = self._cls
+        node: Node | None = Node(self._tree, self._where)
+        default: Any = dataclasses.MISSING
+        *sections, last = path.split(".")
+        for name in (*sections, last):
+            inside = node.value if node is not None and isinstance(node.value, dict) else {}
+            node, hint = inside.get(name), hints_of(cls)[name]
+            default = getattr(default, name) if default is not dataclasses.MISSING else default_of(cls, name)
+            cls = nested_dataclasses(cls).get(name, object)
+        return node, hint, default
+
+
+def _with_implied(cls: type, tree: dict[str, Node], where: str, prefix: str) -> dict[str, Node]:
+    """Put the settings that follow from a tree below it."""
+    chosen_by = opened(cls).chosen_by
+    if chosen_by is not None and chosen_by not in tree:
+        given: Given[Any] = Given(cls, tree, where, prefix)
+        # Whoever gives the path of a folder means it.
+        named = [name for name, path in shorthands(cls).items() if given.has(path) and given.read(path) is not None]
+        if named:
+            tree = {chosen_by: Node(named[0], where), **tree}
+    if hasattr(cls, "implied"):
+        tree = merge(cls, tree_of(cls, cls.implied(Given(cls, tree, where, prefix)), where), tree)
+    return tree
+
+
+def _followed(cls: type, tree: dict[str, Node], where: str, prefix: str) -> set[str]:
+    full = _with_implied(cls, tree, where, prefix)
+    paths = leaves(full, prefix) - leaves(tree, prefix)
+    tree = full
+    for name, inner in nested_dataclasses(cls).items():
+        if name in tree and isinstance(tree[name].value, dict):
+            paths |= _followed(inner, tree[name].value, where, f"{prefix}{name}.")
+    return paths
+
+
+def build(cls: type[ConfigT], node: Node, prefix: str) -> ConfigT:
+    if not isinstance(node.value, dict):
+        if isinstance(node.value, cls):
+            return node.value
+        raise node.error(
+            f"wrong value at '{prefix.rstrip('.')}': expected settings ({cls.__name__}), got {node.shown()}"
+        )
+    tree = _with_implied(cls, node.value, node.where, prefix)
+    hints = hints_of(cls)
+    fields = [one for one in dataclasses.fields(cls) if one.init]  # type: ignore[arg-type]
+    for one in fields:
+        if one.name not in tree and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{node.where}: '{prefix}{one.name}' has no default and must be given")
+    names = [name for name in (*(one.name for one in fields), *opened(cls).registry.sections()) if name in tree]
+    values = {name: convert(tree[name], hints[name], f"{prefix}{name}") for name in names}
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        # "steps: expected ...": that field's place is known better than the section's.
+        name = re.match(r"\w*", str(error))[0]  # type: ignore[index]
+        path = prefix if name in hints or not prefix else f"{prefix[:-1]}: "
+        raise tree.get(name, node).error(f"{path}{error}") from error
+
+
+def convert(node: Node, hint: Any, path: str, declared: Any = None) -> Any:
+    """A node as a value of the type ``hint``, which may be one of several that a setting is ``declared`` with."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return untyped(node)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(node, arguments, hint, path)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, node, f"{path}.")
+    value = node.value
+    if shape(hint) != shape_of(node):
+        found = NOTHING
+    elif shape(hint) == "mapping":
+        found = {key: convert(item, arguments[1], f"{path}.{key}") for key, item in value.items()}
+    elif shape(hint) == "list":
+        fixed = origin is tuple and arguments[-1] is not ...
+        inner = arguments if fixed else [arguments[0]] * len(value)
+        found = NOTHING
+        if len(inner) == len(value):
+            found = [convert(value[i], inner[i], f"{path}[{i}]") for i in range(len(value))]
+            found = tuple(found) if origin is tuple else found
+    else:
+        found = read_scalar(node, hint)
+    if found is NOTHING:
+        too_long = hint is int and isinstance(node.value, str) and INTEGER.fullmatch(node.value)
+        size = " of at most 64 bits" if too_long else ""
+        raise node.error(f"wrong value at '{path}': expected {in_words(declared or hint)}{size}, got {node.shown()}")
+    return found
+
+
+def _convert_union(node: Node, members: tuple[Any, ...], hint: Any, path: str) -> Any:
+    if node.is_null and types.NoneType in members:
+        return None
+    fitting = [member for member in members if shape(member) in (shape_of(node), "any")]
+    if len(fitting) == 1:
+        return convert(node, fitting[0], path, hint)
+    for member in fitting:
+        try:
+            return convert(node, member, path)
+        except ValueError:
+            continue
+    raise node.error(f"wrong value at '{path}': expected {in_words(hint)}, got {node.shown()}")
