@@ -330,14 +330,14 @@ def test_the_command_that_is_named_goes_on(rqgen, tmp_path, small_tokenizer, tra
 
 @pytest.mark.parametrize("command", ["demo", "scaling", "encode"])
 def test_other_commands_say_how_to_go_on(rqgen, tmp_path, monkeypatch, command):
-    from rqgen.cli import demo, scaling, transfer
+    from rqgen.cli import demo, encode, scaling
 
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "fit_tokenizer", interrupted)
     monkeypatch.setattr(scaling, "_run_scaling", interrupted)
-    monkeypatch.setattr(transfer, "load_model", interrupted)
+    monkeypatch.setattr(encode, "load_tokenizer", interrupted)
     code, _, err = rqgen(command, "--out", tmp_path / "out")
     assert code == 130 and err.startswith("interrupted: ") and err.count("\n") == 1
     assert (f"rqgen scaling --out {tmp_path / 'out'} --resume" in err) == (command == "scaling")
