@@ -6,15 +6,12 @@ imported when it runs: help and errors of usage do not wait for it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +20,7 @@ import rqgen
 from rqgen.bench.settings import SamplingBenchSettings, SystemsBenchSettings
 from rqgen.systems import DEFAULT
 
+from .interrupts import interruptions, stop
 from .options import with_options
 from .requests import (
     BenchRequest,
@@ -242,53 +240,33 @@ def check() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0, 2 for wrong usage, 1 after one line that says what went wrong, 130 (Ctrl-C)
-    or 143 (SIGTERM) after one that says how to resume."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Pillow's warnings name no file; what it cannot read is refused by name.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-    with _signals() as interrupts:
+    """Run the command line and exit: 0, 2 for wrong usage, 1 after one line that says what went wrong, 130 (Ctrl-C) or
+    143 (SIGTERM) after one that says how to resume."""
+    with interruptions() as came:
         try:
+            _configure_messages()
             app(arguments)
+        except SystemExit as left:
+            if came and left.code == 128 + signal.SIGINT:  # typer's answer to an interrupt while it reads the options
+                stop(came[0])
+            raise
+        except (_Interrupted, KeyboardInterrupt) as error:
+            stop(came[0] if came else signal.SIGINT, str(error))
         except Exception as error:
-            if interrupts:  # by now another error, such as of an import that was cut short
-                _stop(interrupts[0], "")
+            if came:  # an import that was cut short makes another error of it
+                stop(came[0])
             if os.environ.get("RQGEN_DEBUG"):
                 raise
             print(f"error: {_message(error)}", file=sys.stderr)
             sys.exit(1)
-        except _Interrupted as error:
-            _stop(interrupts[0] if interrupts else signal.SIGINT, str(error))
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt; yields which came. Where the caller ignores a signal (nohup), or has
-    its own handler, or this is not the main thread, nothing changes. Errors of other threads are not printed."""
-    came: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    replaced = {}
-    if threading.current_thread() is threading.main_thread():
-        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) == usual:
-                replaced[number] = signal.signal(number, interrupt)
-    threads, threading.excepthook = threading.excepthook, _thread_failed
-    try:
-        yield came
-    finally:
-        threading.excepthook = threads
-        for number, before in replaced.items():
-            signal.signal(number, before)
-
-
-def _stop(number: int, hint: str) -> NoReturn:
-    what = "terminated" if number == signal.SIGTERM else "interrupted"
-    print(f"{what}: {hint or 'the same command starts over'}", file=sys.stderr)
-    sys.exit(128 + number)
+def _configure_messages() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # What torch logs at the end of a process whose import of torch was cut short.
+    logging.getLogger("torch").setLevel(logging.WARNING)
+    # Pillow's warnings name no file; what it cannot read is refused by name.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _message(error: Exception) -> str:
@@ -297,9 +275,3 @@ def _message(error: Exception) -> str:
     else:
         text = str(error)
     return " ".join(text.split()) or type(error).__name__
-
-
-def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
-    # TensorBoard's thread hands its error on, and this thread reports it.
-    if os.environ.get("RQGEN_DEBUG"):
-        threading.__excepthook__(arguments)
