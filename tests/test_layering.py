@@ -43,7 +43,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Modules below every room: each may import them, they import none, not one another.
-BENEATH = ("checks", "config", "files", "installed", "reading")
+BENEATH = ("checks", "config", "files", "installed", "options", "reading")
 FACADE = ("__init__", "__main__")  # the package's own doors, above every room
 
 FILES_OF_AN_OP = (

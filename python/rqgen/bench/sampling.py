@@ -24,6 +24,7 @@ from rqgen.sampling import sampling_cost
 
 from .machine import Peaks, Rates, Times, environment, floor_seconds, interleave, peak_bytes, time_call
 from .published import PublishedSampling
+from .settings import SamplingBenchSettings
 
 CODE_DIM = 256
 CLASSES = 1000
@@ -33,42 +34,12 @@ IMAGE_SIDE = 256
 GREEDY_GAP = {"fp32": 1e-3, "bf16": 0.5, "int8": 0.5}
 
 
-@dataclass
-class SamplingBench:
-    """What is measured. Weights are random: speed does not depend on them.
+@dataclass(kw_only=True)
+class SamplingBench(SamplingBenchSettings):
+    """The checked settings of a benchmark.
 
-    Attributes:
-        shapes: (h, w, D) of the code maps.
-        preset: size of the prior, by the name of a preset; None: the next four fields give it.
-        width, spatial_layers, depth_layers, heads: with one code per position the depth layers join the others.
-        codebook_size: K.
-        batch_sizes: images sampled together.
-        precisions: of our sampler.
-        published: also time the published formulation with the same weights, in each of the precisions that PyTorch's
-            modules have (float32 where int8 is the only one).
-        top_k, top_p: for both.
-        flat: also time a transformer over all T * D codes one by one, as the cost law has it.
-        decoder_channels: base channels of the RQ-VAE decoder (128 as published); 0: none is timed.
-        use_graphs: see `rqgen.inference.Engine`.
-        seconds: time for the rounds of one shape and batch size, see `rqkernels._measure.interleave`.
+    Raises ValueError, which names the option, for a value that is out of range.
     """
-
-    shapes: list[tuple[int, int, int]]
-    preset: str | None
-    width: int
-    spatial_layers: int
-    depth_layers: int
-    heads: int
-    codebook_size: int
-    batch_sizes: list[int]
-    precisions: list[str]
-    published: bool
-    top_k: int | None
-    top_p: float | None
-    flat: bool
-    decoder_channels: int
-    use_graphs: bool
-    seconds: float
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -97,15 +68,6 @@ class SamplingBench:
             layers = sum(layers), 0
         spatial, depth = (TransformerConfig(layers=count, heads=heads) for count in layers)
         return RQTransformerConfig(embed_dim=width, spatial=spatial, depth=depth, **settings)
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """The numbers of a text like 8x8x4."""
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(f"--shape: expected three numbers like 8x8x4, got '{text}'")
-    height, width, depth = map(int, parts)
-    return height, width, depth
 
 
 def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device, console: Console) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rqgen.sampling import sampling_cost
 
 from .machine import Peaks, environment, floor_seconds, interleave, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
+from .settings import SystemsBenchSettings
 
 SCALE_CODE_DIM = 32
 # As published.
@@ -55,36 +56,12 @@ class BenchedSystem(NamedTuple):
     """Of each of the prior's stacks."""
 
 
-@dataclass
-class SystemsBench:
-    """What is measured. Weights are random: speed does not depend on them.
+@dataclass(kw_only=True)
+class SystemsBench(SystemsBenchSettings):
+    """The checked settings of a benchmark; image sides are those of `CODES`.
 
-    Attributes:
-        image_side: see `CODES`.
-        width, heads: of every transformer.
-        spatial_layers, depth_layers: of the RQ-Transformer; the others have their sum in one stack.
-        codebook_size, var_codebook_size: K of the RQ-Transformer and the flat prior, and of the VAR.
-        batch_sizes: images sampled together.
-        precisions: of the RQ-Transformer and the flat prior; a VAR is sampled in float32.
-        cfg_scale: also time every system with guidance of this strength, in the first precision; None: no.
-        decoder: also time the decoders of the published layouts.
-        use_graphs: see `rqgen.inference.Engine`.
-        seconds: time for the rounds of one batch size, see `rqkernels._measure.interleave`.
+    Raises ValueError, which names the option, for a value that is out of range.
     """
-
-    image_side: int
-    width: int
-    heads: int
-    spatial_layers: int
-    depth_layers: int
-    codebook_size: int
-    var_codebook_size: int
-    batch_sizes: list[int]
-    precisions: list[str]
-    cfg_scale: float | None
-    decoder: bool
-    use_graphs: bool
-    seconds: float
 
     def __post_init__(self) -> None:
         check_finite(self)

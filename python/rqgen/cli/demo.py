@@ -34,7 +34,8 @@ from rqgen.systems import DEFAULT, find_system
 from rqgen.systems.system import DemoConfig
 
 from .check import installed_versions
-from .runs import check_images_fit, fit_prior, fit_tokenizer
+from .models import check_images_fit
+from .runs import fit_prior, fit_tokenizer
 from .settings import RECIPES
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
         plot_samples(
             rounds.flatten(0, 1), out / "samples.png", columns=rounds.shape[1], row_labels=held_out.class_names
         )
-        if edits := _edits(run, held_out):
+        if edits := _edits(run, prior.model, held_out):
             plot_edits(edits, out / "edits.png")
     total = time.perf_counter() - started
     # Metrics that sample images of their own have their own times.
@@ -149,6 +150,16 @@ def run_of(config: DemoConfig, vae: Tokenizer, prior: Prior) -> Run:
     return Run(settings, tokenizer=vae, prior=prior, generate=generate, edit=edit)
 
 
+def summary(metrics: dict[str, Any], out: Path) -> str:
+    """Return the figures of a demo in a sentence, and the file to look at."""
+    return (
+        f"held-out reconstruction error {metrics['reconstruction_mse']:.4f}; "
+        f"a classifier of real digits recognises {metrics['sample_accuracy']:.1%} of the sampled ones "
+        f"and {metrics['classifier_test_accuracy']:.1%} of real held-out ones; "
+        f"{metrics['seconds']['total']:.0f} s. Look at {out / 'samples.png'}"
+    )
+
+
 def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Results under the keys of metrics.json."""
     reconstruction = results["reconstruction"]
@@ -164,17 +175,17 @@ def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if value is not None}
 
 
-def _edits(run: Run, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _edits(run: Run, prior: Prior, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The first held-out digits with their lower half sampled anew; where the prior can edit any region, also with all
     but their middle, and with their right half as the next class. None of a prior that edits nothing."""
-    images, labels = held_out.images[:EDITED].to(run.tokenizer.device), held_out.labels[:EDITED]
+    images, labels = held_out.images[:EDITED].to(prior.device), held_out.labels[:EDITED]
     height, width = images.shape[2:]
     lower, around, right = lower_half(images), torch.ones_like(lower_half(images)), torch.zeros_like(lower_half(images))
     around[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
     right[:, width // 2 :] = True
     following = (labels + 1) % len(held_out.class_names)
     edits = [("in-painted", lower, labels), ("out-painted", around, labels), ("next class", right, following)]
-    possible = edits[: {"nothing": 0, "rows": 1, "regions": 3}[run.prior.edits]]
+    possible = edits[: {"nothing": 0, "rows": 1, "regions": 3}[prior.edits]]
     return [(name, images, mask, run.edit(images, mask, wanted).images) for name, mask, wanted in possible]
 
 

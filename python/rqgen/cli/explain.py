@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import re
 import textwrap
 from collections.abc import Collection, Sequence
@@ -19,6 +16,7 @@ from rqgen.evaluation import EvaluationConfig
 from rqgen.systems import DEFAULT, find_system
 
 from .demo import demo_of
+from .field_help import field_help, first_paragraph
 from .runs import load_run
 from .scaling import ScalingConfig
 from .settings import RECIPES, find_config
@@ -73,7 +71,7 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
         "# What follows from other settings goes on following them where its line is left out.",
         *(["# Commented out: what the model decides."] if unknown else []),
         "base: null",
-        *_section(value, default, "", unknown, following),
+        *_section(value, default, unknown=unknown, following=following),
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,14 +81,17 @@ def _derived(settings: Given[Any], value: Any, key: str) -> bool:
     return functools.reduce(getattr, key.split("."), value) is not None and settings.unset(key) is None
 
 
-def _section(value: Any, default: Any, prefix: str, unknown: Collection[str], following: Collection[str]) -> list[str]:
-    nested, help_of = nested_dataclasses(type(value)), field_help(type(value))
+def _section(
+    value: Any, default: Any, prefix: str = "", *, unknown: Collection[str], following: Collection[str]
+) -> list[str]:
+    cls: type = type(value)
+    nested, help_of = nested_dataclasses(cls), field_help(cls)
     indent = "  " * prefix.count(".")
     lines = []
-    for name in setting_names(type(value)):
+    for name in setting_names(cls):
         key, now, usual = f"{prefix}{name}", getattr(value, name), getattr(default, name, None)
         if name in nested and now is not None:
-            inside = _section(now, usual, f"{key}.", unknown, following)
+            inside = _section(now, usual, f"{key}.", unknown=unknown, following=following)
             unset = all(line.lstrip().startswith("#") or not line.strip() for line in inside)
             lines += ["", *_comment(help_of.get(name) or first_paragraph(nested[name]), indent)]
             lines += [f"{indent}{'# ' if unset else ''}{name}:", *inside]
@@ -99,11 +100,6 @@ def _section(value: Any, default: Any, prefix: str, unknown: Collection[str], fo
         lines += _comment(f"{help_of.get(name, '')} [{_text(usual)}{mark}]".strip(), indent)
         lines.append(f"{indent}{'# ' if key in unknown else ''}{name}: {_text(now)}")
     return lines
-
-
-def first_paragraph(cls: type) -> str:
-    """The first paragraph of a class's docstring, on one line."""
-    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -124,39 +120,3 @@ def _leaves(settings: Any, prefix: str = "") -> set[str]:
         value = getattr(settings, name)
         found |= _leaves(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name}
     return found
-
-
-@functools.cache
-def field_help(cls: type) -> dict[str, str]:
-    """Field name -> its documentation: the string under the field, or the entry in the docstring's "Attributes:"."""
-    found: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(one):
-            found |= _attributes_section(inspect.getdoc(one) or "") | _strings_under_fields(one)
-    return found
-
-
-def _attributes_section(doc: str) -> dict[str, str]:
-    _, marker, text = doc.partition("Attributes:\n")
-    entries: dict[str, str] = {}
-    for entry in re.split(r"\n {4}(?=\S)", "\n" + textwrap.dedent(text).replace("\n", "\n    ")) if marker else ():
-        names, colon, body = entry.partition(":")
-        if colon and re.fullmatch(r"[\w, ]+", names.strip()):
-            entries |= {name.strip(): " ".join(body.split()) for name in names.split(",")}
-    return entries
-
-
-def _strings_under_fields(cls: type) -> dict[str, str]:
-    strings: dict[str, str] = {}
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):  # a class that was typed into an interpreter, or made by code
-        return strings
-    body = ast.parse(textwrap.dedent(source)).body[0].body  # type: ignore[attr-defined]
-    for field, text in itertools.pairwise(body):
-        is_text = (
-            isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-        )
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            strings[field.target.id] = " ".join(text.value.value.split())  # type: ignore[attr-defined]
-    return strings

@@ -13,7 +13,7 @@ from rqgen.data.sources import SOURCES
 from rqgen.evaluation.metrics import METRICS
 from rqgen.systems import all_systems
 
-from .explain import field_help, first_paragraph
+from .field_help import field_help, first_paragraph
 from .settings import RECIPES
 
 _WIDTH = 100
@@ -63,8 +63,8 @@ def _entry(name: str, text: str) -> Iterator[str]:
 
 def _wrapped(text: str, indent: int) -> list[str]:
     text = text.replace("``", "`").replace("None", "null")
-    indents = {"initial_indent": " " * indent, "subsequent_indent": " " * indent}
-    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False, break_long_words=False, **indents)
+    lines = textwrap.wrap(text, _WIDTH - indent, break_on_hyphens=False, break_long_words=False)
+    return [" " * indent + line for line in lines]
 
 
 KINDS: dict[str, Callable[[], Iterator[str]]] = {

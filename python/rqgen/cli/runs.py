@@ -18,7 +18,7 @@ from torch import Tensor
 from rqgen.config import from_dict, given, load, to_dict, to_yaml
 from rqgen.data import DataConfig, ImageDataset, open_dataset, read_codes
 from rqgen.files import claim, claim_folder, existing_folder, write_text
-from rqgen.models import Prior, Tokenizer, load_pretrained
+from rqgen.models import Tokenizer, load_pretrained
 from rqgen.models.pretrained import check_replaceable
 from rqgen.reading import name_some
 from rqgen.systems import DEFAULT, all_systems, find_system, system_of
@@ -33,6 +33,8 @@ from rqgen.training import (
     train,
 )
 
+from .models import Loaded, check_images_fit, default_device
+from .requests import TrainRequest
 from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_idle_options, warn_of_other_split
 
 logger = logging.getLogger(__name__)
@@ -41,52 +43,12 @@ logger = logging.getLogger(__name__)
 SYSTEM, CLASS_NAMES = "system", "class_names"
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> Path:
+    """Train a stage and save it as ``out``/model; ``out`` keeps checkpoints, logs and configuration. Return the folder
+    of the model.
 
-
-def load_model(option: str, folder: Path) -> Any:
-    """The model that ``--prior`` or ``--tokenizer`` (``option``) names, of whichever system. ValueError for a model of
-    the other stage."""
-    model, role = load_any_model(folder)
-    if role != option:
-        raise ValueError(f"--{option}: {folder} holds no {option}, but a {model.model_type}")
-    return model
-
-
-def load_any_model(folder: Path) -> tuple[Any, str]:
-    """The model in a folder, and what it is: "tokenizer" or "prior"."""
-    model = load_pretrained(folder, default_device())
-    return model, "prior" if isinstance(model, Prior) else "tokenizer"
-
-
-def check_images_fit(data: DataConfig, model: Any) -> None:
-    """Raises ValueError where images of ``data`` are not what ``model``, a tokenizer's config, takes."""
-    if model.image_shape != (data.resolution, data.resolution):
-        raise ValueError(
-            f"data.resolution: {data.resolution}, but the tokenizer is for images of "
-            f"{model.image_shape[0]}x{model.image_shape[1]}"
-        )
-    if data.channels != model.image_channels:
-        raise ValueError(
-            f"data.channels: {data.channels}, but the tokenizer is for images of {model.image_channels} channels"
-        )
-
-
-def train_stage(
-    stage: Literal["tokenizer", "prior"],
-    out: Path,
-    *,
-    system: str | None,
-    config: str | None,
-    overrides: Sequence[str],
-    resume: bool,
-    console: Console | None,
-) -> None:
-    """Trains a stage and saves it as ``out/model``; ``out`` keeps checkpoints, logs and configuration.
-
-    A resumed run has the settings of its checkpoint; ``config`` and ``overrides`` need not be repeated, and may change
-    what `check_resumable` lets them.
+    A resumed run has the settings of its checkpoint; file and overrides need not be repeated, and may change what
+    `check_resumable` lets them.
 
     Raises:
         FileExistsError: ``out`` holds a run, a model, or files of something else, and is not resumed.
@@ -94,20 +56,22 @@ def train_stage(
         OSError: ``out`` cannot be written, or another process trains there.
         KeyboardInterrupt: its text says how to resume.
     """
+    out, console = request.out, Console()
     command = f"rqgen train {stage} --out {shlex.quote(str(out))} --resume"
     with interruptible(lambda: _how_to_go_on(out, command)), claim_folder(out), claim(out / "model"):
         check_replaceable(out / "model")
         checkpoint = None
-        if resume:
+        if request.resume:
             checkpoint, info = _checkpoint_of(stage, out)
-            chosen = _system_that_wrote(info, stage, system, checkpoint)
+            chosen = _system_that_wrote(info, stage, request.system, where=checkpoint)
             saved = info["description"]
-            recipes = None if config is None else RECIPES
-            run = load(chosen.run(stage), find_config(config), overrides, defaults=saved, recipes=recipes)
+            recipes = None if request.config is None else RECIPES
+            file, overrides = find_config(request.config), request.overrides
+            run = load(chosen.run(stage), file, overrides, defaults=saved, recipes=recipes)
             check_resumable(info, to_dict(run), checkpoint)
         else:
-            chosen = find_system(system or DEFAULT)
-            run = load_run(chosen.run(stage), config, overrides)
+            chosen = find_system(request.system or DEFAULT)
+            run = load_run(chosen.run(stage), request.config, request.overrides)
             _refuse_occupied(out, type(run))
         if isinstance(run, PriorRun):
             vae = _tokenizer_of(run)
@@ -118,6 +82,7 @@ def train_stage(
             _write_config(run, out)
             result = fit_tokenizer(run, out, resume=checkpoint, console=console)
         result.model.save_pretrained(out / "model")
+    return out / "model"
 
 
 def _tokenizer_of(run: PriorRun) -> Tokenizer:
@@ -142,9 +107,9 @@ def load_run(
         settings.read(part)  # refuses what is wrong here before a large file is read
     folder = settings.read("tokenizer")
     vae = _read_tokenizer(cls, folder)
-    run = settings.build({"data": data_of_tokenizer(vae, settings, "data.", folder)}, where=str(folder))
+    run = settings.build({"data": data_of_tokenizer(Loaded(vae, folder), settings, "data.")}, where=str(folder))
     warn_of_idle_options(run.data, "data.")
-    warn_of_other_split(run.data, vae, folder)
+    warn_of_other_split(run.data, Loaded(vae, folder))
     return run
 
 
@@ -178,7 +143,7 @@ def fit_tokenizer(
     model.data = to_dict(run.data)
     stage = TokenizerStage(model, _examples(run.data, images))
     description = {**to_dict(run), SYSTEM: system_of(run).name}
-    return train(stage, images, run.loop, folder, description=description, resume=resume, console=console)
+    return train(stage, images, run.loop, folder=folder, description=description, resume=resume, console=console)
 
 
 def fit_prior(
@@ -200,11 +165,11 @@ def fit_prior(
     vae.to(default_device())
     # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
     set_seed(run.loop.seed)
-    stage, items = system.prior_stage(run, vae, source, console)
+    stage, items = system.prior_stage(run, vae, source, console=console)
     stage.model.data = None if run.codes is not None else to_dict(run.data)
     # A class folder more or less would give labels another meaning in the middle of a run.
     description = {**to_dict(run), SYSTEM: system.name, CLASS_NAMES: list(source.class_names)}
-    return train(stage, items, run.loop, folder, description=description, resume=resume, console=console)
+    return train(stage, items, run.loop, folder=folder, description=description, resume=resume, console=console)
 
 
 def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -219,17 +184,17 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
     return path, {**info, "description": settings, SYSTEM: info["description"].get(SYSTEM)}
 
 
-def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, checkpoint: Path) -> System:
+def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, where: Path) -> System:
     """Finds the system of a run: by its name, or by its settings in a checkpoint that does not name it."""
     name = info[SYSTEM]
     if name is not None and asked not in (None, name):
-        raise ValueError(f"--system: expected {name}, as {checkpoint} has it, got '{asked}'")
+        raise ValueError(f"--system: expected {name}, as {where} has it, got '{asked}'")
     if name is not None:
         return find_system(name)
     systems = all_systems() if asked is None else [find_system(asked)]
     for system in systems:
         try:
-            from_dict(system.run(stage), info["description"], where=str(checkpoint))
+            from_dict(system.run(stage), info["description"], where=str(where))
         except ValueError as error:
             fault = error
         else:

@@ -22,13 +22,15 @@ from rqgen.evaluation import evaluate_token_prediction, fit_power_law
 from rqgen.files import claim_folder, is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.reading import read_json
-from rqgen.report import plot_scaling
+from rqgen.report import plot_scaling, power_of_ten
 from rqgen.systems.system import check_one_split
 from rqgen.systems.var import VARPriorRun, VARTokenizerRun
 from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 
-from .runs import check_images_fit, fit_prior, fit_tokenizer, interruptible
-from .settings import RECIPES, data_of_tokenizer
+from .models import Loaded, check_images_fit
+from .requests import ScalingRequest
+from .runs import fit_prior, fit_tokenizer, interruptible
+from .settings import RECIPES, data_of_tokenizer, find_config
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,24 @@ class ScalingConfig:
         return replace(self.prior, prior=prior, loop=replace(self.prior.loop, optimizer=optimizer))
 
 
+def scale(request: ScalingRequest, *, console: Console | None = None) -> dict[str, Any]:
+    """Run the command: see `run_scaling`."""
+    with claim_folder(request.out):
+        pass  # tried before the tokenizer is read
+    config = load_scaling(find_config(request.config), request.overrides, request.tokenizer)
+    return run_scaling(config, request.out, tokenizer=request.tokenizer, resume=request.resume, console=console)
+
+
+def summary(result: dict[str, Any], out: Path) -> list[str]:
+    """Return the fitted laws and the files to look at, as lines."""
+    lines = []
+    for law in result["laws"]:
+        beta = power_of_ten(law["log_beta"])
+        lines.append(f"{law['title']}: ({beta} N)^{law['alpha']:.4f}, correlation {law['correlation']:.4f}")
+    files = f"{out / 'scaling.csv'}, {out / 'scaling.png'}"
+    return [*lines, f"table and figure of {len(result['members'])} sizes: {files}"]
+
+
 def load_scaling(config: Path | None, overrides: Sequence[str] = (), tokenizer: Path | None = None) -> ScalingConfig:
     """The settings of a file (None: the shipped recipe for digits), then ``overrides``. The images follow the trained
     ``tokenizer``, where there is one."""
@@ -99,7 +119,8 @@ def load_scaling(config: Path | None, overrides: Sequence[str] = (), tokenizer: 
     if tokenizer is None:
         return settings.build()
     vae = MultiScaleVQVAE.from_pretrained(tokenizer)
-    return settings.build({"prior": {"data": data_of_tokenizer(vae, settings, "prior.data.", tokenizer)}})
+    data = data_of_tokenizer(Loaded(vae, tokenizer), settings, "prior.data.")
+    return settings.build({"prior": {"data": data}})
 
 
 def run_scaling(
@@ -119,11 +140,11 @@ def run_scaling(
     """
     command = f"rqgen scaling --out {shlex.quote(str(out))} --resume, with the same settings"
     with interruptible(lambda: f"resume with: {command}"), claim_folder(out):
-        return _run_scaling(config, out, tokenizer, resume, console)
+        return _run_scaling(config, out, tokenizer=tokenizer, resume=resume, console=console)
 
 
 def _run_scaling(
-    config: ScalingConfig, out: Path, tokenizer: Path | None, resume: bool, console: Console | None
+    config: ScalingConfig, out: Path, *, tokenizer: Path | None, resume: bool, console: Console | None
 ) -> dict[str, Any]:
     held_out = open_dataset(config.prior.data, "held_out")
     if len(held_out) == 0 or not held_out.class_names:
@@ -138,7 +159,8 @@ def _run_scaling(
         vae, tokenizer_seconds = _tokenizer(config, out / "tokenizer", console)
     members = []
     for depth in sorted(config.depths):
-        members.append(_member(config.member(depth), depth, vae, held_out, out / f"d{depth}", console))
+        run, folder = config.member(depth), out / f"d{depth}"
+        members.append(_member(run, vae, held_out, depth=depth, folder=folder, console=console))
         logger.info("d%(depth)d: %(block_parameters)d parameters in blocks, test loss %(loss).4f", members[-1])
     # Before the fits, which may find that there is no law.
     write_text(out / "scaling.csv", _csv(members))
@@ -191,7 +213,13 @@ def _tokenizer(config: ScalingConfig, folder: Path, console: Console | None) -> 
 
 
 def _member(
-    run: VARPriorRun, depth: int, vae: MultiScaleVQVAE, held_out: ImageDataset, folder: Path, console: Console | None
+    run: VARPriorRun,
+    vae: MultiScaleVQVAE,
+    held_out: ImageDataset,
+    *,
+    depth: int,
+    folder: Path,
+    console: Console | None,
 ) -> dict[str, Any]:
     """A row of the table: trained and tested, or read where that is done."""
     path, codebook = folder / "metrics.json", vae.fingerprint()

@@ -12,7 +12,9 @@ from rqgen.config import Given, find_file, from_dict, given, shorthands, to_dict
 from rqgen.data import DataConfig
 from rqgen.data.settings import place_of
 from rqgen.data.sources import SOURCES
-from rqgen.models import Tokenizer
+from rqgen.models import PretrainedModel, Tokenizer
+
+from .models import Loaded, Models
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,11 @@ def find_config(name: str | None) -> Path | None:
     return None if name is None else find_file(name, RECIPES)
 
 
-def load_encoding(vae: Tokenizer, folder: Path, config: Path | None, overrides: Sequence[str] = ()) -> DataConfig:
+def load_encoding(tokenizer: Loaded[Tokenizer], config: Path | None, overrides: Sequence[str] = ()) -> DataConfig:
     """The images to encode: those that the tokenizer learnt from, where none are named (then a line is logged), and
     what is not said of them as in `data_of_tokenizer`."""
     settings = given(DataConfig, config, overrides, recipes=RECIPES)
-    data = settings.build(data_of_tokenizer(vae, settings, "", folder), where=str(folder))
+    data = settings.build(data_of_tokenizer(tokenizer, settings, ""), where=str(tokenizer.folder))
     warn_of_idle_options(data, "")
     if not _asked(settings, ""):
         source, place = data.place
@@ -41,20 +43,20 @@ def load_encoding(vae: Tokenizer, folder: Path, config: Path | None, overrides: 
     return data
 
 
-def data_of_tokenizer(vae: Tokenizer, settings: Given[Any], prefix: str, folder: Path) -> dict[str, Any]:
+def data_of_tokenizer(tokenizer: Loaded[Tokenizer], settings: Given[Any], prefix: str) -> dict[str, Any]:
     """What a tokenizer says of the images where nothing else does: their size and channels, and, if they are those
     that it learnt from, all but how they are varied.
 
     ``prefix`` leads to the data among ``settings``. ValueError where nothing says which images.
     """
-    known = _remembered(vae, folder)
+    known = _remembered(tokenizer)
     asked = _asked(settings, prefix)
     if known is None and not asked:
         raise ValueError(
-            f"{prefix}source: the tokenizer in {folder} does not say which images it learnt from; "
+            f"{prefix}source: the tokenizer in {tokenizer.folder} does not say which images it learnt from; "
             f"{_ways_to_name_images(prefix)}"
         )
-    return _known_data(known, asked, _size(vae))
+    return _known_data(known, asked, _size(tokenizer.model))
 
 
 def _size(vae: Tokenizer) -> dict[str, Any]:
@@ -69,27 +71,28 @@ def _known_data(known: DataConfig | None, asked: dict[str, Any], size: dict[str,
     return {**kept, **size}
 
 
-def data_of_models(models: Any, settings: Given[Any], prefix: str) -> tuple[dict[str, Any], str | None]:
-    """Settings of the images to evaluate models by, as `data_of_tokenizer` gives them; those that the prior was trained
-    on come before the tokenizer's. ``models`` has ``tokenizer``, ``prior`` (either None) and their folders. The second
-    result is the reason why nothing says which images; None where something does."""
-    known, size = None, {}
-    for model, folder in ((models.prior, models.prior_folder), (models.tokenizer, models.tokenizer_folder)):
-        if model is not None and known is None:
-            known, where = _remembered(model, folder), folder
+def data_of_models(models: Models, settings: Given[Any], prefix: str) -> tuple[dict[str, Any], str | None]:
+    """Return settings of the images to evaluate models by, as `data_of_tokenizer` gives them; those that the prior was
+    trained on come before the tokenizer's. The second result says why nothing names the images; None if something
+    does."""
+    known, where = None, Path()
+    for loaded in (models.prior, models.tokenizer):
+        if loaded is not None and known is None:
+            known, where = _remembered(loaded), loaded.folder
+    size: dict[str, Any] = {}
     if models.tokenizer is not None:
-        size = _size(models.tokenizer)
+        size = _size(models.tokenizer.model)
     elif known is not None:
         size = {"resolution": known.resolution, "channels": known.channels}
     asked = _asked(settings, prefix)
     if known is None and not asked:
-        return size, f"{where} does not say which it learnt from; {_ways_to_name_images(prefix)}"
+        return size, f"{where} does not name the images of its training; {_ways_to_name_images(prefix)}"
     return _known_data(known, asked, size), None
 
 
-def warn_of_other_split(data: DataConfig, model: Any, folder: Path, *, role: str = "tokenizer") -> None:
-    """Logs where the images are those that a model was trained on, but others are held out."""
-    known = _remembered(model, folder)
+def warn_of_other_split(data: DataConfig, trained: Loaded[PretrainedModel], *, role: str = "tokenizer") -> None:
+    """Log where the images are those that a model was trained on, but others are held out."""
+    known = _remembered(trained)
     if known is None or data.place != known.place:
         return
     for name in _SPLIT:
@@ -130,9 +133,11 @@ def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
     path = short.get(source)
     if path not in asked:
         return True
-    options = from_dict(SOURCES.sections()[source], {path.partition(".")[2]: asked[path]}, where=path)
+    options: Any = from_dict(SOURCES.sections()[source], {path.partition(".")[2]: asked[path]}, where=path)
     return place_of(source, options) == known.place[1]
 
 
-def _remembered(model: Any, folder: Path) -> DataConfig | None:
-    return None if model.data is None else from_dict(DataConfig, model.data, where=f"{folder}/config.json: data")
+def _remembered(trained: Loaded[PretrainedModel]) -> DataConfig | None:
+    """Return the settings of the images of a model's training; None where it does not name them."""
+    data, where = trained.model.data, f"{trained.folder}/config.json: data"
+    return None if data is None else from_dict(DataConfig, data, where=where)

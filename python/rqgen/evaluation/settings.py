@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from rqgen.config import check_bounds, check_seeds, fill_sections, open_sections
 from rqgen.data import DataConfig
 from rqgen.inference import SamplingParams
+from rqgen.options import SamplingOptions
 
 from .metrics import METRICS
 
 
-@dataclass
-class SamplingConfig:
+@dataclass(frozen=True)
+class SamplingConfig(SamplingOptions):
     """The sampling of images to evaluate."""
 
     count: int = 500
     """Number of images, equally many of every class."""
-    temperature: float = 1.0
-    """Divisor of the logits."""
-    top_k: int | None = None
-    """Only the k likeliest codes."""
-    top_p: float | None = None
-    """Only the likeliest codes of this total mass."""
-    cfg_scale: float | None = None
-    """Strength of classifier-free guidance; 0 is off."""
     batch_size: int = 250
     """Images sampled at once."""
-    seed: int = 0
-    """The same seed gives the same images."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, count=(1, 10**6), batch_size=(1, 2**24), top_k=(1, 2**24))
+        check_bounds(self, count=(1, 10**6), batch_size=(1, 2**24))
         check_seeds(self, "seed")
         self.params()  # which checks the others
 
     def params(self) -> SamplingParams:
         """The settings that `generate` and `edit` take."""
-        names = ("temperature", "top_k", "top_p", "cfg_scale", "seed")
-        return SamplingParams(**{name: getattr(self, name) for name in names})
+        return SamplingParams(**{one.name: getattr(self, one.name) for one in fields(SamplingOptions)})
 
 
 @open_sections(METRICS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import rqkernels
 from rqgen.checks import check_flag, check_integer, check_nonnegative, check_number, plain
 from rqgen.config import did_you_mean
 from rqgen.models import Prior
+from rqgen.options import SamplingOptions
 
 # What other libraries, and earlier versions, call a setting.
 _HINTS = {
@@ -27,7 +28,7 @@ _HINTS = {
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(SamplingOptions):
     """How codes are sampled from a prior.
 
     Attributes:
@@ -47,14 +48,6 @@ class SamplingParams:
     Raises:
         TypeError, ValueError: a value of the wrong kind or out of range; starts with its name.
     """
-
-    temperature: float | Sequence[float] = 1.0
-    top_k: int | Sequence[int | None] | None = None
-    top_p: float | Sequence[float | None] | None = None
-    cfg_scale: float | None = None
-    seed: int = 0
-    offset: int = 0
-    smooth: bool = False
 
     def __post_init__(self) -> None:
         values = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rqgen.checks import check_flag
 from rqgen.models import Prior
+from rqgen.options import EngineOptions
 from rqgen.quantizers import Codes
 
 from .params import LevelParams, refuse_failed
@@ -20,7 +21,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
-class Engine:
+class Engine(EngineOptions):
     """How a prior is computed while it is sampled from.
 
     Attributes:
@@ -32,9 +33,6 @@ class Engine:
         use_graphs: capture the steps of an RQ-Transformer's position in CUDA graphs and replay them. On the CPU, and of
             a VAR, there are none; the codes are the same either way.
     """
-
-    precision: str = "fp32"
-    use_graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from rich.console import Console
@@ -55,7 +54,7 @@ class PriorRun:
     """The training."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DemoSamplingConfig(SamplingConfig):
     """Settings of sampling whose images fill the figure: ten of each digit at least."""
 
@@ -89,6 +88,16 @@ class DemoConfig:
             raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
 
 
+class MakePriorStage(Protocol):
+    """A function that makes the stage of a new prior."""
+
+    def __call__(
+        self, run: Any, vae: Any, source: ImageDataset | EncodedImages, *, console: Console | None
+    ) -> tuple[Stage[Any], ImageDataset | TensorItems]:
+        """Return the stage, and the items that it is trained on."""
+        ...
+
+
 @dataclass(frozen=True)
 class System:
     """What differs between the systems on the command line.
@@ -106,9 +115,7 @@ class System:
     prior: type[Prior]
     tokenizer_run: type[TokenizerRun]
     prior_run: type[PriorRun]
-    prior_stage: Callable[
-        [Any, Any, ImageDataset | EncodedImages, Console | None], tuple[Stage[Any], ImageDataset | TensorItems]
-    ]
+    prior_stage: MakePriorStage
     demo: type[DemoConfig] | None = None
 
     def run(self, stage: str) -> type[TokenizerRun] | type[PriorRun]:
@@ -146,7 +153,7 @@ def preview_samples(prior: Prior, vae: Tokenizer) -> dict[str, Tensor]:
     """The same few samples at every call, so that progress can be seen: of the first classes a row each."""
     classes = min(prior.num_classes, PREVIEW_CLASSES)
     if not classes:
-        sampled = generate(prior, vae, None, 4 * PREVIEW_COLUMNS, seed=0)
+        sampled = generate(prior, vae, num=4 * PREVIEW_COLUMNS, seed=0)
         return {"samples": image_grid(sampled.images, columns=PREVIEW_COLUMNS)}
     columns = PREVIEW_COLUMNS // 2
     sampled = generate(prior, vae, torch.arange(classes).repeat_interleave(columns), seed=0)

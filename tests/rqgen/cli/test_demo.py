@@ -62,7 +62,7 @@ def test_the_folder_is_a_pipeline(demo, rqgen, tmp_path):
     assert code == 0, err
     assert torch.equal(read_codes(tmp_path / "s.safetensors").codes, sampled.codes)
     code, _, err = rqgen("sample", out, "--tokenizer", out / "tokenizer")
-    assert code == 1 and err == f"error: --tokenizer: expected none beside RUN, {out}, which holds both models\n"
+    assert code == 1 and err == f"error: --tokenizer: expected none next to RUN, {out}, which holds both models\n"
     code, _, err = rqgen("sample", tmp_path / "nowhere")
     assert code == 1 and "nowhere" in err and err.count("\n") == 1
 

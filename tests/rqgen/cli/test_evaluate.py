@@ -234,7 +234,7 @@ def test_models_that_do_not_know_their_images(evaluated, refused, pair, tmp_path
     err = refused(tmp_path, "--metric", "reconstruction")
     assert (
         "metric 'reconstruction' does not fit: needs images: " in err
-        and "does not say which it learnt from; give data.folder=PATH" in err
+        and "does not name the images of its training; give data.folder=PATH" in err
     )
     found, _ = evaluated(tmp_path, "data.source=digits", "--metric", "reconstruction")
     assert found["protocol"]["images"] == len(open_dataset(DataConfig(), "held_out"))

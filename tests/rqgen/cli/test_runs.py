@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, small_tokenizer):
 SCRIPT = """
 import os, signal, sys
 import rqgen
-interrupted, hidden = sys.argv[1], sys.argv[2] == "hidden"
+interrupted, way = sys.argv[1], sys.argv[2]
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -258,9 +258,10 @@ class Finder:
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except KeyboardInterrupt:
-                if hidden:
+                if way == "hidden":
                     raise ImportError("half an import")
-                raise
+                if way == "plain":
+                    raise
 
 sys.meta_path.insert(0, Finder())
 sys.argv = sys.argv[3:]
@@ -275,14 +276,46 @@ def run_alone(command):
 
 
 @pytest.mark.parametrize(
-    ("module", "way"), [("rqgen.cli.app", "plain"), ("rqgen.cli.runs", "plain"), ("rqgen.cli.runs", "hidden")]
+    ("module", "way"),
+    [
+        ("rqgen.cli.interrupts", "plain"),
+        ("typer", "plain"),
+        ("rqgen.cli.app", "plain"),
+        ("rqgen.cli.app", "swallowed"),
+        ("rqgen.cli.runs", "plain"),
+        ("rqgen.cli.runs", "hidden"),
+        ("torch", "plain"),
+    ],
 )
 def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path, module, way):
-    """Also where an import makes another error of it."""
+    """Also where an import makes another error of it, or goes on."""
     arguments = ["rqgen", "train", "tokenizer", "--out", str(tmp_path / "run")]
     stopped = run_alone([sys.executable, "-c", SCRIPT, module, way, *arguments])
     assert stopped.stderr == "interrupted: the same command starts over\n"
     assert stopped.returncode == 130 and list(tmp_path.iterdir()) == []
+
+
+AT_THE_END = """
+import atexit, os, signal, sys
+from rqgen.__main__ import main
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+main()
+"""
+
+
+@pytest.mark.parametrize(("command", "code"), [("--version", 0), ("check", 0), ("nothing", 2)])
+def test_an_interrupt_at_the_end_is_not_a_traceback(command, code):
+    stopped = run_alone([sys.executable, "-c", AT_THE_END, command])
+    assert stopped.returncode == code and "Traceback" not in stopped.stderr
+    assert (stopped.stderr == "") == (code == 0)
+
+
+def test_an_interrupt_while_options_are_read_is_one_line(rqgen, monkeypatch):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("rqgen.cli.app._Group.parse_args", interrupted)
+    assert rqgen("check") == (130, "", "interrupted: the same command starts over\n")
 
 
 @pytest.mark.parametrize(
@@ -330,14 +363,14 @@ def test_the_command_that_is_named_goes_on(rqgen, tmp_path, small_tokenizer, tra
 
 @pytest.mark.parametrize("command", ["demo", "scaling", "encode"])
 def test_other_commands_say_how_to_go_on(rqgen, tmp_path, monkeypatch, command):
-    from rqgen.cli import demo, scaling, transfer
+    from rqgen.cli import demo, encode, scaling
 
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "fit_tokenizer", interrupted)
     monkeypatch.setattr(scaling, "_run_scaling", interrupted)
-    monkeypatch.setattr(transfer, "load_model", interrupted)
+    monkeypatch.setattr(encode, "load_tokenizer", interrupted)
     code, _, err = rqgen(command, "--out", tmp_path / "out")
     assert code == 130 and err.startswith("interrupted: ") and err.count("\n") == 1
     assert (f"rqgen scaling --out {tmp_path / 'out'} --resume" in err) == (command == "scaling")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from rqgen.cli.app import main
 from rqgen.cli.demo import load_demo
-from rqgen.cli.explain import COMMANDS, explain, field_help
+from rqgen.cli.explain import COMMANDS, explain
+from rqgen.cli.field_help import field_help
 from rqgen.cli.scaling import ScalingConfig
 from rqgen.cli.settings import RECIPES
 from rqgen.config import load, nested_dataclasses, to_dict

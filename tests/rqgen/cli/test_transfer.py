@@ -44,8 +44,8 @@ def test_a_prior_learns_from_codes_on_disk(rqgen, trained, tmp_path, small_prior
 def test_encode_mistakes(rqgen, trained, tmp_path):
     tokenizer = trained[0] / "model"
     for more, words in (
-        (["--split", "test"], "split: expected one of train, held_out, all, got 'test'"),
-        (["resolution=64"], "data.resolution: 64"),
+        (["--split", "test"], "error: --split: expected one of train, held_out, all, got 'test'"),
+        (["resolution=64"], "error: resolution: 64, but the tokenizer is for images of 32x32"),
         (["sourc=digits"], "did you mean 'source'"),
         (["source=folder"], "folder: expected a path"),
         (["--tokenizer", trained[1] / "model"], "holds no tokenizer, but a rqtransformer"),
@@ -106,8 +106,14 @@ def test_sample_mistakes(rqgen, trained, tmp_path):
         (["--prior", prior, "--tokenizer", tokenizer, "--class", 10], "--class: expected 0..9, got 10"),
         (["--prior", tokenizer, "--tokenizer", tokenizer], "holds no prior, but a rqvae"),
         (["--prior", prior, "--tokenizer", tmp_path / "nowhere"], "nowhere"),
-        (["--prior", prior, "--tokenizer", tokenizer, "--top-p", 1.5], "top_p"),
-        (["--prior", prior, "--tokenizer", tokenizer, "--precision", "int4"], "precision: expected one of fp32"),
+        (
+            ["--prior", prior, "--tokenizer", tokenizer, "--top-p", 1.5],
+            "error: --top-p: expected a number in (0, 1], got 1.5",
+        ),
+        (
+            ["--prior", prior, "--tokenizer", tokenizer, "--precision", "int4"],
+            "error: --precision: expected one of fp32",
+        ),
         # Refused before anything is read, let alone drawn.
         (["--prior", "nowhere", "--out", tmp_path / "s.npz"], "--out: expected a file name that ends in .bmp, .jpeg"),
         (["--prior", "nowhere", "--out", tmp_path / "s"], "--out: expected a file name that ends in .bmp, .jpeg"),

@@ -1,0 +1,112 @@
+"""`rqgen sample`: new images on one sheet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rqgen.data import EncodedImages, image_grid, save_image, write_codes
+from rqgen.data.codes import check_codes_name
+from rqgen.data.grid import check_image_name, grid_size
+from rqgen.files import claim_file
+from rqgen.models import Prior, Tokenizer
+from rqgen.models.classes import class_label, names_of_classes
+from rqgen.sampling import Engine, SamplingParams, generate
+from rqgen.sampling.generate import GenerateOutput
+from rqgen.sampling.pipeline import Pipeline
+
+from .models import default_device, load_prior, load_tokenizer
+from .requests import PRIOR, TOKENIZER, SampleRequest
+
+# Pixels of a sheet for each of an image's, along each side.
+_SHEET_SCALE = 2
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """A prior, its tokenizer, the names of the prior's classes, and the folders of both models."""
+
+    prior: Prior
+    tokenizer: Tokenizer
+    class_names: tuple[str, ...]
+    folders: dict[str, Path]
+
+
+def sample_images(request: SampleRequest) -> int:
+    """Sample images onto one sheet, a row per class with its name, and optionally write their codes. Return the number
+    of images."""
+    folders = _model_folders(request)
+    params, engine = SamplingParams(**asdict(request.sampling)), Engine(**asdict(request.engine))
+    check_image_name(request.out, name="--out")
+    if request.codes is not None:
+        check_codes_name(request.codes, "--codes")
+    with claim_file(request.out), contextlib.nullcontext() if request.codes is None else claim_file(request.codes):
+        models = _load(request.run, folders)
+        prior, vae = models.prior, models.tokenizer
+        classes = _labels(models, request.classes)
+        rows = tuple(models.class_names[label] for label in classes)
+        height, width = grid_size(max(1, len(rows)) * request.num, request.num, vae.image_shape, row_labels=rows)
+        check_image_name(request.out, size=(_SHEET_SCALE * height, _SHEET_SCALE * width), name="--out")
+        labels = torch.tensor(classes, device=prior.device).repeat_interleave(request.num) if classes else None
+        sampled = generate(
+            prior,
+            vae,
+            labels,
+            num=request.num if labels is None else None,
+            params=params,
+            batch_size=request.batch_size,
+            precision=engine,
+            progress=True,
+        )
+        sheet = image_grid(sampled.images, columns=request.num, row_labels=rows)
+        save_image(sheet, request.out, scale=_SHEET_SCALE)
+        if request.codes is not None:
+            write_codes(request.codes, _encoded(models, sampled, labels, seed=params.seed))
+        return len(sampled.images)
+
+
+def _model_folders(request: SampleRequest) -> dict[str, Path]:
+    """Return the folders of a prior and its tokenizer: in RUN, or each given by itself."""
+    given = {"prior": request.prior, "tokenizer": request.tokenizer}
+    if request.run is None:
+        return {"prior": request.prior or PRIOR, "tokenizer": request.tokenizer or TOKENIZER}
+    for name, folder in given.items():
+        if folder is not None:
+            raise ValueError(f"--{name}: expected none next to RUN, {request.run}, which holds both models")
+    return {name: request.run / name for name in given}
+
+
+def _load(run: Path | None, folders: dict[str, Path]) -> LoadedModels:
+    if run is not None:
+        pipeline = Pipeline.from_pretrained(run, default_device())
+        return LoadedModels(pipeline.prior, pipeline.tokenizer, class_names=pipeline.class_names, folders=folders)
+    prior, tokenizer = load_prior(folders["prior"]), load_tokenizer(folders["tokenizer"])
+    return LoadedModels(prior, tokenizer, class_names=names_of_classes(prior), folders=folders)
+
+
+def _labels(models: LoadedModels, wanted: Sequence[str]) -> list[int]:
+    """Return the labels of the classes to sample; none for a prior without classes."""
+    prior = models.prior
+    if prior.condition_kind == "tokens":
+        raise ValueError(
+            f"--prior: {models.folders['prior']} is conditioned on tokens; sample from it in Python with rqgen.generate"
+        )
+    known = models.class_names if prior.num_classes else ()
+    return [class_label(name, known, "--class") for name in wanted] or list(range(prior.num_classes))
+
+
+def _encoded(models: LoadedModels, sampled: GenerateOutput, labels: torch.Tensor | None, *, seed: int) -> EncodedImages:
+    """Return sampled codes as `write_codes` takes them."""
+    unlabelled = torch.full((len(sampled.images),), -1)
+    return EncodedImages(
+        codes=sampled.codes,
+        labels=unlabelled if labels is None else labels.cpu(),
+        codebook_size=models.tokenizer.codebook_size,
+        codebook_id=models.tokenizer.fingerprint(),
+        class_names=models.class_names,
+        info={**{name: str(folder) for name, folder in models.folders.items()}, "seed": seed},
+    )
