@@ -1,4 +1,4 @@
-"""A PackedCodebook finds what its codebook finds, bit for bit, wherever it takes another way to find it."""
+"""A PackedCodebook finds the codes of its codebook, bit for bit, by every method of search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certified codes: equal to the float64 definition wherever the row is finite, on whatever runs the search."""
+"""Certified codes equal the float64 definition for every finite row, on every device and instruction set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes drawn by their distance: those of the float64 definition, whatever the batch, the threads and the machine."""
+"""Codes sampled by distance equal the float64 definition for every batch, number of threads and machine."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def beside_the_interval(
 
 
 def assert_follows_its_codes(out: rqk.ResidualCodes, x: torch.Tensor, codebooks: torch.Tensor) -> None:
-    """Residuals, norms and quantized are what the codes say, in the definition's arithmetic."""
+    """Check residuals, norms and quantized against the codes, in the definition's arithmetic."""
     residual, total = x.float(), torch.zeros_like(x, dtype=torch.float32)
     for d in range(out.codes.shape[-1]):
         assert same(out.residuals[..., d, :], residual)
@@ -106,7 +106,7 @@ def test_seeds_and_offsets(seed: int, offset: int, device: torch.device) -> None
 
 @pytest.mark.parametrize(("k", "c", "tau"), [(4096, 32, 0.5), (4096, 32, 2.0), (512, 256, 1.0), (512, 256, 4.0)])
 def test_few_likely_codes_are_decided_in_float64(k: int, c: int, tau: float, device: torch.device) -> None:
-    # Rows beside codes: the mass lies in a few, whose boundaries some of the uniforms come near to.
+    # Rows next to codes: the mass lies in a few, whose boundaries some of the uniforms come near to.
     e = torch.randn(k, c, device=device) * (0.2 + 0.8 * torch.rand(k, 1, device=device))
     assert_equals_definition(e[torch.randint(k, (250,))] + 0.1 * torch.randn(250, c, device=device), e, 2, tau=tau)
 
@@ -393,7 +393,7 @@ def test_compiles_as_one_graph_for_all_counters(device: torch.device) -> None:
     x, e = torch.randn(50, 8, device=device), torch.randn(16, 8, device=device)
     torch.compiler.reset()
     compiled = torch.compile(quantize, fullgraph=True, backend=count)
-    for step in range(12):  # more than Dynamo would compile anew
+    for step in range(12):  # more than Dynamo would recompile
         for one, other in zip(compiled(x, e, 3 + step, 50 * step), quantize(x, e, 3 + step, 50 * step), strict=True):
             assert torch.equal(one, other)
     assert graphs <= 4
