@@ -541,7 +541,7 @@ print(*few, (status("VmHWM") - before) / (1024 * 16384 * 4))
 """
 
 
-def test_memory_beside_the_gradient() -> None:
+def test_memory_added_to_the_gradient() -> None:
     """Memory in units of the logits: at most a twentieth next to them, and with the classifier its budget."""
     environment = {**os.environ, "PYTHONPATH": str(Path(rqk.__file__).resolve().parent.parent)}
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], env=environment, capture_output=True, text=True)
@@ -576,9 +576,9 @@ def test_in_place_is_refused_where_it_would_do_harm() -> None:
         value.backward()
 
 
-@pytest.mark.parametrize("kind", ["beside", "inplace", "fused"])
+@pytest.mark.parametrize("kind", ["plain", "inplace", "fused"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_losses_of_rows_beside_the_loss(kind: str, reduction: str) -> None:
+def test_losses_of_rows_next_to_the_loss(kind: str, reduction: str) -> None:
     """Row losses change neither the loss nor its gradient, which is still written once, and have none themselves."""
     x, e, mask = torch.randn(40, 8), torch.randn(50, 8), torch.rand(40) < 0.8
     hidden, weight = torch.randn(40, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
