@@ -15,7 +15,7 @@ def sections(text: str) -> list[str]:
 
 
 def users(text: str) -> dict[str, list[str]]:
-    """The files of each row of the table; a bare name lies beside the file before it."""
+    """Files of each row of the table; a bare name lies next to the file before it."""
     table = {}
     for number, cell in re.findall(r"^\| (B\d+) \| .* \| (.*) \|$", text, re.MULTILINE):
         files: list[str] = []

@@ -229,12 +229,12 @@ def test_tools_beside_python_are_found(sources: Sources) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# --- the clone beside an installed package
+# --- a clone next to an installed package
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone without a library; the folder `site` beside it holds the installed package."""
+    """A clone without a library; the folder `site` next to it holds the installed package."""
     shutil.copytree(ROOT / "rqkernels", tmp_path / "clone" / "rqkernels", ignore=shutil.ignore_patterns("*.so"))
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "rqkernels").symlink_to(rqkernels._library._FOLDER)

@@ -297,7 +297,7 @@ def constant_violations(root: Path) -> list[str]:
 
 
 def build_violations(root: Path) -> list[str]:
-    """CMake builds the folders of csrc/ops as they stand: no list of operators is kept beside them."""
+    """CMake builds the folders of csrc/ops as they are: no list of operators is kept."""
     return [
         f"{path.relative_to(root).as_posix()}: names {op}"
         for path in (root / "CMakeLists.txt", root / "csrc" / "emulation" / "CMakeLists.txt")

@@ -67,7 +67,7 @@ inline std::string number_text(double value) {
   return text.str();
 }
 
-// A limit on the elements of a tensor. No memory holds more: only zero strides reach it, and a sum over so many would
+// A limit on the elements of a tensor. No memory holds more: only zero strides reach it, and a sum over them would
 // never finish. Sizes below it can be multiplied without overflow.
 constexpr int64_t kMostElements = int64_t(1) << 40;
 

@@ -359,8 +359,8 @@ __global__ void blocks_share_an_output(SelfTestParams p) {
   if (threadIdx.x == 0) p.out[0] = p.in[0];
 }
 
-// A plain write beside other blocks' atomics.
-__global__ void plain_beside_atomic(SelfTestParams p) {
+// A plain write next to other blocks' atomics.
+__global__ void plain_next_to_atomic(SelfTestParams p) {
   if (blockIdx.x == 0) {
     p.out[0] = 0;
   } else if (threadIdx.x == 0) {
@@ -452,7 +452,7 @@ const SelfTest self_tests[] = {
     {"uninitialised_shared", run<uninitialised_shared>},
     {"uninitialised_global", run<uninitialised_global>},
     {"blocks_share_an_output", run<blocks_share_an_output, 3>},
-    {"plain_beside_atomic", run<plain_beside_atomic, 2, 1>},
+    {"plain_next_to_atomic", run<plain_next_to_atomic, 2, 1>},
 };
 const int num_self_tests = sizeof(self_tests) / sizeof(self_tests[0]);
 

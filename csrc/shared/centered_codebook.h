@@ -76,11 +76,16 @@ inline TilePlan plan_tiles(const CodeScoresKernels& kernels, int64_t rows, int64
   // Least number of elements per thread: fewer would be read before the threads have synchronized.
   constexpr int64_t kElementsPerPart = 1 << 18, kMostParts = 64;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t parts = std::min({threads, kMostParts, num_codes * channels / kElementsPerPart});
-  if (parts > 1 && rows < threads * rows_to_pay_a_tile) return {kernels.tile_rows, parts, 1};
+  TilePlan plan{};
+  plan.rows = kernels.tile_rows;
+  plan.parts = std::min({threads, kMostParts, num_codes * channels / kElementsPerPart});
+  plan.workers = 1;
+  if (plan.parts > 1 && rows < threads * rows_to_pay_a_tile) return plan;
   // Half a tile takes little more than half the time.
-  const int64_t half = kernels.tile_rows / 2, tile = divide_up(rows, threads) <= half ? half : kernels.tile_rows;
-  return {tile, 1, std::min(threads, divide_up(rows, tile))};
+  if (divide_up(rows, threads) <= kernels.tile_rows / 2) plan.rows = kernels.tile_rows / 2;
+  plan.parts = 1;
+  plan.workers = std::min(threads, divide_up(rows, plan.rows));
+  return plan;
 }
 
 // A tile of rows and its scores.

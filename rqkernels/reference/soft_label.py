@@ -62,14 +62,14 @@ def check_logits(op: str, logits: Tensor, x: Tensor, codebook: Tensor, mask: Ten
     check_mask(op, "logits", logits, x, mask)
 
 
-def check_mask(op: str, name: str, beside: Tensor, x: Tensor, mask: Tensor | None) -> None:
+def check_mask(op: str, name: str, other: Tensor, x: Tensor, mask: Tensor | None) -> None:
     if mask is None:
         return
-    check_device(op, name, beside, "mask", mask)
+    check_device(op, name, other, "mask", mask)
     if shapes_differ(mask.shape, x.shape[:-1]):
         raise ValueError(
             f"{op}: mask must be bool of the shape of {name} without {'K' if name == 'logits' else 'H'}, "
-            f"{shape_of(beside)}; got {shape_of(mask)}"
+            f"{shape_of(other)}; got {shape_of(mask)}"
         )
 
 

@@ -67,12 +67,12 @@ def stochastic_residual_search(
     def sample(r_nc: Tensor, rows_n: Tensor, codebook_kc: Tensor, d: int) -> Tensor:
         uniform_n = philox_uniform(rows_n + offset, seed=seed, stream=d, op_id=OP_STOCHASTIC_RESIDUAL_SEARCH)
 
-        def draw(squared_nk: Tensor, rows: slice) -> Tensor:
+        def choose(squared_nk: Tensor, rows: slice) -> Tensor:
             # Differences before the division: for a tiny tau, quotients of whole distances would have no digits left.
             weights_nk = torch.exp(-(squared_nk - squared_nk.min(dim=-1, keepdim=True).values) / tau)
             return inverse_cdf(weights_nk, uniform_n[rows])
 
-        return choose_by_distances(r_nc, codebook_kc, draw)
+        return choose_by_distances(r_nc, codebook_kc, choose)
 
     result, residuals = residual_loop(_OP, x, codebooks, depth, sample)
     return result._replace(residuals=residuals if return_residuals else None)

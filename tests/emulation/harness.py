@@ -37,7 +37,7 @@ class Device(NamedTuple):
     mma_bits: int = 0  # after which an mma errs; 0: it is exact
 
     def arguments(self) -> dict[str, Argument]:
-        """As every case takes them."""
+        """Arguments of a case that describe this device."""
         error = 2.0**-self.mma_bits if self.mma_bits else 0.0
         return {
             "multiprocessors": self.multiprocessors,

@@ -1,4 +1,4 @@
-"""The two checks of .ci/run that read sources and reports: what they look for, they find."""
+"""Tests of the two checks of .ci/run that read sources and reports: they find what they look for."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_long_and_short_codes_beside_one_another(emulation: Emulation, rows_of_c
 
 
 def test_order_within_a_code_is_that_of_the_rows(emulation: Emulation) -> None:
-    # Summed in another order, the small terms would vanish beside the large ones, or survive where they should not.
+    # Summed in another order, the small terms would vanish next to the large ones, or survive where they should not.
     codes = some_codes(2, 1500)
     x = normal(1500, 1) * np.float32(10.0) ** np.random.default_rng(3).integers(-18, 18, (1500, 1)).astype(np.float32)
     check(emulation, x, codes, 2)

@@ -60,7 +60,7 @@ class Stack(NamedTuple):
         return cls(kernel, reference.PackedTransformer(blocks, heads, width=width, **options))
 
     def arguments(self) -> dict[str, object]:
-        """The stack as both cases take it."""
+        """Arguments of both cases that describe the stack."""
         k = self.kernel
         names = {"activation": k.activation, "precision": k.precision}
         sizes = {"layers": k.layers, "hidden": k.hidden, "heads": k.heads, "eps": k.eps}

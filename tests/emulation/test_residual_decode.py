@@ -14,7 +14,7 @@ ROWS = {"plain": 129, "asan": 129, "race": 17}
 
 
 def check(emulation: Emulation, codes_nd: np.ndarray, codebooks_dkc: np.ndarray, depth: int) -> int:
-    """The flag of the kernel, after its sums were compared with the definition's."""
+    """Compare the kernel's sums with the definition's, and return its flag."""
     decoded, any_bad = emulation.run("residual_decode", codes=codes_nd, codebooks=codebooks_dkc, depth=depth)
     codebooks = torch.from_numpy(codebooks_dkc)
     expected = reference.residual_decode(

@@ -50,7 +50,7 @@ def search(
 def check(
     emulation: Emulation, x_nc: np.ndarray, codebooks_dkc: np.ndarray, depth: int, device: Device, **options: Any
 ) -> tuple[np.ndarray, Counted]:
-    """Codes of the kernels, after all results were compared with the definition's; and what they counted."""
+    """Compare all results with the definition's; return the codes and the counters of the kernels."""
     codes, quantized, norms, residuals, counted = search(emulation, x_nc, codebooks_dkc, depth, device, **options)
     codebooks = torch.from_numpy(codebooks_dkc)
     expected = reference.residual_search(

@@ -398,7 +398,7 @@ def test_the_address_build_finds(emulation: Emulation, case: str, message: str) 
         ("uninitialised_shared", r"uninitialised shared tile \(256 bytes\) at byte 28: a read by thread 7 "),
         ("uninitialised_global", "uninitialised global memory .* a read by thread 0 "),
         ("blocks_share_an_output", "race on global memory .* of block 1 .* of block 0"),
-        ("plain_beside_atomic", "race on global memory .* an atomic by thread 0 of block 1 .* a write .* of block 0"),
+        ("plain_next_to_atomic", "race on global memory .* an atomic by thread 0 of block 1 .* a write .* of block 0"),
     ],
 )
 def test_the_race_build_finds_in_order(emulation: Emulation, case: str, message: str) -> None:

@@ -44,7 +44,7 @@ def draw(
 
 
 def check(emulation: Emulation, logits_nk: np.ndarray, **options: object) -> np.ndarray:
-    """Codes of the kernel, after they were compared with the definition's."""
+    """Compare the kernel's codes with the definition's, and return them."""
     codes = draw(emulation, logits_nk, **options)
     options.pop("on_device", None)
     expected = reference.sample_logits(torch.from_numpy(logits_nk), **{"seed": 7, **options})

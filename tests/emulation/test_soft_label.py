@@ -12,8 +12,8 @@ from rqkernels import reference
 
 from .harness import SCHEDULES, Device, Emulation, ragged_grid
 
-# A block has 64 rows, a warp 16 of them and 64 of a tile's 128 codes, 16 channels at a time; on the direct way 32 rows,
-# a warp four of them, and 128 codes, 32 channels at a time.
+# A block has 64 rows, a warp 16 of them and 64 of a tile's 128 codes, 16 channels at a time; on the direct path 32
+# rows, a warp four of them, and 128 codes, 32 channels at a time.
 ROWS = {"plain": 129, "asan": 66, "race": 66}
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,7 +27,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def to_numpy(t: torch.Tensor) -> np.ndarray:
-    """bfloat16 as its bits."""
+    """The tensor as numpy holds it; bfloat16 as its bits."""
     return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
 
 
@@ -40,7 +40,7 @@ def distance_softmax(
 def labels_and_direct_rows(
     emulation: Emulation, x_oic: np.ndarray, codebooks: np.ndarray, tau: float, device: Device = H100
 ) -> tuple[np.ndarray, int]:
-    """Q, and how many rows the tiles did not serve; -1 where there are none."""
+    """Q, and the number of rows that took the direct path; -1 without tiles."""
     # Each schedule has errors of its own.
     schedules = (3,) if device.mma_bits > 0 else SCHEDULES
     q, direct = emulation.run(
@@ -50,7 +50,7 @@ def labels_and_direct_rows(
 
 
 def true_labels(x_oic: np.ndarray, codebooks: np.ndarray, tau: float) -> np.ndarray:
-    """By differences, where the reference expands the square."""
+    """Q in float64 from squared differences; the reference expands the square."""
     difference = x_oic.astype(np.float64)[:, :, None] - codebooks.astype(np.float64)
     exponent = -np.square(difference).sum(-1) / tau
     exponent -= exponent.max(-1, keepdims=True)
@@ -201,7 +201,7 @@ def test_more_codes_than_a_list_holds(emulation: Emulation) -> None:
     q, direct = labels_and_direct_rows(emulation, x, e, 1.0)
     assert direct == 1
     np.testing.assert_allclose(q, truth, rtol=1e-5, atol=1e-37)
-    # With errors that nobody sees in so many, the half scores serve.
+    # With this many codes, errors of the half scores do not show.
     e[0, 40:] = 30 + e[0, 40:] / 1000
     assert 1 / 4096 < exponent_error(x[:, 0], e[0], 1.0) < 1 / 16
     q, direct = labels_and_direct_rows(emulation, x, e, 1.0)
@@ -255,7 +255,7 @@ def test_a_codebook_per_depth_masks_weights_strides_dtypes(emulation: Emulation,
 def test_a_gradient_of_halves_overflows_and_vanishes_where_it_is_that_large_or_small(
     emulation: Emulation, dtype: torch.dtype, device: Device
 ) -> None:
-    """With weights from 2^-30 to 2^24, as loss scaling and means over rows make them, multiplied in float32."""
+    """Weights from 2^-30 to 2^24, as loss scaling and means over rows make them, multiplied in float32."""
     x, e = normal(56, 1, 40), normal(1, 130, 40, seed=1)
     logits = torch.from_numpy(2 * normal(56, 1, 130, seed=2)).to(dtype)
     weight = np.exp2(np.arange(-30, 26, dtype=np.float32))

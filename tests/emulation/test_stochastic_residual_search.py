@@ -40,7 +40,7 @@ def check(
     seed: int = 7,
     offset: int = 0,
 ) -> np.ndarray:
-    """Codes of the kernel, after all results were compared with the definition's."""
+    """Compare all results with the definition's, and return the kernel's codes."""
     codes, quantized, norms, residuals = draw(emulation, x_nc, codebooks_dkc, depth, tau, seed, offset)
     codebooks = torch.from_numpy(codebooks_dkc)
     expected = reference.stochastic_residual_search(

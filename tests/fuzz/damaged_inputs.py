@@ -419,7 +419,7 @@ def break_tensors(path: Path, draw: Draw) -> str:
 
 
 def break_metadata(path: Path, draw: Draw) -> str:
-    """The texts that stand beside the tensors of a safetensors file."""
+    """Texts stored next to the tensors of a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -499,7 +499,7 @@ ONLY_FOR = {"json": ".json", "yaml": ".yaml", "tensors": ".safetensors", "metada
 
 
 class Hang(BaseException):
-    """A case that took longer than it may."""
+    """A case that exceeded its time limit."""
 
 
 @contextlib.contextmanager

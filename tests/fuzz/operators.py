@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
 
 class Subclass(Tensor):
-    """A tensor of somebody else's class."""
+    """A tensor of a subclass."""
 
 
 OBJECTS: list[Any] = [
@@ -97,7 +97,7 @@ SCALARS = [torch.tensor(2), torch.tensor(0.5), torch.tensor([1, 2]), torch.tenso
 
 
 def values(tensor: Tensor, rng: Random) -> Tensor:
-    """Some entries become hostile."""
+    """Replace some entries by hostile values."""
     copied = tensor.detach().clone()
     if copied.numel() == 0:
         return copied
@@ -132,7 +132,7 @@ def resized(tensor: Tensor, rng: Random) -> Tensor:
 
 
 def strided(tensor: Tensor, rng: Random) -> Tensor:
-    """The same shape, other strides."""
+    """The same tensor with other strides."""
     way = rng.randrange(5)
     if tensor.dim() == 0:
         return torch.stack([tensor, tensor])[1]
@@ -153,7 +153,7 @@ def strided(tensor: Tensor, rng: Random) -> Tensor:
 
 
 def giant(tensor: Tensor, rng: Random) -> Tensor:
-    """More elements than any memory, of one number."""
+    """A tensor of more elements than any memory holds, by strides of zero."""
     sizes = list(tensor.shape) or [1]
     at = rng.randrange(len(sizes))
     others = math.prod(max(size, 1) for size in sizes) // max(sizes[at], 1)
@@ -236,7 +236,7 @@ def hostile_list(value: list[Any], rng: Random) -> Any:
 
 
 def hostile(value: Any, rng: Random) -> Any:
-    """Something in the place of a valid argument."""
+    """A value to replace a valid argument by."""
     if isinstance(value, Tensor):
         return hostile_tensor(value, rng)
     if isinstance(value, Twin):
@@ -263,7 +263,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def shared_memory(arguments: dict[str, Any], rng: Random) -> str | None:
-    """One tensor becomes a view of another's memory. Returns its name."""
+    """Make one tensor a view of another's memory; return its name."""
     plain = {name: value for name, value in arguments.items() if type(value) is Tensor and is_dense(value)}
     tensors = [name for name, value in plain.items() if value.numel() > 0]
     if len(tensors) < 2:
@@ -276,7 +276,7 @@ def shared_memory(arguments: dict[str, Any], rng: Random) -> str | None:
     return name
 
 
-# With --plant these calls go wrong, each in its way: so this file is tested.
+# With --plant each of these calls has a fault of its own, to test this file.
 PLANTED = {2: "crash", 4: "hang", 6: "class", 7: "unnamed", 8: "refused", 9: "wrong"}
 
 
@@ -469,10 +469,10 @@ def compare(call: Call, twin: Call, outcome: Any, error: BaseException | None) -
 
 
 def try_call(seed: int, number: int, planted: dict[int, str]) -> tuple[str, str] | None:
-    """Makes a call. Returns what is wrong about what happened: kind and text."""
+    """Make a call; return the kind and text of a fault, or None."""
     call = make_call(seed, number, planted)
     compared = Random(f"{seed}/{number}/compared").random() < COMPARED or call.planted
-    # Made anew: a call may write to its arguments.
+    # New arguments: a call may write to them.
     twin = make_call(seed, number, planted) if compared and is_comparable(call) else None
     outcome, error = None, None
     try:
@@ -497,7 +497,7 @@ def limit_memory(extra: int) -> None:
 
 
 def work(seed: int, first: int, last: int, planted: dict[int, str]) -> None:
-    """Tells of each call before it is made, and of what was wrong behind it."""
+    """Report each call before it is made, and its fault after it."""
     torch.set_num_threads(1)
     limit_memory(MEMORY)
     warnings.simplefilter("ignore")
@@ -519,7 +519,7 @@ class Fault(NamedTuple):
 
 
 def run_child(seed: int, first: int, last: int, timeout: float, extra: list[str]) -> tuple[int, list[Fault]]:
-    """Runs calls in a child until it is through or is no more. Returns the number of the next call, and the faults."""
+    """Run calls in a child process until it ends; return the number of the next call, and the faults."""
     command = [sys.executable, __file__, "--seed", str(seed), "--child", str(first), str(last), *extra]
     faults: list[Fault] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ KINDS = [
 
 
 def _draw(kind: str, n: int, k: int, c: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors (n, c) and a codebook (k, c) that are hard in the named way."""
+    """Vectors (n, c) and a codebook (k, c) of a kind on which a search can go wrong."""
     x, e = torch.randn(n, c), torch.randn(k, c)
     if kind == "offset":  # a float32 expansion of the square has no digits left
         x, e = x + 1000, e + 1000

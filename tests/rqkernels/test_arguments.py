@@ -44,7 +44,7 @@ def refusal(name: str, package: Any, change: dict[str, Any]) -> Exception:
 
 
 def assert_refused(name: str, change: dict[str, Any], error: type[Exception], expected: str) -> None:
-    """By both, in the same words, which begin with the function's name and its argument's."""
+    """Check that kernel and reference refuse in the same words, which begin with the function and the argument."""
     ours, theirs = (refusal(name, package, change) for package in (rqk, rqk.reference))
     assert type(ours) is error, ours
     assert str(ours).startswith(f"{name}: {expected}"), ours
@@ -240,7 +240,7 @@ def test_what_is_no_plain_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_other_classes_and_layouts_are_taken(name: str) -> None:
-    """The results have the bits of plain tensors: no layout here changes an order of sums."""
+    """Results have the bits of plain tensors: no layout here changes an order of sums."""
 
     class Mine(Tensor):
         pass
@@ -315,7 +315,7 @@ def test_shapes_are_checked_where_there_is_no_memory_too() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"PackedCodebook", "PackedTransformer", "PackedDepthDecoder"}))
 def test_checks_are_traced_with_parameters(name: str) -> None:
-    """In one graph, with the arguments as models have them."""
+    """One graph, with the arguments as models have them."""
     given = arguments_of(name, rqk)
     expected = getattr(rqk, name)(**given)
     for argument, value in arguments_of(name, rqk).items():
@@ -407,7 +407,7 @@ def test_inplace_reads_before_it_writes(shared: str) -> None:
 
 
 class _Alias(torch.autograd.Function):
-    """A result that stands in memory that is there."""
+    """A result written into given memory."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, memory: Tensor) -> Tensor:
@@ -479,7 +479,7 @@ def test_weights_that_a_precision_cannot_hold() -> None:
     ],
 )
 def test_the_fused_loss_speaks_for_itself(change: dict[str, Any], message: str) -> None:
-    """Not as `soft_label_cross_entropy`, of which it is made, nor of its chunks' shapes."""
+    """Errors name neither `soft_label_cross_entropy`, of which it is made, nor the shapes of its chunks."""
     assert_refused("fused_linear_soft_label_cross_entropy", change, ValueError, message)
 
 
@@ -507,7 +507,7 @@ def test_a_bias_may_forbid_a_code() -> None:
 
 @pytest.fixture
 def limited_memory() -> Iterator[None]:
-    """16 GiB more than there is now: some systems promise what they have not."""
+    """A limit 16 GiB above today's use: some systems promise more memory than they have."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (16 << 30), hard))
@@ -536,7 +536,7 @@ TOO_MUCH: list[tuple[str, dict[str, Any], int]] = [
 
 @pytest.mark.parametrize(("name", "change", "least"), TOO_MUCH)
 def test_memory_that_is_not_there(limited_memory: None, name: str, change: dict[str, Any], least: int) -> None:
-    """torch's class and words, in the function's name, with the size."""
+    """The error has torch's class and words, the function's name and the size."""
     error = refusal(name, rqk, change)
     assert type(error) is RuntimeError
     assert str(error).startswith(f"{name}: ")
@@ -553,7 +553,7 @@ def test_memory_that_a_step_has_not(limited_memory: None) -> None:
 
 
 def test_the_class_of_memory_on_a_gpu() -> None:
-    """Only Python can raise it: an operator's RuntimeError says what."""
+    """Python raises torch.OutOfMemoryError from the text of an operator's RuntimeError."""
 
     def operator(text: str) -> None:
         raise RuntimeError(text)

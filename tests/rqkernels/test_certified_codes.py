@@ -46,7 +46,7 @@ def gaussian(g: torch.Generator, n: int, k: int, c: int) -> tuple[Tensor, Tensor
 
 
 def clustered(g: torch.Generator, n: int, k: int, c: int) -> tuple[Tensor, Tensor]:
-    """Clusters whose sizes and spreads follow a power law, codes and vectors from the same."""
+    """Clusters whose sizes and spreads follow a power law; codes and vectors from the same ones."""
     centres = normal(g, 40, c)
     rank = torch.arange(1, 41).float()
 
@@ -99,7 +99,7 @@ def several_large_channels(g: torch.Generator, n: int, k: int, c: int) -> tuple[
 
 
 def collapsed(g: torch.Generator, n: int, k: int, c: int) -> tuple[Tensor, Tensor]:
-    """Nearly all codes are one and the same; a few live ones stand anywhere among them."""
+    """A collapsed codebook: nearly all codes are equal, a few live ones lie anywhere among them."""
     e = normal(g, 1, c).expand(k, c).clone()
     live = torch.randint(0, k, (5,), generator=g)
     e[live] = normal(g, 5, c)
@@ -151,7 +151,7 @@ def problem(name: str, seed: int, k: int, c: int, depth: int, shared: bool) -> P
 
 
 def wrong(problems: list[Problem]) -> list[str]:
-    """The problems whose codes are not the definition's: searched with a fresh, a known and a packed codebook."""
+    """Problems whose codes differ from the definition: searched with a fresh, a cached and a packed codebook."""
     failed = []
     for name, x, codebooks, depth, codes in problems:
         ways = {f"call {i}": codebooks for i in (1, 2, 3)}

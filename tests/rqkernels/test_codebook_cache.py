@@ -29,19 +29,19 @@ def _seeded_apart(request: pytest.FixtureRequest, _seeded: None) -> None:
 
 
 def state() -> tuple[int, int, int]:
-    """Entries, their bytes, and how often one was found."""
+    """Number of entries, their bytes, and number of hits."""
     return torch.ops.rqkernels.codebook_cache_state()
 
 
 def finds(codebooks: torch.Tensor, depth: int | None = 1) -> bool:
-    """Searches once. Whether the packed codebooks came from the cache."""
+    """Search once; return True if the packed codebooks came from the cache."""
     before = state()[2]
     rqk.residual_search(codebooks.reshape(-1, codebooks.shape[-1])[:1], codebooks, depth)
     return state()[2] > before
 
 
 def keep(codebooks: torch.Tensor, depth: int | None = 1) -> None:
-    """Searches until the codebooks are served from the cache."""
+    """Search until the codebooks come from the cache."""
     assert [finds(codebooks, depth) for _ in range(3)] == [False, False, True]
 
 
@@ -158,7 +158,7 @@ def test_a_codebook_that_changes_at_every_step_is_never_kept() -> None:
         e += 0.01
         assert not finds(e)
     assert state() == before
-    # Seen twice each: one is kept, and as it is never found again, that is all.
+    # Each comes twice: the first is kept; since it is never found again, no other is.
     states = []
     for _ in range(20):
         e += 0.01

@@ -47,7 +47,7 @@ def test_a_captured_call_replays_on_new_inputs(call: Call) -> None:
 @CALLS
 def test_launches_go_to_the_current_stream(call: Call) -> None:
     given = call.draw(3)
-    # What another stream would read: the codes of nobody, and rows of zeros.
+    # Another stream would read these: codes of no row, and rows of zeros.
     late = [torch.zeros_like(tensor, device="cuda") for tensor in given]
     early = [tensor.cuda() for tensor in given]
     call.run(*late)  # what a first call sets up must not come between
@@ -75,7 +75,7 @@ def test_tensors_of_another_device_than_the_current(call: Call) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_captured_position_is_replayed_for_the_next(precision: str, rows: int) -> None:
-    """A step of the stack and the codes of the position, all positions from one graph: `step` alone changes."""
+    """A step of the stack and the codes of the position; one graph serves all positions, only `step` changes."""
 
     def position(x: Tensor, keys: Tensor, values: Tensor, step: Tensor | None, at: int) -> tuple[Tensor, Tensor]:
         weights = decoder(x.device, precision, CAPTURED)

@@ -47,7 +47,7 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tens
 
 
 def errors(ours: list[Tensor], true: list[Tensor]) -> list[float]:
-    """Means: the worst of all numbers is that of one row with two scores alike, by chance in one or the other."""
+    """Mean errors: the largest error is that of one row with two equal scores, by chance in either."""
     return [(a.double() - b).abs().mean().item() for a, b in zip(ours, true, strict=True)]
 
 

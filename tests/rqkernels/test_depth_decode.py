@@ -42,7 +42,7 @@ def random_block(width: int, hidden: int, bias: bool = True) -> rqk.BlockWeights
 def random_stack(
     width: int = 24, layers: int = 2, heads: int = 3, *, bias: bool = True, **options: Any
 ) -> tuple[rqk.PackedTransformer, reference.PackedTransformer]:
-    """Ours and the definition's, of the same weights."""
+    """Our stack and the definition's, with the same weights."""
     blocks = [random_block(width, 4 * width, bias) for _ in range(layers)]
     if not layers:
         options["width"] = width
@@ -82,7 +82,7 @@ def caches(packed: rqk.PackedTransformer, batch: int, capacity: int) -> tuple[Te
 
 
 def assert_as_good_as_torch(ours: Tensor, float32: Tensor, truth: Tensor, precision: str) -> None:
-    """No further from the truth than float32 PyTorch, plus a little; int8's activations are coarser by their steps."""
+    """Check errors against float32 PyTorch's, plus a little; int8's activations are coarser by their steps."""
     allowed = ERROR[precision] * (2 * (float32 - truth).abs().max() + 2e-6 * truth.abs().max())
     assert (ours - truth).abs().max() <= allowed
 
@@ -559,7 +559,7 @@ def test_every_level_is_as_near(level: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for index, (a, b) in enumerate(zip(torch.load(tmp_path / "found.pt"), results_of_this_level(), strict=True)):
         if index % 3 == 2:
-            assert (a != b).any(1).sum() <= 1, "a draw may fall within rounding of a boundary, but seldom does"
+            assert (a != b).any(1).sum() <= 1, "a sample may fall within rounding of a boundary, but rarely does"
         else:
             # A rounding that falls the other way moves an activation of int8 by a step of its row.
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if index < 6 else 2e-3)

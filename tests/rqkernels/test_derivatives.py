@@ -140,7 +140,7 @@ def test_gradcheck(case: Derivative) -> None:
 @pytest.mark.parametrize("inner", [True, False], ids=["within", "of"])
 @each_operator
 def test_transforms_and_compiled_code(case: Derivative, kind: str, inner: bool) -> None:
-    """`torch.func` within what is compiled, and of what is compiled."""
+    """`torch.func` inside a compiled function, and around one."""
     compiled = partial(torch.compile, backend="aot_eager", dynamic=False)
     transform = FIRST[f"func.{kind}"]
     function = curved(ours(case))
@@ -223,7 +223,7 @@ def test_gradgradcheck(case: Derivative) -> None:
 
 @each_case
 def test_a_gradient_may_be_differentiated_in_what_the_loss_is_multiplied_by(case: Derivative) -> None:
-    """By one, which a gradient needs no multiplication by; a second derivative that is missing is refused."""
+    """A factor of one; a second derivative that is missing is refused."""
     leaf, scale = case.leaf.clone().requires_grad_(), torch.ones((), requires_grad=True)
     (first,) = torch.autograd.grad(ours(case)(leaf).sum() * scale, leaf, create_graph=True)
     if case.call is CASES["fused losses, weight"].call:

@@ -1,4 +1,4 @@
-"""The calls of every operator that other tests and benchmarks take from op_calls: all are there, and can fail."""
+"""Tests of op_calls: every operator has its calls, and their checks can fail."""
 
 from __future__ import annotations
 

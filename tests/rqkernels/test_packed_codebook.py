@@ -1,4 +1,4 @@
-"""A PackedCodebook finds what its codebook finds, bit for bit, wherever it takes another way to find it."""
+"""A PackedCodebook finds the codes of its codebook, bit for bit, by every method of search."""
 
 from __future__ import annotations
 
@@ -178,8 +178,8 @@ def test_what_it_holds() -> None:
     e = torch.randn(k, c)
     packed = rqk.PackedCodebook(e)
     assert packed.has_gram == INT8
-    beside = packed.nbytes - e.nbytes
-    assert (k * k if INT8 else 0) <= beside <= (k * k if INT8 else 0) + 1.2 * e.nbytes + 64 * k
+    added = packed.nbytes - e.nbytes
+    assert (k * k if INT8 else 0) <= added <= (k * k if INT8 else 0) + 1.2 * e.nbytes + 64 * k
     assert f"{k} codes of {c} channels, cpu, {'Gram rows' if INT8 else 'packed'}" in repr(packed)
 
 

@@ -1,4 +1,4 @@
-"""Certified codes: equal to the float64 definition wherever the row is finite, on whatever runs the search."""
+"""Certified codes equal the float64 definition for every finite row, on every device and instruction set."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_more_near_ties_than_a_row_remembers(device: torch.device) -> None:
     assert_equals_definition(base + torch.randn(30, 64, device=device), e, 2)
 
 
-def test_more_near_copies_than_a_row_remembers_beside_large_codes(device: torch.device) -> None:
+def test_more_near_copies_than_a_row_remembers_next_to_large_codes(device: torch.device) -> None:
     # What restarts of dead codes make of a codebook: the large codes must not blur the bound of the small ones, and the
     # near copies outnumber what a scan remembers.
     x = torch.randn(1, 64, device=device) + 1e-3 * torch.randn(40, 64, device=device)

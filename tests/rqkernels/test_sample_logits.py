@@ -1,4 +1,4 @@
-"""Codes drawn from logits: those of the float64 definition, whatever the batch, the threads and the machine."""
+"""Codes sampled from logits equal the float64 definition for every batch, number of threads and machine."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_top_p_among_equal_logits_is_exact(sample: Sample, k: int, device: torch
 @BOTH
 def test_top_k_comes_before_top_p(sample: Sample, device: torch.device) -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1], device=device).log()
-    # Among the two kept, the first has 4/7 of the mass: 0.5 < 4/7, so it alone stays.
+    # Of the two kept, the first has 4/7 of the mass: 0.5 < 4/7, so top_p keeps it alone.
     observed = frequencies(sample, logits, top_k=2, top_p=0.5)
     torch.testing.assert_close(observed, torch.tensor([1, 0, 0, 0]).double())
 
@@ -169,7 +169,7 @@ def test_many_codes(device: torch.device) -> None:
 
 
 def assert_inverts_uniforms(logits: Tensor, draws: int, **settings: float) -> None:
-    """Many draws from one row (K,), each against the definition's one set of weights."""
+    """Many samples from one row (K,), each against the definition's one set of weights."""
     top_k, top_p = settings.get("top_k", len(logits)), settings.get("top_p", 1.0)
     ordered, order = logits.cpu().double().sort(descending=True, stable=True)
     weights = (ordered - ordered[0]).exp()
@@ -492,7 +492,7 @@ def test_compiles_as_one_graph_for_all_counters(device: torch.device) -> None:
     logits = torch.randn(50, 80, device=device)
     torch.compiler.reset()
     compiled = torch.compile(draw, fullgraph=True, backend=count)
-    for step in range(12):  # more than Dynamo would compile anew
+    for step in range(12):  # more than Dynamo would recompile
         given = (logits, 3 + step, 50 * step, torch.tensor(step, device=device))
         assert torch.equal(compiled(*given), draw(*given))
     assert graphs <= 4

@@ -210,7 +210,7 @@ def assert_rounded_once(gradient: Tensor, true: Tensor, factor: Tensor, dtype: t
 def test_gradients_of_halves_are_the_truth_rounded_once(
     dtype: torch.dtype, reduction: str, way: str, device: torch.device
 ) -> None:
-    """Whatever comes to backward: means over up to 9000 rows, loss scales up to 2^24, rows that differ by 10^16."""
+    """Gradients that reach backward: means over up to 9000 rows, loss scales up to 2^24, rows that differ by 10^16."""
     for n, k in ((1, 16384), (100, 64), (3000, 64), (9000, 50)):
         x, e, logits, mask = (
             torch.randn(n, 4),
@@ -541,8 +541,8 @@ print(*few, (status("VmHWM") - before) / (1024 * 16384 * 4))
 """
 
 
-def test_memory_beside_the_gradient() -> None:
-    """In units of the logits: at most a twentieth with them, and with the classifier what its budget says."""
+def test_memory_added_to_the_gradient() -> None:
+    """Memory in units of the logits: at most a twentieth next to them, and with the classifier its budget."""
     environment = {**os.environ, "PYTHONPATH": str(Path(rqk.__file__).resolve().parent.parent)}
     run = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -576,10 +576,10 @@ def test_in_place_is_refused_where_it_would_do_harm() -> None:
         value.backward()
 
 
-@pytest.mark.parametrize("kind", ["beside", "inplace", "fused"])
+@pytest.mark.parametrize("kind", ["plain", "inplace", "fused"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_losses_of_rows_beside_the_loss(kind: str, reduction: str) -> None:
-    """They change neither the loss nor its gradient, which is still written once, and have none themselves."""
+def test_losses_of_rows_next_to_the_loss(kind: str, reduction: str) -> None:
+    """Row losses change neither the loss nor its gradient, which is still written once, and have none themselves."""
     x, e, mask = torch.randn(40, 8), torch.randn(50, 8), torch.rand(40) < 0.8
     hidden, weight = torch.randn(40, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
 
@@ -754,7 +754,7 @@ def test_fused_linear_in_halves_at_any_scale(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No factor of the loss changes the relative error: that of PyTorch where nothing overflows. In chunks."""
+    """The loss's factor does not change the relative error: PyTorch's where nothing overflows. In chunks."""
     from rqkernels.ops import soft_label
 
     monkeypatch.setattr(soft_label, "_LOGITS_BUDGET", 1000 * 50 * 2)
@@ -974,7 +974,7 @@ def test_a_captured_call_replays_on_new_inputs() -> None:
         )
 
     def inputs() -> tuple[Tensor, ...]:
-        # A row for the direct way among them.
+        # A row for the direct path among them.
         logits = torch.randn(130, 300, device="cuda")
         logits[7, 5] = -torch.inf
         return logits, torch.randn(130, 40, device="cuda"), torch.randn(300, 40, device="cuda")

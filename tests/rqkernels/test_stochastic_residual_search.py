@@ -1,4 +1,4 @@
-"""Codes drawn by their distance: those of the float64 definition, whatever the batch, the threads and the machine."""
+"""Codes sampled by distance equal the float64 definition for every batch, number of threads and machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def squared_distances(r_nc: torch.Tensor, e_kc: torch.Tensor) -> torch.Tensor:
     return torch.cat([lane_sum((r.double()[:, None] - e_kc.double()) ** 2) for r in r_nc.split(64)])
 
 
-def beside_the_interval(
+def distance_from_interval(
     out: rqk.ResidualCodes, codebooks: torch.Tensor, tau: float, seed: int, offset: int = 0
 ) -> torch.Tensor:
     """Distance of each uniform from the interval of the code it sampled, in cumulative mass; 0: inside."""
@@ -51,7 +51,7 @@ def beside_the_interval(
 
 
 def assert_follows_its_codes(out: rqk.ResidualCodes, x: torch.Tensor, codebooks: torch.Tensor) -> None:
-    """Residuals, norms and quantized are what the codes say, in the definition's arithmetic."""
+    """Check residuals, norms and quantized against the codes, in the definition's arithmetic."""
     residual, total = x.float(), torch.zeros_like(x, dtype=torch.float32)
     for d in range(out.codes.shape[-1]):
         assert same(out.residuals[..., d, :], residual)
@@ -82,7 +82,7 @@ def test_draws_what_the_definition_draws(draw: Draw, kind: str, n: int, k: int, 
         tau = times * mean + 1e-90
         out = rqk.stochastic_residual_search(x, e, 2, tau=tau, seed=3, offset=17, return_residuals=True)
         assert_follows_its_codes(out, x, e)
-        off = beside_the_interval(out, e, tau, 3, 17)
+        off = distance_from_interval(out, e, tau, 3, 17)
         assert off.max() < FLOAT32, times
         assert (off > 1e-12).float().mean() < 0.02, times
 
@@ -106,7 +106,7 @@ def test_seeds_and_offsets(seed: int, offset: int, device: torch.device) -> None
 
 @pytest.mark.parametrize(("k", "c", "tau"), [(4096, 32, 0.5), (4096, 32, 2.0), (512, 256, 1.0), (512, 256, 4.0)])
 def test_few_likely_codes_are_decided_in_float64(k: int, c: int, tau: float, device: torch.device) -> None:
-    # Rows beside codes: the mass lies in a few, whose boundaries some of the uniforms come near to.
+    # Rows next to codes: the mass lies in a few, whose boundaries some of the uniforms come near to.
     e = torch.randn(k, c, device=device) * (0.2 + 0.8 * torch.rand(k, 1, device=device))
     assert_equals_definition(e[torch.randint(k, (250,))] + 0.1 * torch.randn(250, c, device=device), e, 2, tau=tau)
 
@@ -127,7 +127,7 @@ def test_spread_mass_is_off_by_float32s_rounding_at_most(device: torch.device) -
     for tau in (5.0, 30.0, 1000.0):
         out = rqk.stochastic_residual_search(x, e, 1, tau=tau, seed=1, return_residuals=True)
         assert out.codes.unique().numel() > 100
-        off = beside_the_interval(out, e, tau, 1)
+        off = distance_from_interval(out, e, tau, 1)
         assert off.max() < FLOAT32 and (off > 1e-12).float().mean() < 0.02
 
 
@@ -269,7 +269,7 @@ def test_instruction_sets_differ_at_boundaries_alone(tmp_path: Path) -> None:
         assert used == level
         by_level.append(cases)
         for e, tau, codes, residuals, quantized, norms in cases:
-            off = beside_the_interval(rqk.ResidualCodes(codes, quantized, norms, residuals, None), e, tau, 3)
+            off = distance_from_interval(rqk.ResidualCodes(codes, quantized, norms, residuals, None), e, tau, 3)
             assert off.max() < FLOAT32
     for cases in by_level[1:]:
         # Where few codes are likely all are the definition's, bit for bit.
@@ -393,7 +393,7 @@ def test_compiles_as_one_graph_for_all_counters(device: torch.device) -> None:
     x, e = torch.randn(50, 8, device=device), torch.randn(16, 8, device=device)
     torch.compiler.reset()
     compiled = torch.compile(quantize, fullgraph=True, backend=count)
-    for step in range(12):  # more than Dynamo would compile anew
+    for step in range(12):  # more than Dynamo would recompile
         for one, other in zip(compiled(x, e, 3 + step, 50 * step), quantize(x, e, 3 + step, 50 * step), strict=True):
             assert torch.equal(one, other)
     assert graphs <= 4
@@ -461,7 +461,7 @@ def test_devices_agree_but_at_boundaries() -> None:
         on_cpu = rqk.stochastic_residual_search(x, e, 1, **options)
         on_gpu = rqk.stochastic_residual_search(x.cuda(), e.cuda(), 1, **options)
         assert (on_cpu.codes != on_gpu.codes.cpu()).float().mean() < 0.01
-        assert beside_the_interval(on_gpu, e.cuda(), tau, 6).max() < 1e-12
+        assert distance_from_interval(on_gpu, e.cuda(), tau, 6).max() < 1e-12
     with pytest.raises(ValueError, match="x and codebooks must be on the same device"):
         rqk.stochastic_residual_search(x.cuda(), e, 1, tau=1.0, seed=0)
 

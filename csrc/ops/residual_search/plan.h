@@ -77,7 +77,7 @@ struct DirectRows {
 
 // The plan, and pointers into the workspace.
 struct Work {
-  int warps;                   // per scanning block; 0: with so many channels every row is searched directly
+  int warps;                   // per scanning block; 0: too many channels, every row is searched directly
   bool halved;                 // at most half a chunk of channels: half the products suffice
   int splits;                  // number of parts of the codes; 1: one launch does everything
   int64_t row_blocks, blocks;  // blocks of rows, and how many of them run at a time

@@ -38,7 +38,7 @@ struct Work {
   int64_t codebooks, rows;  // rows per codebook
   int64_t tiles, chunks;    // per codebook
   int64_t row_tiles;        // per codebook
-  int64_t blocks;           // total tiles of rows; 0: with so many channels all rows take the direct path
+  int64_t blocks;           // total tiles of rows; 0: too many channels, all rows take the direct path
   int64_t shared_bytes;
   float factor;  // 2 / tau, clamped to float32: exponent per half score
 

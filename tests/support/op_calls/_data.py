@@ -42,7 +42,7 @@ class Small(NamedTuple):
 
     @classmethod
     def draw(cls) -> Small:
-        """From torch's global generator."""
+        """Sample all of them from torch's global generator."""
         return cls(torch.randn(4, 5), torch.randn(9, 5), torch.randint(9, (4, 2)), torch.randn(2, 4, 3, 2, 8))
 
 

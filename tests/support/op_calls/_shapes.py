@@ -55,7 +55,7 @@ TINY = (
 
 
 def shapes(quick: bool) -> tuple[Shape, ...]:
-    """All of them; with `quick` tiny ones, which show only that a call runs."""
+    """Return all shapes; with `quick` tiny ones, which only show that a call runs."""
     return TINY if quick else SYSTEMS
 
 

@@ -22,7 +22,7 @@ class Agreement(NamedTuple):
     codes: float = 0.0  # share of a result's integers that may differ
 
     def problem(self, ours: Tensor, expected: Tensor) -> str | None:
-        """The difference that is too large; None where there is none."""
+        """Return the difference that is too large, as text; None if there is none."""
         ours, expected = ours.detach().cpu(), expected.detach()
         if ours.shape != expected.shape or ours.dtype != expected.dtype:
             return f"{ours.dtype} {tuple(ours.shape)}, not {expected.dtype} {tuple(expected.shape)}"
@@ -50,7 +50,7 @@ class Call(NamedTuple):
         return list(self.inputs(torch.Generator().manual_seed(seed)))
 
     def check(self, ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-        """AssertionError where results are not those of the CPU."""
+        """Raise AssertionError unless results are those of the CPU."""
         for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
             problem = self.agreement.problem(a, b)
             assert problem is None, f"result {i} differs from the CPU's at {self.where}: {problem}"

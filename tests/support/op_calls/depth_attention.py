@@ -30,7 +30,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def _captured(x: Tensor, codebooks: Tensor, codes: Tensor) -> list[Tensor]:
-    """Not the CPU's bits, as of all float32 arithmetic; without a gradient, which a captured graph would not replay."""
+    """Results differ from the CPU's in rounding; no gradient, which a captured graph would not replay."""
     qkv = x[:126, :16].reshape(14, 9, 1, 2, 8).expand(-1, -1, 3, -1, -1)
     backward = torch.ops.rqkernels.depth_attention_backward(*[qkv[:, :, 0]] * 4, None)
     return [rqkernels.depth_attention_packed(qkv), *backward]

@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 
 @cache
 def decoder(device: torch.device, precision: str, sizes: Sizes) -> rqkernels.PackedDepthDecoder:
-    """Packed once for a device: what a captured call reads must be there before."""
+    """Decoder packed once for a device: what a captured call reads must exist before."""
     generator, s = Generator().manual_seed(sizes.seed), sizes
 
     def weights(*shape: int) -> Tensor:

@@ -27,7 +27,7 @@ def _sample(settings: dict[str, Any], logits: Tensor) -> list[Tensor]:
 
 
 def _captured(x: Tensor, codebooks: Tensor, codes: Tensor) -> list[Tensor]:
-    """With counters that the kernel reads from the device."""
+    """Counters that the kernel reads from the device."""
     logits, counter = x.nan_to_num(), codes[:1, 0].clamp_min(0)
     return [
         rqkernels.sample_logits(logits, seed=3, offset=counter, stream=counter),

@@ -39,7 +39,7 @@ def _every_loss(tau: float, x: Tensor, codebook: Tensor, logits: Tensor) -> list
 
 
 def _captured(x: Tensor, codebooks: Tensor, codes: Tensor) -> list[Tensor]:
-    """Without gradients, which a captured graph would not replay."""
+    """Losses and labels; no gradients, which a captured graph would not replay."""
     logits = x @ codebooks[1].T
     losses = rqkernels.soft_label_cross_entropy(logits, x, codebooks[0], 4.0, reduction="none")
     by_depth = x[:, None].expand(-1, len(codebooks), -1)
