@@ -404,6 +404,16 @@ def test_a_multi_scale_tokenizer_of_one_channel(images: Tensor) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_on_each_device(images: Tensor, device: torch.device) -> None:
+    """The step of a CPU, on this device."""
+    tokenizer, critic, distance = Tokenizer(), PatchDiscriminator(3, 4, 2), Blurred()
+    expected = our_step(copy.deepcopy(tokenizer), AdversarialLoss(copy.deepcopy(critic), distance), images)
+    ours = AdversarialLoss(critic, distance).to(device)
+    found = our_step(tokenizer.to(device), ours, images.to(device))
+    for name, one, other in zip(Step._fields, found, expected, strict=True):
+        torch.testing.assert_close(one.detach().cpu(), other.detach(), rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(images: Tensor, dtype: torch.dtype) -> None:
     """Half precision gives the same step, roughly; in float16 no gradient is lost to underflow."""
