@@ -62,6 +62,10 @@ class LPIPS(nn.Module):
         TypeError, ValueError in a call: images of another dtype or shape, two shapes, or smaller than 16 pixels.
     """
 
+    images_at_once: int | None = None
+    """Images that an `AdversarialLoss` gives it at a time: the features of no more are kept for the gradient, and the
+    result is the same. None: all, which is faster on a CPU."""
+
     def __init__(self, vgg_state_dict: Mapping[str, Tensor], head_state_dict: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.checksums: Mapping[str, str] = MappingProxyType({})

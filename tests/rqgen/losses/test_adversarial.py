@@ -317,6 +317,26 @@ def test_without_gradient_the_adversarial_loss_is_only_reported(images: Tensor) 
     torch.testing.assert_close(ours.state_dict(), before)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 4, 9])
+def test_perceptual_distance_of_a_few_images_at_a_time(images: Tensor, at_once: int) -> None:
+    seen = []
+
+    class Few(Blurred):
+        images_at_once = at_once
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(x, y)
+
+    tokenizer, critic, distance = Tokenizer().double(), PatchDiscriminator(3, 4, 2).double(), Few().double()
+    theirs, their_critic = copy.deepcopy(tokenizer), copy.deepcopy(critic)
+    settings = {"disc_loss": "hinge", "disc_weight": 0.6, "perceptual_weight": 0.7}
+    found = our_step(tokenizer, AdversarialLoss(critic, distance, **settings), images.double())
+    assert seen == {1: [1] * 4, 3: [3, 1], 4: [4], 9: [4]}[at_once]
+    expected = plain_step(theirs, their_critic, distance, images.double(), **settings)
+    assert_same(found, expected, ((tokenizer, theirs), (critic, their_critic)))
+
+
 def test_no_perceptual_weight_computes_no_perceptual_distance(images: Tensor) -> None:
     class Failing(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
