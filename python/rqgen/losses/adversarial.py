@@ -44,7 +44,7 @@ class TokenizerLoss(Protocol):
 
 
 class GeneratorLoss(NamedTuple):
-    """Result of `AdversarialLoss.generator`: float32 scalars, all but the total detached."""
+    """Result of `AdversarialLoss.generator`: scalars, float32 or float64, all but the total detached."""
 
     total: Tensor
     """To differentiate: the tokenizer's + perceptual_weight * perceptual + adaptive_weight * disc_weight *
@@ -58,7 +58,7 @@ class GeneratorLoss(NamedTuple):
 
 
 class DiscriminatorLoss(NamedTuple):
-    """Result of `AdversarialLoss.discriminator`: float32 scalars, all but the total detached."""
+    """Result of `AdversarialLoss.discriminator`: scalars, float32 or float64, all but the total detached."""
 
     total: Tensor
     """To differentiate: disc_weight * the loss + r1_weight / 2 * r1 + lecam_weight * lecam."""
@@ -107,7 +107,8 @@ class AdversarialLoss(nn.Module):
     processes finds its own weight, as in the published code.
 
     Computations run under the caller's autocast; losses and gradients at y are float32, and kept from underflow in
-    float16. The state dict holds the discriminator and LeCam's averages.
+    float16. The state dict holds the discriminator (`critic.*`), LeCam's averages, and what `perceptual` keeps in its own
+    (`LPIPS` and `ExportedFeatures` nothing).
 
     Args:
         discriminator: images (B, C, H, W) to logits of any shape, usually a `PatchDiscriminator`.
@@ -168,7 +169,8 @@ class AdversarialLoss(nn.Module):
         self.register_buffer("logit_averages", torch.zeros(2))
         self.register_buffer("logit_batches", torch.zeros((), dtype=torch.int64))
         self._pass: _FakePass | None = None
-        self.train(self.training)
+        if perceptual is not None:
+            perceptual.eval()
 
     def train(self, mode: bool = True) -> AdversarialLoss:
         """Sets the mode of the discriminator; the perceptual distance stays in eval mode."""

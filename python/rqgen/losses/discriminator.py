@@ -53,10 +53,10 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         rows_cn = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
-        count = torch.tensor(float(rows_cn.shape[1]), dtype=rows_cn.dtype, device=rows_cn.device)
-        mean = _summed(rows_cn.sum(dim=1)) / _summed(count)
+        count = _summed(torch.tensor(float(rows_cn.shape[1]), dtype=rows_cn.dtype, device=rows_cn.device))
+        mean = _summed(rows_cn.sum(dim=1)) / count
         squares = _summed((rows_cn - mean.unsqueeze(1)).square_().sum(dim=1))
-        std = (squares / (_summed(count) - 1)).sqrt()
+        std = (squares / (count - 1)).sqrt()
         self.loc.copy_(-mean.view_as(self.loc))
         self.scale.copy_(1 / (std + _ACTNORM_EPSILON).view_as(self.scale))
         self.initialized.fill_(1)

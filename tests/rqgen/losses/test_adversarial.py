@@ -483,6 +483,7 @@ def test_copies_pickles_and_modes(images: Tensor) -> None:
     assert not distance.training
     assert not ours.eval().critic.training
     assert not any(parameter.grad is not None for parameter in distance.parameters())
+    assert not AdversarialLoss(PatchDiscriminator(3, 4, 2).eval()).critic.training
 
 
 def test_the_room_is_found_by_name() -> None:
