@@ -107,8 +107,8 @@ class AdversarialLoss(nn.Module):
     processes finds its own weight, as in the published code.
 
     Computations run under the caller's autocast; losses and gradients at y are float32, and kept from underflow in
-    float16. The state dict holds the discriminator (`critic.*`), LeCam's averages, and what `perceptual` keeps in its own
-    (`LPIPS` and `ExportedFeatures` nothing).
+    float16. The state dict holds the discriminator (`critic.*`), LeCam's averages, and what `perceptual` keeps in its
+    own (`LPIPS` and `ExportedFeatures` nothing).
 
     Args:
         discriminator: images (B, C, H, W) to logits of any shape, usually a `PatchDiscriminator`.
