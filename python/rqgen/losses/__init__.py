@@ -2,6 +2,7 @@
 loss."""
 
 from .adversarial import AdversarialLoss, DiscriminatorLoss, GeneratorLoss
+from .augment import DiffAugment
 from .discriminator import ActNorm, PatchDiscriminator
 from .features import ExportedFeatures
 from .lpips import LPIPS
@@ -10,6 +11,7 @@ __all__ = [
     "LPIPS",
     "ActNorm",
     "AdversarialLoss",
+    "DiffAugment",
     "DiscriminatorLoss",
     "ExportedFeatures",
     "GeneratorLoss",

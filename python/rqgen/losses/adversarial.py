@@ -44,7 +44,7 @@ class TokenizerLoss(Protocol):
 
 
 class GeneratorLoss(NamedTuple):
-    """Result of `AdversarialLoss.generator`: float32 scalars, all but the total detached."""
+    """Result of `AdversarialLoss.generator`: scalars, float32 or float64, all but the total detached."""
 
     total: Tensor
     """To differentiate: the tokenizer's + perceptual_weight * perceptual + adaptive_weight * disc_weight *
@@ -58,7 +58,7 @@ class GeneratorLoss(NamedTuple):
 
 
 class DiscriminatorLoss(NamedTuple):
-    """Result of `AdversarialLoss.discriminator`: float32 scalars, all but the total detached."""
+    """Result of `AdversarialLoss.discriminator`: scalars, float32 or float64, all but the total detached."""
 
     total: Tensor
     """To differentiate: disc_weight * the loss + r1_weight / 2 * r1 + lecam_weight * lecam."""
@@ -107,11 +107,13 @@ class AdversarialLoss(nn.Module):
     processes finds its own weight, as in the published code.
 
     Computations run under the caller's autocast; losses and gradients at y are float32, and kept from underflow in
-    float16. The state dict holds the discriminator and LeCam's averages.
+    float16. The state dict holds the discriminator (`critic.*`), LeCam's averages, and what `perceptual` keeps in its
+    own (`LPIPS` and `ExportedFeatures` nothing).
 
     Args:
         discriminator: images (B, C, H, W) to logits of any shape, usually a `PatchDiscriminator`.
         perceptual: (x, y) to distances (B,): `LPIPS`, `ExportedFeatures` or any module; kept in eval mode. None: none.
+            One with a number `images_at_once` is called for so many images at a time, as that of `LPIPS` says.
         disc_loss: "hinge", "vanilla" or "non_saturating".
         disc_weight: d.
         perceptual_weight: p.
@@ -167,7 +169,8 @@ class AdversarialLoss(nn.Module):
         self.register_buffer("logit_averages", torch.zeros(2))
         self.register_buffer("logit_batches", torch.zeros((), dtype=torch.int64))
         self._pass: _FakePass | None = None
-        self.train(self.training)
+        if perceptual is not None:
+            perceptual.eval()
 
     def train(self, mode: bool = True) -> AdversarialLoss:
         """Sets the mode of the discriminator; the perceptual distance stays in eval mode."""
@@ -221,10 +224,7 @@ class AdversarialLoss(nn.Module):
         scale = _power_of_two(min(fake.numel(), len(fake) * _LARGEST_SCALE))
         perceptual, perceptual_grad = zero, torch.zeros_like(fake)
         if self.perceptual is not None and self.perceptual_weight > 0:
-            distance = self._distance(images, fake)
-            if differentiable:
-                perceptual_grad = _gradient(distance, fake, scale, name="perceptual") * self.perceptual_weight
-            perceptual = distance.detach()
+            perceptual, perceptual_grad = self._perceptual(images, fake, scale)
         adversarial, weight, adversarial_grad = zero, zero, torch.zeros_like(fake)
         if ramp is not None:
             logits, kept = self._judge_fake(fake, reconstruction)
@@ -302,13 +302,25 @@ class AdversarialLoss(nn.Module):
         """The generator's loss of the logits of its images."""
         return F.softplus(-logits).mean() if self.disc_loss == "non_saturating" else -logits.mean()
 
-    def _distance(self, images: Tensor, fake: Tensor) -> Tensor:
-        assert self.perceptual is not None
-        distances = self.perceptual(images, fake)
-        if not isinstance(distances, Tensor) or tuple(distances.shape) != (len(images),):
-            found = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
-            raise ValueError(f"perceptual: expected distances of shape ({len(images)},), got {found}")
-        return _wide_tensor(distances).mean()
+    def _perceptual(self, images: Tensor, fake: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The mean distance, and its gradient at `fake` times the weight; zeros without gradient. Images go through the
+        network a few at a time where it says so, so that only their features are kept."""
+        network, count = self.perceptual, len(images)
+        assert network is not None
+        at_once = getattr(network, "images_at_once", None) or count
+        distances, gradients = [], []
+        for some, of_fake in zip(images.split(at_once), fake.detach().split(at_once), strict=True):
+            of_fake = of_fake.requires_grad_(fake.requires_grad)
+            found = network(some, of_fake)
+            if not isinstance(found, Tensor) or tuple(found.shape) != (len(some),):
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"perceptual: expected distances of shape ({len(some)},), got {got}")
+            part = _wide_tensor(found).sum() / count
+            if fake.requires_grad:
+                gradients.append(_gradient(part, of_fake, scale, name="perceptual") * self.perceptual_weight)
+            distances.append(part.detach())
+        gradient = torch.cat(gradients) if gradients else torch.zeros_like(fake)
+        return torch.stack(distances).sum(), gradient
 
     def _adaptive_weight(
         self,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from rqgen.checks import check_flag, check_integer
 
@@ -52,10 +53,10 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         rows_cn = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
-        count = torch.tensor(float(rows_cn.shape[1]), dtype=rows_cn.dtype, device=rows_cn.device)
-        mean = _summed(rows_cn.sum(dim=1)) / _summed(count)
+        count = _summed(torch.tensor(float(rows_cn.shape[1]), dtype=rows_cn.dtype, device=rows_cn.device))
+        mean = _summed(rows_cn.sum(dim=1)) / count
         squares = _summed((rows_cn - mean.unsqueeze(1)).square_().sum(dim=1))
-        std = (squares / (_summed(count) - 1)).sqrt()
+        std = (squares / (count - 1)).sqrt()
         self.loc.copy_(-mean.view_as(self.loc))
         self.scale.copy_(1 / (std + _ACTNORM_EPSILON).view_as(self.scale))
         self.initialized.fill_(1)
@@ -177,10 +178,8 @@ class PatchDiscriminator(nn.Module):
     def is_repeatable(self) -> bool:
         """True if a second pass over the images of the last one would give the same logits, and `repeat_statistics` can
         move the running statistics as that pass would."""
-        if not self.training:
-            return not self._forward_hooks
         fixed = all(norm.momentum is not None for norm in self._batch_norms())
-        return fixed and not self.spectral_norm and not self._forward_hooks
+        return fixed and all(map(_is_plain, (self, self.main))) and all(map(_is_known, self.main))
 
     def running_statistics(self) -> list[Tensor]:
         """Copies of the running means and variances, for `repeat_statistics`."""
@@ -218,6 +217,17 @@ def _convolution(before: int, after: int, *, stride: int, bias: bool = True) -> 
 
 def _statistics_of(norm: nn.modules.batchnorm._BatchNorm) -> list[Tensor]:
     return [tensor for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True if a call is the module's forward and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """True for layers of which a second pass over the same images gives the same, and moves nothing but statistics."""
+    kinds = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, ActNorm, nn.LeakyReLU)
+    return isinstance(layer, kinds) and _is_plain(layer)
 
 
 def _is_alone(norm: nn.modules.batchnorm._BatchNorm) -> bool:

@@ -58,14 +58,23 @@ class LPIPS(nn.Module):
             tensors are not used.
 
     Raises:
-        ValueError: a tensor is missing, of another shape, or that of another VGG.
+        TypeError, ValueError: a tensor is missing, of another shape, or that of another VGG; no dictionaries.
         TypeError, ValueError in a call: images of another dtype or shape, two shapes, or smaller than 16 pixels.
     """
+
+    images_at_once: int | None = None
+    """Images that an `AdversarialLoss` gives it at a time: the features of no more are kept for the gradient, and the
+    result is the same. None: all, which is faster on a CPU."""
 
     def __init__(self, vgg_state_dict: Mapping[str, Tensor], head_state_dict: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.checksums: Mapping[str, str] = MappingProxyType({})
         """SHA-256 of the files it was read from, by option; empty where it was not made by `from_files`."""
+        for name, given in (("vgg_state_dict", vgg_state_dict), ("head_state_dict", head_state_dict)):
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"{name}: expected tensors by name, got {type(given).__name__}; LPIPS.from_files reads files"
+                )
         vgg = ForeignTensors({name: tensor for name, tensor in vgg_state_dict.items() if name.startswith("features.")})
         heads = ForeignTensors({name: tensor for name, tensor in head_state_dict.items() if _is_head(name)})
         before = 3

@@ -317,6 +317,26 @@ def test_without_gradient_the_adversarial_loss_is_only_reported(images: Tensor) 
     torch.testing.assert_close(ours.state_dict(), before)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 4, 9])
+def test_perceptual_distance_of_a_few_images_at_a_time(images: Tensor, at_once: int) -> None:
+    seen = []
+
+    class Few(Blurred):
+        images_at_once = at_once
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            seen.append(len(x))
+            return super().forward(x, y)
+
+    tokenizer, critic, distance = Tokenizer().double(), PatchDiscriminator(3, 4, 2).double(), Few().double()
+    theirs, their_critic = copy.deepcopy(tokenizer), copy.deepcopy(critic)
+    settings = {"disc_loss": "hinge", "disc_weight": 0.6, "perceptual_weight": 0.7}
+    found = our_step(tokenizer, AdversarialLoss(critic, distance, **settings), images.double())
+    assert seen == {1: [1] * 4, 3: [3, 1], 4: [4], 9: [4]}[at_once]
+    expected = plain_step(theirs, their_critic, distance, images.double(), **settings)
+    assert_same(found, expected, ((tokenizer, theirs), (critic, their_critic)))
+
+
 def test_no_perceptual_weight_computes_no_perceptual_distance(images: Tensor) -> None:
     class Failing(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -404,6 +424,16 @@ def test_a_multi_scale_tokenizer_of_one_channel(images: Tensor) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_on_each_device(images: Tensor, device: torch.device) -> None:
+    """The step of a CPU, on this device."""
+    tokenizer, critic, distance = Tokenizer(), PatchDiscriminator(3, 4, 2), Blurred()
+    expected = our_step(copy.deepcopy(tokenizer), AdversarialLoss(copy.deepcopy(critic), distance), images)
+    ours = AdversarialLoss(critic, distance).to(device)
+    found = our_step(tokenizer.to(device), ours, images.to(device))
+    for name, one, other in zip(Step._fields, found, expected, strict=True):
+        torch.testing.assert_close(one.detach().cpu(), other.detach(), rtol=1e-3, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(images: Tensor, dtype: torch.dtype) -> None:
     """Half precision gives the same step, roughly; in float16 no gradient is lost to underflow."""
@@ -453,6 +483,7 @@ def test_copies_pickles_and_modes(images: Tensor) -> None:
     assert not distance.training
     assert not ours.eval().critic.training
     assert not any(parameter.grad is not None for parameter in distance.parameters())
+    assert not AdversarialLoss(PatchDiscriminator(3, 4, 2).eval()).critic.training
 
 
 def test_the_room_is_found_by_name() -> None:

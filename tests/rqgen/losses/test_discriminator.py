@@ -180,8 +180,22 @@ def test_spectral_norm() -> None:
         if isinstance(layer, nn.Conv2d):
             largest = torch.linalg.matrix_norm(layer.weight.flatten(1), 2)
             torch.testing.assert_close(largest, torch.ones(()), atol=1e-2, rtol=0)
-    assert not PatchDiscriminator(3, 4, 2, spectral_norm=True).is_repeatable
-    assert discriminator.is_repeatable  # in eval mode no power iteration is done
+
+
+def test_which_passes_are_repeatable() -> None:
+    assert PatchDiscriminator(3, 4, 2).is_repeatable and PatchDiscriminator(3, 4, 2, "actnorm").is_repeatable
+    assert not PatchDiscriminator(3, 4, 2, spectral_norm=True).is_repeatable  # a power iteration per pass
+
+    def changed(change: Callable[[PatchDiscriminator], Any]) -> bool:
+        discriminator = PatchDiscriminator(3, 4, 2)
+        change(discriminator)
+        return discriminator.is_repeatable
+
+    assert not changed(lambda one: one.main.insert(2, nn.Dropout()))
+    assert not changed(lambda one: setattr(one.main[3], "momentum", None))
+    assert not changed(lambda one: one.main[0].register_forward_hook(lambda *arguments: None))
+    assert not changed(lambda one: one.register_forward_pre_hook(lambda *arguments: None))
+    assert not changed(lambda one: nn.utils.spectral_norm(one.main[0]))
 
 
 # --- modes, dtypes, what is refused

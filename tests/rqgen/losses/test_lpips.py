@@ -161,6 +161,13 @@ def test_tensors_that_do_not_fit(weights: Any, change: Any, message: str) -> Non
         LPIPS(vgg, heads)
 
 
+def test_paths_in_the_place_of_tensors(weights: Any) -> None:
+    with pytest.raises(TypeError, match=r"vgg_state_dict: expected tensors by name, got str; LPIPS\.from_files"):
+        LPIPS("vgg16.pth", weights.heads)
+    with pytest.raises(TypeError, match="head_state_dict: expected tensors by name, got list"):
+        LPIPS(weights.vgg, [])
+
+
 def test_tensors_that_are_not_used_are_left_alone(weights: Any, lpips: LPIPS, images: Tensor) -> None:
     vgg = {**weights.vgg, "classifier.0.weight": torch.zeros(2, 2)}
     heads = {**weights.heads, "net.slice1.0.weight": torch.zeros(1), "lins.0.model.1.weight": torch.zeros(1)}
