@@ -1,4 +1,4 @@
-"""What published checkpoints have in common: pickles of tensors, and VQ-GAN's names of its encoder and decoder."""
+"""Common parts of published checkpoints: pickles of tensors, and VQ-GAN's names of its encoder and decoder."""
 
 from __future__ import annotations
 
@@ -39,25 +39,26 @@ RENAMES = (
 
 
 def unpickle(path: Path) -> Any:
-    """What a torch checkpoint holds: tensors and plain values, nothing else. ValueError for anything but that.
+    """Return the content of a torch checkpoint: tensors and plain values, nothing else. Raise ValueError for anything
+    else.
 
-    Its checksums are compared, where it has them: torch itself reads damaged weights without a word.
+    Its checksums are compared, where it has them: torch itself reads damaged weights without an error.
     """
     found = describe_file(path)
     if found == PICKLE or not found.startswith(TORCH_CHECKPOINT):
         raise _refusal(path) or unreadable(path, "torch checkpoint")
     try:
-        # Mapped into memory where it can be: not a file of the older layout, nor one that was zipped anew.
+        # Mapped into memory where it can be: not a file of the older layout, nor one that was zipped again.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_stored_whole(path))
     except pickle.UnpicklingError:
-        # Not chained: torch's text tells how to have the code in a file executed.
+        # Not chained: torch's text says how to have the code in a file executed.
         raise _refusal(path) or unreadable(path, "torch checkpoint", "its pickle is damaged") from None
-    except Exception as error:  # torch.load raises whatever the damage makes of the file
+    except Exception as error:  # damage makes torch.load raise anything
         raise unreadable(path, "torch checkpoint", str(error).strip().partition("\n")[0]) from error
 
 
 def check_state_dict(content: Any, path: Path, key: str = "", *, infinite: Collection[str] = ()) -> dict[str, Tensor]:
-    """`content`, once it is a state dict: finite, dense tensors by name, none larger than the file it came from.
+    """Return `content` if it is a state dict: finite, dense tensors by name, none larger than the file it came from.
     Those named by `infinite` need not be finite.
 
     Raises:
@@ -77,8 +78,8 @@ def check_state_dict(content: Any, path: Path, key: str = "", *, infinite: Colle
 
 
 def expect_model(state_dict: Mapping[str, Tensor], expected: str, path: Path) -> None:
-    """Raises ValueError where the names of the tensors are plainly those of another model than `expected`, which is
-    one of `KNOWN_MODELS`."""
+    """Raise ValueError if the names of the tensors are clearly those of another model than `expected`, which is one
+    of `KNOWN_MODELS`."""
     for pattern, model in KNOWN_MODELS:
         if any(re.match(pattern, name) for name in state_dict):
             if model != expected:
@@ -108,7 +109,8 @@ _SAFE_GLOBALS = re.compile(r"collections\.OrderedDict|torch\.\w+|torch\._utils\.
 
 
 def _refusal(path: Path) -> ValueError | None:
-    """The error for a pickle of more than tensors and plain values, which names its classes; None where it has none."""
+    """Return the error for a pickle of more than tensors and plain values, which names its classes; None where it has
+    none."""
     if not (classes := sorted(set(_pickled_globals(path)))):
         return None
     return ValueError(
@@ -118,8 +120,8 @@ def _refusal(path: Path) -> ValueError | None:
 
 
 def _pickled_globals(path: Path) -> Iterator[str]:
-    """Dotted names of the classes and functions that a pickle, of torch or not, asks for beyond those of tensors.
-    Nothing is executed."""
+    """Yield the dotted names of the classes and functions that a pickle, of torch or not, asks for beyond those of
+    tensors. Nothing is executed."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -145,8 +147,8 @@ def _pickled_globals(path: Path) -> Iterator[str]:
 
 
 def _is_stored_whole(path: Path) -> bool:
-    """Whether nothing in a checkpoint is compressed; False for one that is no zip archive. ValueError where a checksum
-    differs."""
+    """Return True if nothing in a checkpoint is compressed; False for one that is not a zip archive. Raise ValueError
+    where a checksum differs."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -175,7 +177,7 @@ def _fault_of(tensor: Tensor, file_size: int, *, finite: bool) -> str | None:
 
 
 def published_name(name: str, num_levels: int) -> str:
-    """The published name of one of our encoder, decoder or 1x1 convolution tensors."""
+    """Return the published name of one of our encoder, decoder or 1x1 convolution tensors."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     # The published decoder numbers its levels from the finest, although it runs from the coarsest.

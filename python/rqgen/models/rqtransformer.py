@@ -55,7 +55,7 @@ class RQTransformerConfig:
         shared_codebook: codebooks are (K, C) for all depths, else (D, K, C).
         embed_dim: width W of both transformers.
         spatial, depth: the stack over positions and the stack over the codes of one position.
-        spatial_embedding, depth_embedding: what stands for a code in the inputs of each stack: "codebook",
+        spatial_embedding, depth_embedding: the representation of a code in the inputs of each stack: "codebook",
             its code vector through a linear layer, or "table", a learned vector of width W. One table
             serves both stacks where both ask for it.
         shared_table: one table (K, W) for all depths, else (D * K, W), depth d at rows d * K onwards.
@@ -94,10 +94,10 @@ class RQTransformerConfig:
         # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
         self.code_shape = tuple(self.code_shape)  # type: ignore[assignment]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"code_shape must be three numbers >= 1 (h, w, D), got {self.code_shape}")
+            raise ValueError(f"code_shape: expected three numbers >= 1 (h, w, D), got {self.code_shape}")
         for name, lowest in (("codebook_size", 1), ("code_dim", 0), ("embed_dim", 1)):
             if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be >= {lowest}, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a number >= {lowest}, got {getattr(self, name)}")
         widths = {name: (0, 2**24) for name in ("codebook_size", "code_dim", "condition_vocab_size")}
         check_bounds(self, **widths, embed_dim=(1, 2**17), condition_length=(0, 2**16))
         h, w, depth = self.code_shape
@@ -110,15 +110,16 @@ class RQTransformerConfig:
             ("condition", ("none", "class", "tokens")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.code_dim == 0 and "codebook" in (self.spatial_embedding, self.depth_embedding):
-            raise ValueError('code_dim is 0, but an embedding is "codebook": give the codebooks\' code_dim')
+            raise ValueError('code_dim: expected that of the codebooks where an embedding is "codebook", got 0')
         for name in ("spatial", "depth"):
-            if self.embed_dim % getattr(self, name).heads:
-                raise ValueError(f"embed_dim ({self.embed_dim}) must be divisible by {name}.heads")
+            heads = getattr(self, name).heads
+            if self.embed_dim % heads:
+                raise ValueError(f"embed_dim: expected a multiple of {name}.heads, {heads}, got {self.embed_dim}")
         for name in ("condition_dropout", "embedding_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         self._check_condition()
         classes = self.condition_vocab_size if self.condition == "class" else 0
         self.class_names = checked_class_names(self.class_names, classes)
@@ -128,15 +129,15 @@ class RQTransformerConfig:
         if self.condition == "none":
             if vocab_size != 0 or length != 1 or self.condition_dropout > 0:
                 raise ValueError(
-                    'condition is "none": condition_vocab_size, condition_length and condition_dropout must '
-                    f"keep their defaults 0, 1 and 0, got {vocab_size}, {length} and {self.condition_dropout}"
+                    "condition_vocab_size, condition_length, condition_dropout: expected their defaults 0, 1 and 0 "
+                    f'where condition is "none", got {vocab_size}, {length} and {self.condition_dropout}'
                 )
         elif vocab_size < 1:
-            raise ValueError(f"condition_vocab_size must be >= 1 with a condition, got {vocab_size}")
+            raise ValueError(f"condition_vocab_size: expected a number >= 1 with a condition, got {vocab_size}")
         elif self.condition == "class" and length != 1:
-            raise ValueError(f'condition_length must be 1 where condition is "class", got {length}')
+            raise ValueError(f'condition_length: expected 1 where condition is "class", got {length}')
         elif self.condition == "tokens" and length < 2:
-            raise ValueError(f'condition_length must be >= 2 where condition is "tokens", got {length}')
+            raise ValueError(f'condition_length: expected a number >= 2 where condition is "tokens", got {length}')
 
     @classmethod
     def preset(
@@ -148,7 +149,8 @@ class RQTransformerConfig:
         code_dim: int,
         **settings: Any,
     ) -> Self:
-        """A published size: "90M", "350M", "480M", "800M", "1.4B" (48+0 layers with one code per position).
+        """Return the config of a published size: "90M", "350M", "480M", "800M", "1.4B" (48+0 layers with one code per
+        position).
 
         `settings` are further fields of the config (condition, embeddings, dropouts).
 
@@ -157,9 +159,9 @@ class RQTransformerConfig:
         """
         presets = _PRESETS_DEPTH_ONE if code_shape[2] == 1 else _PRESETS
         if name not in presets:
-            raise ValueError(f"name must be one of {', '.join(presets)}, got {name!r}")
+            raise ValueError(f"name: expected one of {', '.join(presets)}, got {name!r}")
         if decided := sorted({"embed_dim", "spatial", "depth"} & settings.keys()):
-            raise ValueError(f"preset {name!r} decides {', '.join(decided)}: change what it returns instead")
+            raise ValueError(f"{', '.join(decided)}: decided by preset {name!r}; change the config that it returns")
         width, spatial_layers, depth_layers, heads = presets[name]
         return cls(
             code_shape=code_shape,
@@ -173,12 +175,12 @@ class RQTransformerConfig:
 
     @property
     def has_null_condition(self) -> bool:
-        """Whether the prior learns the unconditional distribution too."""
+        """True if the prior learns the unconditional distribution too."""
         return self.condition_dropout > 0
 
 
 class SoftLabels(NamedTuple):
-    """What the label `Q_tau(k | r) = softmax_k(-|r - e(k)|^2 / tau)` of every code is made of (equation 15)."""
+    """Parts of the label `Q_tau(k | r) = softmax_k(-|r - e(k)|^2 / tau)` of every code (equation 15)."""
 
     residuals: Tensor
     """(B, h, w, D, C): what each depth quantized, r_0 .. r_{D-1} of the search."""
@@ -192,13 +194,13 @@ class CodeLoss(NamedTuple):
     """Negative log-likelihood of codes, float32."""
 
     mean: Tensor
-    """Over all T * D codes; what is differentiated."""
+    """Mean over all T * D codes; the value to differentiate."""
     per_depth: Tensor
     """(D,): the same depth by depth, detached."""
 
 
 class RQTransformerOutput(NamedTuple):
-    """What a prior returns for whole code maps."""
+    """Result of calling an `RQTransformer` with whole code maps."""
 
     logits: Tensor | None
     """float32 (B, h, w, D, K): `p(S_td | S_{<t}, S_{t,<d})` before the softmax; None where `code_loss` stands."""
@@ -207,7 +209,7 @@ class RQTransformerOutput(NamedTuple):
     condition_dropped: Tensor | None = None
     """bool (B,): rows whose condition the prior replaced by the null condition; None outside that."""
     code_loss: CodeLoss | None = None
-    """Where the prior was called with soft labels: its loss against them, in place of logits."""
+    """The loss against soft labels, in place of logits, for a call with soft labels."""
 
 
 class PriorLoss(NamedTuple):
@@ -235,7 +237,7 @@ class CodeClassifier(nn.Module):
         nn.init.normal_(self.weight, std=_INIT_STD)
 
     def forward(self, x: Tensor, d: int | None = None) -> Tensor:
-        """(N, D, W) -> (N, D, K) float32; with `d`, the states of that one depth: (N, W) -> (N, K)."""
+        """Map (N, D, W) to (N, D, K) float32; with `d`, the states of that one depth: (N, W) -> (N, K)."""
         x = self.norm(x)
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias).float()
@@ -244,8 +246,8 @@ class CodeClassifier(nn.Module):
         return (torch.einsum("ndw,dkw->ndk", x, self.weight) + self.bias).float()
 
     def soft_label_loss(self, x: Tensor, labels: SoftLabels) -> CodeLoss:
-        """The loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a time.
-        It stands for `forward` and the loss of its result, and does not call it."""
+        """Return the loss of the logits of x (N, D, W) against soft labels; at most 32 MiB of these logits exist at a
+        time. This replaces `forward` and the loss of its result, and does not call it."""
         x = self.norm(x)
         rows, depth, _ = x.shape
         residuals, codebooks, tau = labels
@@ -275,7 +277,7 @@ class RQTransformer(Prior):
         v_t1 = PE_D(1) + h_t,  v_td = PE_D(d) + sum_{d'<d} e(S_td')
         p(S_td | ...) = softmax(classifier(DepthTransformer(v_t1 .. v_td)))
 
-    A condition of several tokens stands before the positions; h_1 is the output at its last token, and the
+    A condition of several tokens comes before the positions; h_1 is the output at its last token, and the
     earlier outputs predict the tokens that follow them.
 
     Args:
@@ -305,7 +307,7 @@ class RQTransformer(Prior):
         rows = max(config.condition_vocab_size, 1) + config.has_null_condition
         self.condition_embedding = nn.Embedding(rows, channels)
         self.condition_positions = nn.Parameter(torch.empty(config.condition_length, channels))
-        # The first position has no stack before it: the condition stands in its place.
+        # The first position has no stack before it: the condition takes its place.
         self.spatial_positions = nn.Parameter(torch.empty(self.positions - 1, channels))
         self.depth_positions = nn.Parameter(torch.empty(depth, channels))
         embeddings = (config.spatial_embedding, config.depth_embedding)
@@ -341,32 +343,32 @@ class RQTransformer(Prior):
             nn.init.normal_(positions, std=_INIT_STD)
 
     def set_codebooks(self, codebooks: Tensor) -> None:
-        """Copies the tokenizer's codebooks into the buffer this prior embeds with.
+        """Copy the tokenizer's codebooks into the buffer this prior embeds with.
 
         Raises:
             ValueError: a shape other than the config's, values that are not finite, or no buffer for them.
         """
         if self.codebooks is None:
-            raise ValueError("codebooks: this prior carries none (code_dim is 0)")
+            raise ValueError("codebooks: expected none, as this prior carries no codebooks (code_dim is 0)")
         if codebooks.shape != self.codebooks.shape:
             raise ValueError(f"codebooks: expected shape {tuple(self.codebooks.shape)}, got {tuple(codebooks.shape)}")
         if not bool(torch.isfinite(codebooks).all()):
-            raise ValueError("codebooks must be finite")
+            raise ValueError("codebooks: expected finite values, got NaN or infinity")
         self.codebooks.copy_(codebooks)
 
     def forward(
         self, codes: Tensor, condition: Tensor | None = None, soft_labels: SoftLabels | None = None
     ) -> RQTransformerOutput:
-        """Logits of every code given all codes before it, or their loss.
+        """Return the logits of every code given all codes before it, or their loss.
 
         Args:
             codes: int64 (B, h, w, D) in [0, K).
             condition: as `condition_ids`. In training mode each row's condition is replaced by the null
                 condition with probability `config.condition_dropout` (torch's global generator).
             soft_labels: to train without logits: classifier and loss take some rows at a time, forward and backward,
-                and nothing of B * T * D x K ever exists. (A classifier with hooks, or another module in its place, is
-                called for its logits, which then exist.) The loss is part of the call so that what wraps a model
-                (DistributedDataParallel, torch.compile) sees all of its parameters used inside.
+                and nothing of B * T * D x K is materialised. (A classifier with hooks, or another module in its place,
+                is called for its logits, which then exist.) The loss is part of the call so that a wrapper
+                (DistributedDataParallel, torch.compile) sees that all parameters are used inside.
 
         Raises:
             TypeError, ValueError, IndexError: wrong dtype, shape or device; a code or condition out of range
@@ -418,21 +420,21 @@ class RQTransformer(Prior):
 
     @property
     def has_null_condition(self) -> bool:
-        """Whether the prior learnt the unconditional distribution too."""
+        """True if the prior learned the unconditional distribution too."""
         return self.config.has_null_condition
 
     def codebook_pairs(self, vae: RQVAE) -> list[tuple[Tensor, Tensor]]:
-        """The codebooks, where this prior carries any."""
+        """Return the codebooks, where this prior carries any."""
         return [] if self.codebooks is None else [(self.codebooks, vae.codebooks)]
 
     def loss(self, codes: Tensor, condition: Tensor | None = None) -> LevelLoss:
-        """`prior_loss` of hard labels, token conditions included."""
+        """Return `prior_loss` of hard labels, token conditions included."""
         tokens = condition if self.config.condition == "tokens" else None
         loss = prior_loss(self(codes, condition), codes=codes, condition=tokens)
         return LevelLoss(loss.total, loss.per_depth)
 
     def condition_ids(self, condition: Tensor | None, batch: int) -> Tensor:
-        """The condition as int64 (B, L) ids of the condition embedding.
+        """Return the condition as int64 (B, L) ids of the condition embedding.
 
         Args:
             condition: None; class labels (B,) or (B, 1); token ids (B, L). None means no condition at all for
@@ -440,7 +442,8 @@ class RQTransformer(Prior):
             batch: B.
 
         Raises:
-            TypeError, ValueError, IndexError: as `forward`; a condition missing, or given in vain.
+            TypeError, ValueError, IndexError: as `forward`; a missing condition, or one given to an unconditional
+                prior.
         """
         config = self.config
         return condition_ids(
@@ -454,7 +457,7 @@ class RQTransformer(Prior):
         )
 
     def check_codebooks(self) -> None:
-        """Raises ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
+        """Raise ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
         if self.codebooks is None or self.codebooks.is_cuda or torch.compiler.is_compiling():
             return
         if bool(self.codebooks.flatten()[0].isnan()):
@@ -463,14 +466,14 @@ class RQTransformer(Prior):
     def spatial_outputs(
         self, codes_bnd: Tensor, condition_bl: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Outputs of the spatial transformer at the condition's tokens and at the n given stacks.
+        """Return the outputs of the spatial transformer at the condition's tokens and at the n given stacks.
 
         The output at a stack (or at the condition's last token) is the context h of the position after it.
 
         Args:
             codes_bnd: int64 (B, n, D): the stacks after those the cache has seen; from the first one without.
             condition_bl: int64 (B, L) from `condition_ids`, for the first call of a sequence alone.
-            cache: keys and values of what came before, see `rqgen.inference.kv_cache`; moved on by this call.
+            cache: keys and values of the positions before, see `rqgen.inference.kv_cache`; advanced by this call.
 
         Returns:
             (B, L + n, W), or (B, n, W) without a condition.
@@ -488,17 +491,18 @@ class RQTransformer(Prior):
         return self.spatial_transformer(self.embedding_dropout(u_bnw), cache)
 
     def embed_stacks(self, codes_bnd: Tensor) -> Tensor:
-        """Inputs of the spatial transformer at the stacks (B, n, D), short of their place's embedding: (B, n, W)."""
+        """Return the inputs of the spatial transformer at the stacks (B, n, D), short of their place's embedding: (B,
+        n, W)."""
         e_bnc = self._embed(self.config.spatial_embedding, codes_bnd).sum(dim=-2)
         return self.spatial_projection(e_bnc) if self.config.spatial_embedding == "codebook" else e_bnc
 
     def sample_stack(self, context_bw: Tensor, sample: Callable[[Tensor, int], Tensor], cache: Cache) -> Tensor:
-        """Samples the D codes of one position, one after another.
+        """Sample the D codes of one position, one after another.
 
         Args:
             context_bw: (B, W), the position's context from `spatial_outputs`.
             sample: from float32 logits (B, K) and d = 0 .. D-1 to codes int64 (B,).
-            cache: the depth transformer's; its former content is forgotten.
+            cache: the depth transformer's; it is reset first.
 
         Returns:
             int64 (B, D).
@@ -518,7 +522,7 @@ class RQTransformer(Prior):
         return torch.stack(codes, dim=-1)
 
     def _depth_inputs(self, contexts_btw: Tensor, codes_btd: Tensor) -> Tensor:
-        """v_td of whole maps: (B * T, D, W)."""
+        """Return v_td of whole maps: (B * T, D, W)."""
         context_n1w = contexts_btw.reshape(-1, 1, self.config.embed_dim)
         e_ndc = self._embed(self.config.depth_embedding, codes_btd.reshape(-1, self.depth)[:, :-1])
         if self.config.depth_context == "cumulative":
@@ -528,14 +532,14 @@ class RQTransformer(Prior):
         return torch.cat([context_n1w, e_ndc], dim=1) + self.depth_positions
 
     def _embed(self, kind: str, codes: Tensor, first_depth: int = 0) -> Tensor:
-        """e(S) of codes (..., d) from depth first_depth on: (..., d, C), or (..., d, W) from the table."""
+        """Return e(S) of codes (..., d) from depth first_depth on: (..., d, C), or (..., d, W) from the table."""
         config = self.config
         if not (config.shared_codebook if kind == "codebook" else config.shared_table):
             depths = torch.arange(first_depth, first_depth + codes.shape[-1], device=codes.device)
             codes = codes + depths * config.codebook_size
         if kind == "table":
             return self.table(codes)
-        assert self.codebooks is not None  # the config sees to it
+        assert self.codebooks is not None  # checked by the config
         return F.embedding(codes, self.codebooks.flatten(0, -2))
 
 
@@ -550,7 +554,7 @@ def prior_loss(
     condition_weight: float = 0.1,
     inplace: bool = False,
 ) -> PriorLoss:
-    """Negative log-likelihood of all T * D codes (equation 14), with hard or soft labels (equation 15).
+    """Return the negative log-likelihood of all T * D codes (equation 14), with hard or soft labels (equation 15).
 
         hard: -log softmax(logits)[code]           soft: -sum_k Q_tau(k | r_{d-1}) log softmax(logits)[k]
 
@@ -564,23 +568,23 @@ def prior_loss(
         condition: the token ids (B, L) that `output` was computed with; a row whose condition was dropped
             does not count in their loss.
         condition_weight: in [0, 1].
-        inplace: let the gradient of soft labels overwrite `output.logits`, which nobody may need afterwards, and
+        inplace: let the gradient of soft labels overwrite `output.logits`, which must not be needed afterwards, and
             allocate nothing of their size; see `rqkernels.soft_label_cross_entropy`.
 
     Raises:
         ValueError: both or neither kind of label, no condition, a weight out of range, shapes that differ, inplace
             without soft labels, no images.
-        TypeError, IndexError: codes that are not int64, token ids that are no integers; either out of range (unchecked
-            on CUDA).
+        TypeError, IndexError: codes that are not int64, token ids that are not integers; either of them out of range
+            (unchecked on CUDA).
     """
     if not 0 <= condition_weight <= 1:
-        raise ValueError(f"condition_weight must be in [0, 1], got {condition_weight}")
+        raise ValueError(f"condition_weight: expected a number in [0, 1], got {condition_weight}")
     code_loss = _code_loss(output, codes, residuals, codebooks, tau, inplace)
     if output.condition_logits is None:
         return PriorLoss(code_loss.mean, *code_loss, None)
 
     if condition is None:
-        raise ValueError("condition: the output has condition_logits, so the token ids are needed")
+        raise ValueError("condition: expected token ids, as the output has condition_logits, got None")
     batch, predicted, _ = output.condition_logits.shape
     if condition.shape != (batch, predicted + 1):
         raise ValueError(f"condition: expected shape {(batch, predicted + 1)}, got {tuple(condition.shape)}")
@@ -609,23 +613,25 @@ def _code_loss(
     parts = [part is not None for part in (residuals, codebooks, tau)]
     if output.code_loss is not None:
         if codes is not None or any(parts) or inplace:
-            raise ValueError("prior_loss: the output holds the loss of its codes: give neither labels nor inplace")
+            raise ValueError(
+                "prior_loss: expected neither labels nor inplace, as the output holds the loss of its codes"
+            )
         return output.code_loss
     if output.logits is None:
         raise ValueError("output: expected logits or a code_loss, got neither")
     if residuals is not None and codebooks is not None and tau is not None and codes is None:
         return _soft_label_loss(output.logits, SoftLabels(residuals, codebooks, tau), inplace=inplace)
     if codes is None or any(parts):
-        raise ValueError("prior_loss: give either codes, or residuals with codebooks and tau")
+        raise ValueError("prior_loss: expected either codes, or residuals with codebooks and tau")
     if inplace:
-        raise ValueError("inplace: the loss of hard labels leaves the logits as they are")
+        raise ValueError("inplace: expected False with codes, whose loss keeps the logits, got True")
     return _hard_label_loss(output.logits, codes)
 
 
 def _soft_label_loss(logits: Tensor, labels: SoftLabels, *, inplace: bool) -> CodeLoss:
     _check_some(logits[..., 0])
     losses = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
-    # The mean, so that its gradient is written once; what the depths are logged by comes on the side.
+    # The mean, so that its gradient is written once; the losses of the depths for the log are a second output.
     mean = rqkernels.soft_label_cross_entropy(logits, *labels, inplace=inplace, losses_out=losses)
     return CodeLoss(mean, losses.detach().mean(dim=(0, 1, 2)))
 

@@ -26,7 +26,7 @@ from .transformer import Cache
 
 _MAX_LOG_SCALE = math.log(100.0)
 _PRESET_WIDTH = 64
-# Blocks begin close to the identity: what they add is scaled by so little at first.
+# Blocks start close to the identity: what they add is scaled by these small factors.
 _INIT_GATE, _INIT_MODULATION, _INIT_HEAD = 1e-5, 0.5, 0.02
 
 
@@ -74,32 +74,33 @@ class VARConfig:
     def __post_init__(self) -> None:
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
         check_bounds(self, code_dim=(1, 2**16), embed_dim=(1, 2**17), layers=(1, 1024), num_classes=(1, 2**24))
         if self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim ({self.embed_dim}) must be divisible by heads ({self.heads})")
+            raise ValueError(f"embed_dim: expected a multiple of heads, {self.heads}, got {self.embed_dim}")
         for name in ("dropout", "attention_dropout", "drop_path", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         for name in ("mlp_ratio", "norm_epsilon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         self.class_names = checked_class_names(self.class_names, self.num_classes)
 
     @classmethod
     def preset(
         cls, name: str, *, quantizer: MultiScaleConfig, code_dim: int, num_classes: int, **settings: Any
     ) -> Self:
-        """The published sizes "d16", "d20", "d24", "d30", "d36", and every other "dN": N layers of width 64 N, N heads
-        and a drop path of 0.1 N / 24; the blocks then have about 73728 N^3 parameters (own adaptive norm).
+        """Return the config of a published size, "d16", "d20", "d24", "d30", "d36", and every other "dN": N layers of
+        width 64 N, N heads and a drop path of 0.1 N / 24; the blocks then have about 73728 N^3 parameters (own adaptive
+        norm).
 
         Raises:
             ValueError: another name, or a setting that the preset itself decides.
         """
         if not (name[:1] == "d" and name[1:].isascii() and name[1:].isdigit() and int(name[1:]) > 0):
-            raise ValueError(f"name must be d16, d20, d24, d30, d36 or another dN, got {name!r}")
+            raise ValueError(f"name: expected d16, d20, d24, d30, d36 or another dN, got {name!r}")
         if decided := sorted({"embed_dim", "layers", "heads", "drop_path"} & settings.keys()):
-            raise ValueError(f"preset {name!r} decides {', '.join(decided)}: change what it returns instead")
+            raise ValueError(f"{', '.join(decided)}: decided by preset {name!r}; change the config that it returns")
         depth = int(name[1:])
         return cls(
             quantizer=quantizer,
@@ -114,12 +115,12 @@ class VARConfig:
 
     @property
     def has_null_condition(self) -> bool:
-        """Whether the prior learns the unconditional distribution too."""
+        """True if the prior learns the unconditional distribution too."""
         return self.condition_dropout > 0
 
 
 class VAROutput(NamedTuple):
-    """What a prior returns for whole token maps."""
+    """Result of calling a `VAR` with whole token maps."""
 
     logits: Tensor
     """float32 (B, L, K): of every token of every scale, from coarse to fine, before the softmax."""
@@ -138,9 +139,9 @@ class VARLoss(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What a condition does to the transformer, computed once for all scales."""
+    """Effect of a condition on the transformer, computed once for all scales."""
 
-    start: Tensor  # (B, 1, W): the condition's embedding, which stands before the first scale
+    start: Tensor  # (B, 1, W): the condition's embedding, which comes before the first scale
     blocks: list[Tensor]  # per block (B, 1, 6, W): gates, scales and shifts of attention and MLP
     head: Tensor  # (B, 1, 2, W): scale and shift before the classifier
 
@@ -148,8 +149,8 @@ class Modulation(NamedTuple):
 class ScaleAttention(nn.Module):
     """Multi-head attention in which a token sees the scales before its own, and all of its own.
 
-    Scale by scale its queries meet the keys up to its end: no mask of L x L is needed, and nothing is computed that
-    a mask would hide.
+    The queries of each scale are multiplied with the keys up to its end: no mask of L x L is needed, and nothing is
+    computed that a mask would hide.
     """
 
     def __init__(self, config: VARConfig) -> None:
@@ -158,7 +159,7 @@ class ScaleAttention(nn.Module):
         self.heads = config.heads
         self.dropout = config.attention_dropout
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        # A key's bias would move all scores of a query alike.
+        # A bias of the keys would shift all scores of a query by the same amount.
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.log_scale = None
@@ -170,7 +171,7 @@ class ScaleAttention(nn.Module):
 
     def forward(self, x_blw: Tensor, ends: Sequence[int], cache: Cache | None, layer: int) -> Tensor:
         batch, length, width = x_blw.shape
-        # The layer is called, and not its weight used: adapters and hooks on it count.
+        # The layer is called, instead of using its weight: adapters and hooks on it count.
         qkv = self.qkv(x_blw)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
         qkv = (qkv + bias).view(batch, length, 3, self.heads, width // self.heads)
@@ -239,13 +240,13 @@ class VAR(Prior):
 
         p(t_1, .., t_K | c) = prod_k p(t_k | t_1 .. t_{k-1}, c)         (equation 6 of the paper)
 
-    Scale k's tokens see f_hat_{k-1}, what the scales before stand for, shrunken to (h_k, w_k): every place gets its
+    Scale k's tokens see f_hat_{k-1}, the features of the scales before, downsampled to (h_k, w_k): every place gets its
     vector through a linear layer, plus embeddings of level and place. The first scale sees the class. All tokens of
     a scale are sampled at once.
 
     Args:
         config: sizes and layout.
-        quantizer: the tokenizer's (`vae.quantizer`): what token maps stand for, carried as fixed weights and saved
+        quantizer: the tokenizer's (`vae.quantizer`): the codebook and refinements, carried as fixed weights and saved
             with the model. Without it they hold NaN until `set_quantizer` or loaded weights fill them.
     """
 
@@ -306,7 +307,7 @@ class VAR(Prior):
                 rows[gates:].mul_(_INIT_MODULATION)
 
     def set_quantizer(self, quantizer: MultiScaleDecoder) -> None:
-        """Copies what token maps stand for out of a tokenizer (`vae.quantizer`).
+        """Copy what token maps stand for out of a tokenizer (`vae.quantizer`).
 
         Raises:
             ValueError: other settings than `config.quantizer`'s, another C, or values that are not finite.
@@ -319,7 +320,7 @@ class VAR(Prior):
             raise ValueError(f"quantizer: expected code_dim {self.config.code_dim}, got {quantizer.code_dim}")
         wanted = quantizer.fixed_tensors()
         if not all(bool(tensor.isfinite().all()) for tensor in wanted.values()):
-            raise ValueError("quantizer: its codebook and refinements must be finite")
+            raise ValueError("quantizer: expected a finite codebook and finite refinements, got NaN or infinity")
         self.quantizer.load_state_dict(wanted)
 
     @property
@@ -344,25 +345,25 @@ class VAR(Prior):
 
     @property
     def has_null_condition(self) -> bool:
-        """Whether the prior learnt the unconditional distribution too."""
+        """True if the prior learned the unconditional distribution too."""
         return self.config.has_null_condition
 
     def cfg_scale_per_level(self, cfg_scale: float) -> list[float]:
-        """`cfg_scale * k / (K - 1)` at scale k = 0 .. K - 1, as published: the coarse scales are guided less."""
+        """Return `cfg_scale * k / (K - 1)` at scale k = 0 .. K - 1, as published: the coarse scales are guided less."""
         last = max(self.levels - 1, 1)
         return [cfg_scale * k / last for k in range(self.levels)]
 
     def codebook_pairs(self, vae: MultiScaleVQVAE) -> list[tuple[Tensor, Tensor]]:
-        """The codebook and the refinements."""
+        """Return the codebook and the refinements."""
         theirs = vae.quantizer.fixed_tensors()
         return [(tensor, theirs[name]) for name, tensor in self.quantizer.fixed_tensors().items()]
 
     def loss(self, codes: Sequence[Tensor], condition: Tensor | None = None) -> LevelLoss:
-        """`var_loss` of these token maps."""
+        """Return `var_loss` of these token maps."""
         return LevelLoss(*var_loss(self(codes, condition), codes))
 
     def forward(self, codes: Sequence[Tensor], condition: Tensor | None = None) -> VAROutput:
-        """Logits of every token given all scales before its own, in one pass.
+        """Return the logits of every token given all scales before its own, in one pass.
 
         Args:
             codes: token maps int64 (B, h_k, w_k), from coarse to fine.
@@ -390,7 +391,7 @@ class VAR(Prior):
         return VAROutput(self._transform(torch.cat(inputs, dim=1), self.ends, modulation, None), None, dropped)
 
     def condition_ids(self, condition: Tensor | None, batch: int) -> Tensor:
-        """The condition as int64 (B, 1) ids of the class embedding. Errors: see `rqgen.models.condition`."""
+        """Return the condition as int64 (B, 1) ids of the class embedding. Errors: see `rqgen.models.condition`."""
         return condition_ids(
             condition,
             batch,
@@ -402,13 +403,13 @@ class VAR(Prior):
         )
 
     def check_codebooks(self) -> None:
-        """Raises ValueError while this prior waits for its codebook (unchecked on CUDA, as in `forward`)."""
+        """Raise ValueError while this prior waits for its codebook (unchecked on CUDA, as in `forward`)."""
         codebook = self.quantizer.codebook
         if not (codebook.is_cuda or torch.compiler.is_compiling()) and bool(codebook.flatten()[0].isnan()):
             raise ValueError("prior: it has no codebook yet; call set_quantizer(tokenizer.quantizer) first")
 
     def modulation(self, labels_b: Tensor) -> Modulation:
-        """What the classes, int64 (B,), do to every block; computed once, however many scales follow."""
+        """Return the effect of the classes, int64 (B,), on every block; computed once for all scales."""
         width = self.config.embed_dim
         embedded = self.class_embedding(labels_b)
         activated = F.silu(embedded)
@@ -421,7 +422,8 @@ class VAR(Prior):
         return Modulation(embedded.unsqueeze(1), modulations, self.modulation_out(activated).view(-1, 1, 2, width))
 
     def scale_input(self, k: int, features: Tensor | None, modulation: Modulation) -> Tensor:
-        """Transformer's input (B, h_k * w_k, W) at scale k, from `quantizer.downsample(f_hat, k)`; None at k = 0."""
+        """Return the transformer's input (B, h_k * w_k, W) at scale k, from `quantizer.downsample(f_hat, k)`; None at k
+        = 0."""
         begin = self.ends[k - 1] if k else 0
         level = torch.full((), k, dtype=torch.int64, device=self.positions.device)
         places = self.level_embedding(level) + self.positions[begin : self.ends[k]]
@@ -430,7 +432,8 @@ class VAR(Prior):
         return self.word_embedding(features.flatten(1, 2).to(self.positions.dtype)) + places
 
     def scale_logits(self, k: int, features: Tensor | None, modulation: Modulation, cache: Cache) -> Tensor:
-        """Logits float32 (B, h_k * w_k, K) of scale k alone; `cache` holds the scales before, and then this one."""
+        """Return logits float32 (B, h_k * w_k, K) of scale k alone; `cache` holds the scales before, and then this
+        one."""
         x_blw = self.scale_input(k, features, modulation)
         return self._transform(x_blw, [x_blw.shape[1]], modulation, cache)
 
@@ -446,14 +449,14 @@ class VAR(Prior):
 
 
 def var_loss(output: VAROutput, codes: Sequence[Tensor]) -> VARLoss:
-    """Cross-entropy of all tokens, `-log softmax(logits)[token]`, and its mean over each scale.
+    """Return the cross-entropy of all tokens, `-log softmax(logits)[token]`, and its mean over each scale.
 
     Args:
         output: of `VAR.forward` for these codes.
         codes: token maps int64 (B, h_k, w_k).
 
     Raises:
-        ValueError: as many tokens as logits are expected; no images.
+        ValueError: another number of tokens than of logits; no images.
         TypeError, IndexError: codes that are not int64, or out of range (unchecked on CUDA).
     """
     flat = [tokens.flatten(1) for tokens in codes]

@@ -77,7 +77,7 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
-        """Reads a folder that `save_pretrained`, or `rqgen demo`, wrote: tokenizer/, prior/ and pipeline.json. A folder
+        """Read a folder that `save_pretrained`, or `rqgen demo`, wrote: tokenizer/, prior/ and pipeline.json. A folder
         with the two models alone is read too.
 
         Raises:
@@ -101,7 +101,7 @@ class Pipeline:
             raise ValueError(f"{source}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer/, prior/ and pipeline.json into `folder`, whole or not at all.
+        """Write tokenizer/, prior/ and pipeline.json into `folder`, whole or not at all.
 
         Raises:
             FileExistsError: `folder` is not a folder, or holds files of something else.
@@ -122,18 +122,18 @@ class Pipeline:
             write_description(written, self.prior.class_names or self._given_names)
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves both models; returns the pipeline."""
+        """Move both models; return the pipeline."""
         self.tokenizer.to(device)
         self.prior.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of the models."""
         return self.prior.device
 
     def __call__(self, condition: Any = None, num: int | None = None, **settings: Any) -> PipelineOutput:
-        """Samples images.
+        """Sample images.
 
         Args:
             condition: a class by its name or number, of which `num` images are sampled (1 by default); or a list of
@@ -157,7 +157,7 @@ class Pipeline:
         return PipelineOutput([_to_pil(image) for image in to_uint8(tensors).cpu()], tensors, sampled.codes)
 
     def _single_class(self, condition: Any) -> int | None:
-        """The label of a class that is given by itself; None for a list or tensor of several."""
+        """Return the label of a class that is given by itself; None for a list or tensor of several."""
         if isinstance(condition, str):
             names = self.class_names if self.prior.num_classes else ()
             return class_label(condition, names, "condition")
@@ -171,7 +171,7 @@ class Pipeline:
 
 
 def write_description(folder: Path, class_names: Sequence[str]) -> None:
-    """Writes `folder`/pipeline.json, which makes a pipeline of the folder's tokenizer/ and prior/."""
+    """Write `folder`/pipeline.json, which makes a pipeline of the folder's tokenizer/ and prior/."""
     write_json(folder / DESCRIPTION, {"format_version": FORMAT_VERSION, "class_names": list(class_names)})
 
 
@@ -190,6 +190,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 
 def _to_pil(image_chw: Tensor) -> Image.Image:
-    """A PIL image of bytes (1 or 3, H, W)."""
+    """Return a PIL image of bytes (1 or 3, H, W)."""
     pixels = image_chw.permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

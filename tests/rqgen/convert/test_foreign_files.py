@@ -35,7 +35,7 @@ def vae(kakaobrain: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prior(kakaobrain: Path, vae: Path) -> Path:
-    """A published prior, its tokenizer beside it."""
+    """A published prior, with its tokenizer next to it."""
     return Path(shutil.copytree(kakaobrain / PRIOR, vae.parent / PRIOR))
 
 
@@ -274,7 +274,7 @@ RQVAE_OPTIONS = {
 
 @pytest.mark.parametrize("section", RQVAE_OPTIONS)
 def test_every_option_of_an_rqvae_is_checked(kakaobrain: Path, section: str) -> None:
-    """Of whatever type a value is: a configuration, or one line that names the option."""
+    """A value of any type gives a configuration, or one line that names the option."""
     arch = yaml.safe_load((kakaobrain / VAE / "config.yaml").read_text())["arch"]
     for option in RQVAE_OPTIONS[section].split():
         named = 0

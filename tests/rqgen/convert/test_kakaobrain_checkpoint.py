@@ -27,7 +27,7 @@ def vae(kakaobrain: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prior(kakaobrain: Path, tmp_path: Path) -> Path:
-    """A private copy of the published prior's folder, alone: its tokenizer is not beside it."""
+    """A private copy of the published prior's folder, alone: its tokenizer is not next to it."""
     return Path(shutil.copytree(kakaobrain / PRIOR, tmp_path / "alone" / PRIOR))
 
 
@@ -98,7 +98,7 @@ def test_other_contents_are_refused(vae: Path, saved: Any, message: str) -> None
 
 
 class Attack:
-    """What a malicious pickle does: call something while it is read."""
+    """A malicious pickle: it calls something while it is read."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("attacked",)

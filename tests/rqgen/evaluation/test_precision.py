@@ -78,5 +78,5 @@ def test_mistakes():
         evaluate_precision(prior, torch.zeros(0, *SHAPE, dtype=torch.int64), precision="int8")
     with pytest.raises(IndexError, match="codes"):
         evaluate_precision(prior, torch.full((1, *SHAPE), 9), precision="int8")
-    with pytest.raises(TypeError, match="prior: expected float32, float16 or bfloat16 weights"):
+    with pytest.raises(ValueError, match='precision: a float64 prior is sampled in float64 at "fp32" alone, got'):
         evaluate_precision(make_prior().double(), torch.zeros(1, *SHAPE, dtype=torch.int64), precision="bf16")

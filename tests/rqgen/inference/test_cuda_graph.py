@@ -98,7 +98,7 @@ def tensors_of(results: Any) -> list[Tensor]:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What each capture was begun with."""
+    """Arguments that each capture was begun with."""
     begun: list[dict[str, Any]] = []
 
     class Stream:
@@ -150,7 +150,7 @@ def test_replayed_positions_are_those_that_are_launched(captures: list[Any], set
 
 
 def test_other_weights_are_seen_behind_a_capture(captures: list[Any]) -> None:
-    """What is written to the captured memory, and other memory in its place."""
+    """Writes to the captured memory are seen, and other memory in its place too."""
     prior = make_prior()
     sampler = CapturedSampler(prior, capture=True)
     drawn = [draw(sampler)]
@@ -205,7 +205,7 @@ def test_logits_without_a_distribution_are_an_error(monkeypatch: pytest.MonkeyPa
     sampler = CapturedSampler(make_prior(), capture=False)
     with pytest.raises(ValueError, match="prior: the logits of image 102 have NaN"):
         draw(sampler, offset=100)
-    assert draw(sampler, offset=100).min() >= 0  # the next call begins anew
+    assert draw(sampler, offset=100).min() >= 0  # the next call starts again
 
 
 def test_keys_that_are_not_numbers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

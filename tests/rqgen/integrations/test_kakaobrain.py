@@ -340,7 +340,7 @@ def test_soft_codes_of_different_sizes_have_no_common_tensor() -> None:
 
 
 def test_codes_are_certified() -> None:
-    """Codes 1e-6 apart beside an offset of 100: float32 distances cannot tell them apart, ours can."""
+    """Codes 1e-6 apart next to an offset of 100: float32 distances cannot tell them apart, ours can."""
     fast = Pair("separate").fast.eval()
     for book in fast.codebooks:
         book.weight[:-1] = torch.randn(1, 6) + 1e-6 * torch.randn(40, 6)
@@ -516,7 +516,7 @@ def test_a_vector_that_is_not_finite_touches_nothing_else(pair: Pair, training: 
     pair.fast.train(training)
     x = pair.batch()
     x[0, 0, 0, 0] = torch.nan
-    for _ in range(3):  # restarts may draw it
+    for _ in range(3):  # restarts may sample it
         quantized, loss, codes = pair.fast(x)
         assert (codes[0, 0, 0] == -1).all() and (codes == -1).sum() == codes.shape[-1]
         assert quantized[0, 0, 0].isnan().all() and quantized[1].isfinite().all() and loss.isnan()
@@ -593,7 +593,7 @@ class TwoStages:
 
 
 def stage_two(transformer: nn.Module, logits: Tensor, soft: object) -> tuple[Tensor, ...]:
-    """What a training script does with soft codes: loss, what it logs, gradients."""
+    """Run the lines of a training script with soft codes: loss, logged values, gradients."""
     loss = transformer.compute_loss(logits, soft, use_soft_target=True)
     by_depth = transformer.compute_codebook_loss(logits, soft, use_soft_target=True)
     assert loss.requires_grad and not by_depth.requires_grad
@@ -690,7 +690,7 @@ def test_soft_codes_never_make_an_array_of_rows_times_codes() -> None:
 
 
 class CountTensors(TorchDispatchMode):
-    """How many tensors of at least so many elements, that are no views, are made."""
+    """Count the new tensors of at least that many elements; views do not count."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -819,7 +819,7 @@ def test_published_averages_after_a_training_pass(published: tuple[Bottleneck, d
 
 
 def train_in_a_group(store: str, rank: int, out: str) -> None:
-    """One of two processes: both see other data and draw other numbers, the averages must not differ."""
+    """One of two processes: both see other data and sample other numbers, the averages must not differ."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     pair = Pair("shared")
@@ -911,7 +911,7 @@ CODEBOOK_CHANGES = (
     ],
 )
 def test_codebooks_that_others_changed(change: Callable[[nn.Module], None], after: bool) -> None:
-    """What is called of them as published has the same part in what is accelerated, changed before or after."""
+    """Methods that the published code calls are called by the accelerated one too, changed before or after."""
     torch.manual_seed(3)
     naive = NaiveBottleneck(**LAYOUTS["separate"]).eval()
     plain, fast = copy.deepcopy(naive), copy.deepcopy(naive)

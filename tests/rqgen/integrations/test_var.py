@@ -206,7 +206,7 @@ def test_forward(pair: Pair, training: bool, alone: None) -> None:
 
 
 def test_without_a_process_group() -> None:
-    """Where the published forward stops, because it asks for a group."""
+    """The published forward stops here, because it asks for a group."""
     pair = Pair("plain")
     f = pair.batch()
     with pytest.raises(ValueError, match="process group"):
@@ -272,7 +272,7 @@ def test_features_carry_the_gradient_of_codebook_and_refinements() -> None:
 
 
 def test_codes_are_certified() -> None:
-    """Codes 1e-6 apart beside an offset of 100: float32 distances cannot tell them apart, ours can."""
+    """Codes 1e-6 apart next to an offset of 100: float32 distances cannot tell them apart, ours can."""
     pair = Pair("plain")
     with torch.no_grad():
         for module in (pair.naive, pair.fast):

@@ -1,4 +1,4 @@
-"""What every tokenizer and prior has in common, by its definition."""
+"""The interface of every tokenizer and prior, by its definition."""
 
 from pathlib import Path
 

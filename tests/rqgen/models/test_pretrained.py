@@ -245,7 +245,7 @@ def test_shapes_are_compared_before_memory_is_asked_for(saved: Path) -> None:
 
 
 class Deep(Toy):
-    """Of so many layers that building them would take hours."""
+    """A model with more layers than could be built within hours."""
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(ToyConfig())

@@ -105,7 +105,7 @@ def packed_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Lora(nn.Module):
-    """What peft puts in the place of a linear layer or an embedding, as far as its structure goes."""
+    """Stand-in for peft's replacement of a linear layer or an embedding, with the same structure."""
 
     def __init__(self, base_layer: nn.Module, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -517,7 +517,7 @@ def silent() -> Iterator[None]:
 
 
 class Named(RQTransformer):
-    """Nothing that is drawn from is another's."""
+    """Nothing that is sampled from is another's."""
 
     def describe(self) -> str:
         return "mine"

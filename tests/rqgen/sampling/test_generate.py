@@ -201,7 +201,7 @@ def test_an_image_is_known_by_its_number(prior: RQTransformer, vae: RQVAE) -> No
 def test_contexts_have_the_same_bits_however_the_batch_is_split(
     prior: RQTransformer, vae: RQVAE, precision: str, cfg_scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes may hide a difference in last bits; what they are drawn from does not."""
+    """Codes may hide a difference in last bits; what they are sampled from does not."""
     depth_decode = rqkernels.depth_decode
     seen: dict[tuple[int, int], Tensor] = {}
 
@@ -256,7 +256,7 @@ def test_the_same_images_on_any_number_of_threads(prior: RQTransformer, vae: RQV
 def test_the_step_that_a_gpu_captures_draws_the_same(
     vae: RQVAE, config: dict[str, Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
+    """Steps that a CUDA graph replays (positions in memory, one shape for all of them), here without a capture."""
     monkeypatch.setattr(cuda_graph, "BUCKET", 3)  # several graphs' worth of positions
     prior = make_prior(vae.codebooks, **config)
     condition = None if not config else torch.arange(6) % 5 if config == CLASS else torch.randint(0, 6, (6, 3))
@@ -292,7 +292,7 @@ def test_graphs_draw_the_same(precision: str) -> None:
     replayed = generate(prior, vae, LABELS, **settings)
     launched = generate(prior, vae, LABELS, **{**settings, "precision": Engine(precision, use_graphs=False)})
     assert torch.equal(replayed.codes, launched.codes)
-    with pytest.raises(ValueError, match='precision: "int8" is for priors on the CPU'):
+    with pytest.raises(ValueError, match='precision: expected "fp32" or "bf16" on a GPU'):
         generate(prior, vae, LABELS, precision="int8")
 
 
@@ -445,7 +445,7 @@ def test_half_precision(vae: RQVAE) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num": 20}, ValueError, "num: only without a condition"),
+        ({"num": 20}, ValueError, "num: expected None with a condition"),
         ({"condition": None}, ValueError, "num: expected the number of images"),
         ({"condition": None, "num": 0}, ValueError, "num: expected an integer >= 1, got 0"),
         ({"condition": None, "num": 2.0}, TypeError, "num: expected an integer, got 2.0"),
@@ -504,7 +504,7 @@ def test_half_precision(vae: RQVAE) -> None:
         (
             {"known": KnownRows(torch.zeros(3, *SHAPE).long(), 1)},
             ValueError,
-            "known.codes: the number of images differs: {'condition': 2, 'known.codes': 3}",
+            "known.codes: expected the same number of images everywhere, got {'condition': 2, 'known.codes': 3}",
         ),
         (
             {"known": KnownRows(ZEROS + K, 1)},
@@ -541,14 +541,14 @@ def test_models_that_do_not_belong_together(prior: RQTransformer, vae: RQVAE) ->
         generate(vae, vae, [1])
     with pytest.raises(TypeError, match="vae: expected an RQVAE, got NoneType"):
         generate(prior, None, [1])
-    with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
+    with pytest.raises(ValueError, match="vae: expected the codebooks that the prior was made with"):
         generate(prior, make_vae(), [1])
     stack = TransformerConfig(layers=1, heads=1)
     for shape, size, name in (((2, 2, 2), K, "code_shape"), (SHAPE, K + 1, "codebook_size")):
         config = RQTransformerConfig(
             code_shape=shape, codebook_size=size, code_dim=C, embed_dim=8, spatial=stack, depth=stack
         )
-        with pytest.raises(ValueError, match=f"vae: its {name} is"):
+        with pytest.raises(ValueError, match=f"vae: expected the prior's {name}, "):
             generate(RQTransformer(config, torch.randn(size, C)), vae, num=1)
     config = RQTransformerConfig(code_shape=SHAPE, codebook_size=K, code_dim=C, embed_dim=8, spatial=stack, depth=stack)
     with pytest.raises(ValueError, match="no codebooks yet"):

@@ -1,4 +1,4 @@
-"""What `generate` returns goes into `edit` and `encode`, and what `edit` returns too: one range of images for both
+"""Images from `generate` go into `edit` and `encode`, and those from `edit` too: one range of images for both
 systems. And what the arguments may be."""
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def system(request: pytest.FixtureRequest) -> System:
 
 
 def decoded(vae: Any, codes: Any) -> Tensor:
-    """What the decoder gives, one by one as on a CPU."""
+    """Decode image by image, as on a CPU."""
     count = len(codes) if isinstance(codes, Tensor) else len(codes[0])
     rows = [slice(i, i + 1) for i in range(count)]
     some = [codes[row] if isinstance(codes, Tensor) else [maps[row] for maps in codes] for row in rows]
@@ -140,9 +140,9 @@ def test_what_is_not_finite_is_no_image(system: System, value: float) -> None:
         return output.clone().index_fill_(3, torch.tensor(2), value)
 
     vae.decoder.conv_out.register_forward_hook(spoil)
-    with pytest.raises(ValueError, match="vae: what it decodes for image 40 is not finite"):
+    with pytest.raises(ValueError, match="vae: expected finite images, got NaN or infinity in image 40"):
         generate(prior, vae, LABELS, seed=3, offset=40)
-    with pytest.raises(ValueError, match="vae: what it decodes for image 40 is not finite"):
+    with pytest.raises(ValueError, match="vae: expected finite images, got NaN or infinity in image 40"):
         edit(prior, vae, drawn.images, lower_half(), LABELS, offset=40)
 
 
@@ -177,7 +177,7 @@ def test_images_out_of_range_are_named(system: System) -> None:
 
 
 def test_images_a_little_out_of_range_are_named(system: System) -> None:
-    """What is kept comes back as it is, and the result is within [-1, 1]."""
+    """Kept pixels come back as they are, and the result is within [-1, 1]."""
     images = generate(*system, LABELS).images
     images[0, 0, 0, 0] = 1.01
     with pytest.raises(ValueError, match=r"got -1 \.\. 1\.01 where the mask is False; clamp them by images\.clamp"):
