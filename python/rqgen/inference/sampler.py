@@ -44,7 +44,7 @@ class Engine:
     @classmethod
     def of(cls, precision: str | Engine) -> Engine:
         """Return the engine itself, or that of a precision."""
-        return precision if isinstance(precision, cls) else cls(precision)  # type: ignore[arg-type]
+        return precision if isinstance(precision, Engine) else cls(precision)
 
     def check_prior(self, prior: Prior) -> None:
         """Raise unless the prior can be sampled from at this precision.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -57,7 +57,7 @@ def gives_way(*bypassed: str) -> Callable[[MethodT], MethodT]:
             owner = next(cls for cls in type(self).__mro__ if vars(cls).get(name) is method)
             return getattr(super(owner, self), name)(*args, **kwargs)
 
-        return method  # type: ignore[return-value]
+        return cast("MethodT", method)  # with the signature that wraps has copied
 
     return decorate
 

@@ -92,11 +92,12 @@ class Pipeline:
                 raise FileNotFoundError(f"folder: expected tokenizer/ and prior/ in {source}, but {part}/ is missing")
         names = _read_names(source / DESCRIPTION) if (source / DESCRIPTION).is_file() else None
         tokenizer, prior = (load_pretrained(source / part, device) for part in _PARTS)
-        for name, model, kind in (("tokenizer", tokenizer, Tokenizer), ("prior", prior, Prior)):
-            if not isinstance(model, kind):
-                raise ValueError(f"{source / name}: expected a {name}, got a {model.model_type}")
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError(f"{source / 'tokenizer'}: expected a tokenizer, got a {tokenizer.model_type}")
+        if not isinstance(prior, Prior):
+            raise ValueError(f"{source / 'prior'}: expected a prior, got a {prior.model_type}")
         try:
-            return cls(tokenizer, prior, class_names=names)  # type: ignore[arg-type]
+            return cls(tokenizer, prior, class_names=names)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 

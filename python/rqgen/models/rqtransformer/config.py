@@ -80,16 +80,16 @@ class RQTransformerConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
-        self.code_shape = tuple(self.code_shape)  # type: ignore[assignment]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"code_shape: expected three numbers >= 1 (h, w, D), got {self.code_shape}")
+            raise ValueError(f"code_shape: expected three numbers >= 1 (h, w, D), got {tuple(self.code_shape)}")
+        # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
+        h, w, depth = self.code_shape
+        self.code_shape = h, w, depth
         for name, lowest in (("codebook_size", 1), ("code_dim", 0), ("embed_dim", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}: expected a number >= {lowest}, got {getattr(self, name)}")
         widths = {name: (0, 2**24) for name in ("codebook_size", "code_dim", "condition_vocab_size")}
         check_bounds(self, **widths, embed_dim=(1, 2**17), condition_length=(0, 2**16))
-        h, w, depth = self.code_shape
         if h * w > 2**20 or depth > 2**10:
             raise ValueError(f"code_shape: expected at most 2^20 positions of 2^10 codes, got {self.code_shape}")
         for name, allowed in (
