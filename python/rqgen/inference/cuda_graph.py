@@ -199,7 +199,7 @@ class _Batch:
                 tensor.copy_(content)
             graph = torch.cuda.CUDAGraph()
             # Graphs that run one after another can share their scratch memory: a replay's results are stored elsewhere.
-            # CUDA calls of other threads meanwhile, such as allocations, are no error of this capture.
+            # CUDA calls of other threads meanwhile, such as allocations, are not errors of this capture.
             pool = next((other.pool() for other in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.sample_next(bound)

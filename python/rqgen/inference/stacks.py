@@ -56,7 +56,7 @@ def change_of_prior(prior: RQTransformer, precision: str) -> Change | None:
         raise ValueError(f'precision: "int8" has packed weights alone and calls no modules, but {change.text}')
     warn_once(
         prior,
-        f"{change.text}, which packed weights and CUDA graphs do not know of: the prior's modules are called instead, "
+        f"{change.text}, which packed weights and CUDA graphs do not include: the prior's modules are called instead, "
         "which takes longer",
     )
     return change

@@ -113,14 +113,14 @@ class SoftCodes:
         _refuse("numpy")  # which would make an array of one object
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"SoftCodes has no attribute '{name}': it is no tensor, {_ADVICE}")
+        raise AttributeError(f"SoftCodes has no attribute '{name}': it is not a tensor; {_ADVICE}")
 
 
-_ADVICE = "but what soft codes are made of; call .materialize() for the tensor (B, h, w, D, K)"
+_ADVICE = "call .materialize() for the tensor (B, h, w, D, K)"
 
 
 def _refuse(what: str) -> NoReturn:
-    raise TypeError(f"{what}: got SoftCodes, which is no tensor, {_ADVICE}")
+    raise TypeError(f"{what}: expected a tensor, got SoftCodes; {_ADVICE}")
 
 
 class LazySoftCodes(Bottleneck):
@@ -131,7 +131,7 @@ class LazySoftCodes(Bottleneck):
         change = override_of(self, (), ("get_soft_codes",)) or self._change_of_parts()
         if change is not None:
             raise ValueError(
-                f"get_soft_codes: {change}, of which lazy soft codes know nothing: do without lazy_soft_codes"
+                f"get_soft_codes: {change}, which lazy soft codes do not include; do without lazy_soft_codes"
             )
         codebooks = self._searchable_codebooks()
         if codebooks is None:

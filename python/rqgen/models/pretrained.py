@@ -231,9 +231,9 @@ def check_replaceable(folder: Path) -> None:
     names = {entry.name for entry in folder.iterdir()}
     foreign = sorted(names - {CONFIG_NAME, WEIGHTS_NAME})
     if foreign:
-        raise FileExistsError(f"folder: {folder} holds files of no model, not replaced: {foreign[:5]}")
+        raise FileExistsError(f"folder: {folder} holds files that are not a saved model's, not replaced: {foreign[:5]}")
     if names and not _describes_a_model(folder / CONFIG_NAME):
-        raise FileExistsError(f"folder: {folder} holds a model, but none that rqgen wrote, not replaced")
+        raise FileExistsError(f"folder: {folder} holds a model that rqgen did not write, not replaced")
 
 
 def _describes_a_model(path: Path) -> bool:

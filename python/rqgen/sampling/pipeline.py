@@ -114,7 +114,9 @@ class Pipeline:
                 raise FileExistsError(f"folder: {target} exists and is not a folder")
             foreign = sorted({entry.name for entry in target.iterdir()} - {*_PARTS, DESCRIPTION})
             if foreign:
-                raise FileExistsError(f"folder: {target} holds files of no pipeline, not replaced: {foreign[:5]}")
+                raise FileExistsError(
+                    f"folder: {target} holds files that are not a pipeline's, not replaced: {foreign[:5]}"
+                )
             for part in _PARTS:
                 check_replaceable(target / part)
         with new_folder(target) as written:

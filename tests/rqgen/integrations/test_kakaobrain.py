@@ -707,13 +707,16 @@ class CountTensors(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("touch", "message"),
     [
-        (lambda soft: torch.log(soft), "log: got SoftCodes"),
+        (lambda soft: torch.log(soft), "log: expected a tensor, got SoftCodes"),
         (lambda soft: torch.ones(3) * soft, "SoftCodes"),
         (lambda soft: soft * torch.ones(3), "SoftCodes"),
         (lambda soft: -soft, "SoftCodes"),
         (lambda soft: soft[0], "SoftCodes"),
-        (lambda soft: nn.functional.cross_entropy(torch.zeros(4, 40), soft), "cross_entropy: got SoftCodes"),
-        (lambda soft: np.asarray(soft), "numpy: got SoftCodes"),
+        (
+            lambda soft: nn.functional.cross_entropy(torch.zeros(4, 40), soft),
+            "cross_entropy: expected a tensor, got SoftCodes",
+        ),
+        (lambda soft: np.asarray(soft), "numpy: expected a tensor, got SoftCodes"),
         (lambda soft: [*soft], "SoftCodes"),
     ],
 )
@@ -942,7 +945,7 @@ def test_codebooks_that_others_changed(change: Callable[[nn.Module], None], afte
     assert not torch.equal(naive(x)[0], plain(x)[0])
     if said:
         lazy = rqgen.accelerate(fast, lazy_soft_codes=True)
-        with pytest.raises(ValueError, match=r"get_soft_codes: codebooks\.1.*, of which lazy soft codes know nothing"):
+        with pytest.raises(ValueError, match=r"get_soft_codes: codebooks\.1.*, which lazy soft codes do not include"):
             lazy.get_soft_codes(x)
 
 

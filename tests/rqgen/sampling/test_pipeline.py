@@ -166,7 +166,7 @@ def test_damaged_folders_are_named(pipe, folder, tmp_path):
 
 def test_other_files_are_not_replaced(pipe, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds files of no pipeline, not replaced: \['notes.txt'\]"):
+    with pytest.raises(FileExistsError, match=r"holds files that are not a pipeline's, not replaced: \['notes.txt'\]"):
         pipe.save_pretrained(tmp_path)
     with pytest.raises(FileExistsError, match="is not a folder"):
         pipe.save_pretrained(tmp_path / "notes.txt")
