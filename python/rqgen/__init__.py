@@ -94,7 +94,8 @@ def __dir__() -> list[str]:
 
 
 def _read_version() -> str:
-    """`rqkernels.__version__`, the one version of the distribution, without importing rqkernels and torch with it."""
+    """Return `rqkernels.__version__`, the one version of the distribution, without importing rqkernels and torch with
+    it."""
     spec = find_spec("rqkernels")
     assert spec is not None and spec.origin is not None  # of the same distribution
     return runpy.run_path(str(Path(spec.origin).with_name("_version.py")))["__version__"]

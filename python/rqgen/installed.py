@@ -21,12 +21,13 @@ REQUIREMENTS = {
 
 
 def check_requirements() -> None:
-    """Raises ImportError where one of `REQUIREMENTS` is not installed; none is imported, which would take seconds."""
+    """Raise ImportError where one of `REQUIREMENTS` is not installed; none is imported, which would take seconds."""
     missing = [package for package, module in REQUIREMENTS.items() if _is_missing(module)]
     if not missing:
         return
     message = f'rqgen needs {", ".join(missing)}, not installed here: pip install "rqkernels[gen]"'
-    # The command (the script rqgen, or python -m rqgen) starts inside this package: only here can it say so in a line.
+    # The command (the script rqgen, or python -m rqgen) starts inside this package: only here can the error be one
+    # line.
     if sys.argv and (sys.argv[0] == "-m" or Path(sys.argv[0]).stem == "rqgen"):
         sys.exit(f"error: {message}")
     raise ImportError(message)

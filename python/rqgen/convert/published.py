@@ -1,4 +1,4 @@
-"""What published checkpoints have in common: whose tensors they are, and VQ-GAN's names of its encoder and decoder."""
+"""Common parts of published checkpoints: the models that tensors belong to, and VQ-GAN's names of its encoder and decoder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ RENAMES = (
 
 
 def expect_model(state_dict: Mapping[str, Tensor], expected: str, path: Path) -> None:
-    """Raises ValueError where the names of the tensors are plainly those of another model than `expected`, which is
-    one of `KNOWN_MODELS`."""
+    """Raise ValueError if the names of the tensors are clearly those of another model than `expected`, which is one
+    of `KNOWN_MODELS`."""
     for pattern, model in KNOWN_MODELS:
         if any(re.match(pattern, name) for name in state_dict):
             if model != expected:
@@ -60,7 +60,7 @@ KNOWN_MODELS = (
 
 
 def published_name(name: str, num_levels: int) -> str:
-    """The published name of one of our encoder, decoder or 1x1 convolution tensors."""
+    """Return the published name of one of our encoder, decoder or 1x1 convolution tensors."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     # The published decoder numbers its levels from the finest, although it runs from the coarsest.

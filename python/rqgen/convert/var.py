@@ -24,7 +24,7 @@ from .published import VAR_PRIOR, VAR_TOKENIZER, expect_model, published_name
 
 PathLike = str | os.PathLike[str]
 
-# What every published checkpoint for 256x256 was made with, beyond the constructors' own defaults.
+# Channels of every published checkpoint for 256x256; the constructor has another default.
 _CH_256 = 160
 # Hides the scales after a token's own: 0 or minus infinity.
 MASK = "attn_bias_for_masking"
@@ -51,7 +51,7 @@ class PublishedVQVAE:
     share_quant_resi: int = 4
     default_qresi_counts: int = 0
     v_patch_nums: list[int] = field(default_factory=_published_scales)
-    test_mode: bool = True  # freezes the weights; ours are frozen where they are not trained
+    test_mode: bool = True  # sets requires_grad=False; ours is set by the training
 
     def config(self) -> MultiScaleVQVAEConfig:
         count = self.share_quant_resi or self.default_qresi_counts or len(self.v_patch_nums)
@@ -115,7 +115,7 @@ class PublishedVAR:
 def load_var(
     vae: PathLike, var: PathLike, config: Mapping[str, Any] | PathLike | None = None
 ) -> tuple[MultiScaleVQVAE, VAR]:
-    """Reads the published tokenizer and prior into a `MultiScaleVQVAE` and a `VAR`.
+    """Read the published tokenizer and prior into a `MultiScaleVQVAE` and a `VAR`.
 
     The pickles are read with `torch.load(weights_only=True)`. Both models come back in eval mode, on the CPU; the
     prior carries the tokenizer's codebook and refinements.
@@ -195,7 +195,7 @@ def _build_tokenizer(
         if name == "quantizer.initialized":
             filled[name] = torch.tensor(True)
         elif name.startswith("quantizer.usage."):
-            continue  # counts of training, which begins anew
+            continue  # counts of training, which starts again
         elif name == "quantizer.codebook":
             filled[name] = published.take("quantize.embedding.weight", shape)
         elif name.startswith("quantizer.refinements."):

@@ -1,11 +1,11 @@
 """Sampling in torch, with every shape the same at every position, so that a GPU can replay a position.
 
 A captured CUDA graph repeats its launches with the addresses and shapes it was captured with. So the position is a
-number in device memory: keys and values are written where it says, attention sees all the memory up to a bound and
-masks what lies behind the position, and the sampled codes go where it says. A position is then one replay, with no
-host sync. Masked keys are read in vain: a graph for every `BUCKET` positions keeps that small.
+number in device memory: keys and values are written there, attention reads all the memory up to a bound and masks the
+part behind the position, and the sampled codes are written there. A position is then one replay, with no host sync.
+Reading masked keys is wasted work: a graph for every `BUCKET` positions keeps it small.
 
-The prior's modules are called, and see one position at a time. What a graph has captured of them stays as it was: a
+The prior's modules are called, and see one position at a time. A graph keeps what it has captured of them: a
 prior whose modules do more than compute from their tensors is launched step by step (`rqgen.inference.stacks`).
 """
 
@@ -35,13 +35,13 @@ _ONE_CAPTURE = threading.Lock()
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of warm-ups and captures. A single one: cuBLAS keeps 32 MiB for every stream it has seen, and what it
-    got in the warm-up is there for the capture; and graphs that share memory must be captured on the same."""
+    """Return the stream of warm-ups and captures. A single one: cuBLAS keeps 32 MiB for every stream it has seen, and
+    what it got in the warm-up is there for the capture; and graphs that share memory must be captured on the same."""
     return torch.cuda.Stream(device)
 
 
 class CapturedSampler:
-    """Samples from the modules of a prior, position by position.
+    """Sample from the modules of a prior, position by position.
 
     Args:
         prior: in eval mode whenever codes are sampled.
@@ -53,7 +53,7 @@ class CapturedSampler:
         self._batch: _Batch | None = None
 
     def steps(self, known: int = 0) -> int:
-        """Positions that are not known."""
+        """Return the number of positions that are not known."""
         return self.prior.positions - known // self.prior.depth
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class CapturedSampler:
         """
         prior, batch = self.prior, len(condition_ids)
         known_btd = known_stacks(condition_ids, known, prior.depth)
-        # A graph reads the memory that it was captured with: what is written there is seen, another tensor is not.
+        # A graph reads the memory that it was captured with: new values there are seen, another tensor is not.
         weights = tuple(tensor.data_ptr() for tensor in (*prior.parameters(), *prior.buffers())) if self.capture else ()
         settings = _Settings(batch, params, weights)
         with torch.autocast(prior.device.type, enabled=False):
@@ -96,14 +96,14 @@ class CapturedSampler:
             try:
                 refuse_failed(batch_state.min_code_b, first_image)
             except ValueError:
-                # Its keys and values have NaN, which even without weight would be in all that it samples hereafter.
+                # Its keys and values have NaN, which even with weight zero would be in all later samples.
                 self._batch = None
                 raise
             return Sampled(batch_state.codes_btd.clone().view(batch, *prior.config.code_shape))
 
 
 class _Settings(NamedTuple):
-    """What a captured graph cannot change."""
+    """Settings that a captured graph cannot change."""
 
     batch: int
     params: LevelParams
@@ -120,7 +120,7 @@ class _Batch:
         context_bw: the context of that position, (copies * B, W).
         codes_btd: the known and the sampled codes.
         min_code_b: the lowest code that was sampled for an image, -1 where logits had no distribution. (That code is
-            never looked up: a device on which a look-up was out of range does nothing more for this process.)
+            never looked up: after a look-up out of range a device is unusable for this process.)
     """
 
     def __init__(self, prior: RQTransformer, settings: _Settings) -> None:
@@ -129,7 +129,7 @@ class _Batch:
         self.copies = settings.params.copies
         rows = self.copies * settings.batch
         self.spatial, self.depth = stack_caches(prior, rows)
-        # Masked keys and values have no weight, but NaN without weight is NaN.
+        # Masked keys and values have weight zero, but zero times NaN is NaN.
         self.spatial.keys.zero_()
         self.spatial.values.zero_()
         self.offset, self.position = (torch.zeros(1, dtype=torch.int64, device=prior.device) for _ in range(2))
@@ -139,7 +139,7 @@ class _Batch:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def begin(self, condition_bl: Tensor, known_btd: Tensor, offset: int) -> None:
-        """The context of the first position that is not known."""
+        """Compute the context of the first position that is not known."""
         known = known_btd.shape[1]
         if self.settings.params.cfg_scale:
             condition_bl = torch.cat([condition_bl, self.prior.condition_ids(None, self.settings.batch)])
@@ -152,7 +152,7 @@ class _Batch:
         self.position.fill_(known)
 
     def sample_stack(self) -> None:
-        """The D codes of the position."""
+        """Sample the D codes of the position."""
 
         params, first = self.settings.params, self.position * self.prior.depth
 
@@ -173,7 +173,7 @@ class _Batch:
         self.codes_btd.index_copy_(1, self.position, stack_bd[:, None])
 
     def sample_next(self, bound: int) -> None:
-        """Samples the D codes of the next position, attending to at most `bound` cached tokens."""
+        """Sample the D codes of the next position, attending to at most `bound` cached tokens."""
         prior = self.prior
         stack_b1d = self.codes_btd.index_select(1, self.position).repeat(self.copies, 1, 1)
         x_b1w = prior.embed_stacks(stack_b1d) + prior.spatial_positions.index_select(0, self.position)
@@ -183,12 +183,12 @@ class _Batch:
         self.sample_stack()
 
     def graph(self, bound: int) -> torch.cuda.CUDAGraph:
-        """`sample_next(bound)` captured, at the first call; the state stays as it is."""
+        """Return `sample_next(bound)` captured, at the first call; the state stays as it is."""
         if bound in self._graphs:
             return self._graphs[bound]
         state = [(t, t.clone()) for t in (self.position, self.context_bw, self.codes_btd, self.min_code_b)]
         with _ONE_CAPTURE, torch.cuda.device(self.prior.device):
-            # What libraries set up at a first call must not happen in a capture. (The keys and values it writes are
+            # Libraries' first-call initialisation must not happen in a capture. (The keys and values written here are
             # those that the replay will write.)
             side = _capture_stream(self.prior.device)
             side.wait_stream(torch.cuda.current_stream())
@@ -198,8 +198,8 @@ class _Batch:
             for tensor, content in state:
                 tensor.copy_(content)
             graph = torch.cuda.CUDAGraph()
-            # Graphs that follow one another can share their scratch memory: all that a replay leaves behind stands
-            # elsewhere. What other threads ask of CUDA meanwhile, memory for one, is no error of this capture.
+            # Graphs that run one after another can share their scratch memory: a replay's results are stored elsewhere.
+            # CUDA calls of other threads meanwhile, such as allocations, are not errors of this capture.
             pool = next((other.pool() for other in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.sample_next(bound)

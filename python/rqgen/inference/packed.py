@@ -23,12 +23,12 @@ from .sampler import Sampled, no_progress
 class PackedPrior:
     """The weights of an `RQTransformer`, copied into the order in which `rqkernels` reads them.
 
-    A code's vector is kept as it enters each stack, already through the linear layer in front: a look-up per code in
-    place of a product, which has the same bits in every batch. (The products that make the tables are float64, so
-    that the number of threads does not show in them.)
+    A code's vector is kept as it enters each stack, already multiplied by the linear layer before it: a look-up per
+    code in place of a product, with the same bits in every batch. (The products that make the tables are float64, so
+    that they do not depend on the number of threads.)
 
-    Nothing of the prior's modules but their tensors gets here: `rqgen.inference.stacks` says which priors that is
-    all of.
+    Of the prior's modules only their tensors are used: `rqgen.inference.stacks` decides for which priors that is
+    enough.
 
     Args:
         prior: on the CPU.
@@ -100,12 +100,13 @@ class PackedPrior:
         return Sampled(codes_btd.view(batch, *self.config.code_shape))
 
     def steps(self, known: int = 0) -> int:
-        """Positions that are not known."""
+        """Return the number of positions that are not known."""
         return self.positions - known // self.config.code_shape[2]
 
     @torch.no_grad()
     def logits(self, codes: Tensor, condition_bl: Tensor) -> Tensor:
-        """Logits that `sample` would sample from after each of these codes: `RQTransformer.forward` at this precision.
+        """Return logits that `sample` would sample from after each of these codes: `RQTransformer.forward` at this
+        precision.
 
         Args:
             codes: int64 (B, h, w, D) in [0, K).
@@ -127,11 +128,11 @@ class PackedPrior:
         return KVCache(*shape, dtype=torch.float32, device=torch.device("cpu"))
 
     def _condition_inputs(self, condition_bl: Tensor) -> Tensor:
-        """(B, L, W)."""
+        """Return the inputs at the condition's tokens, (B, L, W)."""
         return F.embedding(condition_bl, self._condition) + self._condition_positions
 
     def _stack_inputs(self, codes_bnd: Tensor, copies: int = 1, *, first: int = 0) -> Tensor:
-        """The spatial stack's inputs at the stacks of positions first, first + 1, ...: (copies * B, n, W)."""
+        """Return the spatial stack's inputs at the stacks of positions first, first + 1, ...: (copies * B, n, W)."""
         u_bnw = self._positions[first : first + codes_bnd.shape[1]].expand(len(codes_bnd), -1, -1)
         # One table of all depths, or one for each.
         offset = self.config.codebook_size if len(self._vectors) > self.config.codebook_size else 0
@@ -146,7 +147,7 @@ class PackedPrior:
 
 
 def known_stacks(condition_ids: Tensor, known: Tensor | None, depth: int) -> Tensor:
-    """The known codes (B, n) of a `Sampler` as stacks (B, n / D, D)."""
+    """Return the known codes (B, n) of a `Sampler` as stacks (B, n / D, D)."""
     if known is None:
         known = condition_ids.new_empty(len(condition_ids), 0)
     return known.reshape(len(known), known.shape[1] // depth, depth)
@@ -155,7 +156,7 @@ def known_stacks(condition_ids: Tensor, known: Tensor | None, depth: int) -> Ten
 def pack_transformer(
     stack: Transformer, config: TransformerConfig, precision: str, device: torch.device
 ) -> rqkernels.PackedTransformer:
-    """The blocks of `stack`, which are on `device`, for `rqkernels.transformer_step`."""
+    """Return the blocks of `stack`, which are on `device`, for `rqkernels.transformer_step`."""
     blocks = [
         rqkernels.BlockWeights(
             block.attention_norm.weight,
@@ -179,10 +180,11 @@ def pack_transformer(
 
 
 def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None) -> tuple[Tensor, Tensor]:
-    """What a code adds to a stack's input, (K, W) or (D * K, W), and what a position adds once, (W,)."""
+    """Return the vector that a code adds to a stack's input, (K, W) or (D * K, W), and what a position adds once,
+    (W,)."""
     if kind == "table":
         return prior.table.weight.detach().float().clone(), torch.zeros(prior.config.embed_dim, dtype=torch.float32)
-    assert prior.codebooks is not None and projection is not None  # the config sees to it
+    assert prior.codebooks is not None and projection is not None  # checked by the config
     vectors = prior.codebooks.double().flatten(0, -2) @ projection.weight.detach().double().t()
     return vectors.float(), projection.bias.detach().float()
 
@@ -192,7 +194,7 @@ def _code_vectors(prior: RQTransformer, kind: str, projection: nn.Linear | None)
 
 class _Kept(NamedTuple):
     packed: PackedPrior
-    description: str  # what it was made by, beside tensors
+    description: str  # what it was made from, other than tensors
     tensors: list[Tensor]  # copies of what it was made from
 
 
@@ -200,7 +202,7 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def packed_prior(prior: RQTransformer, precision: str) -> PackedPrior:
-    """The `PackedPrior` of `prior`, as `packed_once` keeps it."""
+    """Return the `PackedPrior` of `prior`, as `packed_once` keeps it."""
     tensors = (*prior.parameters(), *prior.buffers())
     return packed_once(prior, tensors, f"{precision} {prior.config!r}", lambda: PackedPrior(prior, precision))
 
@@ -208,17 +210,17 @@ def packed_prior(prior: RQTransformer, precision: str) -> PackedPrior:
 def packed_once(
     owner: nn.Module, weights: Iterable[Tensor], description: str, pack: Callable[[], PackedPrior]
 ) -> PackedPrior:
-    """The result of `pack`, kept from the last call while `owner` lives and both are the same: the `weights`, and the
-    `description` of everything else that it is made by.
+    """Return the result of `pack`, kept from the last call while `owner` lives and both are the same: the `weights`,
+    and the `description` of everything else that it is made by.
 
-    Packing takes as long as an image or two, comparing all weights with copies of them a small part of one. So every
-    change is seen, one that leaves no trace in version counters too, such as an average updated through `.data`. Kept
-    are the weights of the precision asked for last, and those copies.
+    Packing takes as long as sampling an image or two, comparing all weights with copies of them a small part of one. So
+    every change is seen, also one that version counters do not show, such as an average updated through `.data`. The
+    weights of the last precision are kept, and those copies.
     """
     tensors = [tensor.detach() for tensor in weights]
     kept = _KEPT.get(owner)
     if kept is None or kept.description != description or not _same(tensors, kept.tensors):
-        # Copied first: what another thread writes meanwhile is then another content at the next call.
+        # Copied first: a write of another thread meanwhile is then a change at the next call.
         copies = [tensor.clone() for tensor in tensors]
         kept = _Kept(pack(), description, copies)
         _KEPT[owner] = kept

@@ -16,7 +16,7 @@ from rqgen.config import did_you_mean
 from rqgen.models import Prior
 from rqgen.options import SamplingOptions
 
-# What other libraries, and earlier versions, call a setting.
+# Names of settings in other libraries, and in earlier versions.
 _HINTS = {
     "guidance_scale": "cfg_scale is guidance_scale - 1",
     "guidance": "it is called cfg_scale",
@@ -29,11 +29,11 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class SamplingParams(SamplingOptions):
-    """How codes are sampled from a prior.
+    """Settings of sampling codes from a prior.
 
     Attributes:
-        temperature: what logits are divided by, >= 0; 0 takes the likeliest code. One value, or one per level (depth;
-            of a VAR scale), as top_k and top_p too.
+        temperature: divisor of the logits, >= 0; 0 takes the likeliest code. One value, or one per level (depth, or
+            scale of a VAR), as for top_k and top_p.
         top_k: only the k likeliest codes; None: all.
         top_p: only the likeliest codes of this total mass, in (0, 1]; None: all. See
             `rqkernels.reference.sample_logits` for the order of the three, and ties.
@@ -62,16 +62,17 @@ class SamplingParams(SamplingOptions):
         if self.cfg_scale is not None:
             values["cfg_scale"] = check_nonnegative(self.cfg_scale, "cfg_scale", "a number or None")
         for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen for everybody else
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @classmethod
     def of(
         cls, params: SamplingParams | None, settings: Mapping[str, Any], *, beside: Collection[str] = ()
     ) -> SamplingParams:
-        """`params`, or the defaults, with these fields replaced.
+        """Return `params`, or the defaults, with these fields replaced.
 
         Raises:
-            TypeError: a setting that is no field; names the nearest of the fields and of the parameters `beside` them.
+            TypeError: a setting that is not a field; names the nearest of the fields and of the parameters `beside`
+                them.
         """
         if params is None:
             params = cls()
@@ -84,14 +85,16 @@ class SamplingParams(SamplingOptions):
         return dataclasses.replace(params, **settings)
 
     def resolve(self, prior: Prior, condition: Tensor | None) -> LevelParams:
-        """The settings of each level of `prior`, sampled under `condition` (None: the null condition, or none).
+        """Return the settings of each level of `prior`, sampled under `condition` (None: the null condition, or none).
 
         Raises:
             ValueError: a list of another length than the prior has levels; guidance without a condition, or of a prior
                 without a null condition; smooth sampling of a prior that has none.
         """
         if self.smooth and not prior.has_smooth_sampling:
-            raise ValueError(f"smooth: only a VAR has it, and the prior is an {type(prior).__name__}")
+            raise ValueError(
+                f"smooth: expected False, as a prior of type {type(prior).__name__} has no smooth sampling, got True"
+            )
         scale = self.cfg_scale or 0.0
         if scale > 0 and not prior.has_null_condition:
             raise ValueError(
@@ -123,7 +126,7 @@ class LevelParams:
         return 2 if self.cfg_scale else 1
 
     def guide(self, logits: Tensor, level: int) -> Tensor:
-        """(copies * B, ..., K) to (B, ..., K): `(1 + g) conditional - g null`, with guidance."""
+        """Combine (copies * B, ..., K) to (B, ..., K): `(1 + g) conditional - g null`, with guidance."""
         if not self.cfg_scale:
             return logits
         strength = self.cfg_scale[level]
@@ -131,8 +134,8 @@ class LevelParams:
         return (1 + strength) * conditional - strength * null
 
     def sample(self, logits_blk: Tensor, level: int, *, first_image: int, first_stream: int) -> Tensor:
-        """Codes (B, l) from guided logits (B, l, K) of one level: image b has row first_image + b, its i-th code stream
-        first_stream + i of `rqkernels.sample_logits`."""
+        """Return codes (B, l) from guided logits (B, l, K) of one level: image b has row first_image + b, its i-th code
+        stream first_stream + i of `rqkernels.sample_logits`."""
         return rqkernels.sample_logits(
             logits_blk,
             temperature=self.temperature[level],
@@ -145,7 +148,7 @@ class LevelParams:
         )
 
     def kept(self, logits: Tensor, level: int) -> Tensor:
-        """Logits (..., K) over the temperature, -inf where top-k or top-p leave a code out."""
+        """Return logits (..., K) over the temperature, -inf where top-k or top-p leave a code out."""
         ordered, order = logits.double().sort(dim=-1, descending=True, stable=True)
         temperature, top_k, top_p = self.temperature[level], self.top_k[level], self.top_p[level]
         if temperature == 0:
@@ -160,8 +163,8 @@ class LevelParams:
 
 
 def refuse_failed(min_code_b: Tensor, first_image: int) -> None:
-    """Raises ValueError for the first image of which a code came back as -1: its logits had no distribution. Waits for
-    the device."""
+    """Raise ValueError for the first image of which a code came back as -1: its logits had no distribution. A
+    host-device synchronisation."""
     failed = (min_code_b < 0).nonzero().flatten().tolist()
     if failed:
         image = first_image + failed[0]
@@ -169,7 +172,7 @@ def refuse_failed(min_code_b: Tensor, first_image: int) -> None:
 
 
 def _each(value: Any, name: str, check: Callable[[Any, str], Any]) -> Any:
-    """The checked value, or a tuple of checked values."""
+    """Return the checked value, or a tuple of checked values."""
     value = plain(value)
     if not isinstance(value, (list, tuple)):
         return check(value, name)

@@ -1,4 +1,4 @@
-"""Samplers: what every way of sampling codes from a prior takes and gives, and which one fits a prior."""
+"""Samplers: the interface of every way of sampling codes from a prior, and the choice of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Engine(EngineOptions):
-    """How a prior is computed while it is sampled from.
+    """Settings of the computation of a prior while it is sampled from.
 
     Attributes:
         precision: "fp32"; of an RQ-Transformer also "bf16": weights rounded to bfloat16 (on a GPU all arithmetic is, on
@@ -31,7 +31,7 @@ class Engine(EngineOptions):
             called "bf16" is all arithmetic on the CPU too, and "int8" is refused. A prior cast to float64 is computed
             in float64 at "fp32", by calling its modules, and refused at the other two.
         use_graphs: capture the steps of an RQ-Transformer's position in CUDA graphs and replay them. On the CPU, and of
-            a VAR, there are none; the codes are the same either way.
+            a VAR, there are none; the codes are the same in both cases.
     """
 
     def __post_init__(self) -> None:
@@ -41,8 +41,8 @@ class Engine(EngineOptions):
 
     @classmethod
     def of(cls, precision: str | Engine) -> Engine:
-        """The engine itself, or that of a precision."""
-        return precision if isinstance(precision, cls) else cls(precision)  # type: ignore[arg-type]
+        """Return the engine itself, or that of a precision."""
+        return precision if isinstance(precision, Engine) else cls(precision)
 
     def check_prior(self, prior: Prior) -> None:
         """Raise unless the prior can be sampled from at this precision.
@@ -71,7 +71,7 @@ class Engine(EngineOptions):
 
 
 class Sampled(NamedTuple):
-    """What a sampler returns for B images."""
+    """Result of a sampler for B images."""
 
     codes: Codes
     """As the prior's layout has them; with smooth sampling the codes that weigh most."""
@@ -83,7 +83,7 @@ class Sampler(Protocol):
     """A prior made ready to sample from."""
 
     def steps(self, known: int = 0) -> int:
-        """How often `sample` calls `advance` for an image of which `known` codes are given."""
+        """Return how often `sample` calls `advance` for an image of which `known` codes are given."""
         ...
 
     def sample(
@@ -95,14 +95,14 @@ class Sampler(Protocol):
         known: Tensor | None = None,
         advance: Callable[[int], None] = ...,
     ) -> Sampled:
-        """Samples the codes that follow the known ones, step by step.
+        """Sample the codes that follow the known ones, step by step.
 
         Args:
             condition_ids: (B, L) of `Prior.condition_ids`.
             params: of every level.
             first_image: number of the first image. Code i (of the L in `CodeLayout.flatten`) of image b is sampled as
                 by `rqkernels.sample_logits` with row first_image + b and stream i.
-            known: int64 (B, n), the first n codes where they are given, whole steps of them.
+            known: int64 (B, n), the first n codes if given, in whole steps.
             advance: called with a number of images that moved on by one step.
 
         Raises:
@@ -112,26 +112,26 @@ class Sampler(Protocol):
 
 
 def no_progress(images: int) -> None:
-    """Ignores that images moved on by one step."""
+    """Ignore that images moved on by one step."""
 
 
 @functools.singledispatch
 def make_sampler(prior: Prior, engine: Engine) -> Sampler:
-    """Makes `prior`, in eval mode, ready to sample from.
+    """Make `prior`, in eval mode, ready to sample from.
 
     The samplers of a system are registered by the class of its prior (`make_sampler.register`). Every other prior is
     called as a whole for each step, see `StepSampler`.
 
     Raises:
-        TypeError, ValueError: what the sampler cannot serve, such as a precision.
+        TypeError, ValueError: a request that the sampler cannot serve, such as a precision.
     """
     engine.check_prior(prior)
     return StepSampler(prior)
 
 
 class StepSampler:
-    """Samples each step from `prior(codes, condition)`: in this everything takes part that was done to the prior, hooks
-    on it and a `forward` of its own included. The definition of what all samplers sample.
+    """Sample each step from `prior(codes, condition)`. Every change of the prior counts, hooks on it and a `forward` of
+    its own included. This defines what all samplers sample.
 
     Args:
         prior: in eval mode whenever codes are sampled.
@@ -141,7 +141,7 @@ class StepSampler:
         self.prior = prior
 
     def steps(self, known: int = 0) -> int:
-        """The prior's steps that are not known."""
+        """Return the number of the prior's steps that are not known."""
         return sum(places.start >= known for _, places in self.prior.steps)
 
     @torch.no_grad()
@@ -168,15 +168,15 @@ class StepSampler:
                 if params.cfg_scale:
                     nulls = prior.condition_ids(None, batch)
                     logits = params.guide(torch.cat([logits, step_logits(prior, codes_bl, nulls, places)]), level)
-                drawn = params.sample(logits, level, first_image=first_image, first_stream=places.start)
-                refuse_failed(drawn.amin(1), first_image)
-                codes_bl[:, places] = drawn
+                tokens = params.sample(logits, level, first_image=first_image, first_stream=places.start)
+                refuse_failed(tokens.amin(1), first_image)
+                codes_bl[:, places] = tokens
                 advance(batch)
         return Sampled(prior.layout.unflatten(codes_bl))
 
 
 def step_logits(prior: Prior, codes_bl: Tensor, condition_ids: Tensor, places: slice) -> Tensor:
-    """Logits float32 (B, l, K) of one step, from `prior(codes, condition)`; codes from it on are not looked at."""
+    """Return logits float32 (B, l, K) of one step, from `prior(codes, condition)`; codes from it on have no effect."""
     null = prior.condition_kind == "none" or bool((condition_ids == prior.condition_size).all())
     logits = prior(prior.layout.unflatten(codes_bl), None if null else condition_ids).logits
     return logits.flatten(1, -2)[:, places].float()

@@ -16,7 +16,7 @@ from .kv_cache import scale_cache
 from .params import LevelParams, refuse_failed
 from .sampler import Engine, Sampled, make_sampler, no_progress, step_logits
 
-# The fourth counter word of the smooth mode's noise; operators have small numbers there.
+# The fourth counter word of the smooth mode's noise; operators use small numbers there.
 _OP_SMOOTH = 0x5A00
 
 
@@ -31,12 +31,12 @@ class KnownRegion(NamedTuple):
     """(B, 1, H, W): the share of each place of the latents that is to be kept, 0 .. 1."""
 
     def of(self, rows: slice) -> KnownRegion:
-        """The region of some of the images."""
+        """Return the region of some of the images."""
         return KnownRegion(self.latents[rows], self.nearest, self.share[rows])
 
 
 class ScaleSampler:
-    """Samples the token maps of a VAR.
+    """Sample the token maps of a VAR.
 
     All tokens of a scale come from one pass over that scale's tokens alone; keys and values of the scales before it
     are read from the cache. The uniform of a token has row = the image's number, stream = the token's index.
@@ -51,7 +51,7 @@ class ScaleSampler:
         self.prior = prior
 
     def steps(self, known: int = 0) -> int:
-        """Scales."""
+        """Return the number of scales."""
         return self.prior.levels
 
     @torch.no_grad()
@@ -68,16 +68,16 @@ class ScaleSampler:
         """See `Sampler`.
 
         With smooth sampling, what a scale adds is a mixture of codes and not the sampled one: weights
-        softmax((logits (1 + p) + Gumbel noise) / max(0.27 (1 - 0.95 p), 0.005)), p = k / (K - 1), over what top-k and
-        top-p leave (the published code calls it more_smooth).
+        softmax((logits (1 + p) + Gumbel noise) / max(0.27 (1 - 0.95 p), 0.005)), p = k / (K - 1), over the codes kept
+        by top-k and top-p (the published code calls it more_smooth).
 
-        Where a region is known, a place of scale k of which at least half is known takes the code nearest to what is
-        left there of the given latents (their mean over the known part): whatever was sampled elsewhere, the known part
-        is approached as closely as the tokenizer itself would.
+        Where a region is known, a place of scale k of which at least half is known takes the code nearest to the rest
+        of the given latents there (their mean over the known part): whatever is sampled elsewhere, the known part is
+        approached as closely as the tokenizer itself would.
 
         Raises:
             ValueError: logits with NaN, +inf, or nothing but -inf; known codes; smooth sampling of a prior that must be
-                called as a whole, which takes codes and no mixtures.
+                called as a whole, which takes codes, not mixtures.
         """
         prior = self.prior
         if known is not None and known.shape[1]:
@@ -113,7 +113,7 @@ class ScaleSampler:
 
 @make_sampler.register
 def make_scale_sampler(prior: VAR, engine: Engine) -> ScaleSampler:
-    """Makes a VAR ready. ValueError for another precision than "fp32"."""
+    """Make a VAR ready. Raise ValueError for another precision than "fp32"."""
     engine.check_prior(prior)
     return ScaleSampler(prior)
 
@@ -140,7 +140,7 @@ class _Scales:
             self._modulation, self._cache = prior.modulation(self._ids[:, 0]), scale_cache(prior, len(self._ids))
 
     def sample(self, advance: Callable[[int], None]) -> Sampled:
-        """Token maps, and with smooth sampling the mixtures."""
+        """Sample the token maps, and with smooth sampling return the mixtures too."""
         prior, params, region, quantizer = self._prior, self._params, self._region, self._prior.quantizer
         rest = None if region is None else region.latents.float()
         total: Tensor | None = None
@@ -151,23 +151,23 @@ class _Scales:
         for k, (height, width) in enumerate(prior.scales):
             logits_blk = params.guide(self._logits(k, total, codes), k)
             begin = prior.ends[k] - height * width
-            drawn = params.sample(logits_blk, k, first_image=self._first_image, first_stream=begin)
-            min_code_b = torch.minimum(min_code_b, drawn.amin(1))
+            tokens = params.sample(logits_blk, k, first_image=self._first_image, first_stream=begin)
+            min_code_b = torch.minimum(min_code_b, tokens.amin(1))
             vectors = None
             if params.smooth:
                 kept = params.kept(logits_blk, k)
                 weights = _mixture(kept, k / last, params.seed, self._first_image, begin)
-                drawn = weights.argmax(dim=-1)
+                tokens = weights.argmax(dim=-1)
                 vectors = (weights @ quantizer.codebook.float()).view(self._batch, height, width, -1)
-            drawn = drawn.view(self._batch, height, width)
+            tokens = tokens.view(self._batch, height, width)
             if region is not None and rest is not None:
                 known, nearest = _nearest_to_region(prior, region, rest, k)
-                drawn = torch.where(known, nearest, drawn)
+                tokens = torch.where(known, nearest, tokens)
                 if vectors is not None:
                     vectors = torch.where(known.unsqueeze(-1), quantizer.embed(nearest), vectors)
-            codes.append(drawn)
+            codes.append(tokens)
             if vectors is None:
-                vectors = quantizer.embed(drawn)
+                vectors = quantizer.embed(tokens)
             else:
                 mixtures.append(vectors)
             contribution = quantizer.contribution(k, vectors)
@@ -175,11 +175,11 @@ class _Scales:
             if rest is not None:
                 rest = rest - contribution
             advance(self._batch)
-        refuse_failed(min_code_b, self._first_image)  # on a GPU nothing was said before
+        refuse_failed(min_code_b, self._first_image)  # on a GPU nothing was raised before
         return Sampled(codes, mixtures if params.smooth else None)
 
     def _logits(self, k: int, total: Tensor | None, codes: list[Tensor]) -> Tensor:
-        """Logits (copies * B, l, K) of scale k, given the scales before: their sum, and their token maps."""
+        """Return logits (copies * B, l, K) of scale k, given the scales before: their sum, and their token maps."""
         prior, copies = self._prior, self._params.copies
         if not self._whole:
             features = None
@@ -194,7 +194,8 @@ class _Scales:
 
 
 def _nearest_to_region(prior: VAR, region: KnownRegion, rest: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Which places of scale k are kept, bool (B, h, w), and the codes nearest to the known part of the rest there."""
+    """Return the places of scale k that are kept, bool (B, h, w), and the codes nearest to the known part of the rest
+    there."""
     known = region.share.to(rest.dtype)
     share = prior.quantizer.downsample(known, k)
     mean = prior.quantizer.downsample(rest * known, k) / share.clamp(min=torch.finfo(rest.dtype).tiny)
@@ -202,7 +203,8 @@ def _nearest_to_region(prior: VAR, region: KnownRegion, rest: Tensor, k: int) ->
 
 
 def _mixture(logits_blk: Tensor, progress: float, seed: int, first_image: int, begin: int) -> Tensor:
-    """Weights (B, l, K) of the codes in the smooth mode; the noise of a code depends on image, token and code."""
+    """Return weights (B, l, K) of the codes in the smooth mode; the noise of a code depends on image, token and
+    code."""
     batch, length, num_codes = logits_blk.shape
     device = logits_blk.device
     rows = first_image + torch.arange(batch, device=device).view(-1, 1, 1)

@@ -18,11 +18,11 @@ from .sampler import Engine, Sampler, StepSampler, make_sampler
 
 @make_sampler.register
 def make_stack_sampler(prior: RQTransformer, engine: Engine) -> Sampler:
-    """Makes an RQ-Transformer ready.
+    """Make an RQ-Transformer ready.
 
-    Packed weights, and what a CUDA graph has captured, are a prior that computes from its tensors what `RQTransformer`
-    says. Of another one (see `change_of_prior`) the modules are called, step by step with their keys and values kept;
-    and where it is the prior itself that was changed, or every module, the prior as a whole for each code.
+    Packed weights and captured CUDA graphs serve a prior that computes from its tensors what `RQTransformer` defines.
+    The modules of another one (see `change_of_prior`) are called, step by step with their keys and values kept; and
+    where the prior itself was changed, or every module, the prior is called as a whole for each code.
 
     Raises:
         TypeError, ValueError: as `change_of_prior`.
@@ -42,11 +42,11 @@ def can_pack(prior: RQTransformer) -> bool:
 
 
 def change_of_prior(prior: RQTransformer, precision: str) -> Change | None:
-    """The first thing that a prior's weights do not tell (see `rqgen.models.changes`), said by a warning, once; None
-    where they tell all.
+    """Return the first change of a prior that its weights do not show (see `rqgen.models.changes`), and warn of it
+    once; None without any.
 
     Raises:
-        TypeError, ValueError: as `check_precision`; a change at "int8", which there is in packed weights alone.
+        TypeError, ValueError: as `check_precision`; a change at "int8", which only packed weights have.
     """
     check_precision(prior, precision)
     change = find_change(prior, _as_built(prior.config), "prior")
@@ -56,14 +56,14 @@ def change_of_prior(prior: RQTransformer, precision: str) -> Change | None:
         raise ValueError(f'precision: "int8" has packed weights alone and calls no modules, but {change.text}')
     warn_once(
         prior,
-        f"{change.text}, which packed weights and CUDA graphs do not know of: the prior's modules are called instead, "
+        f"{change.text}, which packed weights and CUDA graphs do not include: the prior's modules are called instead, "
         "which takes longer",
     )
     return change
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Leaves out random numbers, for which torch imports a second's worth of modules on the meta device."""
+    """Leave out random numbers, for which torch imports a second's worth of modules on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,7 +76,7 @@ _BUILT: dict[str, RQTransformer] = {}
 
 
 def _as_built(config: RQTransformerConfig) -> RQTransformer:
-    """A prior of this config, without memory for its tensors."""
+    """Return a prior of this config, without memory for its tensors."""
     key = repr(config)
     if key not in _BUILT:
         with torch.device("meta"), _WithoutValues():
@@ -88,18 +88,19 @@ def _as_built(config: RQTransformerConfig) -> RQTransformer:
 
 
 def check_precision(prior: RQTransformer, precision: str) -> None:
-    """Raises what is wrong with sampling from `prior` at `precision`.
+    """Raise unless `prior` can be sampled from at `precision`.
 
     Raises:
         TypeError, ValueError: as `Engine.check_prior`; an unknown precision, or one that the device does not support.
     """
     Engine(precision).check_prior(prior)
     if precision == "int8" and prior.device.type != "cpu":
-        raise ValueError('precision: "int8" is for priors on the CPU; on a GPU use "bf16"')
+        raise ValueError('precision: expected "fp32" or "bf16" on a GPU ("int8" is for the CPU), got "int8"')
 
 
 def cast_prior(prior: RQTransformer, precision: str) -> RQTransformer:
-    """A prior whose modules compute in "fp32" or "bf16": itself where they do, or a copy. A float64 prior stays so."""
+    """Return a prior whose modules compute in "fp32" or "bf16": itself where they do, or a copy. A float64 prior stays
+    so."""
     if prior.dtype == torch.float64:
         return prior
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -14,7 +14,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def accelerate(model: ModelT, *, lazy_soft_codes: bool = False) -> ModelT:
-    """Swaps our operators into the parts of a foreign model that are known here, in place.
+    """Swap our operators into the parts of a foreign model that are known here, in place.
 
     Known, anywhere in the module tree of `model` or `model` itself (each of these modules says what stays the same and
     what differs):

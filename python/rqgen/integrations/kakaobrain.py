@@ -1,7 +1,7 @@
 """The quantizer of the published RQ-VAE (kakaobrain/rq-vae-transformer) on our operators.
 
-How the swap is made says `rqgen.integrations.swap`; `Bottleneck` and `Codebook` below override the few methods that
-search, count and decode.
+`rqgen.integrations.swap` describes the swap; `Bottleneck` and `Codebook` below override the few methods that search,
+count and decode.
 
 Replaced are the N x K distances of the search (`rqkernels.residual_search`; out of training all depths in one
 call), the K x N one-hot of the averages (`rqkernels.code_statistics`) and the (N, D, C) gather of decoding
@@ -12,14 +12,14 @@ call), the K x N one-hot of the averages (`rqkernels.code_statistics`) and the (
   than codes they make near copies. For equal codes quantized vectors are equal, and loss and gradients with them;
   `embed_code` adds in depth order, and may differ in the last bits.
 - Training updates after every depth, as published: with a shared codebook depth d searches what depth d - 1 has
-  just moved. Restarts draw from torch's global generator with the same calls in the same order. Sums of the
+  just moved. Restarts use torch's global generator with the same calls in the same order. Sums of the
   averages are rounded once from float64, so buffers agree within float32 rounding.
 - Half-precision input, and any input under autocast, is searched as float32 and quantized in float32, cast once;
-  published, distances and residuals are rounded to half. Noise of restarts is then drawn in float32 too.
+  published, distances and residuals are rounded to half. Noise of restarts is then sampled in float32 too.
 - A vector that is not finite gets code -1 and NaN, and touches no average; published, it makes the whole
-  codebook NaN. An unusable vector drawn for a restart leaves that code as it was.
-- What others have changed counts: where a method of a codebook was overridden, or one has hooks, the published methods
-  run that call it (said once, by a warning).
+  codebook NaN. A code whose restart samples an invalid vector stays as it was.
+- Other changes count: where a method of a codebook was overridden, or one has hooks, the published methods that call it
+  run (with one warning).
 - `get_soft_codes` returns N x K by contract, and computes it as published (under autocast in half, too);
   `rqgen.integrations.kakaobrain_soft_codes` does without.
 """
@@ -70,7 +70,7 @@ QUANTIZER = (
 
 
 def swap_quantizers(model: nn.Module) -> int:
-    """Accelerates every published quantizer in the tree of `model`; how many it holds, earlier swaps included.
+    """Accelerate every published quantizer in the tree of `model`; return how many it holds, earlier swaps included.
 
     Raises:
         ValueError: a quantizer whose codebooks are not as published. No module has been changed then.
@@ -106,7 +106,7 @@ class Codebook(VQEmbedding):
     @gives_way()
     @torch.no_grad()
     def _update_buffers(self, vectors: Tensor, idxs: Tensor) -> None:
-        """Moving averages of counts and sums over all processes, then restarts of codes with a count below 1."""
+        """Update moving averages of counts and sums over all processes, then restarts of codes with a count below 1."""
         num_codes, code_dim = self.embed_ema.shape
         vectors_nc = vectors.reshape(-1, code_dim)
         counts, sums = rqkernels.code_statistics(vectors_nc, idxs.reshape(-1), num_codes)
@@ -121,11 +121,11 @@ class Codebook(VQEmbedding):
         if vectors_nc.shape[0] < num_codes:
             vectors_nc = self._tile_with_noise(vectors_nc, num_codes)
         # A vector for every code, dead or not: these are the published calls to the generator.
-        drawn = vectors_nc[torch.randperm(vectors_nc.shape[0], device=vectors.device)[:num_codes]]
+        candidates = vectors_nc[torch.randperm(vectors_nc.shape[0], device=vectors.device)[:num_codes]]
         if distributed:
-            dist.broadcast(drawn, 0)
-        dead = ~(self.cluster_size_ema >= 1) & drawn.isfinite().all(dim=1)
-        self.embed_ema.copy_(torch.where(dead.unsqueeze(1), drawn, self.embed_ema))
+            dist.broadcast(candidates, 0)
+        dead = ~(self.cluster_size_ema >= 1) & candidates.isfinite().all(dim=1)
+        self.embed_ema.copy_(torch.where(dead.unsqueeze(1), candidates, self.embed_ema))
         self.cluster_size_ema.masked_fill_(dead, 1)
 
 
@@ -146,7 +146,7 @@ class Bottleneck(RQBottleneck):
 
     @gives_way()
     def quantize(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Partial sums `Z^(1) .. Z^(D)`, each like x, (B, h, w, C), and codes int64 (B, h, w, D)."""
+        """Return partial sums `Z^(1) .. Z^(D)`, each like x, (B, h, w, C), and codes int64 (B, h, w, D)."""
         codebooks = self._searchable_codebooks()
         sums: Iterable[Tensor]
         if codebooks is None or any(codebook.training for codebook in self.codebooks):
@@ -181,7 +181,7 @@ class Bottleneck(RQBottleneck):
         # A tensor here; a class derived from this one gives an object in its place.
         codebooks = self._searchable_codebooks()
         if stochastic or codebooks is None:
-            # Draws stay theirs, torch.multinomial; distributions of different sizes have no common tensor.
+            # Sampling stays theirs, torch.multinomial; distributions of different sizes have no common tensor.
             return super().get_soft_codes(x, temp, stochastic)
         found = rqkernels.residual_search(self.to_code_shape(x), codebooks, len(self.codebooks), return_residuals=True)
         assert found.residuals is not None  # asked for
@@ -196,10 +196,11 @@ class Bottleneck(RQBottleneck):
         return all(codebook is self.codebooks[0] for codebook in self.codebooks)
 
     def _searchable_codebooks(self) -> Tensor | None:
-        """What `rqkernels.residual_search` takes; None where sizes differ by depth, which is searched by depth.
+        """Return the codebooks as `rqkernels.residual_search` takes them; None where sizes differ by depth, which is
+        searched by depth.
 
-        Codebooks of one size are stacked anew at every call: a kept stack would miss writes that leave no
-        trace (through `.data`, or by a collective), and its copy is small beside a search in it.
+        Codebooks of one size are stacked again at every call: a kept stack would miss writes that leave no trace
+            (through `.data`, or by a collective), and its copy is cheap compared with a search in it.
         """
         if self._shares_codebook():
             return self.codebooks[0].weight[:-1]
@@ -208,7 +209,7 @@ class Bottleneck(RQBottleneck):
         return torch.stack(weights) if same_size else None
 
     def _code_vectors(self, code: Tensor, depth: int, *, check: bool = True) -> Iterator[Tensor]:
-        """The code vectors of depths 1..depth, float32 (..., C) each; with check=False NaN for code -1."""
+        """Yield the code vectors of depths 1..depth, float32 (..., C) each; with check=False NaN for code -1."""
         for d in range(depth):
             weight = self.codebooks[d].weight  # with its padding row, which may be decoded
             yield rqkernels.residual_decode(code[..., d : d + 1], weight, check=check).float()

@@ -13,11 +13,11 @@ samples a position in two calls (on a GPU in one CUDA graph), from the transform
   `torch.manual_seed` fixes them. Of codes with equal logits at the edge of top_k, the lower ones are kept.
 - On the CPU the attribute `sampling_precision` of the transformer may be set to "bf16" or "int8" in place of "fp32".
   On a GPU `amp=True` computes in bfloat16 (published: float16).
-- `cached`, `fast` and `desc` are accepted and change nothing; with `is_tqdm` there is a progress bar, of rich.
-- A transformer whose weights do not tell all (hooks, parametrizations, modules and methods replaced) samples by the
-  published loop, said once by a warning; at a shorter `sampling_precision` that is an error.
-- On the CPU packed weights, and copies that tell whether the weights have changed since, are kept between calls; on
-  a GPU each call reads the weights anew.
+- `cached`, `fast` and `desc` are accepted and change nothing; with `is_tqdm` rich shows a progress bar.
+- A transformer with changes that its weights do not show (hooks, parametrizations, modules and methods replaced)
+  samples by the published loop, with one warning; at a shorter `sampling_precision` that is an error.
+- On the CPU packed weights, and copies that show later changes of the weights, are kept between calls; on a GPU each
+  call reads the weights again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SAMPLER = f"kakaobrain's RQTransformer (attributes {', '.join(ATTRIBUTES)}; meth
 
 
 def swap_samplers(model: nn.Module) -> int:
-    """Accelerates `sample` of every published transformer in the tree of `model`; how many it holds.
+    """Accelerate `sample` of every published transformer in the tree of `model`; return how many it holds.
 
     Raises:
         ValueError: one whose codebooks differ in size by depth. No module has been changed then.
@@ -83,7 +83,7 @@ def _is_sampler(module: nn.Module) -> TypeGuard[Sampling]:
 
 
 def _parts(transformer: nn.Module) -> dict[str, str]:
-    """The class of every module inside."""
+    """Return the class of every module inside."""
     kinds = {name: type(module) for name, module in transformer.named_modules() if name}
     return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
@@ -161,7 +161,7 @@ class Sampling(RQTransformer):
         return sampled.codes.view_as(partial_sample)
 
     def _change(self) -> str | None:
-        """The first thing that the transformer's weights do not tell, in words."""
+        """Describe the first change of the transformer that its weights do not show; None without any."""
         change = override_of(self, ("cached_forward", "init_cache"), ("sample",)) or change_in_tree(self)
         if change is not None:
             return change
@@ -186,7 +186,8 @@ class Sampling(RQTransformer):
         return packed_once(self, weights, description, lambda: PackedPrior(prior(), precision))
 
     def _codebooks(self, model_aux: Any) -> Tensor | None:
-        """(D, K, C): the tokenizer's vectors of all codes, at every depth; None where they are not embedded with."""
+        """Return the tokenizer's vectors of all codes at every depth, (D, K, C); None where they are not embedded
+        with."""
         if not (self.config.input_emb_vqvae or self.config.head_emb_vqvae):
             return None
         codes_k = torch.arange(self.vocab_size[0], device=self.pos_emb_d.device)

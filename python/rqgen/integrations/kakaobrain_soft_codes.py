@@ -19,11 +19,11 @@ same as before, and what is not:
 
 - Loss and gradient agree with the published ones within float32 rounding and the 1e-7 that those add to the sum of
   exponentials. Logits in half precision are summed up in float32; published, outside of autocast, in half.
-- Codes are certified, as in `rqgen.integrations.kakaobrain`. With stochastic=True they are drawn by
+- Codes are certified, as in `rqgen.integrations.kakaobrain`. With stochastic=True they are sampled by
   `rqkernels.stochastic_residual_search`, with a seed from torch's global CPU generator, of which that takes one number:
-  reproducible after `torch.manual_seed`, of the same distribution, but not the codes that torch.multinomial draws.
-- `SoftCodes` is no tensor. Our losses take it; `materialize()` gives the published tensor; whatever else touches it
-  raises. That is why it is not made unless it is asked for: who computes with `get_soft_codes` needs the tensor.
+  reproducible after `torch.manual_seed`, of the same distribution, but not the codes that torch.multinomial samples.
+- `SoftCodes` is not a tensor. Our losses take it; `materialize()` gives the published tensor; any other use raises.
+  That is why it is made on request only: code that computes with `get_soft_codes` needs the tensor.
 - A tensor of soft targets, or hard ones, goes to the published methods, as before.
 """
 
@@ -58,7 +58,7 @@ TRANSFORMER = (
 
 
 def swap_losses(model: nn.Module) -> int:
-    """Accelerates every published transformer's losses in the tree of `model`; how many it holds."""
+    """Accelerate every published transformer's losses in the tree of `model`; return how many it holds."""
     transformers = [
         module for module in model.modules() if has_structure(module, TRANSFORMER_METHODS, TRANSFORMER_ATTRIBUTES)
     ]
@@ -68,7 +68,7 @@ def swap_losses(model: nn.Module) -> int:
 
 
 def make_soft_codes_lazy(model: nn.Module) -> None:
-    """Lets every quantizer in the tree of `model`, accelerated before, return `SoftCodes`."""
+    """Let every quantizer in the tree of `model`, accelerated before, return `SoftCodes`."""
     for module in list(model.modules()):
         if isinstance(module, Bottleneck):
             swap_class(module, LazySoftCodes)
@@ -90,11 +90,12 @@ class SoftCodes:
         self.dtype, self.device = codebooks.dtype, residuals.device
 
     def materialize(self) -> Tensor:
-        """The published tensor (B, h, w, D, K), rows summing to one, in the dtype of the codebooks."""
+        """Return the published tensor (B, h, w, D, K), rows summing to one, in the dtype of the codebooks."""
         return rqkernels.distance_softmax(self.residuals, self.codebooks, self.tau).to(self.dtype)
 
     def cross_entropy(self, logits: Tensor, reduction: str) -> Tensor:
-        """Of logits (B, h, w, D, K), or the same rows in another shape, against these targets, in float32."""
+        """Return the cross-entropy of logits (B, h, w, D, K), or the same rows in another shape, against these targets,
+        in float32."""
         if logits.numel() != self.shape.numel() or logits.shape[-1:] != self.shape[-1:]:
             raise ValueError(f"logits: expected {tuple(self.shape)} for these soft codes, got {tuple(logits.shape)}")
         return rqkernels.soft_label_cross_entropy(
@@ -112,14 +113,14 @@ class SoftCodes:
         _refuse("numpy")  # which would make an array of one object
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"SoftCodes has no attribute '{name}': it is no tensor, {_ADVICE}")
+        raise AttributeError(f"SoftCodes has no attribute '{name}': it is not a tensor; {_ADVICE}")
 
 
-_ADVICE = "but what soft codes are made of; call .materialize() for the tensor (B, h, w, D, K)"
+_ADVICE = "call .materialize() for the tensor (B, h, w, D, K)"
 
 
 def _refuse(what: str) -> NoReturn:
-    raise TypeError(f"{what}: got SoftCodes, which is no tensor, {_ADVICE}")
+    raise TypeError(f"{what}: expected a tensor, got SoftCodes; {_ADVICE}")
 
 
 class LazySoftCodes(Bottleneck):
@@ -130,7 +131,7 @@ class LazySoftCodes(Bottleneck):
         change = override_of(self, (), ("get_soft_codes",)) or self._change_of_parts()
         if change is not None:
             raise ValueError(
-                f"get_soft_codes: {change}, of which lazy soft codes know nothing: do without lazy_soft_codes"
+                f"get_soft_codes: {change}, which lazy soft codes do not include; do without lazy_soft_codes"
             )
         codebooks = self._searchable_codebooks()
         if codebooks is None:

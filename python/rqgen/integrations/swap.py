@@ -1,15 +1,16 @@
-"""How our operators come into a foreign module: it keeps its parameters, buffers and attributes, and gets another
-class, derived from ours (one or several) and from its own, so that ours override the few methods they know and
-everything else stays theirs. `isinstance`, the state dict, hooks, `.to()`, optimizers and wrappers see no difference;
-copies and pickles come back accelerated.
+"""Put our operators into a foreign module: it keeps its parameters, buffers and attributes, and gets another class,
+derived from ours (one or several) and from its own, so that ours override the few methods they know and everything else
+stays theirs. `isinstance`, the state dict, hooks, `.to()`, optimizers and wrappers see no difference; copies and
+pickles come back accelerated.
 
-Where a method that ours stands for, or one that ours does without, was overridden by someone else, ours gives way."""
+Where a method that ours replaces, or one that ours does not call, was overridden by someone else, ours gives way.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -26,7 +27,7 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 class Accelerated(nn.Module):
-    """What all our classes share: a class made on the fly is pickled and copied by what it was made from."""
+    """Base of all our classes: a class made on the fly is pickled and copied by the classes it was made from."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -35,13 +36,14 @@ class Accelerated(nn.Module):
         return (_new_instance, type(self).__bases__, state, *rest)
 
     def _change_of_parts(self) -> str | None:
-        """The first change in modules that ours does not call, in words."""
+        """Describe the first change in modules that ours does not call; None without any."""
         return None
 
 
 def gives_way(*bypassed: str) -> Callable[[MethodT], MethodT]:
-    """Decorates a method of ours: theirs runs instead, said once, where a class derived from theirs overrides it, where
-    one of the methods `bypassed` by ours is overridden there or on the instance, or where parts were changed."""
+    """Mark a method of ours as one that gives way: theirs runs instead, with one warning, where a class derived from
+    theirs overrides it, where one of the methods `bypassed` by ours is overridden there or on the instance, or where
+    parts were changed."""
 
     def decorate(ours: MethodT) -> MethodT:
         name = ours.__name__
@@ -55,13 +57,13 @@ def gives_way(*bypassed: str) -> Callable[[MethodT], MethodT]:
             owner = next(cls for cls in type(self).__mro__ if vars(cls).get(name) is method)
             return getattr(super(owner, self), name)(*args, **kwargs)
 
-        return method  # type: ignore[return-value]
+        return cast("MethodT", method)  # with the signature that wraps has copied
 
     return decorate
 
 
 def override_of(module: nn.Module, names: Sequence[str], by_classes_only: Sequence[str] = ()) -> str | None:
-    """The first of these methods that someone has overridden, in words: on the instance, or in a class derived from the
+    """Describe the first of these methods that someone has overridden: on the instance, or in a class derived from the
     one that brought it."""
     kind = type(module).__name__
     for name in names:
@@ -75,8 +77,8 @@ def override_of(module: nn.Module, names: Sequence[str], by_classes_only: Sequen
 
 
 def change_in_tree(model: nn.Module) -> str | None:
-    """The first change in a foreign module tree that its weights do not tell, in words, as far as that can be seen; of
-    `model` itself, whose methods are its own affair, a parametrization alone."""
+    """Describe the first change in a foreign module tree that its weights do not show, as far as it can be seen; of
+    `model` itself, whose methods are its own, a parametrization alone."""
     if has_global_hooks():
         return GLOBAL_HOOKS
     if names := parametrized_names(model):
@@ -95,7 +97,7 @@ def _brings(cls: type, name: str) -> bool:
 
 
 def swap_class(module: nn.Module, ours: type[Accelerated]) -> None:
-    """Puts `ours` before what the module's class derives from; nothing where it is there already."""
+    """Put `ours` before what the module's class derives from; nothing where it is there already."""
     if isinstance(module, ours):
         return
     bases = type(module).__bases__ if isinstance(module, Accelerated) else (type(module),)

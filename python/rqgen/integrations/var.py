@@ -1,6 +1,6 @@
 """The quantizer of the published VAR (FoundationVision/VAR, `VectorQuantizer2`) on our operators.
 
-How the swap is made says `rqgen.integrations.swap`. Replaced is the search: for every scale the published code computes
+`rqgen.integrations.swap` describes the swap. It replaces the search: for every scale the published code computes
 N x K distances (N the positions of that scale in the whole batch) and takes their argmin, here it is one
 `rqkernels.residual_search` of depth 1, in training (`forward`) and in encoding (`f_to_idxBl_or_fhat`, which the
 tokenizer's `img_to_idxBl` and `img_to_reconstructed_img` call). Shrinking, enlarging, refining and adding up are the
@@ -13,7 +13,7 @@ the prior calls the same object. What is the same as before, and what is not:
 - Codes are counted as published: in training, and only where the published module `dist` says that its launcher made a
   process group (where the class has no such module: where torch has one). The counts of all scales are exchanged in one
   call and not in one per scale.
-- `forward` works without a process group too, where the published one stops at `get_world_size`. Autocast has no say
+- `forward` works without a process group too, where the published one stops at `get_world_size`. Autocast has no effect
   in it on any device; published: on CUDA.
 - A vector that is not finite gets code -1, NaN is added at its place, and it is not counted.
 """
@@ -53,7 +53,7 @@ QUANTIZER = f"VAR's VectorQuantizer2 (attributes {', '.join(ATTRIBUTES)}; method
 
 
 def swap_quantizers(model: nn.Module) -> int:
-    """Accelerates every published quantizer in the tree of `model`; how many it holds, earlier swaps included.
+    """Accelerate every published quantizer in the tree of `model`; return how many it holds, earlier swaps included.
 
     Raises:
         ValueError: a quantizer whose codebook, counts or scales are not as published. No module has been changed then.
@@ -72,7 +72,7 @@ class Quantizer(VectorQuantizer2):
 
     @gives_way()
     def forward(self, f_BChw: Tensor, ret_usages: bool = False) -> tuple[Tensor, list[float] | None, Tensor]:
-        """Features (float32, with the gradient of the input), percentages of codes in use by scale, loss."""
+        """Return features (float32, with the gradient of the input), percentages of codes in use by scale, loss."""
         with torch.autocast(f_BChw.device.type, enabled=False):
             wanted = f_BChw.float()
             fixed = wanted.detach()
@@ -96,7 +96,7 @@ class Quantizer(VectorQuantizer2):
     def f_to_idxBl_or_fhat(
         self, f_BChw: Tensor, to_fhat: bool, v_patch_nums: Sequence[int | Sequence[int]] | None = None
     ) -> list[Tensor]:
-        """Of each scale its codes, int64 (B, h_k * w_k), or the features up to it, (B, C, H, W)."""
+        """Return the codes of each scale, int64 (B, h_k * w_k), or the features up to it, (B, C, H, W)."""
         scales = v_patch_nums or self.v_patch_nums
         if _sides(scales[-1]) != tuple(f_BChw.shape[2:]):
             raise ValueError(f"v_patch_nums: expected {tuple(f_BChw.shape[2:])}, as f_BChw, at last, got {scales[-1]}")
@@ -108,7 +108,8 @@ class Quantizer(VectorQuantizer2):
         return [total.add_(added).clone() for _, added in steps]
 
     def _steps(self, features: Tensor, scales: Sequence[int | Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The residual loop: of each scale its codes (B, h_k, w_k) and the features that it adds, (B, C, H, W)."""
+        """Run the residual loop; yield of each scale its codes (B, h_k, w_k) and the features that it adds, (B, C, H,
+        W)."""
         rest, last = features.clone(), len(scales) - 1
         for k, scale in enumerate(scales):
             shrunken = rest if k == last else F.interpolate(rest, size=_sides(scale), mode="area")
@@ -132,7 +133,7 @@ class Quantizer(VectorQuantizer2):
 
     @torch.no_grad()
     def _count(self, tokens: Sequence[Tensor]) -> None:
-        """Moving averages of how often each code was chosen at each scale, by all processes."""
+        """Update the moving averages of how often each code was chosen at each scale, by all processes."""
         hits_sv = torch.zeros_like(self.ema_vocab_hit_SV)
         for hits_v, codes in zip(hits_sv, tokens, strict=True):
             hits_v.copy_(codes[codes >= 0].bincount(minlength=self.vocab_size))

@@ -28,7 +28,7 @@ def attention(
     torch's fast kernels know a first derivative alone. Where a backward pass is itself to be differentiated
     (`create_graph=True`, as gradient penalties and Hessians need), it computes this again in plain products, whose
     attention weights are materialised; so does the whole call in forward mode and inside `torch.func`. Every other pass
-    runs torch's kernels. With dropout, and in a compiled graph, a second derivative is what torch makes of it.
+    runs torch's kernels. With dropout, and in a compiled graph, torch alone decides if there is a second derivative.
 
     Args:
         q, k, v: (..., n, e), (..., m, e), (..., m, e).

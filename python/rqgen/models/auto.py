@@ -1,4 +1,4 @@
-"""Any saved model, by what its folder says it is."""
+"""Load any saved model, by the model type in its folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .rqvae import RQVAE
 
 
 def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PretrainedModel:
-    """Reads what `save_pretrained` wrote, of whichever kind. Errors: see `PretrainedModel.from_pretrained`."""
+    """Load a model that `save_pretrained` wrote, of any class. Errors: see `PretrainedModel.from_pretrained`."""
     path = existing_folder(Path(folder)) / CONFIG_NAME
-    kind = RQVAE.model_type  # whose `from_pretrained` says what is wrong with a file without it
+    kind = RQVAE.model_type  # its `from_pretrained` names the fault of a file without a model_type
     if path.is_file():
         kind = read_json(path).get("model_type", kind)
         if not isinstance(kind, str) or kind not in _known_models(kind):
@@ -28,7 +28,8 @@ def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device =
 
 
 def _known_models(kind: str) -> dict[str, type[PretrainedModel]]:
-    """All models by their type; those of this room that nobody has asked for yet are looked for in its files."""
+    """Return all models by their type; those of this package that have not been imported yet are searched for in its
+    files."""
     if kind not in MODELS:
         for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
             importlib.import_module(f"{__package__}.{module.name}")

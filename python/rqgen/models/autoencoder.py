@@ -1,6 +1,6 @@
 """The convolutional encoder and decoder of VQ-GAN (Esser et al. 2021), as the published RQ-VAE uses them.
 
-Every level has ResNet blocks and, where asked, single-head attention after each; levels are joined by factors
+Every level has ResNet blocks and, where configured, single-head attention after each; levels are joined by factors
 of two. A middle part (block, attention, block) works at the lowest resolution.
 """
 
@@ -26,8 +26,7 @@ RECONSTRUCTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 
 def check_settings(config: Any) -> None:
-    """Raises ValueError for settings, of those that RQVAEConfig and MultiScaleVQVAEConfig share, that make no
-    autoencoder."""
+    """Raise ValueError for invalid settings, of those that RQVAEConfig and MultiScaleVQVAEConfig share."""
     widths = {name: (1, 2**16) for name in ("image_channels", "base_channels", "z_channels", "norm_groups")}
     check_bounds(config, **widths, num_res_blocks=(1, 256))
     if len(config.channel_multipliers) > 16 or max(config.channel_multipliers, default=1) > 2**16:
@@ -58,7 +57,7 @@ def check_settings(config: Any) -> None:
 class ResidualBlock(nn.Module):
     """`x + conv(silu(norm(conv(silu(norm(x))))))`, with a 1x1 convolution on x where channels change.
 
-    Dropout stands before the second convolution. With `gradient_checkpointing` the block is recomputed in
+    Dropout comes before the second convolution. With `gradient_checkpointing` the block is recomputed in
     backward instead of keeping its activations (train mode only).
     """
 
@@ -111,7 +110,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width: a strided convolution, or the mean of 2x2."""
+    """Halve height and width: a strided convolution, or the mean of 2x2."""
 
     def __init__(self, channels: int, *, with_conv: bool) -> None:
         super().__init__()
@@ -125,7 +124,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then a convolution if asked."""
+    """Double height and width by repeating pixels, then a convolution if asked."""
 
     def __init__(self, channels: int, *, with_conv: bool) -> None:
         super().__init__()
@@ -190,13 +189,13 @@ def _middle(channels: int, *, dropout: float, norm_groups: int, gradient_checkpo
 
 @dataclass(frozen=True)
 class AutoencoderLayout:
-    """What an encoder and its decoder have in common. Levels are counted from the finest.
+    """Settings that an encoder and its decoder have in common. Levels are counted from the finest.
 
     Attributes:
         channel_multipliers: one per level; a level has base_channels * multiplier channels.
         num_res_blocks: ResNet blocks per level of the encoder; the decoder has one more.
         attention: one flag per level.
-        resample_with_conv: convolutions at the joints; otherwise plain averaging and repeating.
+        resample_with_conv: convolutions where levels join; otherwise averaging and repeating.
     """
 
     image_channels: int
@@ -212,7 +211,7 @@ class AutoencoderLayout:
 
     @property
     def channels(self) -> list[int]:
-        """Of each level."""
+        """Channels of each level."""
         return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
 
     @property

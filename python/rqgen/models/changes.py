@@ -1,7 +1,8 @@
-"""Finds what the weights of a model do not tell: hooks, adapters, parametrizations, modules and methods replaced.
+"""Find changes of a model that its weights do not show: hooks, adapters, parametrizations, modules and methods
+replaced.
 
 Packed weights (`rqgen.inference.packed`), CUDA graphs and fused losses compute from a module's tensors without calling
-it. They stand for the module only while it is as it was written. Everything that decides about that is here.
+it. They may replace the module only while it is as it was written. This module decides that.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn.modules import module as torch_module
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# Take part in every call of a module.
+# Methods used in every call of a module.
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
-# Take part in none.
+# Methods used in none.
 _UNRELATED = {
     *("_initialise", "extra_repr", "reset_parameters", "set_codebooks"),
     *("check_tokenizer", "codebook_pairs", "loss", "code_losses"),
@@ -30,7 +31,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 class Change(NamedTuple):
-    """The first thing found in a model that its weights do not tell."""
+    """The first change of a model that its weights do not show."""
 
     name: str
     """The module's, as in `named_modules`; empty for the model itself, and for hooks of torch on all modules."""
@@ -49,10 +50,10 @@ _WRITTEN: dict[type[nn.Module], _Written] = {}
 
 
 def as_written(*settings: str) -> Callable[[type[ModuleT]], type[ModuleT]]:
-    """Decorates a module class that is computed from its tensors elsewhere: keeps its methods to compare with later.
+    """Mark a module class that is computed from its tensors elsewhere: keep its methods, to compare with later.
 
     Args:
-        settings: attributes of an instance, beside its tensors, that decide what it computes.
+        settings: attributes of an instance, other than its tensors, that decide what it computes.
     """
 
     def remember(cls: type[ModuleT]) -> type[ModuleT]:
@@ -83,10 +84,10 @@ for _cls, _settings in _TORCH_MODULES:
 
 
 def find_change(model: nn.Module, expected: nn.Module, called: str) -> Change | None:
-    """The first difference between the module trees of `model` and of `expected`, weights aside; None without any.
+    """Return the first difference between the module trees of `model` and `expected`, weights aside; None without any.
 
     Args:
-        called: what the text calls the model.
+        called: the name of the model in the text.
         expected: made by the same class from the same config, on any device; its classes are those of `as_written`.
     """
     if has_global_hooks():
@@ -101,10 +102,10 @@ def find_change(model: nn.Module, expected: nn.Module, called: str) -> Change | 
 
 
 def computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """True where calling `module` runs the `forward` that `cls` was written with and nothing else, so that another way
-    to compute it may stand in.
+    """Return True if calling `module` runs the `forward` that `cls` was written with and nothing else, so that another
+    way to compute it may stand in.
 
-    Parametrizations are no matter: the other way reads weights by their names too. torch.compile can trace this.
+    Parametrizations are allowed: the other way reads weights by their names too. torch.compile can trace this.
     """
     return (
         isinstance(module, cls)
@@ -117,7 +118,7 @@ def computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def is_overridden(module: nn.Module, name: str) -> bool:
-    """True where an instance has another method than its class. (The class's own, bound and set on the instance, is
+    """Return True if an instance has another method than its class. (The class's own, bound and set on the instance, is
     left behind by wrappers that took theirs off again, such as Accelerate's for mixed precision.)"""
     if name not in module.__dict__:
         return False
@@ -133,12 +134,12 @@ def parametrized_names(module: nn.Module) -> str | None:
 
 
 def has_global_hooks() -> bool:
-    """True where torch calls a forward hook for all modules."""
+    """Return True if torch calls a forward hook for all modules."""
     return bool(torch_module._global_forward_hooks) or bool(torch_module._global_forward_pre_hooks)
 
 
 def change_of_torch_module(module: nn.Module) -> str | None:
-    """A change in a module of an unknown class, in words, as far as it can be seen: a parametrization, a method set on
+    """Describe a change in a module of an unknown class, as far as it can be seen: a parametrization, a method set on
     the instance, a forward hook, and of torch's layers another `forward` or another epsilon."""
     if names := parametrized_names(module):
         return f"has a parametrized {names}"
@@ -159,7 +160,7 @@ def change_of_torch_module(module: nn.Module) -> str | None:
 
 
 def hook_of(module: nn.Module) -> str | None:
-    """The first forward hook of a module, in words."""
+    """Describe the first forward hook of a module; None without any."""
     for what, hooks in (("hook", module._forward_hooks), ("pre-hook", module._forward_pre_hooks)):
         for hook in hooks.values():
             return f"has a forward {what} ({getattr(hook, '__qualname__', type(hook).__qualname__)})"
@@ -209,13 +210,13 @@ def _difference_of_tensor(found: Tensor | None, wanted: Tensor | None) -> str | 
     return None if found.is_floating_point() else f"is {found.dtype}"
 
 
-# --- saying so ---------------------------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------
 
 _SAID: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def warn_once(model: nn.Module, text: str) -> None:
-    """Warns, unless this was said of `model` before."""
+    """Warn, unless `model` was warned of with this text before."""
     said = _SAID.setdefault(model, set())
     if text not in said:
         said.add(text)
@@ -223,7 +224,7 @@ def warn_once(model: nn.Module, text: str) -> None:
 
 
 def _caller_outside() -> int:
-    """The stack level of whoever called into this package, for `warnings.warn` in the function that asks."""
+    """Return the stack level of whoever called into this package, for `warnings.warn` in the function that asks."""
     frame, level, package = inspect.currentframe(), 0, __name__.partition(".")[0]
     ours = (package, "torch", "functools")  # the latter calls the samplers that are registered for a class
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:

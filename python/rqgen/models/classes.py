@@ -1,4 +1,4 @@
-"""Names of classes, and which class is meant."""
+"""Names of classes, and labels found by them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .interfaces import Prior
 
 
 def names_of_classes(prior: Prior) -> tuple[str, ...]:
-    """A name for each class: the prior's own, or else its number."""
+    """Return a name for each class: the prior's own, or else its number."""
     return prior.class_names or _numbers(prior.num_classes)
 
 
 def class_label(given: str, names: Sequence[str], argument: str) -> int:
-    """The label of a class that is given by its name, or by its number, among the `names` of all classes.
+    """Return the label of a class that is given by its name, or by its number, among the `names` of all classes.
 
     A name comes first. Where classes have numbers as names ("10", "2", "33", sorted as text, or "three", "seven"), a
-    number is only ever a name, so that none is taken for the label of another class; digits are called what their
-    labels are.
+    number is always a name, so that it is never taken for the label of another class; digits have their labels as
+    names.
 
     Raises:
         ValueError: no such class, or none at all; starts with `argument`.

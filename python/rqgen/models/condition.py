@@ -1,4 +1,4 @@
-"""What a prior is conditioned on: the checks and the null condition that all priors share."""
+"""Conditions of a prior: the checks and the null condition that all priors share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def condition_ids(
     has_null: bool,
     device: torch.device,
 ) -> Tensor:
-    """A condition as int64 (B, L) ids; the null condition, where there is one, is id `vocab_size`.
+    """Return a condition as int64 (B, L) ids; the null condition, where there is one, is id `vocab_size`.
 
     Args:
         condition: None; class labels (B,) or (B, 1); token ids (B, L); of any integer dtype. None means no condition at
@@ -28,11 +28,11 @@ def condition_ids(
         batch: B.
         kind: "none", "class" or "tokens".
         length: L; 1 unless kind is "tokens".
-        has_null: whether the prior learned a null condition.
+        has_null: True if the prior learned a null condition.
 
     Raises:
         TypeError, ValueError, IndexError: wrong dtype, shape or device; a condition out of range (unchecked on CUDA,
-            where the embedding kernel checks it); a condition missing, or given in vain.
+            where the embedding kernel checks it); a missing condition, or one given to an unconditional prior.
     """
     shape = (batch, length)
     if condition is None:
@@ -55,11 +55,11 @@ def condition_ids(
 
 
 def checked_class_names(class_names: Sequence[str], classes: int | None = None) -> tuple[str, ...]:
-    """The names as a tuple. Raises ValueError unless they differ from each other and there is one for each class, or
-    none at all; of how many classes is open where `classes` is None."""
+    """Return the names as a tuple. Raise ValueError unless they differ from each other and there is one for each class,
+    or none at all. With `classes` None any number of them is accepted."""
     names = tuple(class_names)
     if names and classes is not None and len(names) != classes:
-        raise ValueError(f"class_names must be one for each of {classes} classes, or none, got {len(names)}")
+        raise ValueError(f"class_names: expected one for each of {classes} classes, or none, got {len(names)}")
     if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
-        raise ValueError(f"class_names must be names that differ from each other, got {list(names)[:20]}")
+        raise ValueError(f"class_names: expected names that differ from each other, got {list(names)[:20]}")
     return names

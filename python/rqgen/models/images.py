@@ -1,4 +1,4 @@
-"""Images as tokenizers take them: the one rule for encoding, training, editing and evaluation."""
+"""Check the images that tokenizers take: one rule for encoding, training, editing and evaluation."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from rqgen.checks import check_tensor
 
-# Images in [-1, 1] have a mean of |x| of at most 1, and what resizing, noise or a decoder adds is less than this. The
+# Images in [-1, 1] have a mean of |x| of at most 1, and resizing, noise or a decoder add less than the rest. The
 # second bound is for images in 0..255 that are nearly black.
 _FARTHEST_MEAN, _FARTHEST_VALUE = 1.75, 8.0
 
 
 def check_images(images: Any, *, values: bool = True) -> None:
-    """Raises unless `images` are a floating-point tensor and, where `values` are looked at, about within [-1, 1]: of no
-    image may the mean of |x| exceed 1.75, nor any |x| exceed 8.
+    """Raise unless `images` are a dense floating-point tensor and, with `values`, about within [-1, 1]: in no image may
+    the mean of |x| exceed 1.75, or any |x| exceed 8.
 
-    Values beyond [-1, 1] within these bounds are taken as they are; NaN and infinity are no matter of this check (what
-    a tokenizer makes of them has code -1). On a GPU this waits for the device, except in the capture of a graph.
+    Values beyond [-1, 1] within these bounds are accepted as they are. NaN and infinity are not checked (a tokenizer
+    gives code -1 for them). On a GPU this is a host-device synchronisation, except in the capture of a graph.
 
     Raises:
-        TypeError: no tensor, or another dtype; says how to convert it.
-        ValueError: values far outside [-1, 1]; says how to convert them.
+        TypeError: not a dense tensor, or another dtype; the text says how to convert it.
+        ValueError: values far outside [-1, 1]; the text says how to convert them.
     """
     if isinstance(images, np.ndarray):
         raise TypeError(
@@ -72,13 +72,13 @@ def check_latents(latents: Any, name: str, shape: tuple[int | None, ...], device
 
 
 def check_some(images: Tensor) -> None:
-    """Raises ValueError for an empty batch: a loss is a mean over images, and codebooks learn from them."""
+    """Raise ValueError for an empty batch: a loss is a mean over images, and codebooks learn from them."""
     if len(images) == 0:
         raise ValueError(f"images: expected at least one to train on, got shape {tuple(images.shape)}")
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not in a graph that is compiled or captured, nor without any (meta)."""
+    """Return True if values can be read: not in a graph that is compiled or captured, nor without any (meta)."""
     if tensor.is_meta or torch.compiler.is_compiling():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

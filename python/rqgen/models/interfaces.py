@@ -1,7 +1,7 @@
 """The two kinds of models that a system consists of: a tokenizer, and a prior over its codes.
 
 Everything that trains, samples, evaluates or saves works with these interfaces alone. A new system implements them in
-files of its own and is registered in `rqgen.systems`.
+its own files and is registered in `rqgen.systems`.
 """
 
 from __future__ import annotations
@@ -60,28 +60,28 @@ class Tokenizer(PretrainedModel, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Codes:
-        """Codes of images."""
+        """Return codes of images."""
 
     @abstractmethod
     def decode(self, codes: Any) -> Tensor:
-        """Images of codes. IndexError for a code outside [0, K)."""
+        """Return images of codes. Raise IndexError for a code outside [0, K)."""
 
     @abstractmethod
     def decode_partial(self, codes: Any, levels: int, /) -> Tensor:
-        """Images of the first `levels` depths or scales alone: coarse to fine. ValueError unless 1 <= levels <= their
-        number."""
+        """Return images of the first `levels` depths or scales alone: coarse to fine. Raise ValueError unless 1 <=
+        levels <= their number."""
 
     @abstractmethod
     def encode_latents(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """The latents that are quantized. Images are checked unless `check` is off."""
+        """Return the latents that are quantized. Images are checked unless `check` is off."""
 
     @abstractmethod
     def decode_latents(self, latents: Tensor, /) -> Tensor:
-        """Images of latents."""
+        """Return images of latents."""
 
     def decode_vectors(self, vectors: list[Tensor]) -> Tensor:
-        """Images of vectors in the place of codes, such as mixtures of code vectors, laid out as codes are; for priors
-        with smooth sampling.
+        """Return images of vectors in the place of codes, such as mixtures of code vectors, laid out as codes are; for
+        priors with smooth sampling.
 
         Raises:
             NotImplementedError: a tokenizer that has no use for them.
@@ -90,12 +90,12 @@ class Tokenizer(PretrainedModel, ABC):
 
     @abstractmethod
     def loss(self, images: Tensor) -> Any:
-        """A named tuple with the loss to differentiate, `.total`, the `.output` of the call, and all other terms, which
-        are logged by their names."""
+        """Return a named tuple with the loss to differentiate, `.total`, the `.output` of the call, and all other
+        terms, which are logged by their names."""
 
     @abstractmethod
     def code_tensors(self) -> list[Tensor]:
-        """All tensors that decide what a code stands for."""
+        """Return all tensors that decide what a code stands for."""
 
     @property
     def last_layer(self) -> Tensor:
@@ -132,11 +132,12 @@ class Tokenizer(PretrainedModel, ABC):
         return self.config.class_names
 
     def fingerprint(self) -> str:
-        """Identifies the meaning of the codes: see `rqgen.quantizers.code_fingerprint`."""
+        """Identify the meaning of the codes: see `rqgen.quantizers.code_fingerprint`."""
         return code_fingerprint(*self.code_tensors())
 
     def encoder_for(self, num_images: int) -> Callable[[Tensor], Codes]:
-        """`encode`, prepared for about `num_images` images with the codebook as it is now: the same codes, sooner."""
+        """Return `encode`, prepared for about `num_images` images with the codebook as it is now: the same codes,
+        faster."""
         return self.encode
 
 
@@ -150,7 +151,7 @@ class LevelLoss(NamedTuple):
 
 
 class CodeLosses(NamedTuple):
-    """How a prior predicts each code of some images from the codes before it."""
+    """Predictions of each code of some images from the codes before it."""
 
     nll: Tensor
     """float32 (N, L): `-log p(code | the codes before it, condition)`, in nats; L as in `CodeLayout.flatten`."""
@@ -164,19 +165,19 @@ class Prior(PretrainedModel, ABC):
         p(codes | condition) = prod_s p(codes of step s | codes of the steps before, condition)
 
     `prior(codes, condition)` gives an output with `.logits`, float32 (N, .., K): of every code of `layout`, in the
-    order of `CodeLayout.flatten`, given the codes of the steps before its own. A prior carries what it embeds codes
-    with: no tokenizer is needed to call it.
+    order of `CodeLayout.flatten`, given the codes of the steps before its own. A prior carries the tensors that it
+    embeds codes with: no tokenizer is needed to call it.
     """
 
     config: PriorConfig
     tokenizer_class: ClassVar[type[Tokenizer]]
-    """Whose codes it models."""
+    """The tokenizer whose codes it models."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     """The precisions it can be sampled in, see `rqgen.generate`."""
     edits: ClassVar[Literal["nothing", "rows", "regions"]] = "nothing"
-    """The parts of an image that `rqgen.edit` can sample anew: all rows from one on, or any region."""
+    """The parts of an image that `rqgen.edit` can sample again: all rows from one on, or any region."""
     has_smooth_sampling: ClassVar[bool] = False
-    """Whether mixtures of codes can stand for codes, see `rqgen.generate`."""
+    """True if mixtures of codes can stand for codes, see `rqgen.generate`."""
 
     @property
     @abstractmethod
@@ -196,11 +197,12 @@ class Prior(PretrainedModel, ABC):
     @property
     @abstractmethod
     def has_null_condition(self) -> bool:
-        """Whether the prior learnt the unconditional distribution too, which guidance needs."""
+        """True if the prior learned the unconditional distribution too, which guidance needs."""
 
     @abstractmethod
     def condition_ids(self, condition: Tensor | None, batch: int) -> Tensor:
-        """The condition as int64 (B, L) ids; None is the null condition. Errors: see `rqgen.models.condition`."""
+        """Return the condition as int64 (B, L) ids; None is the null condition. Errors: see
+        `rqgen.models.condition`."""
 
     @property
     def levels(self) -> int:
@@ -209,7 +211,7 @@ class Prior(PretrainedModel, ABC):
 
     @property
     def steps(self) -> list[tuple[int, slice]]:
-        """What is predicted at once, in order: see `CodeLayout.steps`."""
+        """The codes that are predicted at once, in order: see `CodeLayout.steps`."""
         return self.layout.steps
 
     @property
@@ -223,18 +225,19 @@ class Prior(PretrainedModel, ABC):
         return self.config.class_names
 
     def cfg_scale_per_level(self, cfg_scale: float) -> list[float]:
-        """Guidance of each level for this `cfg_scale`; here the same for all."""
+        """Return the guidance of each level for this `cfg_scale`; here the same for all."""
         return [cfg_scale] * self.levels
 
     def check_codebooks(self) -> None:
-        """Raises ValueError while the prior waits for the codebooks that it embeds with."""
+        """Raise ValueError while the prior waits for the codebooks that it embeds with."""
 
     def codebook_pairs(self, vae: Any) -> list[tuple[Tensor, Tensor]]:
-        """The prior's own copies of the tokenizer's tensors, each beside the tokenizer's; none where it has none."""
+        """Return the prior's own copies of the tokenizer's tensors, each with the tokenizer's; none where it has
+        none."""
         return []
 
     def check_tokenizer(self, vae: Any) -> None:
-        """Raises TypeError or ValueError unless `vae` is of the prior's system, has the codes that the prior was made
+        """Raise TypeError or ValueError unless `vae` is of the prior's system, has the codes that the prior was made
         with, and is on the same device."""
         if not isinstance(vae, self.tokenizer_class):
             raise TypeError(f"vae: expected an {self.tokenizer_class.__name__}, got {type(vae).__name__}")
@@ -245,22 +248,23 @@ class Prior(PretrainedModel, ABC):
             ("device", self.device, vae.device),
         ):
             if got != expected:
-                raise ValueError(f"vae: its {name} is {got}, the prior's is {expected}: they must be the same")
+                raise ValueError(f"vae: expected the prior's {name}, {expected}, got {got}")
         self.check_codebooks()
         for mine, other in self.codebook_pairs(vae):
             # One of the two may have been rounded to a shorter type.
             if mine.shape != other.shape or not (
                 torch.equal(mine.to(other.dtype), other) or torch.equal(mine, other.to(mine.dtype))
             ):
-                raise ValueError("vae: its codebooks are not the ones the prior was made with")
+                raise ValueError("vae: expected the codebooks that the prior was made with, got others")
 
     def loss(self, codes: Any, condition: Tensor | None = None) -> LevelLoss:
-        """Cross-entropy of all codes given the codes before them: the mean over all of them, and over each level's."""
+        """Return the cross-entropy of all codes given the codes before them: the mean over all of them, and over each
+        level's."""
         nll = self.code_losses(codes, condition).nll
         return LevelLoss(nll.mean(), level_means(self.layout, nll.detach()))
 
     def code_losses(self, codes: Any, condition: Tensor | None = None) -> CodeLosses:
-        """How each code of these images is predicted."""
+        """Return the losses of all codes of these images, given the codes before each, and the hits."""
         logits_nlk = self(codes, condition).logits
         logits_nlk = logits_nlk.flatten(1, -2)
         codes_nl = self.layout.flatten(codes)
@@ -268,10 +272,10 @@ class Prior(PretrainedModel, ABC):
         return CodeLosses(nll, logits_nlk.argmax(-1) == codes_nl)
 
 
-# What messages and configs call the shape of the codes.
+# Names of the codes' shape in messages and configs.
 _SHAPE_NAMES = {"stacks": "code_shape", "maps": "scales"}
 
 
 def level_means(layout: CodeLayout, values_nl: Tensor) -> Tensor:
-    """(levels,): means of (N, L) values, one for each code, over each level."""
+    """Return means, (levels,), of (N, L) values, one for each code, over each level."""
     return torch.stack([part.mean() for part in layout.by_level(layout.unflatten(values_nl))])

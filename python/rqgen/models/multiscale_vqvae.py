@@ -28,7 +28,7 @@ class MultiScaleVQVAEConfig:
         base_channels: channels of the finest level, before its multiplier.
         channel_multipliers: one per level, from the finest; levels are joined by factors of two.
         num_res_blocks: ResNet blocks per level (the decoder has one more).
-        attention: whether the coarsest level has attention after each block.
+        attention: True if the coarsest level has attention after each block.
         z_channels: C, channels of the features that are quantized.
         latent_kernel: side of the convolutions before and after the quantizer, odd.
         dropout: inside the ResNet blocks.
@@ -38,7 +38,7 @@ class MultiScaleVQVAEConfig:
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta, of the commitment term.
         gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
-        class_names: of the images it was trained on; for the record.
+        class_names: of the images it was trained on.
     """
 
     image_channels: int = 3
@@ -74,7 +74,7 @@ class MultiScaleVQVAEConfig:
 
 
 def scale_sizes(quantizer: MultiScaleConfig) -> list[list[int]]:
-    """[h_k, w_k] of each token map."""
+    """Return [h_k, w_k] of each token map."""
     return [[scale, scale] if isinstance(scale, int) else scale for scale in quantizer.scales]
 
 
@@ -101,7 +101,7 @@ class MultiScaleVQVAE(Tokenizer):
     """Encoder, multi-scale quantizer, decoder.
 
     Images are (B, channels, height, width) in [-1, 1], of the one size that the scales decide and of any floating-point
-    dtype (what comes in is cast to the model's; see `rqgen.models.images` for values that are refused); codes are a
+    dtype (they are cast to the model's; see `rqgen.models.images` for values that are refused); codes are a
     list of token maps int64 (B, h_k, w_k), from coarse to fine. `encode`, `decode` and `decode_partial` run without
     gradient and dropout in any mode, and never change state. An empty batch gives empty results, in eval mode.
     """
@@ -157,7 +157,7 @@ class MultiScaleVQVAE(Tokenizer):
         return self.decoder.conv_out.weight
 
     def code_tensors(self) -> list[Tensor]:
-        """All tensors that decide what a code stands for."""
+        """Return all tensors that decide what a code stands for."""
         return self.quantizer.code_tensors()
 
     @property
@@ -166,7 +166,7 @@ class MultiScaleVQVAE(Tokenizer):
         return scale_sizes(self.config.quantizer)
 
     def forward(self, images: Tensor) -> MultiScaleVQVAEOutput:
-        """Encodes, quantizes (straight-through gradient) and decodes.
+        """Encode, quantize (straight-through gradient) and decode.
 
         Raises:
             TypeError, ValueError: as `encode_latents`; no images in train mode.
@@ -180,7 +180,8 @@ class MultiScaleVQVAE(Tokenizer):
         return MultiScaleVQVAEOutput(self.decode_latents(quantized), commitment, codes, codebook)
 
     def loss(self, images: Tensor) -> MultiScaleVQVAELoss:
-        """`reconstruction + codebook + commitment_weight * commitment`, means over elements and scales, in float32.
+        """Return `reconstruction + codebook + commitment_weight * commitment`, means over elements and scales, in
+        float32.
 
         Raises:
             TypeError, ValueError: as `encode_latents`; no images.
@@ -193,10 +194,10 @@ class MultiScaleVQVAE(Tokenizer):
         return MultiScaleVQVAELoss(total, reconstruction, output.commitment_loss, output.codebook_loss, output)
 
     def encode_latents(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """What the quantizer sees: features (B, C, H, W). Differentiable.
+        """Return the features that are quantized, (B, C, H, W). Differentiable.
 
         Args:
-            check: whether images far outside [-1, 1] are refused.
+            check: refuse images far outside [-1, 1].
 
         Raises:
             TypeError, ValueError: images that `check_images` refuses, or of another shape.
@@ -209,36 +210,37 @@ class MultiScaleVQVAE(Tokenizer):
         return self.to_latents(self.encoder(images.to(self.dtype)))
 
     def decode_latents(self, features: Tensor) -> Tensor:
-        """Images (B, channels, H, W) from features (B, C, H, W). Differentiable."""
+        """Return images (B, channels, H, W) from features (B, C, H, W). Differentiable."""
         check_latents(features, "features", (self.config.z_channels, None, None), self.device)
         return self.decoder(self.from_latents(features.to(self.dtype)))
 
     def decode_vectors(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Images of vectors (B, h_k, w_k, C) for every scale, codes' own or mixtures of them. Differentiable."""
+        """Return images of vectors (B, h_k, w_k, C) for every scale, codes' own or mixtures of them. Differentiable."""
         return self.decode_latents(self.quantizer.combine(vectors))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Token maps int64 (B, h_k, w_k), from coarse to fine, of images (B, channels, H, W) in [-1, 1]. Errors as
-        `encode_latents`. Where an image is not finite it gets tokens -1, which `decode` refuses."""
+        """Return token maps int64 (B, h_k, w_k), from coarse to fine, of images (B, channels, H, W) in [-1, 1]. Errors
+        as `encode_latents`. Where an image is not finite it gets tokens -1, which `decode` refuses."""
         with eval_mode(self):
             return self.quantizer.encode(self.encode_latents(images))
 
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Images (B, channels, H, W), clamped to [-1, 1], of token maps. Errors: `MultiScaleQuantizer.check_codes`."""
+        """Return images (B, channels, H, W), clamped to [-1, 1], of token maps. Errors:
+        `MultiScaleQuantizer.check_codes`."""
         with eval_mode(self):
             return _clamped(self.decode_latents(self.quantizer.decode(codes)))
 
     @torch.no_grad()
     def decode_partial(self, codes: Sequence[Tensor], scales: int) -> Tensor:
-        """Images of the first `scales` token maps alone: coarse to fine. TypeError if scales is not an integer,
-        ValueError if it is not in [1, K]."""
+        """Return images of the first `scales` token maps alone: coarse to fine. Raise TypeError if scales is not an
+        integer, ValueError if it is not in [1, K]."""
         scales = check_integer(scales, "decode_partial: scales", 1, self.layout.levels)
         with eval_mode(self):
             return _clamped(self.decode_latents(self.quantizer.decode(codes, scales)))
 
 
 def _clamped(images: Tensor) -> Tensor:
-    """Images within [-1, 1]; infinite values become NaN, because a clamped one would look like a colour."""
+    """Return images within [-1, 1]; infinite values become NaN, because a clamped one would look like a colour."""
     return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))

@@ -12,7 +12,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def members(container: nn.ModuleList, kind: type[ModuleT]) -> list[ModuleT]:
     """Return the modules of a list as the `kind` it was made of.
 
-    Nothing is checked: wrappers such as adapters may have taken their places, and are used alike.
+    Nothing is checked: wrappers such as adapters may have replaced them, and are used in the same way.
     """
     return cast("list[ModuleT]", list(container))
 

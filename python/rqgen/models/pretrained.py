@@ -45,8 +45,8 @@ class PretrainedModel(nn.Module):
     """A module that is wholly described by a config dataclass and its state dict.
 
     Subclasses set `model_type` (a name written into the folder, by which `load_pretrained` finds the class) and
-    `config_class`, and take the config as the first argument of `__init__`; further arguments need defaults. Models
-    are made in float32, whatever torch's default dtype is; cast them afterwards, by `.to(dtype)`.
+    `config_class`, and take the config as the first argument of `__init__`; further arguments need defaults. Models are
+    made in float32, whatever torch's default dtype is; cast them afterwards with `.to(dtype)`.
     """
 
     model_type: ClassVar[str]
@@ -70,30 +70,30 @@ class PretrainedModel(nn.Module):
             raise TypeError(f"config: expected {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
         self.data: dict[str, Any] | None = None
-        """Settings of the images that it learnt from, as plain data; None where that is not known. Saved with it."""
+        """Settings of the images that it learned from, as plain data; None where unknown. Saved with the model."""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters; quantizers are float32 whatever it is."""
+        """The dtype of the parameters; quantizers are float32 in any case."""
         return next(self.parameters()).dtype
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors into `folder`, whole or not at all.
+        """Write config.json and model.safetensors into `folder`, whole or not at all.
 
-        At each instant the old or the new model can be read, whoever stops the process. Of a link, what it points to
+        At each instant the old or the new model can be read, even if the process is stopped. A link stays; its target
         is replaced. The weights' file holds a checksum of both files.
 
         Raises:
             FileExistsError: `folder` exists and is not a folder, or holds files that are not a saved model's.
             OSError: the disk is full, or the place cannot be written.
-            ValueError: `from_pretrained` would refuse what was written: a tensor is not finite, is float64, or is none
-                of a model made of its config (adapters, parametrizations, quantized layers); or the config was
-                changed to something that is none.
+            ValueError: `from_pretrained` would refuse what was written: a tensor is not finite, is float64, or does not
+                belong to a model made from its config (adapters, parametrizations, quantized layers); or the config was
+                changed to an invalid one.
         """
         target = Path(folder).absolute()
         check_replaceable(target)
@@ -124,10 +124,10 @@ class PretrainedModel(nn.Module):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", *, verify: bool = True
     ) -> Self:
-        """Reads what `save_pretrained` wrote; the model comes back in eval mode, in float32.
+        """Read what `save_pretrained` wrote; the model comes back in eval mode, in float32.
 
         `verify` off: a folder whose files were changed on purpose, so that their checksum differs, is read too. Folders
-        of versions that wrote no checksum are read either way.
+            of versions that wrote no checksum are read in both cases.
 
         Raises:
             FileNotFoundError: no such folder, or one of its two files is missing.
@@ -143,19 +143,19 @@ class PretrainedModel(nn.Module):
                 raise FileNotFoundError(f"folder: no file {path.name} in {source}")
         description = cls._read_description(config_path)
         config = from_dict(cls.config_class, description["config"], where=str(config_path))
-        # Whatever torch's default device is: on "meta" nothing would be loaded, without a word.
+        # Whatever torch's default device is: on "meta" nothing would be loaded, and no error raised.
         with torch.device("cpu"):
-            weights_path.open("rb").close()  # the library says of a file without permission that it is missing
+            weights_path.open("rb").close()  # the library reports a file without permission as missing
             try:
                 tensors = load_file(weights_path)
             except (SafetensorError, OSError, ValueError) as error:
                 raise unreadable(weights_path, "safetensors file", error) from error
-            # Before any memory is asked for: either file may be the wrong one.
+            # Before any memory is allocated: either file may be the wrong one.
             expected = sketch(cls, config, len(tensors), where=str(config_path))
             check_fit(expected, tensors, where=f"{weights_path} with {CONFIG_NAME}")
             model = cls(config)
             load_tensors(model, tensors, where=str(weights_path))
-        # Last: what else is wrong is told more precisely.
+        # Last: other faults have more precise messages.
         if verify:
             check_tensors(weights_path, config_path)
         model.data = description.get("data")
@@ -211,7 +211,7 @@ def _in_float32(init: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards in the mode that each came in."""
+    """Put every module in eval mode, and afterwards back in the mode that it came in."""
     training = [module for model in models for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -223,7 +223,7 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises FileExistsError unless `save_pretrained` may write `folder`: it is missing, empty, or holds a model."""
+    """Raise FileExistsError unless `save_pretrained` may write `folder`: it is missing, empty, or holds a model."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -231,13 +231,14 @@ def check_replaceable(folder: Path) -> None:
     names = {entry.name for entry in folder.iterdir()}
     foreign = sorted(names - {CONFIG_NAME, WEIGHTS_NAME})
     if foreign:
-        raise FileExistsError(f"folder: {folder} holds files of no model, not replaced: {foreign[:5]}")
+        raise FileExistsError(f"folder: {folder} holds files that are not a saved model's, not replaced: {foreign[:5]}")
     if names and not _describes_a_model(folder / CONFIG_NAME):
-        raise FileExistsError(f"folder: {folder} holds a model, but none that rqgen wrote, not replaced")
+        raise FileExistsError(f"folder: {folder} holds a model that rqgen did not write, not replaced")
 
 
 def _describes_a_model(path: Path) -> bool:
-    """Whether `save_pretrained` of any version wrote a config.json: other libraries use the same names of files."""
+    """Return True if `save_pretrained` of any version wrote a config.json: other libraries use the same names of
+    files."""
     try:
         return {"model_type", "format_version", "config"} <= read_json(path).keys()
     except (OSError, ValueError):
@@ -245,7 +246,7 @@ def _describes_a_model(path: Path) -> bool:
 
 
 def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, *, where: str) -> ModelT:
-    """The model of a config on torch's "meta" device, which needs no memory: to see whether a file fits it.
+    """Return the model of a config on torch's "meta" device, which needs no memory: to check a file against it.
 
     Raises:
         ValueError: it has many more parameters than `num_tensors` tensors of a file fill (a config may ask for
@@ -264,7 +265,7 @@ def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, 
         with torch.device("meta"):
             return model_class(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
-        # Of sizes that are out of range torch says much: lines of its own stack.
+        # For sizes out of range torch's message includes lines of its own stack.
         reason = " ".join(str(error).partition("Exception raised from")[0].split())[:200]
         raise ValueError(f"{where}: no model can be built of this config: {reason}") from error
     finally:
@@ -272,7 +273,7 @@ def sketch(model_class: Callable[[Any], ModelT], config: Any, num_tensors: int, 
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str, same_dtype: bool = False) -> None:
-    """Raises ValueError, which starts with `where`, unless `tensors` have the model's names, shapes and dtypes.
+    """Raise ValueError, which starts with `where`, unless `tensors` have the model's names, shapes and dtypes.
 
     Floating-point tensors may be float32, float16 or bfloat16, whatever the model's are (`same_dtype`: they must be as
     the model's); all others must have the model's dtype.
@@ -296,7 +297,7 @@ def check_fit(model: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: s
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: str, same_dtype: bool = False) -> None:
-    """Copies `tensors` into `model`; they must fit as `check_fit` says, and every value be finite.
+    """Copy `tensors` into `model`; they must fit as `check_fit` says, and every value be finite.
 
     Raises:
         ValueError: they do not fit, or are not finite; starts with `where`.
@@ -309,7 +310,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], *, where: s
 
 
 def first_not_finite(tensors: Mapping[str, torch.Tensor], waiting: frozenset[str] = frozenset()) -> str | None:
-    """The name of the first tensor with NaN or infinity, if any. Those of ``waiting`` may be NaN as a whole."""
+    """Return the name of the first tensor with NaN or infinity, if any. Those of ``waiting`` may be NaN as a whole."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
             continue
@@ -319,7 +320,7 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor], waiting: frozenset[str
 
 
 def _dtypes(expected: torch.Tensor, got: torch.Tensor, same: bool) -> tuple[torch.dtype | str, torch.dtype]:
-    """(expected, got): equal if the dtype is accepted."""
+    """Return (expected, got): equal if the dtype is accepted."""
     if same or not expected.is_floating_point():
         return expected.dtype, got.dtype
     return got.dtype if got.dtype in _FLOATS else "float32, float16 or bfloat16", got.dtype

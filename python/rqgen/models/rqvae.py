@@ -29,7 +29,7 @@ class RQVAEConfig:
     Attributes:
         image_channels: channels of an image.
         resolution: the side that the levels are counted from: a level's resolution is resolution / 2^level,
-            and attention stands where that number is in `attention_resolutions`.
+            and a level has attention if that number is in `attention_resolutions`.
         image_size: [height, width] of the images where they are not resolution x resolution.
         base_channels: channels of the finest level, before its multiplier.
         channel_multipliers: one per level, from the finest; levels are joined by factors of two.
@@ -47,7 +47,7 @@ class RQVAEConfig:
         reconstruction_loss: "mse" or "l1".
         commitment_weight: beta of equation (6).
         gradient_checkpointing: recompute ResNet blocks in backward, to save memory.
-        class_names: of the images it was trained on; for the record.
+        class_names: of the images it was trained on.
     """
 
     image_channels: int = 3
@@ -79,7 +79,7 @@ class RQVAEConfig:
         if self.attention_resolutions is None:
             self.attention_resolutions = [self.resolution // self.stride]
         if self.code_shape is None:
-            # At least 1: a size that no level divides is refused below, by its own name.
+            # At least 1: a size that the levels do not divide is refused below, by its own name.
             latents = [max(side // self.stride, 1) for side in self.image_shape]
             self.code_shape = [*latents, self.quantizer.depth]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
@@ -137,7 +137,7 @@ class RQVAEConfig:
 
     @property
     def attention_levels(self) -> list[bool]:
-        """For each level, from the finest, whether it has attention."""
+        """A flag for each level, from the finest: True if it has attention."""
         levels = range(len(self.channel_multipliers))
         resolutions = self.attention_resolutions or []
         return [self.resolution // 2**level in resolutions for level in levels]
@@ -163,10 +163,10 @@ class RQVAELoss(NamedTuple):
 class RQVAE(Tokenizer):
     """Encoder, residual quantizer, decoder.
 
-    Images are (B, channels, height, width) in [-1, 1], of any floating-point dtype (what comes in is cast to the
-    model's; see `rqgen.models.images` for values that are refused), codes int64 (B, h, w, D), latents "in code shape"
-    (B, h, w, code_dim). The convolutions take any size: images of other sizes work where height and width are
-    multiples of stride * patch, and give codes of a proportional map.
+    Images are (B, channels, height, width) in [-1, 1], of any floating-point dtype (they are cast to the model's; see
+    `rqgen.models.images` for values that are refused), codes int64 (B, h, w, D), latents "in code shape" (B, h, w,
+    code_dim). The convolutions take any size: images of other sizes work where height and width are multiples of stride
+    * patch, and give codes of a proportional map.
 
     `encode`, `decode`, `decode_partial` and `soft_codes` run without gradient and dropout in any mode, and never change
     state; calling the model in train mode updates the codebooks. An empty batch gives empty results, in eval mode.
@@ -217,7 +217,7 @@ class RQVAE(Tokenizer):
         return self.decoder.conv_out.weight
 
     def code_tensors(self) -> list[Tensor]:
-        """All tensors that decide what a code stands for."""
+        """Return all tensors that decide what a code stands for."""
         return self.quantizer.code_tensors()
 
     @property
@@ -231,7 +231,7 @@ class RQVAE(Tokenizer):
         return self.config.codes_hwd
 
     def forward(self, images: Tensor) -> RQVAEOutput:
-        """Encodes, quantizes (straight-through gradient) and decodes; in train mode updates the codebooks.
+        """Encode, quantize (straight-through gradient) and decode; in train mode update the codebooks.
 
         Raises:
             TypeError, ValueError: as `encode_latents`; no images in train mode.
@@ -245,7 +245,8 @@ class RQVAE(Tokenizer):
         return RQVAEOutput(self.decode_latents(quantized), commitment_loss, codes)
 
     def loss(self, images: Tensor) -> RQVAELoss:
-        """Equation (6): `reconstruction + commitment_weight * commitment`, means over elements, in float32.
+        """Return the loss of equation (6): `reconstruction + commitment_weight * commitment`, means over elements, in
+        float32.
 
         `reconstruction` is the mean of |x - x'|^2 ("mse") or |x - x'| ("l1"); `commitment` is described at
         `ResidualQuantizer.forward`.
@@ -261,10 +262,10 @@ class RQVAE(Tokenizer):
         return RQVAELoss(total, reconstruction, output.commitment_loss, output)
 
     def encode_latents(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """What the quantizer sees: latents in code shape (B, h, w, code_dim). Differentiable.
+        """Return the vectors that are quantized: latents in code shape (B, h, w, code_dim). Differentiable.
 
         Args:
-            check: whether images far outside [-1, 1] are refused.
+            check: refuse images far outside [-1, 1].
 
         Raises:
             TypeError, ValueError: images that `check_images` refuses, that are not (B, image_channels, height, width),
@@ -290,7 +291,7 @@ class RQVAE(Tokenizer):
         return patches.reshape(b, h, w, down * across * c)
 
     def decode_latents(self, latents_bhwc: Tensor) -> Tensor:
-        """Images (B, channels, H, W) from latents in code shape (B, h, w, code_dim). Differentiable."""
+        """Return images (B, channels, H, W) from latents in code shape (B, h, w, code_dim). Differentiable."""
         check_latents(latents_bhwc, "latents_bhwc", (None, None, self.config.code_dim), self.device)
         down, across = self.config.patch_shape
         b, h, w, _ = latents_bhwc.shape
@@ -300,27 +301,28 @@ class RQVAE(Tokenizer):
 
     @torch.no_grad()
     def encode(self, images: Tensor, packed: rqkernels.PackedCodebook | None = None) -> Tensor:
-        """Codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; sooner with `packed`, see `pack_codebook`.
-        Errors as `encode_latents`. Images whose latents are not finite get codes -1, which `decode` refuses."""
+        """Return codes int64 (B, h, w, D) of images (B, channels, H, W) in [-1, 1]; faster with `packed`, see
+        `pack_codebook`. Errors as `encode_latents`. Images whose latents are not finite get codes -1, which `decode`
+        refuses."""
         with eval_mode(self):
             return self.quantizer.encode(self.encode_latents(images), packed)
 
     def pack_codebook(self, num_images: int) -> rqkernels.PackedCodebook | None:
-        """Packs the current codebook for encoding about `num_images` images; None if packing would not pay off (see
+        """Pack the current codebook for encoding about `num_images` images; None if packing would not be faster (see
         `ResidualQuantizer.pack_codebook`)."""
         h, w, _ = self.code_shape
         return self.quantizer.pack_codebook(num_images * h * w)
 
     def encoder_for(self, num_images: int) -> Callable[[Tensor], Tensor]:
-        """`encode` for about `num_images` images, with a packed codebook where that pays off."""
+        """Return `encode` for about `num_images` images, with a packed codebook where that is faster."""
         return functools.partial(self.encode, packed=self.pack_codebook(num_images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, channels, H, W) from codes int64 (B, h, w, D). IndexError for a code outside [0, K).
+        """Return images (B, channels, H, W) of codes int64 (B, h, w, D). Raise IndexError for a code outside [0, K).
 
-        As the decoder gives them, like the published `decode_code`: values may leave [-1, 1], and a loss needs to see
-        that. `rqgen.generate` and `rqgen.edit` clamp.
+        The decoder's output as it is, like the published `decode_code`: values may leave [-1, 1], and a loss needs to
+        see that. `rqgen.generate` and `rqgen.edit` clamp.
         """
         self._check_codes(codes)
         with eval_mode(self):
@@ -328,9 +330,9 @@ class RQVAE(Tokenizer):
 
     @torch.no_grad()
     def decode_partial(self, codes: Tensor, depth: int) -> Tensor:
-        """Images from the codes of depths 1..depth only: coarse to fine (figure 5).
+        """Return images from the codes of depths 1..depth only: coarse to fine (figure 5).
 
-        codes and result as for `decode`; TypeError if depth is not an integer, ValueError if it is not in [1, D].
+        codes and result as for `decode`. Raise TypeError if depth is not an integer, ValueError if it is not in [1, D].
         """
         depth = check_integer(depth, "decode_partial: depth", 1, self.depth)
         self._check_codes(codes)
@@ -341,10 +343,10 @@ class RQVAE(Tokenizer):
     def soft_codes(
         self, images: Tensor, tau: float, *, stochastic: bool = False, seed: int = 0, offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Code distributions of every depth, `Q_tau(k | r_{d-1}) ~ exp(-|r_{d-1} - e(k)|^2 / tau)`.
+        """Return the code distributions of every depth, `Q_tau(k | r_{d-1}) ~ exp(-|r_{d-1} - e(k)|^2 / tau)`.
 
-        Equation (15). For inspection: the distributions are materialised, while training computes its loss
-        from the residuals.
+        Equation (15). For inspection: the distributions are materialised, while training computes its loss from the
+        residuals.
 
         Args:
             images: (B, channels, H, W) in [-1, 1].

@@ -11,8 +11,8 @@ from torch import Tensor
 class ForeignTensors:
     """A foreign state dict, of which every tensor is to be taken once; gathers all that does not fit.
 
-    In the place of what is missing or does not fit comes a small tensor: a configuration may expect any shape. `finish`
-    then raises.
+    A small tensor replaces each one that is missing or does not fit: a configuration may expect any shape. `finish`
+        then raises.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -20,7 +20,7 @@ class ForeignTensors:
         self._problems: list[str] = []
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The floating-point tensor of this name and shape."""
+        """Return the floating-point tensor of this name and shape."""
         tensor = self._pop(name, shape)
         if tensor is not None and not tensor.is_floating_point():
             self._problems.append(f"{name}: expected floating-point numbers, got {tensor.dtype}")
@@ -31,13 +31,13 @@ class ForeignTensors:
     def drop(
         self, name: str, shape: tuple[int | None, ...], fault_of: Callable[[Tensor], str | None] = lambda tensor: None
     ) -> None:
-        """Takes a tensor that our model has no place for: it must have this shape (None: any size) and no fault."""
+        """Take a tensor that our model has no place for: it must have this shape (None: any size) and no fault."""
         tensor = self._pop(name, shape)
         if tensor is not None and (fault := fault_of(tensor)) is not None:
             self._problems.append(f"{name}: {fault}")
 
     def finish(self, expected: str, *, where: str = "") -> None:
-        """Raises ValueError, which starts with `where`, if a tensor was missing, did not fit, or is left over;
+        """Raise ValueError, which starts with `where`, if a tensor was missing, did not fit, or is left over;
         `expected` says what they are to fit."""
         problems = self._problems + [f"unknown {name}" for name in sorted(map(str, self._remaining))]
         if problems:

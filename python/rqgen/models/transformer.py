@@ -15,7 +15,7 @@ from .attention import attention
 from .changes import as_written
 
 ACTIVATIONS = ("gelu", "quick_gelu")
-# What `rqkernels.depth_attention` takes: more positions, or wider heads, are work for tiled kernels.
+# Limits of `rqkernels.depth_attention`: more positions, or wider heads, need tiled kernels.
 _FEW_POSITIONS, _WIDEST_HEAD = 32, 256
 _SHORT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,7 +28,7 @@ class TransformerConfig:
         layers: number of blocks; 0 makes the stack the identity.
         heads: attention heads; must divide the width.
         activation: "gelu" (exact) or "quick_gelu", `x * sigmoid(1.702 x)`.
-        attention_bias, mlp_bias: whether the linear layers of attention and MLP have biases.
+        attention_bias, mlp_bias: True if the linear layers of attention and MLP have biases.
         attention_dropout: on attention weights.
         residual_dropout: on what attention and MLP add to the residual stream.
     """
@@ -43,15 +43,15 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.layers < 0:
-            raise ValueError(f"layers must be >= 0, got {self.layers}")
+            raise ValueError(f"layers: expected a number >= 0, got {self.layers}")
         if self.heads < 1:
-            raise ValueError(f"heads must be >= 1, got {self.heads}")
+            raise ValueError(f"heads: expected a number >= 1, got {self.heads}")
         check_bounds(self, layers=(0, 1024), heads=(1, 2**16))
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
 
 
 class Cache(Protocol):
@@ -61,19 +61,19 @@ class Cache(Protocol):
     length: int
 
     def write(self, layer: int, k_bhnd: Tensor, v_bhnd: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new positions of one layer; gives its keys and values of all positions."""
+        """Store new positions of one layer; return its keys and values of all positions."""
         ...
 
     def mask(self, new: int) -> Tensor | None:
-        """Marks the keys that each of `new` positions sees; None where attention is plainly causal."""
+        """Mark the keys that each of `new` positions sees; None where attention is causal without an offset."""
         ...
 
     def advance(self, positions: int) -> None:
-        """Counts the positions that all layers have written."""
+        """Count the positions that all layers have written."""
         ...
 
     def reset(self) -> None:
-        """Forgets every position."""
+        """Forget every position."""
         ...
 
 
@@ -89,8 +89,8 @@ class QuickGELU(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before.
 
-    Few positions without a cache, as every stack of codes is in training, go through
-    `rqkernels.depth_attention_packed`, which has no dropout and no float64; all else through torch's.
+    Few positions without a cache, such as the stacks of codes in training, go through
+    `rqkernels.depth_attention_packed`, which has no dropout and no float64; all others through `attention`.
     """
 
     def __init__(self, config: TransformerConfig, width: int) -> None:
@@ -150,13 +150,13 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, width: int) -> None:
         super().__init__()
         if width % config.heads:
-            raise ValueError(f"heads ({config.heads}) must divide the width ({width})")
+            raise ValueError(f"heads: expected a divisor of the width, {width}, got {config.heads}")
         self.width = width
         self.heads = config.heads
         self.blocks = nn.ModuleList([TransformerBlock(config, width) for _ in range(config.layers)])
 
     def forward(self, x_bnw: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B, n, width) -> (B, n, width). With a cache, x holds only the positions it has not seen yet."""
+        """Map (B, n, width) to (B, n, width). With a cache, x holds only the positions it has not seen yet."""
         for layer, block in enumerate(self.blocks):
             x_bnw = block(x_bnw, cache, layer)
         if cache is not None:

@@ -22,8 +22,8 @@ class KnownRows:
     """Codes that are given: the first rows of the codes of each image.
 
     Attributes:
-        codes: (num, h, w, D), of a prior over stacks of codes; what stands below `rows` is ignored.
-        rows: how many rows are kept, in [0, h).
+        codes: (num, h, w, D), of a prior over stacks of codes; rows from `rows` on are ignored.
+        rows: number of rows that are kept, in [0, h).
     """
 
     codes: Tensor
@@ -31,7 +31,7 @@ class KnownRows:
 
 
 def check_models(prior: Any, vae: Any) -> None:
-    """Raises TypeError or ValueError unless they are a prior and the tokenizer whose codes it models, on one device."""
+    """Raise TypeError or ValueError unless they are a prior and the tokenizer whose codes it models, on one device."""
     if not isinstance(prior, Prior):
         known = ", ".join(model.__name__ for model in MODELS.values() if issubclass(model, Prior))
         raise TypeError(f"prior: expected a prior ({known}), got {type(prior).__name__}")
@@ -42,8 +42,8 @@ def check_models(prior: Any, vae: Any) -> None:
 
 
 def check_condition(condition: Any, prior: Prior, names: Sequence[str] | None = None) -> Tensor:
-    """The condition as an int64 tensor on the prior's device, every id in range: integers of every width, class names
-    (the prior's, or `names`) become labels."""
+    """Return the condition as an int64 tensor on the prior's device, every id in range: integers of every width, class
+    names (the prior's, or `names`) become labels."""
     names = names_of_classes(prior) if names is None else names
     condition = _labels_of_names(condition, names)
     try:
@@ -77,7 +77,7 @@ def _labels_of_names(condition: Any, names: Sequence[str]) -> Any:
 
 
 def check_known(known: Any, prior: Prior) -> Tensor | None:
-    """The known codes (num, n) on the prior's device, in range; None where none are given."""
+    """Return the known codes (num, n) on the prior's device, in range; None where none are given."""
     if known is None:
         return None
     if not isinstance(known, KnownRows):
@@ -101,11 +101,11 @@ def check_known(known: Any, prior: Prior) -> Tensor | None:
 
 
 def number_of_images(condition: Tensor | None, num: Any, known: Tensor | None) -> int:
-    """How many images are asked for."""
+    """Return the number of images that are asked for."""
     if num is not None:
         num = check_integer(num, "num", 1)
         if condition is not None:
-            raise ValueError("num: only without a condition, whose length says how many images")
+            raise ValueError(f"num: expected None with a condition, whose length is the number of images, got {num}")
     counts = {
         name: count
         for name, count in (
@@ -118,17 +118,17 @@ def number_of_images(condition: Tensor | None, num: Any, known: Tensor | None) -
     if not counts:
         raise ValueError("num: expected the number of images, as there is no condition; got None")
     if len(set(counts.values())) > 1:
-        raise ValueError(f"known.codes: the number of images differs: {counts}")
+        raise ValueError(f"known.codes: expected the same number of images everywhere, got {counts}")
     return next(iter(counts.values()))
 
 
 def finished_images(images: Tensor, first_image: int) -> Tensor:
-    """Images as `generate` and `edit` return them, in [-1, 1].
+    """Return images as `generate` and `edit` return them, in [-1, 1].
 
     Raises:
         ValueError: a value that is not finite; a clamped one would look like a picture.
     """
     bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"vae: what it decodes for image {first_image + bad[0]} is not finite (NaN or infinity)")
+        raise ValueError(f"vae: expected finite images, got NaN or infinity in image {first_image + bad[0]}")
     return images.clamp(-1, 1)

@@ -32,9 +32,9 @@ class SamplingCost(NamedTuple):
 
 @functools.singledispatch
 def sampling_cost(config: Any, batch: int) -> Any:
-    """Work of sampling `batch` images' codes with caches, in parts that follow one another: of an RQ-Transformer its
-    two stacks (`SamplingCost`), of a VAR its scales (a list of `Cost`). With guidance every image is two rows: give
-    twice as many.
+    """Return the work of sampling `batch` images' codes with caches, in parts that follow one another: of an
+    RQ-Transformer its two stacks (`SamplingCost`), of a VAR its scales (a list of `Cost`). With guidance every image is
+    two rows: give twice as many.
 
     RQ-Transformer, position by position and code by code. With width W, N_s and N_d layers, T positions, D codes at
     each of them, L condition tokens and B = `batch`, the leading terms are
@@ -50,11 +50,11 @@ def sampling_cost(config: Any, batch: int) -> Any:
         weights      (12 N W^2 + K W) S + 6 N W^2                 attention    4 W B N sum_k l_k e_k
 
     and products 2 B e_S (12 N W^2 + K W): every token passes through all layers, as in an RQ-Transformer of one stack,
-    but S times in all weights are read and not once per token. The 6 N W^2 are the adaptive norms', which see one row
-    per image and count to the first scale.
+    but the weights are read S times in all and not once per token. The 6 N W^2 are the adaptive norms', which see one
+    row per image and count to the first scale.
 
-    Biases, norms, position embeddings, condition and code look-ups are left out, and of a VAR what turns a token map
-    into the next scale's input (3x3 convolutions of C channels).
+    Biases, norms, position embeddings, condition and code look-ups are not counted, nor the computation of a VAR's next
+    input from a token map (3x3 convolutions of C channels).
     """
     raise TypeError(f"config: expected an RQTransformerConfig or a VARConfig, got {type(config).__name__}")
 
@@ -64,7 +64,7 @@ def _stacks_cost(config: RQTransformerConfig, batch: int) -> SamplingCost:
     width = config.embed_dim
     height, columns, depth = config.code_shape
     positions = height * columns
-    # The last code map position is nobody's input; the condition's tokens go through together, in one step.
+    # The last position of a code map is not an input; the condition's tokens go through together, in one step.
     tokens = config.condition_length + positions - 1
     seen = tokens * (tokens + 1) // 2
     layer = 12 * width * width

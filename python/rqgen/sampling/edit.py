@@ -1,4 +1,4 @@
-"""Editing: a part of an image is sampled anew, the rest is kept."""
+"""Edit images: sample a part of an image again and keep the rest."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .arguments import KnownRows, check_condition, check_models, finished_images
 from .generate import generate
 
 _NAMES = ("condition", "params", "precision")
-# How often what is encoded is corrected, at an encoding and a decoding each. After two the known half of a digit is
-# closer than the tokenizer brings it in a whole one (docs/sampling.md).
+# Corrections of the encoder's input, one encoding and one decoding each. After two the known half of a digit is closer
+# than in the reconstruction of a whole one (docs/sampling.md).
 _CORRECTIONS = 3
 
 
@@ -48,33 +48,33 @@ def edit(
     precision: str | Engine = "fp32",
     **sampling: Any,
 ) -> EditOutput:
-    """Samples the masked part of images anew, under a condition, and keeps the rest.
+    """Sample the masked part of images again, under a condition, and keep the rest.
 
     In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
     (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask may have any value, NaN
     included: before anything is computed they are replaced by the mean of the image's other pixels. The others come
-    back as they are (`images`), and as the tokenizer has them (`decoded`).
+        back unchanged (`images`), and as the tokenizer decodes them (`decoded`).
 
     A VAR takes the code nearest to the image for every place of every scale of which at least half is known, and
     samples the others (see `ScaleSampler`). The sampled and the known part then go through the tokenizer as one image,
-    and three times more, each time with the error of the time before added to the known part; of the four results each
+    and three more times, each time with the last error added to the known part; of the four results each
     image takes the one whose known part is closest.
 
-    An RQ-Transformer samples in raster order: a position sees what stands above it and to its left, never what stands
-    below or to its right. So it can complete images from the rows above, and nothing else.
+    An RQ-Transformer samples in raster order: a position sees the positions above it and to its left, never those below
+    or to its right. So it can complete images from the rows above, and nothing else.
 
     Args:
         prior, vae: as `generate` takes them.
         images: (N, channels, H, W), of the tokenizer's size and dtype, on its device. Pixels that are kept must be in
             [-1, 1], as they come back unchanged: clamp what resizing has moved beyond.
-        mask: bool (H, W), or (N, H, W): True where an image is sampled anew. For an RQ-Transformer all rows from some
+        mask: bool (H, W), or (N, H, W): True where an image is sampled again. For an RQ-Transformer all rows from some
             row on, the same for all images, and at least the last one; it samples from the row of codes on that holds
             the first of them.
         condition, params, precision, sampling: as in `generate`; smooth sampling is not possible.
 
     Raises:
-        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or against another one; a mask
-            that covers an image whole, or that an RQ-Transformer cannot serve.
+        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or in contradiction to another
+            one; a mask that covers an image whole, or that an RQ-Transformer cannot serve.
     """
     check_models(prior, vae)
     params = SamplingParams.of(params, sampling, beside=_NAMES)
@@ -94,7 +94,7 @@ class _Job(NamedTuple):
 
     images: Tensor
     known: Tensor
-    """bool (N, 1, H, W): the pixels that are kept."""
+    """The pixels that are kept, bool (N, 1, H, W)."""
     condition: Tensor | None
     params: SamplingParams
     engine: Engine
@@ -102,7 +102,7 @@ class _Job(NamedTuple):
 
 @functools.singledispatch
 def _edit(prior: Prior, vae: Tokenizer, job: _Job) -> EditOutput:
-    """Edits images by the function that is registered for the prior's class."""
+    """Edit images by the function that is registered for the prior's class."""
     raise TypeError(f"prior: a {type(prior).__name__} cannot edit images; expected a VAR or an RQTransformer")
 
 
@@ -124,8 +124,8 @@ def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
             share = F.adaptive_avg_pool2d(known[some].float(), (height, width))
             region = KnownRegion(latents, vae.quantizer.nearest, share)
             sampled = sampler.sample(condition_nl[some], resolved, first_image=first_image, region=region)
-            drawn = finished_images(vae.decode(prior.layout.by_level(sampled.codes)), first_image).to(images.dtype)
-            found = _refine_by_reencoding(vae, images[some], known[some], drawn)
+            start_images = finished_images(vae.decode(prior.layout.by_level(sampled.codes)), first_image)
+            found = _refine_by_reencoding(vae, images[some], known[some], start_images.to(images.dtype))
             codes.append(found[0])
             decoded.append(finished_images(found[1], first_image))
     whole = torch.cat(decoded)
@@ -133,17 +133,17 @@ def _edit_scales(prior: VAR, vae: MultiScaleVQVAE, job: _Job) -> EditOutput:
 
 
 def _refine_by_reencoding(
-    vae: MultiScaleVQVAE, images: Tensor, known: Tensor, drawn: Tensor
+    vae: MultiScaleVQVAE, images: Tensor, known: Tensor, start: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Token maps of images whose unknown part was sampled, and what they decode to.
+    """Return token maps of images whose unknown part was sampled, and the images they decode to.
 
-    Latents beside the mask were made without what now lies there, coarse codes stand for both parts, and norms take
-    their statistics of both: the known part comes back worse than from a whole image. So what is encoded is moved
-    against the error, as an integrating controller does it.
+    Latents next to the mask were made without what is there now, coarse codes represent both parts, and norms take
+        their statistics from both: the known part is reconstructed worse than from a whole image. So the encoder's
+            input is moved against the error, as an integrating controller does it.
     """
-    target, maps, decoded, errors = torch.where(known, images, drawn), [], [], []
+    target, maps, decoded, errors = torch.where(known, images, start), [], [], []
     for _ in range(1 + _CORRECTIONS):
-        # However far it has been moved, the image itself was checked.
+        # Not checked: the target may be moved out of range, and the image itself was checked.
         maps.append(vae.quantizer.encode(vae.encode_latents(target, check=False)))
         decoded.append(vae.decode(maps[-1]))
         error = torch.where(known, images - decoded[-1].to(images.dtype), 0)
@@ -175,7 +175,7 @@ def _complete_rows(prior: RQTransformer, vae: RQVAE, job: _Job) -> EditOutput:
 
 
 def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
-    """bool (N, 1, H, W): the pixels that are kept."""
+    """The pixels that are kept, bool (N, 1, H, W)."""
     check_images(images, values=False)
     for name, value in (("images", images), ("mask", mask)):
         check_tensor(value, name, vae.device, "tokenizer")
@@ -188,7 +188,9 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
         raise ValueError(f"mask: expected {shape[1:]} or {(len(images), *shape[1:])}, got {tuple(mask.shape)}")
     known = ~mask.expand(len(images), *shape[1:]).unsqueeze(1)
     if not bool(known.flatten(1).any(dim=1).all()):
-        raise ValueError("mask: it covers an image whole, nothing is left to keep; use generate")
+        raise ValueError(
+            "mask: expected a pixel to keep in every image, got an image that is masked as a whole; use generate"
+        )
     kept = torch.where(known, images, 0)
     check_images(kept)
     if images.dtype != vae.dtype:
@@ -203,6 +205,6 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
 
 
 def _filled(images: Tensor, known: Tensor) -> Tensor:
-    """Images with the mean of their known pixels in the place of the others."""
+    """Return images with the mean of their known pixels in the place of the others."""
     mean = torch.where(known, images, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
     return torch.where(known, images, mean)

@@ -45,7 +45,7 @@ def generate(
     progress: bool = False,
     **sampling: Any,
 ) -> GenerateOutput:
-    """Samples codes from `prior` and decodes them with `vae`: an RQ-Transformer's position by position and depth by
+    """Sample codes from `prior` and decode them with `vae`: an RQ-Transformer's position by position and depth by
     depth, a VAR's scale by scale.
 
         generate(prior, vae, [3, "seven"], cfg_scale=1.5, top_p=0.95, seed=1)
@@ -59,14 +59,14 @@ def generate(
     roundings; with and without graphs it is the same.
 
     Hooks, adapters (LoRA), parametrizations, replaced modules and overridden methods count. Packed weights and graphs
-    do not know of them, so the modules of such a prior are called, which takes longer and is said once, by a warning.
-    They see one position at a time; a prior that itself has hooks or overridden methods is called as a whole for every
-    code (a VAR for every scale), and so is every prior while torch has hooks on all modules. Products are then torch's:
-    a code may change with the split of the batch where its uniform falls between two roundings.
+    ignore them, so the modules of such a prior are called, which takes longer; a warning says so once. They see one
+    position at a time; a prior that itself has hooks or overridden methods is called as a whole for every code (a VAR
+    for every scale), and so is every prior while torch has hooks on all modules. Products are then torch's: a code may
+    change with the split of the batch where its uniform falls between two roundings.
 
     Keys and values are kept, and never concatenated or moved. An RQ-Transformer's position is on the CPU one
     `rqkernels.transformer_step` and one `rqkernels.depth_decode`, over weights that are packed at the first call and
-    kept while the prior lives and stays as it is (beside a copy of it, that tells; see `rqgen.inference.packed`). On a
+    kept while the prior lives and is unchanged (a copy of its weights shows that; see `rqgen.inference.packed`). On a
     GPU it is one CUDA graph. A VAR's scale is one pass over its tokens alone.
 
     Both models are used in eval mode, without gradients, and left in the mode they came in.
@@ -77,17 +77,18 @@ def generate(
             device, or a list. In a list a class may also be given by its name (of `prior.class_names`) or by its number
             as text; where names are numbers themselves, text is always a name. None: no condition, or the null
             condition of a prior that learned one.
-        num: how many images, only without a condition (and not needed with `known`).
+        num: number of images, only without a condition (and not needed with `known`).
         params: settings of sampling.
         batch_size: images sampled and decoded together; None is 256.
         known: rows of codes that are kept, for priors over stacks of codes; `edit` keeps parts of images.
         precision: "fp32", "bf16" or "int8", or an `Engine`, which says what they are.
-        progress: whether to show a progress bar.
+        progress: show a progress bar.
         sampling: fields of `SamplingParams` (temperature, top_k, top_p, cfg_scale, seed, offset, smooth), which replace
             those of `params`.
 
     Raises:
-        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or against another one.
+        TypeError, ValueError, IndexError: an argument of the wrong kind, out of range or in contradiction to another
+            one.
         ValueError: logits without a distribution (NaN, +inf, nothing but -inf), decoded images that are not finite.
     """
     check_models(prior, vae)
@@ -132,7 +133,7 @@ def generate(
 
 @contextmanager
 def progress_bar(shown: bool, num: int, steps: int) -> Iterator[Callable[[int], None]]:
-    """Yields what to call with the number of images that moved on by one step."""
+    """Show a progress bar; yield the function to call with the number of images that moved on by one step."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -77,7 +77,7 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
-        """Reads a folder that `save_pretrained`, or `rqgen demo`, wrote: tokenizer/, prior/ and pipeline.json. A folder
+        """Read a folder that `save_pretrained`, or `rqgen demo`, wrote: tokenizer/, prior/ and pipeline.json. A folder
         with the two models alone is read too.
 
         Raises:
@@ -92,16 +92,17 @@ class Pipeline:
                 raise FileNotFoundError(f"folder: expected tokenizer/ and prior/ in {source}, but {part}/ is missing")
         names = _read_names(source / DESCRIPTION) if (source / DESCRIPTION).is_file() else None
         tokenizer, prior = (load_pretrained(source / part, device) for part in _PARTS)
-        for name, model, kind in (("tokenizer", tokenizer, Tokenizer), ("prior", prior, Prior)):
-            if not isinstance(model, kind):
-                raise ValueError(f"{source / name}: expected a {name}, got a {model.model_type}")
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError(f"{source / 'tokenizer'}: expected a tokenizer, got a {tokenizer.model_type}")
+        if not isinstance(prior, Prior):
+            raise ValueError(f"{source / 'prior'}: expected a prior, got a {prior.model_type}")
         try:
-            return cls(tokenizer, prior, class_names=names)  # type: ignore[arg-type]
+            return cls(tokenizer, prior, class_names=names)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes tokenizer/, prior/ and pipeline.json into `folder`, whole or not at all.
+        """Write tokenizer/, prior/ and pipeline.json into `folder`, whole or not at all.
 
         Raises:
             FileExistsError: `folder` is not a folder, or holds files of something else.
@@ -113,7 +114,9 @@ class Pipeline:
                 raise FileExistsError(f"folder: {target} exists and is not a folder")
             foreign = sorted({entry.name for entry in target.iterdir()} - {*_PARTS, DESCRIPTION})
             if foreign:
-                raise FileExistsError(f"folder: {target} holds files of no pipeline, not replaced: {foreign[:5]}")
+                raise FileExistsError(
+                    f"folder: {target} holds files that are not a pipeline's, not replaced: {foreign[:5]}"
+                )
             for part in _PARTS:
                 check_replaceable(target / part)
         with new_folder(target) as written:
@@ -122,18 +125,18 @@ class Pipeline:
             write_description(written, self.prior.class_names or self._given_names)
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves both models; returns the pipeline."""
+        """Move both models; return the pipeline."""
         self.tokenizer.to(device)
         self.prior.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of the models."""
         return self.prior.device
 
     def __call__(self, condition: Any = None, num: int | None = None, **settings: Any) -> PipelineOutput:
-        """Samples images.
+        """Sample images.
 
         Args:
             condition: a class by its name or number, of which `num` images are sampled (1 by default); or a list of
@@ -157,7 +160,7 @@ class Pipeline:
         return PipelineOutput([_to_pil(image) for image in to_uint8(tensors).cpu()], tensors, sampled.codes)
 
     def _single_class(self, condition: Any) -> int | None:
-        """The label of a class that is given by itself; None for a list or tensor of several."""
+        """Return the label of a class that is given by itself; None for a list or tensor of several."""
         if isinstance(condition, str):
             names = self.class_names if self.prior.num_classes else ()
             return class_label(condition, names, "condition")
@@ -171,7 +174,7 @@ class Pipeline:
 
 
 def write_description(folder: Path, class_names: Sequence[str]) -> None:
-    """Writes `folder`/pipeline.json, which makes a pipeline of the folder's tokenizer/ and prior/."""
+    """Write `folder`/pipeline.json, which makes a pipeline of the folder's tokenizer/ and prior/."""
     write_json(folder / DESCRIPTION, {"format_version": FORMAT_VERSION, "class_names": list(class_names)})
 
 
@@ -190,6 +193,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
 
 
 def _to_pil(image_chw: Tensor) -> Image.Image:
-    """A PIL image of bytes (1 or 3, H, W)."""
+    """Return a PIL image of bytes (1 or 3, H, W)."""
     pixels = image_chw.permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -188,7 +188,7 @@ def test_mistakes(rqgen, tmp_path):
     for arguments, words in (
         (["--shape", "8x8"], "--shape: expected three numbers like 8x8x4, got '8x8'"),
         (["--precision", "fp64"], "--precision: expected one of fp32, bf16, int8, got 'fp64'"),
-        (["--preset", "2B"], "name must be one of"),
+        (["--preset", "2B"], "name: expected one of"),
     ):
         code, _, err = rqgen("bench", "sampling", *SMALL, *arguments, "--device", "cpu", "--out", tmp_path)
         assert code == 1 and words in err and err.count("\n") == 1

@@ -190,7 +190,9 @@ def test_a_prior_of_another_tokenizer_is_refused(refused, pair, tmp_path):
     with torch.no_grad():
         vae.quantizer.codebooks.add_(1)
     vae.save_pretrained(tmp_path / "other")
-    assert "vae: its codebooks are not the ones" in refused(pair, "--tokenizer", tmp_path / "other")
+    assert "vae: expected the codebooks that the prior was made with" in refused(
+        pair, "--tokenizer", tmp_path / "other"
+    )
 
 
 def test_classes_of_other_images_are_no_classes_of_the_prior(evaluated, refused, pair):

@@ -97,7 +97,7 @@ def mine(photos, tmp_path_factory):
         ("prior", "prior.spatial.layers=2147483648", "prior.spatial.layers: expected at most 1024, got 2147483648"),
         ("prior", "prior.embed_dim=2147483648", "prior.embed_dim: expected at most 131072, got 2147483648"),
         ("prior", "prior.tau=inf", "'prior.tau': expected a finite number or null, got 'inf'"),
-        ("prior", "prior.preset=2B", "prior: name must be one of 90M"),
+        ("prior", "prior.preset=2B", "prior: name: expected one of 90M"),
         ("prior", "prior.condition=classes", "'prior.condition': expected one of none, class, got 'classes'"),
         ("var tokenizer", "model.quantizer.scales=[1,9999]", "scales: expected token maps of at most 4096 a side"),
         ("var tokenizer", f"model.quantizer.scales={[1] * 300}", "scales: expected at most 256, got 300"),

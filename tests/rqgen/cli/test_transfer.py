@@ -130,7 +130,7 @@ def test_sample_mistakes(rqgen, trained, tmp_path):
     other.quantizer.codebook += 1
     other.save_pretrained(tmp_path / "other")
     code, _, err = rqgen("sample", "--prior", prior, "--tokenizer", tmp_path / "other")
-    assert code == 1 and "codebooks are not the ones" in err
+    assert code == 1 and "expected the codebooks that the prior was made with" in err
     code, _, err = rqgen("sample", "--prior", prior, "--tokenizer", prior)
     assert code == 1 and "--tokenizer: " in err and "holds no tokenizer, but a rqtransformer" in err
     assert rqgen("sample", "--num", 0)[0] == 2

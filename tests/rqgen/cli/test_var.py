@@ -196,7 +196,7 @@ def test_edit_takes_images_and_masks_as_a_viewer_shows_them(rqgen, trained, tmp_
         assert (sheet[2:34, 2:34] == pixels).all()
         assert (sheet[18:34, 36:68] == 128).all() and (sheet[2:18, 36:68] == pixels[:16]).all()
     code, _, err = rqgen("edit", "inpaint", *models, "--mask", tmp_path / "ink.png", "--out", tmp_path / "x.png")
-    assert code == 1 and "covers an image whole" in err  # white on white
+    assert code == 1 and "an image that is masked as a whole" in err  # white on white
 
 
 def test_edit_mistakes(rqgen, trained, pictures, tmp_path):

@@ -35,7 +35,7 @@ def vae(kakaobrain: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prior(kakaobrain: Path, vae: Path) -> Path:
-    """A published prior, its tokenizer beside it."""
+    """A published prior, with its tokenizer next to it."""
     return Path(shutil.copytree(kakaobrain / PRIOR, vae.parent / PRIOR))
 
 

@@ -27,7 +27,7 @@ def vae(kakaobrain: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prior(kakaobrain: Path, tmp_path: Path) -> Path:
-    """A private copy of the published prior's folder, alone: its tokenizer is not beside it."""
+    """A private copy of the published prior's folder, alone: its tokenizer is not next to it."""
     return Path(shutil.copytree(kakaobrain / PRIOR, tmp_path / "alone" / PRIOR))
 
 

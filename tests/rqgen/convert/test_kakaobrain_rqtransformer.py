@@ -250,7 +250,7 @@ def changed(arch: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("input_embed_dim", 7, "arch.input_embed_dim: expected the codebooks' 6, got 7"),
         ("input_embed_dim", None, "arch.input_embed_dim: expected the codebooks' 6, got None"),
         ("vocab_size_cond", 1, None),
-        ("body.block.n_head", 3, r"embed_dim \(8\) must be divisible by spatial.heads"),
+        ("body.block.n_head", 3, r"embed_dim: expected a multiple of spatial\.heads, 3, got 8"),
         ("block_size", [2, 3, 3], r"pos_emb_hw: expected shape \(1, 6, 8\), got \(1, 4, 8\)"),
         ("body.n_layer", 2, "missing body_transformer.blocks.1.ln1.weight"),
         ("head.n_layer", 0, "unknown head_transformer.blocks.0.attn.key.bias"),

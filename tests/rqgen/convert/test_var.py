@@ -143,7 +143,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"vae": {"vocabsize": 3}}, "config: vae: .*vocabsize.*vocab_size"),
         ({"var": {"depth": "deep"}}, "config: var: wrong value at 'depth'"),
         ({"vae": {"v_patch_nums": [1, 2]}}, r"var.patch_nums: expected the tokenizer's v_patch_nums, \[1, 2\]"),
-        ({"var": {"num_heads": 3}}, r"config: embed_dim \(1024\) must be divisible by heads"),
+        ({"var": {"num_heads": 3}}, r"config: embed_dim: expected a multiple of heads, 3, got 1024"),
     ],
 )
 def test_bad_configurations_are_named(published_var: Path, config: dict[str, Any], message: str) -> None:

@@ -199,7 +199,7 @@ def test_logits_without_a_distribution_are_an_error(monkeypatch: pytest.MonkeyPa
     sampler = CapturedSampler(make_prior(), capture=False)
     with pytest.raises(ValueError, match="prior: the logits of image 102 have NaN"):
         draw(sampler, offset=100)
-    assert draw(sampler, offset=100).min() >= 0  # the next call begins anew
+    assert draw(sampler, offset=100).min() >= 0  # the next call starts again
 
 
 def test_keys_that_are_not_numbers_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,9 @@ def test_every_level_has_an_entry(system):
 
 def test_smooth_sampling_is_of_a_var():
     assert SamplingParams(smooth=True).resolve(PRIORS["var"], None).smooth
-    with pytest.raises(ValueError, match="smooth: only a VAR has it, and the prior is an RQTransformer"):
+    with pytest.raises(
+        ValueError, match="smooth: expected False, as a prior of type RQTransformer has no smooth sampling, got True"
+    ):
         SamplingParams(smooth=True).resolve(PRIORS["rq"], None)
 
 

@@ -340,7 +340,7 @@ def test_soft_codes_of_different_sizes_have_no_common_tensor() -> None:
 
 
 def test_codes_are_certified() -> None:
-    """Codes 1e-6 apart beside an offset of 100: float32 distances cannot tell them apart, ours can."""
+    """Codes 1e-6 apart next to an offset of 100: float32 distances cannot tell them apart, ours can."""
     fast = Pair("separate").fast.eval()
     for book in fast.codebooks:
         book.weight[:-1] = torch.randn(1, 6) + 1e-6 * torch.randn(40, 6)
@@ -516,7 +516,7 @@ def test_a_vector_that_is_not_finite_touches_nothing_else(pair: Pair, training: 
     pair.fast.train(training)
     x = pair.batch()
     x[0, 0, 0, 0] = torch.nan
-    for _ in range(3):  # restarts may draw it
+    for _ in range(3):  # restarts may sample it
         quantized, loss, codes = pair.fast(x)
         assert (codes[0, 0, 0] == -1).all() and (codes == -1).sum() == codes.shape[-1]
         assert quantized[0, 0, 0].isnan().all() and quantized[1].isfinite().all() and loss.isnan()
@@ -707,13 +707,16 @@ class CountTensors(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("touch", "message"),
     [
-        (lambda soft: torch.log(soft), "log: got SoftCodes"),
+        (lambda soft: torch.log(soft), "log: expected a tensor, got SoftCodes"),
         (lambda soft: torch.ones(3) * soft, "SoftCodes"),
         (lambda soft: soft * torch.ones(3), "SoftCodes"),
         (lambda soft: -soft, "SoftCodes"),
         (lambda soft: soft[0], "SoftCodes"),
-        (lambda soft: nn.functional.cross_entropy(torch.zeros(4, 40), soft), "cross_entropy: got SoftCodes"),
-        (lambda soft: np.asarray(soft), "numpy: got SoftCodes"),
+        (
+            lambda soft: nn.functional.cross_entropy(torch.zeros(4, 40), soft),
+            "cross_entropy: expected a tensor, got SoftCodes",
+        ),
+        (lambda soft: np.asarray(soft), "numpy: expected a tensor, got SoftCodes"),
         (lambda soft: [*soft], "SoftCodes"),
     ],
 )
@@ -819,7 +822,7 @@ def test_published_averages_after_a_training_pass(published: tuple[Bottleneck, d
 
 
 def train_in_a_group(store: str, rank: int, out: str) -> None:
-    """One of two processes: both see other data and draw other numbers, the averages must not differ."""
+    """One of two processes: both see other data and sample other numbers, the averages must not differ."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     pair = Pair("shared")
@@ -942,7 +945,7 @@ def test_codebooks_that_others_changed(change: Callable[[nn.Module], None], afte
     assert not torch.equal(naive(x)[0], plain(x)[0])
     if said:
         lazy = rqgen.accelerate(fast, lazy_soft_codes=True)
-        with pytest.raises(ValueError, match=r"get_soft_codes: codebooks\.1.*, of which lazy soft codes know nothing"):
+        with pytest.raises(ValueError, match=r"get_soft_codes: codebooks\.1.*, which lazy soft codes do not include"):
             lazy.get_soft_codes(x)
 
 

@@ -55,7 +55,7 @@ class Settings(UserDict[str, Any]):
 
 
 class NaiveTransformer(nn.Module):
-    """Parameters and attributes of the published RQTransformer; it cannot draw by itself."""
+    """Parameters and attributes of the published RQTransformer; it cannot sample by itself."""
 
     def __init__(self, arch: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_the_likeliest_codes_of_a_published_checkpoint(published: Case) -> None:
     height, width = codes.shape[1:3]
     half = model.sample(codes, aux, condition, start_loc=(height // 2, 0), top_k=[1])
     assert torch.equal(half, expected["greedy_from_half"])
-    # From the middle of a row: what stands there goes on as it was drawn.
+    # From the middle of a row: what stands there goes on as it was sampled.
     again = model.sample(half, aux, condition, start_loc=(height // 2, width - 1), top_k=[1] * 4, top_p=1.0)
     assert torch.equal(again, half)
     assert torch.equal(model.sample(codes, aux, condition, start_loc=(height, 0)), codes)

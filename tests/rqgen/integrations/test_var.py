@@ -272,7 +272,7 @@ def test_features_carry_the_gradient_of_codebook_and_refinements() -> None:
 
 
 def test_codes_are_certified() -> None:
-    """Codes 1e-6 apart beside an offset of 100: float32 distances cannot tell them apart, ours can."""
+    """Codes 1e-6 apart next to an offset of 100: float32 distances cannot tell them apart, ours can."""
     pair = Pair("plain")
     with torch.no_grad():
         for module in (pair.naive, pair.fast):

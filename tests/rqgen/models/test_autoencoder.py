@@ -80,7 +80,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_checkpointing_changes_no_gradient() -> None:
-    """Dropout included: the recomputation must draw the same mask."""
+    """Dropout included: the recomputation must sample the same mask."""
     plain, checkpointed = block(dropout=0.5), block(dropout=0.5, gradient_checkpointing=True)
     checkpointed.load_state_dict(plain.state_dict())
     saved_tensors: dict[bool, int] = {}

@@ -58,23 +58,23 @@ def test_names_travel_with_the_model(make, tmp_path):
 @pytest.mark.parametrize("config", [RQVAEConfig, MultiScaleVQVAEConfig])
 def test_tokenizers_keep_names_of_any_number(config):
     assert config(class_names=["a", "b"]).class_names == ("a", "b")
-    with pytest.raises(ValueError, match="class_names must be names that differ from each other"):
+    with pytest.raises(ValueError, match="class_names: expected names that differ from each other"):
         config(class_names=["a", "a"])
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a", "b"], "class_names must be one for each of 3 classes, or none, got 2"),
-        (["a", "b", "a"], "class_names must be names that differ from each other"),
-        (["a", "b", " "], "class_names must be names that differ from each other"),
-        (["a", "b", 3], "class_names must be names that differ from each other"),
+        (["a", "b"], "class_names: expected one for each of 3 classes, or none, got 2"),
+        (["a", "b", "a"], "class_names: expected names that differ from each other"),
+        (["a", "b", " "], "class_names: expected names that differ from each other"),
+        (["a", "b", 3], "class_names: expected names that differ from each other"),
     ],
 )
 def test_names_that_are_none(make, names, words):
     with pytest.raises(ValueError, match=words):
         make(names)
-    with pytest.raises(ValueError, match="class_names must be one for each of 0 classes"):
+    with pytest.raises(ValueError, match="class_names: expected one for each of 0 classes"):
         rq_prior(["a"], classes=0, condition="none")
 
 

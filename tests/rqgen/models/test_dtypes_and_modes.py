@@ -673,7 +673,7 @@ def test_a_checkpointed_multiscale_tokenizer_trains_the_same(reentrant: bool, in
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", PRIORS)
 def test_a_checkpointed_prior_trains_the_same(kind: str, reentrant: bool) -> None:
-    """With all that is drawn in training: dropped conditions, paths, activations."""
+    """With all that is sampled in training: dropped conditions, paths, activations."""
     settings = {"dropout": 0.2, "drop_path": 0.3} if kind == "var" else {"embedding_dropout": 0.2}
     prior, _ = make_pair(kind, **settings)
     prior.train()

@@ -135,7 +135,7 @@ def test_models_of_other_libraries_are_not_overwritten(saved: Path, config: str 
     else:
         (saved / "config.json").write_text(config)
     weights = (saved / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match=f"{saved} holds a model, but none that rqgen wrote, not replaced"):
+    with pytest.raises(FileExistsError, match=f"{saved} holds a model that rqgen did not write, not replaced"):
         Toy(ToyConfig()).save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == weights
 

@@ -264,9 +264,9 @@ def test_a_prior_waits_for_its_codebooks() -> None:
 def test_wrong_codebooks() -> None:
     with pytest.raises(ValueError, match=r"codebooks: expected shape \(7, 5\), got \(3, 7, 5\)"):
         RQTransformer(config(), torch.randn(3, K, C))
-    with pytest.raises(ValueError, match="codebooks must be finite"):
+    with pytest.raises(ValueError, match="codebooks: expected finite values, got NaN or infinity"):
         RQTransformer(config(), torch.full((K, C), torch.inf))
-    with pytest.raises(ValueError, match="this prior carries none"):
+    with pytest.raises(ValueError, match="expected none, as this prior carries no codebooks"):
         RQTransformer(config(**TABLES, code_dim=0)).set_codebooks(torch.randn(K, C))
 
 
@@ -579,17 +579,17 @@ def test_condition_loss_leaves_dropped_rows_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give either codes, or residuals"),
-        ({"codes": True, "residuals": True, "codebooks": True, "tau": 1.0}, "give either codes, or residuals"),
-        ({"codes": True, "tau": 1.0}, "give either codes, or residuals"),
-        ({"residuals": True, "tau": 1.0}, "give either codes, or residuals"),
-        ({"residuals": True, "codebooks": True}, "give either codes, or residuals"),
+        ({}, "expected either codes, or residuals"),
+        ({"codes": True, "residuals": True, "codebooks": True, "tau": 1.0}, "expected either codes, or residuals"),
+        ({"codes": True, "tau": 1.0}, "expected either codes, or residuals"),
+        ({"residuals": True, "tau": 1.0}, "expected either codes, or residuals"),
+        ({"residuals": True, "codebooks": True}, "expected either codes, or residuals"),
         ({"residuals": True, "codebooks": True, "tau": 0.0}, "tau must be > 0, got 0"),
         ({"codes": torch.zeros(1, 2, 3, 3).long()}, r"codes: expected shape \(3, 2, 3, 3\), got \(1, 2, 3, 3\)"),
-        ({"codes": True}, "condition: the output has condition_logits"),
+        ({"codes": True}, "condition: expected token ids, as the output has condition_logits"),
         ({"codes": True, "condition": torch.zeros(3, 2).long()}, r"condition: expected shape \(3, 3\), got \(3, 2\)"),
-        ({"codes": True, "condition_weight": 1.5}, r"condition_weight must be in \[0, 1\], got 1.5"),
-        ({"codes": True, "inplace": True}, "inplace: the loss of hard labels leaves the logits"),
+        ({"codes": True, "condition_weight": 1.5}, r"condition_weight: expected a number in \[0, 1\], got 1.5"),
+        ({"codes": True, "inplace": True}, "inplace: expected False with codes"),
     ],
 )
 def test_wrong_arguments_of_the_loss(arguments: dict[str, Any], message: str) -> None:
@@ -626,7 +626,7 @@ def test_targets_of_the_loss_are_codes_in_range() -> None:
 def test_labels_are_given_once(arguments: dict[str, Any]) -> None:
     prior = make_prior()
     output = prior(make_codes(prior), None, soft_labels(prior))
-    with pytest.raises(ValueError, match="holds the loss of its codes: give neither labels nor inplace"):
+    with pytest.raises(ValueError, match="expected neither labels nor inplace, as the output holds the loss"):
         prior_loss(output, **arguments)
 
 
@@ -669,33 +669,33 @@ def test_presets(name: str, depth: int, expected: tuple[int, ...]) -> None:
 
 def test_wrong_presets() -> None:
     sizes = {"code_shape": (8, 8, 4), "codebook_size": 16, "code_dim": 4}
-    with pytest.raises(ValueError, match=r"name must be one of 90M, 350M, .*, got '3B'"):
+    with pytest.raises(ValueError, match=r"name: expected one of 90M, 350M, .*, got '3B'"):
         RQTransformerConfig.preset("3B", **sizes)
-    with pytest.raises(ValueError, match="preset '90M' decides embed_dim"):
+    with pytest.raises(ValueError, match="embed_dim: decided by preset '90M'"):
         RQTransformerConfig.preset("90M", **sizes, embed_dim=64)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"code_shape": (2, 3)}, "code_shape must be three numbers"),
-        ({"code_shape": (2, 0, 3)}, "code_shape must be three numbers"),
-        ({"codebook_size": 0}, "codebook_size must be >= 1, got 0"),
-        ({"code_dim": -1}, "code_dim must be >= 0, got -1"),
-        ({"code_dim": 0}, 'code_dim is 0, but an embedding is "codebook"'),
-        ({"embed_dim": 0}, "embed_dim must be >= 1"),
-        ({"embed_dim": 13}, r"embed_dim \(13\) must be divisible by spatial.heads"),
-        ({"spatial_embedding": "codes"}, "spatial_embedding must be one of codebook, table, got 'codes'"),
-        ({"depth_embedding": "codes"}, "depth_embedding must be one of"),
-        ({"depth_context": "all"}, "depth_context must be one of cumulative, previous, got 'all'"),
-        ({"condition": "text"}, "condition must be one of none, class, tokens, got 'text'"),
+        ({"code_shape": (2, 3)}, "code_shape: expected three numbers"),
+        ({"code_shape": (2, 0, 3)}, "code_shape: expected three numbers"),
+        ({"codebook_size": 0}, "codebook_size: expected a number >= 1, got 0"),
+        ({"code_dim": -1}, "code_dim: expected a number >= 0, got -1"),
+        ({"code_dim": 0}, 'code_dim: expected that of the codebooks where an embedding is "codebook"'),
+        ({"embed_dim": 0}, "embed_dim: expected a number >= 1"),
+        ({"embed_dim": 13}, r"embed_dim: expected a multiple of spatial\.heads, 2, got 13"),
+        ({"spatial_embedding": "codes"}, "spatial_embedding: expected one of codebook, table, got 'codes'"),
+        ({"depth_embedding": "codes"}, "depth_embedding: expected one of"),
+        ({"depth_context": "all"}, "depth_context: expected one of cumulative, previous, got 'all'"),
+        ({"condition": "text"}, "condition: expected one of none, class, tokens, got 'text'"),
         ({"condition_vocab_size": 3}, 'condition is "none"'),
         ({"condition_dropout": 0.1}, 'condition is "none"'),
-        ({**CLASS, "condition_vocab_size": 0}, "condition_vocab_size must be >= 1"),
-        ({**CLASS, "condition_length": 2}, 'condition_length must be 1 where condition is "class"'),
-        ({**TOKENS, "condition_length": 1}, 'condition_length must be >= 2 where condition is "tokens"'),
-        ({**CLASS, "condition_dropout": 1.0}, "condition_dropout must be in"),
-        ({"embedding_dropout": -0.5}, "embedding_dropout must be in"),
+        ({**CLASS, "condition_vocab_size": 0}, "condition_vocab_size: expected a number >= 1"),
+        ({**CLASS, "condition_length": 2}, 'condition_length: expected 1 where condition is "class"'),
+        ({**TOKENS, "condition_length": 1}, 'condition_length: expected a number >= 2 where condition is "tokens"'),
+        ({**CLASS, "condition_dropout": 1.0}, "condition_dropout: expected a number in"),
+        ({"embedding_dropout": -0.5}, "embedding_dropout: expected a number in"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:

@@ -134,9 +134,9 @@ def test_a_cache_refuses_what_does_not_fit() -> None:
     cache = new_cache(transformer, batch=2, capacity=3)
     assert cache.capacity == 3
     transformer(torch.randn(2, 2, WIDTH), cache)
-    with pytest.raises(ValueError, match="4 positions do not fit, its capacity is 3"):
+    with pytest.raises(ValueError, match="expected at most 3 positions, its capacity, got 4"):
         transformer(torch.randn(2, 2, WIDTH), cache)
-    with pytest.raises(ValueError, match="made for 2 rows, got 5"):
+    with pytest.raises(ValueError, match="expected 2 rows, got 5"):
         transformer(torch.randn(5, 1, WIDTH), cache)
     assert cache.length == 2
 
@@ -144,11 +144,11 @@ def test_a_cache_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": -1}, "layers must be >= 0, got -1"),
-        ({"heads": 0}, "heads must be >= 1, got 0"),
-        ({"activation": "relu"}, "activation must be one of gelu, quick_gelu, got 'relu'"),
-        ({"attention_dropout": 1.0}, "attention_dropout must be in"),
-        ({"residual_dropout": -0.1}, "residual_dropout must be in"),
+        ({"layers": -1}, "layers: expected a number >= 0, got -1"),
+        ({"heads": 0}, "heads: expected a number >= 1, got 0"),
+        ({"activation": "relu"}, "activation: expected one of gelu, quick_gelu, got 'relu'"),
+        ({"attention_dropout": 1.0}, "attention_dropout: expected a number in"),
+        ({"residual_dropout": -0.1}, "residual_dropout: expected a number in"),
     ],
 )
 def test_wrong_settings(settings: dict[str, object], message: str) -> None:
@@ -157,5 +157,5 @@ def test_wrong_settings(settings: dict[str, object], message: str) -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(ValueError, match=r"heads \(5\) must divide the width \(12\)"):
+    with pytest.raises(ValueError, match=r"heads: expected a divisor of the width, 12, got 5"):
         Transformer(TransformerConfig(layers=1, heads=5), WIDTH)

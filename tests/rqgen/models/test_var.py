@@ -56,7 +56,7 @@ def test_a_token_sees_the_scales_before_and_no_other(codes: list[torch.Tensor]) 
         changed = [tokens.clone() for tokens in codes]
         changed[k] = (changed[k] + 1) % 12
         differs = (prior(changed, labels).logits != before).any(dim=-1).any(dim=0)
-        assert not differs[:end].any()  # not even its own scale: tokens of a scale are drawn at once
+        assert not differs[:end].any()  # not even its own scale: tokens of a scale are sampled at once
         assert differs[end:].all()
     other = prior(codes, torch.tensor([1, 0])).logits
     assert torch.equal(other[0], before[0]) and (other[1] != before[1]).any(dim=-1).all()
@@ -141,15 +141,15 @@ def test_bad_settings_are_named() -> None:
     def preset(name: str, **settings: Any) -> VARConfig:
         return VARConfig.preset(name, quantizer=quantizer_config(), code_dim=6, num_classes=3, **settings)
 
-    with pytest.raises(ValueError, match=r"name must be d16.*got 'x16'"):
+    with pytest.raises(ValueError, match=r"name: expected d16.*got 'x16'"):
         preset("x16")
-    with pytest.raises(ValueError, match="preset 'd4' decides heads"):
+    with pytest.raises(ValueError, match="heads: decided by preset 'd4'"):
         preset("d4", heads=2)
     for settings, message in (
-        ({"heads": 3}, "must be divisible by heads"),
-        ({"layers": 0}, "layers must be >= 1"),
-        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio must be > 0"),
+        ({"heads": 3}, "embed_dim: expected a multiple of heads, 3, got"),
+        ({"layers": 0}, "layers: expected a number >= 1"),
+        ({"drop_path": 1.0}, r"drop_path: expected a number in \[0, 1\)"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio: expected a number > 0"),
     ):
         with pytest.raises(ValueError, match=message):
             VARConfig(**settings)
@@ -164,7 +164,7 @@ def test_a_quantizer_of_another_tokenizer_is_refused() -> None:
         prior.set_quantizer(MultiScaleQuantizer(quantizer_config(), 5))
     broken = MultiScaleQuantizer(quantizer_config(), 6)
     broken.codebook.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(ValueError, match="expected a finite codebook"):
         prior.set_quantizer(broken)
 
 

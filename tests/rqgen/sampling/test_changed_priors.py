@@ -491,7 +491,7 @@ def silent() -> Iterator[None]:
 
 
 class Named(RQTransformer):
-    """Nothing that is drawn from is another's."""
+    """Nothing that is sampled from is another's."""
 
     def describe(self) -> str:
         return "mine"

@@ -75,7 +75,7 @@ def test_a_small_var_counted_by_hand(shared, modulations):
 
 
 def test_a_var_reads_its_weights_seldom_and_multiplies_much():
-    """The published 256x256 scales beside as many layers over 16x16 codes one by one."""
+    """The published 256x256 scales next to as many layers over 16x16 codes one by one."""
     scales = sampling_cost(VARConfig(quantizer=MultiScaleConfig(), embed_dim=512, layers=16, heads=8), 1)
     flat = RQTransformerConfig(
         (16, 16, 1), 4096, 32, embed_dim=512, spatial=TransformerConfig(16, 8), depth=TransformerConfig(0, 8)

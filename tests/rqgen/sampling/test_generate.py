@@ -178,7 +178,7 @@ def test_an_image_is_known_by_its_number(prior: RQTransformer, vae: RQVAE) -> No
 def test_contexts_have_the_same_bits_however_the_batch_is_split(
     prior: RQTransformer, vae: RQVAE, precision: str, cfg_scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes may hide a difference in last bits; what they are drawn from does not."""
+    """Codes may hide a difference in last bits; what they are sampled from does not."""
     depth_decode = rqkernels.depth_decode
     seen: dict[tuple[int, int], Tensor] = {}
 
@@ -269,7 +269,7 @@ def test_graphs_draw_the_same(precision: str) -> None:
     replayed = generate(prior, vae, LABELS, **settings)
     launched = generate(prior, vae, LABELS, **{**settings, "precision": Engine(precision, use_graphs=False)})
     assert torch.equal(replayed.codes, launched.codes)
-    with pytest.raises(ValueError, match='precision: "int8" is for priors on the CPU'):
+    with pytest.raises(ValueError, match='precision: expected "fp32" or "bf16" on a GPU'):
         generate(prior, vae, LABELS, precision="int8")
 
 
@@ -422,7 +422,7 @@ def test_half_precision(vae: RQVAE) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num": 20}, ValueError, "num: only without a condition"),
+        ({"num": 20}, ValueError, "num: expected None with a condition"),
         ({"condition": None}, ValueError, "num: expected the number of images"),
         ({"condition": None, "num": 0}, ValueError, "num: expected an integer >= 1, got 0"),
         ({"condition": None, "num": 2.0}, TypeError, "num: expected an integer, got 2.0"),
@@ -481,7 +481,7 @@ def test_half_precision(vae: RQVAE) -> None:
         (
             {"known": KnownRows(torch.zeros(3, *SHAPE).long(), 1)},
             ValueError,
-            "known.codes: the number of images differs: {'condition': 2, 'known.codes': 3}",
+            "known.codes: expected the same number of images everywhere, got {'condition': 2, 'known.codes': 3}",
         ),
         (
             {"known": KnownRows(ZEROS + K, 1)},
@@ -518,11 +518,11 @@ def test_models_that_do_not_belong_together(prior: RQTransformer, vae: RQVAE) ->
         generate(vae, vae, [1])
     with pytest.raises(TypeError, match="vae: expected an RQVAE, got NoneType"):
         generate(prior, None, [1])
-    with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
+    with pytest.raises(ValueError, match="vae: expected the codebooks that the prior was made with"):
         generate(prior, make_vae(), [1])
     for change, name in (({"code_shape": (2, 2, 2)}, "code_shape"), ({"codebook_size": K + 1}, "codebook_size")):
         other = tiny.rq_prior(**{"code_shape": SHAPE, "codebook_size": K, "code_dim": C, **change})
-        with pytest.raises(ValueError, match=f"vae: its {name} is"):
+        with pytest.raises(ValueError, match=f"vae: expected the prior's {name}, "):
             generate(other, vae, num=1)
     with pytest.raises(ValueError, match="no codebooks yet"):
         generate(RQTransformer(tiny.rq_prior_config(vae)), vae, num=1)

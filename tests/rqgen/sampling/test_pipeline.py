@@ -110,7 +110,7 @@ def test_images_are_those_of_pil(pipe):
         ((["dog", "bird"],), ValueError, "condition: unknown class 'bird'; there are: cat, dog"),
         (([0, 2],), IndexError, r"condition: expected values in \[0, 2\), got 2"),
         (("dog", 0), ValueError, "num: expected an integer >= 1, got 0"),
-        ((["dog", "cat"], 2), ValueError, "num: only without a condition"),
+        ((["dog", "cat"], 2), ValueError, "num: expected None with a condition"),
         ((1.5,), (TypeError, ValueError), "condition"),
         ((), ValueError, "num: expected the number of images"),
     ],
@@ -129,7 +129,7 @@ def test_models_that_do_not_belong_together(pipe, folder):
         Pipeline(load_pretrained(other / "tokenizer"), pipe.prior)
     with pytest.raises(TypeError, match=r"prior: expected a prior \(RQTransformer, VAR.*\), got"):
         Pipeline(pipe.tokenizer, pipe.tokenizer)
-    with pytest.raises(ValueError, match="class_names must be one for each of 2 classes"):
+    with pytest.raises(ValueError, match="class_names: expected one for each of 2 classes"):
         Pipeline(pipe.tokenizer, pipe.prior, class_names=["cat"])
 
 
@@ -145,10 +145,10 @@ def test_damaged_folders_are_named(pipe, folder, tmp_path):
             '{"format_version": 1, "class_names": "cat"}',
             "class_names: expected a list of names, got 'cat'",
         ),
-        ('{"format_version": 1, "class_names": ["cat"]}', "class_names must be one for each of 2 classes"),
+        ('{"format_version": 1, "class_names": ["cat"]}', "class_names: expected one for each of 2 classes"),
         (
             '{"format_version": 1, "class_names": ["cat", "cat"]}',
-            "pipeline.json: class_names must be names that differ",
+            "pipeline.json: class_names: expected names that differ",
         ),
     ):
         (path / "pipeline.json").write_text(text)
@@ -166,7 +166,7 @@ def test_damaged_folders_are_named(pipe, folder, tmp_path):
 
 def test_other_files_are_not_replaced(pipe, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds files of no pipeline, not replaced: \['notes.txt'\]"):
+    with pytest.raises(FileExistsError, match=r"holds files that are not a pipeline's, not replaced: \['notes.txt'\]"):
         pipe.save_pretrained(tmp_path)
     with pytest.raises(FileExistsError, match="is not a folder"):
         pipe.save_pretrained(tmp_path / "notes.txt")

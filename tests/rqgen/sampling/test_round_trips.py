@@ -110,9 +110,9 @@ def test_what_is_not_finite_is_no_image(system: System, value: float) -> None:
         return output.clone().index_fill_(3, torch.tensor(2), value)
 
     vae.decoder.conv_out.register_forward_hook(spoil)
-    with pytest.raises(ValueError, match="vae: what it decodes for image 40 is not finite"):
+    with pytest.raises(ValueError, match="vae: expected finite images, got NaN or infinity in image 40"):
         generate(prior, vae, LABELS, seed=3, offset=40)
-    with pytest.raises(ValueError, match="vae: what it decodes for image 40 is not finite"):
+    with pytest.raises(ValueError, match="vae: expected finite images, got NaN or infinity in image 40"):
         edit(prior, vae, drawn.images, lower_half(), LABELS, offset=40)
 
 
@@ -147,7 +147,7 @@ def test_images_out_of_range_are_named(system: System) -> None:
 
 
 def test_images_a_little_out_of_range_are_named(system: System) -> None:
-    """What is kept comes back as it is, and the result is within [-1, 1]."""
+    """Kept pixels come back as they are, and the result is within [-1, 1]."""
     images = generate(*system, LABELS).images
     images[0, 0, 0, 0] = 1.01
     with pytest.raises(ValueError, match=r"got -1 \.\. 1\.01 where the mask is False; clamp them by images\.clamp"):

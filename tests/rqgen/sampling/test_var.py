@@ -1,4 +1,4 @@
-"""Token maps drawn scale by scale, and parts of images kept."""
+"""Token maps sampled scale by scale, and parts of images kept."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_bad_arguments_are_named(prior: VAR, vae: MultiScaleVQVAE, options: dict
 
 def test_a_tokenizer_of_another_prior_is_refused(prior: VAR, vae: MultiScaleVQVAE) -> None:
     other = MultiScaleVQVAE(vae.config)
-    with pytest.raises(ValueError, match="its codebooks are not the ones"):
+    with pytest.raises(ValueError, match="expected the codebooks that the prior was made with"):
         generate(prior, other, [0])
     with pytest.raises(TypeError, match="vae: expected an MultiScaleVQVAE, got VAR"):
         generate(prior, prior, [0])
@@ -314,7 +314,7 @@ def test_a_parametrized_quantizer_of_the_tokenizer(prior: VAR, vae: MultiScaleVQ
     changed = copy.deepcopy(vae)
     torch.nn.utils.parametrizations.weight_norm(changed.quantizer.refinements[0])
     torch.nn.utils.parametrize.register_parametrization(changed.quantizer, "codebook", torch.nn.Hardtanh())
-    with pytest.raises(ValueError, match="vae: its codebooks are not the ones"):
+    with pytest.raises(ValueError, match="vae: expected the codebooks that the prior was made with"):
         generate(prior, changed, LABELS)
     other = VAR(prior.config, changed.quantizer)
     assert torch.equal(other.quantizer.codebook, vae.codebooks.clamp(-1, 1))
@@ -396,7 +396,7 @@ def test_edits_do_not_depend_on_the_batch(prior: VAR, vae: MultiScaleVQVAE, imag
     ("change", "error", "message"),
     [
         ({"mask": torch.zeros(8, 8)}, TypeError, "mask: expected bool"),
-        ({"mask": torch.ones(8, 8, dtype=torch.bool)}, ValueError, "mask: it covers an image whole"),
+        ({"mask": torch.ones(8, 8, dtype=torch.bool)}, ValueError, "mask: expected a pixel to keep in every image"),
         ({"mask": torch.zeros(4, 8, dtype=torch.bool)}, ValueError, r"mask: expected \(8, 8\) or \(3, 8, 8\)"),
         ({"images": torch.zeros(3, 1, 8, 4)}, ValueError, r"images: expected \(N, 1, 8, 8\)"),
         ({"images": torch.full((3, 1, 8, 8), 2.0)}, ValueError, r"images: expected values in \[-1, 1\]"),

@@ -59,7 +59,7 @@ def test_build_takes_shapes_and_codebooks_from_the_tokenizer(vae):
     assert small(condition="none").build(vae, 0).config.condition == "none"
     with pytest.raises(ValueError, match="condition: 'class' needs images with classes"):
         small().build(vae, 0)
-    with pytest.raises(ValueError, match="must be one of 90M"):
+    with pytest.raises(ValueError, match="expected one of 90M"):
         small(preset="3M").build(vae, 3)
 
 

@@ -24,7 +24,7 @@ PathLike = str | os.PathLike[str]
 def load_kakaobrain(
     path: PathLike, tokenizer: RQVAE | PathLike | None = None, *, ema: bool = False
 ) -> RQVAE | RQTransformer:
-    """Reads a published checkpoint, with the config.yaml beside it, into an `RQVAE` or an `RQTransformer`.
+    """Read a published checkpoint, with the config.yaml next to it, into an `RQVAE` or an `RQTransformer`.
 
     The pickle is read with `torch.load(weights_only=True)`. The model comes back in eval mode, on the CPU. An
     RQ-VAE's codebooks train in the compatibility mode `ema_update="per_depth"`, as published.
@@ -33,8 +33,8 @@ def load_kakaobrain(
         path: the checkpoint ("model.pt"), or its folder.
         tokenizer: for a prior only: the RQ-VAE whose codes it models, or the path of one (a published
             checkpoint or a folder of ours). None: the config's `vqvae.ckpt`, relative to the config file.
-        ema: take "state_dict_ema" instead of "state_dict". The published sampling scripts take "state_dict"
-            unless told otherwise, and so do we.
+        ema: take "state_dict_ema" instead of "state_dict". The published sampling scripts take "state_dict" by default,
+            and so do we.
 
     Raises:
         FileNotFoundError: the checkpoint, its config.yaml or the tokenizer is missing.
@@ -65,7 +65,7 @@ def _build_rqvae(checkpoint: Checkpoint) -> RQVAE:
 
 
 def _find_codebooks(checkpoint: Checkpoint, tokenizer: RQVAE | PathLike | None) -> Tensor | None:
-    """The codebooks a prior embeds with; None where it embeds with its own tables and names no tokenizer."""
+    """Return the codebooks a prior embeds with; None where it embeds with its own tables and names no tokenizer."""
     if isinstance(tokenizer, RQVAE):
         return tokenizer.codebooks.clone()
     if tokenizer is not None:
@@ -94,7 +94,7 @@ def _load_tokenizer(path: Path) -> RQVAE:
     if (path / CONFIG_NAME).is_file():
         return RQVAE.from_pretrained(path)
     checkpoint = read_checkpoint(path)
-    # Looked at first: a prior would look for a tokenizer of its own, and may name itself.
+    # Checked first: a prior would search for a tokenizer of its own, and may name itself.
     if checkpoint.arch["type"] != "rq-vae":
         raise ValueError(f"tokenizer: expected an RQ-VAE, but {path} holds a prior ({checkpoint.arch['type'][:60]})")
     return _build_rqvae(checkpoint)

@@ -1,4 +1,4 @@
-"""Files of the published layout: a pickle of state dicts, and a config.yaml beside it."""
+"""Files of the published layout: a pickle of state dicts, and a config.yaml next to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rqgen.reading import BINARY, JSON, TEXT, describe_file, require_file, short
 
 CHECKPOINT_NAME = "model.pt"
 CONFIG_NAME = "config.yaml"
-# The sections that are read; whatever stands in another one is of the published trainer.
+# The sections that are read; all others belong to the published trainer.
 _SECTIONS = ("arch", "vqvae")
 
 
@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Checkpoint:
-    """Reads the checkpoint at `path` (or model.pt in that folder) and the config.yaml beside it.
+    """Read the checkpoint at `path` (or model.pt in that folder) and the config.yaml next to it.
 
     Raises: see `rqgen.convert.load_kakaobrain`.
     """
@@ -62,7 +62,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
 
 
 def section(config: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
-    """A section of a published config.yaml; empty where there is none. ValueError where it is no mapping."""
+    """Return a section of a published config.yaml; empty where there is none. Raise ValueError if it is not a
+    mapping."""
     found = config.get(name)
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"{path}: {name}: expected a mapping, got {shorten(found)}")

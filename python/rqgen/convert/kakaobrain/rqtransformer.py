@@ -18,7 +18,7 @@ from rqgen.models.transformer import TransformerConfig
 from rqgen.reading import shorten
 
 _ACTIVATIONS = {"v1": "gelu", "v2": "quick_gelu"}
-# The published model reads these nowhere: a checkpoint computes the same whatever they say.
+# The published model does not read these: a checkpoint computes the same with any value.
 _WITHOUT_EFFECT = ("use_padding_emb", "scaled_head_emb_vqvae", "ar_hierarchy")
 
 
@@ -71,7 +71,8 @@ class PublishedArch:
 def build_rqtransformer(
     arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], codebooks: Tensor | None
 ) -> RQTransformer:
-    """An `RQTransformer` with the published weights. What is float32 and laid out as ours is not copied but shared.
+    """Return an `RQTransformer` with the published weights. Tensors that are float32 and laid out as ours are shared,
+    not copied.
 
     Args:
         arch: the published section; every option of it is read, an unknown one refused.
@@ -172,7 +173,7 @@ def _stack_config(stack: PublishedStack, embed_dim: int, name: str) -> Transform
 
 
 def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names with the published tensors, for everything but the codebooks."""
+    """Return our names with the published tensors, for everything but the codebooks."""
     config = model.config
     width, depth, positions = config.embed_dim, model.depth, model.positions
     foreign = ForeignTensors(state_dict)
@@ -188,7 +189,7 @@ def _translate(model: RQTransformer, state_dict: Mapping[str, Tensor]) -> dict[s
 
     tensors = {
         "condition_positions": take("pos_emb_cond", 1, config.condition_length, width)[0],
-        # The published table has a row for the last position's stack, which is nobody's input.
+        # The published table has a row for the last position's stack, which is not an input.
         "spatial_positions": take("pos_emb_hw", 1, positions, width)[0, : positions - 1],
         "depth_positions": take("pos_emb_d", 1, depth, width)[0],
         "condition_embedding.weight": take("cond_emb.weight", max(config.condition_vocab_size, 1), width),

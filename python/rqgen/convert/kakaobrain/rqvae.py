@@ -22,7 +22,7 @@ _MAX_LEVELS = 16
 
 
 def build_rqvae(arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, where: str) -> RQVAE:
-    """An `RQVAE` with the published weights; `where` begins every error message.
+    """Return an `RQVAE` with the published weights; `where` begins every error message.
 
     Raises:
         ValueError: an option of `arch` that is unknown, missing, or not reproducible; a tensor that is
@@ -37,7 +37,7 @@ def build_rqvae(arch: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, wh
 
 
 def rqvae_config(arch: Mapping[str, Any], *, where: str) -> RQVAEConfig:
-    """Our config of a published `arch` section, with the published defaults for options left out."""
+    """Return our config of a published `arch` section, with the published defaults for options left out."""
     sections = _Section(arch, "arch", where)
     sections.take("type")
     hparams = _Section(sections.take("hparams"), "arch.hparams", where)
@@ -104,7 +104,7 @@ def rqvae_config(arch: Mapping[str, Any], *, where: str) -> RQVAEConfig:
 
 
 def _translate(model: RQVAE, state_dict: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
-    """Our names with published tensors, for everything but the usage counts."""
+    """Return our names with published tensors, for everything but the usage counts."""
     config = model.config
     num_codes, code_dim = config.quantizer.codebook_size, config.code_dim
     published = ForeignTensors(state_dict)
@@ -146,7 +146,7 @@ class _Section:
         self.options = dict(options)
 
     def take(self, name: str, kind: type | None = None, default: Any = REQUIRED) -> Any:
-        """The option's value, which must be of this kind (None: any); `default` where it is left out."""
+        """Return the option's value, which must be of this kind (None: any); `default` where it is left out."""
         if name not in self.options:
             if default is REQUIRED:
                 raise ValueError(f"{self.label}.{name}: missing")
@@ -162,7 +162,7 @@ class _Section:
             raise ValueError(f"{self.label}.{name}: only {value!r} can be reproduced, got {shorten(found)}")
 
     def take_integers(self, name: str, default: Any = REQUIRED, *, length: int | None = None) -> list[int]:
-        """A list of integers >= 1, of this length if one is given."""
+        """Return a list of integers >= 1, of this length if one is given."""
         found = self.take(name, default=default)
         fits = isinstance(found, list) and all(_is_a(int, n) and n >= 1 for n in found)
         if not fits or length not in (None, len(found)):
@@ -171,7 +171,7 @@ class _Section:
         return found
 
     def take_per_depth(self, name: str, kind: type, default: Any, depth: int, shared_codebook: bool) -> Any:
-        """One value for all depths, published as such or as a list of one per depth."""
+        """Return one value for all depths, published as such or as a list of one per depth."""
         value = self.take(name, default=default)
         values = value if isinstance(value, list) else [value]
         if not all(_is_a(kind, one) for one in values):
