@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rqgen.checks import check_integer, check_nonnegative, check_within, integers
 from rqgen.models.images import check_images
 
 
@@ -20,22 +21,26 @@ class ImageClassifier:
     def __init__(self, *, side: int = 8, penalty: float = 10.0) -> None:
         from sklearn.svm import SVC  # half a second that only this class is worth
 
-        self._side = side
+        self._side = check_integer(side, "side", 1)
+        if not check_nonnegative(penalty, "penalty") > 0:
+            raise ValueError(f"penalty: expected a number > 0, got {penalty}")
         self._machine = SVC(C=penalty)
-        self._fitted = False
+        self._channels: int | None = None
 
     def fit(self, images: Tensor, labels: Tensor) -> ImageClassifier:
         features, targets = self._features(images), self._targets(images, labels)
         if len(np.unique(targets)) < 2:
             raise ValueError("labels: expected images of at least two classes")
         self._machine.fit(features, targets)
-        self._fitted = True
+        self._channels = images.shape[1]
         return self
 
     def predict(self, images: Tensor) -> Tensor:
         """The class of every image, int64 (N,)."""
-        if not self._fitted:
+        if self._channels is None:
             raise RuntimeError("the classifier must be fitted first")
+        if images.ndim == 4 and images.shape[1] != self._channels:
+            raise ValueError(f"images: expected {self._channels} channels, as in training, got {images.shape[1]}")
         return torch.from_numpy(self._machine.predict(self._features(images)))
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -51,6 +56,8 @@ class ImageClassifier:
             raise ValueError(
                 f"images: expected sides that are multiples of {self._side}, got {tuple(images.shape[2:])}"
             )
+        if not bool(images.isfinite().all()):
+            raise ValueError("images: expected numbers in [-1, 1], got NaN or infinity")
         window = (images.shape[2] // self._side, images.shape[3] // self._side)
         return F.avg_pool2d(images.detach().float().cpu(), window).flatten(1).numpy()
 
@@ -58,4 +65,5 @@ class ImageClassifier:
     def _targets(images: Tensor, labels: Tensor) -> np.ndarray:
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels: expected shape {(len(images),)}, got {tuple(labels.shape)}")
-        return labels.cpu().numpy()
+        check_within(targets := integers(labels, "labels").cpu(), "labels", "label", 0, None)
+        return targets.numpy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rqgen.checks import check_integer
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import Tokenizer
 
@@ -26,6 +27,7 @@ class ReconstructionQuality:
 @torch.no_grad()
 def evaluate_reconstruction(vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128) -> ReconstructionQuality:
     """Encodes and decodes every image once. Raises ValueError for an empty dataset."""
+    batch_size = check_integer(batch_size, "batch_size", 1)
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     vae.eval()

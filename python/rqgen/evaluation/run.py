@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.checks import same_names
+from rqgen.checks import check_choices, same_names
 from rqgen.config import to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset
 from rqgen.models import Prior, Tokenizer
@@ -41,6 +41,7 @@ class Run:
         no_images: the reason why ``settings.data`` does not name the images.
 
     Raises:
+        TypeError: settings or a model of another class.
         ValueError: the prior is of another tokenizer.
     """
 
@@ -54,6 +55,13 @@ class Run:
         edit: Callable[..., Any] | None = None,
         no_images: str | None = None,
     ) -> None:
+        for name, value, expected in (
+            ("settings", settings, EvaluationConfig),
+            ("tokenizer", tokenizer, Tokenizer),
+            ("prior", prior, Prior),
+        ):
+            if not isinstance(value, expected) and (value is not None or name == "settings"):
+                raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
         if tokenizer is not None and prior is not None:
             prior.check_tokenizer(tokenizer)
         for model in (tokenizer, prior):
@@ -256,7 +264,11 @@ class Run:
         """A classifier trained on training images, with the options of metric "classifier"."""
         options = self.options("classifier")
         train = self._open("train", options.training_images)
-        return ImageClassifier(side=options.side).fit(*self.thumbnails(train, options.side))
+        images, labels = self.thumbnails(train, options.side)
+        if len(labels.unique()) < 2:
+            count = len(labels)
+            raise ValueError(f"classifier.training_images: expected images of at least two classes, got {count} of one")
+        return ImageClassifier(side=options.side).fit(images, labels)
 
 
 def _present(value: ValueT | None, name: str) -> ValueT:
@@ -312,12 +324,18 @@ def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool
         keep_going: keep errors of a metric in ``failed`` and go on with the others, instead of raising them.
 
     Raises:
-        ValueError: an unknown name, or a named metric that does not fit, both before anything is computed; without
-            names, no metric that fits; a result that JSON does not hold, such as NaN.
+        TypeError: ``metrics`` is not a list of names.
+        ValueError: no name, an unknown one, one given twice, or a named metric that does not fit, all before anything
+            is computed; without names, no metric that fits; a result that JSON does not hold, such as NaN.
     """
     found = Evaluation()
-    names = METRICS.names() if metrics is None else list(dict.fromkeys(metrics))
+    names = METRICS.names() if metrics is None else metrics
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"metrics: expected a list of names, got {names!r}")
+    check_choices(names, "metrics")
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"metrics: expected names, got {name!r}")
         METRICS.find(name, "metric")
     for name in names:
         if (reason := run.why_not(name)) is not None:
@@ -325,7 +343,11 @@ def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool
                 raise ValueError(f"metric '{name}' does not fit: {reason}")
             found.unfit[name] = reason
     if len(found.unfit) == len(names):
-        raise ValueError(f"no metric fits: {'; '.join(f'{name}: {why}' for name, why in found.unfit.items())}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in found.unfit.items():
+            by_reason.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in by_reason.items())
+        raise ValueError(f"no metric fits: {reasons}")
     for name in names:
         if name in found.unfit:
             continue

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rqgen.checks import check_number
+
 
 @dataclass
 class PowerLaw:
@@ -30,9 +32,13 @@ def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw:
         values: L of each model: a loss or an error rate.
 
     Raises:
+        TypeError: something that is not a number.
         ValueError: fewer than three different sizes (two points lie on every law); numbers that are not finite and
             positive; values that are all equal, which have neither a beta nor a correlation.
     """
+    for name, numbers in (("sizes", sizes), ("values", values)):
+        for index, number in enumerate(numbers):
+            check_number(number, f"{name}[{index}]")
     if len(values) != len(sizes):
         raise ValueError(f"values: expected one for each of {len(sizes)} sizes, got {len(values)}")
     if len(set(sizes)) < 3:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rqgen.files import CHECKSUM, check_json, new_folder, remove_folder, write_signed_json
-from rqgen.reading import read_json
+from rqgen.reading import describe_file, read_json, unreadable
 
 STATE_FILE = "state.pt"
 INFO_FILE = "info.json"
@@ -94,9 +94,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, info) of one checkpoint folder. Raises FileNotFoundError, or ValueError for a damaged one."""
     state_path, info_path = path / STATE_FILE, path / INFO_FILE
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected the folder of a checkpoint, got {describe_file(path)}")
     for file in (state_path, info_path):
         if not file.is_file():
-            raise FileNotFoundError(f"not a checkpoint: {file} is missing")
+            found = describe_file(file)
+            raise FileNotFoundError(f"not a checkpoint: {file} is {'missing' if found == 'no file' else found}")
     try:
         info = read_json(info_path)
         state = _load_state(state_path, map_location)
@@ -107,15 +110,14 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
 
 
 def _load_state(path: Path, map_location: torch.device | str) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            size = file.seek(0, 2)
-            raise ValueError(f"{path}: no file that torch.save wrote, or cut short ({size} bytes)")
+    if not zipfile.is_zipfile(path):
+        raise unreadable(path, "torch checkpoint", f"no zip archive, or cut short: {path.stat().st_size} bytes")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage makes of the file
         # Its own words advise to run whatever code the file holds.
-        raise ValueError(f"{path}: cannot be read as tensors and plain data ({type(error).__name__})") from error
+        reason = f"not of tensors and plain data: {type(error).__name__}"
+        raise unreadable(path, "torch checkpoint", reason) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}")
     return state

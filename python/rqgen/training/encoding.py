@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.checks import check_within
+from rqgen.checks import check_integer, check_within
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import Tokenizer
 from rqgen.quantizers import Codes
@@ -64,7 +64,10 @@ def encode_dataset(
     """Every image once (or the first ``count``), in order: codes as ``vae.encode`` gives them, or float32 latents, and
     labels (N,), on the CPU. ``console`` shows how far it is."""
     vae.eval()
-    count = len(images) if count is None else count
+    batch_size = check_integer(batch_size, "batch_size", 1)
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got an empty dataset")
+    count = len(images) if count is None else check_integer(count, "count", 1, len(images))
     if codes:
         encode, layout = vae.encoder_for(count), vae.layout
         code_parts, labels = _encoded(
@@ -95,6 +98,4 @@ def _encoded(
             labels += [label for _, label in batch]
             progress.report(speed=len(labels) / max(1e-9, time.perf_counter() - began))
             progress.update(len(labels))
-    if not parts:
-        raise ValueError("images: expected at least one, got an empty dataset")
     return parts, torch.tensor(labels)

@@ -11,6 +11,7 @@ import csv
 import io
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from rqgen.config import check_bounds, check_seeds, to_dict
 from rqgen.data.stream import Batch, BatchStream, Items
 from rqgen.files import errors_name, write_text
 from rqgen.models.pretrained import first_not_finite, load_tensors
+from rqgen.reading import describe_file
 
 from .checkpoint import (
     STATE_FILE,
@@ -43,6 +45,9 @@ from .progress import RunProgress
 from .resume import check_resumable, load_optimizer, load_scaler, read_state
 
 logger = logging.getLogger(__name__)
+
+# What a run writes to its folder.
+CHECKPOINTS, TENSORBOARD, HISTORY = "checkpoints", "tensorboard", "history.csv"
 
 
 @dataclass
@@ -141,10 +146,10 @@ def train(
     stage: Stage[ModelT],
     items: Items,
     config: LoopConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     description: dict[str, Any] | None = None,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     console: Console | None = None,
 ) -> TrainingResult[ModelT]:
     """Trains ``stage.model`` on ``items`` for ``config.steps`` updates.
@@ -156,12 +161,30 @@ def train(
 
     Raises:
         ValueError: a checkpoint of another configuration, of a later step than ``config.steps``, or a damaged one.
-        FileExistsError: ``folder`` holds checkpoints, and none is resumed.
+        TypeError: ``config`` is not a `LoopConfig`.
+        FileExistsError: ``folder`` holds checkpoints, and none is resumed; it is a file, or holds something else in the
+            place of its folders or of history.csv.
         FloatingPointError: the loss or the weights are no longer finite. Checkpoints are of finite states alone.
         RuntimeError: more than one process.
     """
+    if not isinstance(config, LoopConfig):
+        raise TypeError(f"config: expected LoopConfig, got {type(config).__name__}")
+    folder, resume = Path(folder), None if resume is None else Path(resume)
+    _check_places(folder)
     with _accelerator(config) as accelerator:
         return _train(accelerator, stage, items, config, folder, description, resume, console)
+
+
+def _check_places(folder: Path) -> None:
+    """Raise FileExistsError if something else stands where a run writes: before the first step, not at a checkpoint."""
+    for path, is_right, expected in (
+        (folder, Path.is_dir, "a folder"),
+        (folder / CHECKPOINTS, Path.is_dir, "a folder"),
+        (folder / TENSORBOARD, Path.is_dir, "a folder"),
+        (folder / HISTORY, Path.is_file, "a file"),
+    ):
+        if os.path.lexists(path) and not is_right(path):
+            raise FileExistsError(f"{path}: expected {expected} or nothing, got {describe_file(path)}")
 
 
 @contextlib.contextmanager
@@ -194,7 +217,7 @@ def _train(
             f"training runs in one process, but {accelerator.num_processes} were launched: "
             "codebook averages are not exchanged between processes"
         )
-    if resume is None and (old := latest_checkpoint(folder / "checkpoints")):
+    if resume is None and (old := latest_checkpoint(folder / CHECKPOINTS)):
         raise FileExistsError(f"{folder} already holds a run, such as {old.name}: resume it, or choose another folder")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate does so without a word.
@@ -221,7 +244,7 @@ def _train(
         workers=config.workers,
     )
     batches = iter(stream)
-    writer = _Writer(folder / "tensorboard", run.step) if config.tensorboard else None
+    writer = _Writer(folder / TENSORBOARD, run.step) if config.tensorboard else None
     images_per_step = config.batch_size * config.accumulation
     wrapped.train()
     try:
@@ -326,7 +349,7 @@ class _Run:
         state = self.state()
         self._refuse_not_finite({name: state[name] for name in ("model", "optimizer", "averaged", "window")})
         info = {"step": self.step, "stage": self._stage.name, "description": self._description}
-        save_checkpoint(self._folder / "checkpoints", self.step, state, info, keep=self._config.keep_checkpoints)
+        save_checkpoint(self._folder / CHECKPOINTS, self.step, state, info, keep=self._config.keep_checkpoints)
         self.write_history()
 
     def check_finite(self) -> None:
@@ -340,7 +363,7 @@ class _Run:
             raise FloatingPointError(f"{self._stage.name}: {name} is not finite at step {self.step}; {self._good()}")
 
     def _good(self) -> str:
-        newest = latest_checkpoint(self._folder / "checkpoints")
+        newest = latest_checkpoint(self._folder / CHECKPOINTS)
         return "no checkpoint was saved before" if newest is None else f"the newest good checkpoint is {newest}"
 
     def write_history(self) -> None:
@@ -351,7 +374,7 @@ class _Run:
             writer = csv.DictWriter(text, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
-            write_text(self._folder / "history.csv", text.getvalue())
+            write_text(self._folder / HISTORY, text.getvalue())
 
     def record(self, rate: float) -> dict[str, float]:
         """A new line of the history. This is the only place where numbers are read back from the device."""

@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import Tensor
 
 import rqkernels
-from rqgen.config import check_bounds
+from rqgen.checks import check_integer
+from rqgen.config import MAX_SEED, check_bounds
 from rqgen.data.codes import EncodedImages
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
@@ -161,6 +162,8 @@ def prior_data(
 def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
     """Half the mean of |r_D|^2: labels then spread over the codes that quantization itself can hardly tell
     apart, whatever the scale of the latents."""
+    if len(latents_nhwc) == 0:
+        raise ValueError("latents: expected those of at least one image, got none")
     packed = vae.pack_codebook(len(latents_nhwc))
     codebooks = vae.codebooks if packed is None else packed
     norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_sq_norms
@@ -191,6 +194,9 @@ class PriorStage:
         seed: int,
         preview: Callable[[RQTransformer, RQVAE], dict[str, Tensor]] | None = None,
     ) -> None:
+        if kind not in ("images", "latents", "codes"):
+            raise ValueError(f"kind: expected 'images', 'latents' or 'codes', got {kind!r}")
+        check_integer(seed, "seed", 0, MAX_SEED)
         if config.soft_labels or config.stochastic_codes:
             if tau is None or not tau > 0:
                 raise ValueError(f"tau: expected a positive number, got {tau}")

@@ -49,6 +49,8 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
     _check_entries(state, _STATE, where)
     if state["step"] != info["step"]:
         raise ValueError(f"{where}: step: expected {info['step']}, as info.json says, got {state['step']}")
+    if state["history"] and (last := state["history"][-1]["step"]) > state["step"]:
+        raise ValueError(f"{where}: history: expected steps up to {state['step']}, got {last}")
     try:
         check_random_states(state["random"])
     except ValueError as error:
@@ -150,13 +152,26 @@ def _step_fault(value: Any) -> str | None:
 
 
 def _history_fault(value: Any) -> str | None:
-    return _records_fault(value, lambda one: isinstance(one, (int, float)), "numbers")
+    if fault := _records_fault(value, lambda one: isinstance(one, (int, float)), "numbers"):
+        return fault
+    if any(_step_fault(record.get("step")) for record in value):
+        return "expected a step in each record"
+    steps = [record["step"] for record in value]
+    return None if steps == sorted(set(steps)) else "expected records of ascending steps"
 
 
 def _window_fault(value: Any) -> str | None:
-    return _records_fault(
-        value, lambda one: isinstance(one, torch.Tensor) and one.ndim == 0 and bool(one.isfinite()), "finite scalars"
-    )
+    if fault := _records_fault(value, _is_finite_scalar, "finite scalars"):
+        return fault
+    # The names of the last one are averaged over all.
+    same = all(value[-1].keys() <= record.keys() for record in value)
+    return None if same else "expected the names of the last record in each"
+
+
+def _is_finite_scalar(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.ndim > 0 or not value.is_floating_point():
+        return False
+    return bool(value.isfinite())
 
 
 def _records_fault(value: Any, fits: Callable[[Any], bool], what: str) -> str | None:
