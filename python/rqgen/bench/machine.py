@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rqgen.checks import check_choices, check_integer, check_nonnegative
 from rqgen.sampling import Cost
 from rqkernels import _measure
 from rqkernels._measure import Peaks, Rates, Times, interleave, time_call
 
-__all__ = ["Peaks", "Rates", "Times", "environment", "floor_seconds", "interleave", "peak_bytes", "time_call"]
+__all__ = [
+    "Peaks",
+    "Rates",
+    "Times",
+    "check_runs",
+    "environment",
+    "floor_seconds",
+    "interleave",
+    "peak_bytes",
+    "time_call",
+]
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 # Keys and values stay float32 where weights are int8, bfloat16 where they are.
@@ -22,6 +33,15 @@ STATE_BYTES = {"fp32": 4, "bf16": 2, "int8": 4}
 def environment(device: torch.device) -> dict[str, Any]:
     """`_measure.environment` of this package's checkout."""
     return _measure.environment(device, _measure.checkout(Path(__file__).parent))
+
+
+def check_runs(batch_sizes: Sequence[int], precisions: Sequence[str], seconds: float) -> None:
+    """Raise TypeError or ValueError, which names the option, for runs that a benchmark cannot measure."""
+    check_choices(batch_sizes, "--batch")
+    for batch in batch_sizes:
+        check_integer(batch, "--batch", 1)
+    check_choices(precisions, "--precision")
+    check_nonnegative(seconds, "--seconds")
 
 
 def floor_seconds(rates: Rates, costs: Iterable[Cost], precision: str) -> float:

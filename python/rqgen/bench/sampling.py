@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.checks import check_choices, check_integer
 from rqgen.config import check_finite
 from rqgen.files import write_json
 from rqgen.inference import PRECISIONS, Engine, SamplingParams, cast_prior, make_sampler
@@ -22,7 +23,7 @@ from rqgen.quantizers import QuantizerConfig
 from rqgen.report import plot_sampling_speed
 from rqgen.sampling import sampling_cost
 
-from .machine import Peaks, Rates, Times, environment, floor_seconds, interleave, peak_bytes, time_call
+from .machine import Peaks, Rates, Times, check_runs, environment, floor_seconds, interleave, peak_bytes, time_call
 from .published import PublishedSampling
 
 CODE_DIM = 256
@@ -122,6 +123,13 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
     Raises:
         RuntimeError: a contender whose greedy codes are not those of its weights.
     """
+    check_runs(bench.batch_sizes, bench.precisions, bench.seconds)
+    check_choices(bench.shapes, "--shape")
+    for shape in bench.shapes:
+        if len(shape) != 3:
+            raise ValueError(f"--shape: expected (h, w, D), got {shape}")
+        for size in shape:
+            check_integer(size, "--shape", 1)
     configs = {shape: bench.prior_config(shape) for shape in bench.shapes}  # settings that do not fit: known at once
     rates = Peaks(device).rates
     result: dict[str, Any] = {

@@ -21,7 +21,7 @@ from rqgen.quantizers.multiscale import SCALES_256, SCALES_512
 from rqgen.report import plot_systems
 from rqgen.sampling import sampling_cost
 
-from .machine import Peaks, environment, floor_seconds, interleave, peak_bytes
+from .machine import Peaks, check_runs, environment, floor_seconds, interleave, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
 
 SCALE_CODE_DIM = 32
@@ -137,6 +137,7 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
     batch size. Of every contender of a batch size, in turns: milliseconds per image of sampling codes, the floor (see
     `floor_seconds`), and the decoder's milliseconds per image.
     """
+    check_runs(bench.batch_sizes, bench.precisions, bench.seconds)
     benched = bench.systems()  # settings that do not fit: known at once
     rates = Peaks(device).rates
     systems: list[dict[str, Any]] = []

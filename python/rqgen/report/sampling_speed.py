@@ -15,7 +15,7 @@ from .figures import COLOURS, save_figure, tidy
 _LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 
 
-def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Left: images per second, codes only, by batch size; a line per shape (colour) and contender (dashes), and the
     floor of the first contender as dashes. Right: milliseconds per image of the first contender, the decoder above the
     codes.
@@ -23,6 +23,8 @@ def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     Each case has `shape`, `batch`, `contender`, `precision`, `ar_ms_per_image`, `floor_ms_per_image` and
     `decoder_ms_per_image` (None: not measured).
     """
+    if not cases:
+        raise ValueError("cases: expected at least one, got none")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     speed, parts = figure.subplots(1, 2)
     shapes = list(dict.fromkeys(tuple(case["shape"]) for case in cases))
@@ -36,13 +38,15 @@ def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Left: images per second, codes only, by batch size; a line per system (colour) and way of sampling (dashes), and
     the floor of the first way as dashes. Right: the counted work per image of each system over the last one's.
 
     Each system has `name`, `steps` and `counted_per_image`, each case `system`, `precision`, `cfg_scale`, `batch`,
     `ar_ms_per_image` and `floor_ms_per_image` (see `rqgen bench systems`).
     """
+    if not systems or not cases:
+        raise ValueError(f"{'cases' if systems else 'systems'}: expected at least one, got none")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     speed, work = figure.subplots(1, 2)
     ways = [f"{case['precision']}, guided" if case["cfg_scale"] else case["precision"] for case in cases]
