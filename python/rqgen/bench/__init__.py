@@ -1,4 +1,4 @@
-"""Benchmarks of sampling: speed by code shape and batch size, beside the counted work and the machine's floor."""
+"""Benchmarks of sampling: images per second, next to the counted work and the machine's lower bound."""
 
 from .sampling import SamplingBench, parse_shape, run_sampling_bench
 from .systems import SystemsBench, run_systems_bench

@@ -1,4 +1,4 @@
-"""A judge that has only seen real images: does a sample show the class it was asked for?"""
+"""Classifier of images, trained on real ones, for the accuracy of samples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rqgen.models.images import check_images
 
 
 class ImageClassifier:
-    """A support vector machine (scikit-learn's ``SVC``, RBF kernel, C = 10) on the pixels averaged to
-    ``side`` x ``side``. It is fitted to real training images and never sees held-out or sampled ones.
+    """Support vector machine (scikit-learn's ``SVC``, RBF kernel, C = ``penalty``) on the pixels averaged to ``side`` x
+    ``side``. It is fitted to real training images, never to held-out or sampled ones.
 
-    Images are (N, channels, H, W) in [-1, 1] with H and W multiples of ``side``; labels int64 (N,).
-    """
+    Images are (N, channels, H, W) in [-1, 1] with H and W multiples of ``side``; labels int64 (N,), >= 0. Errors are
+    TypeError and ValueError; RuntimeError before `fit`."""
 
     def __init__(self, *, side: int = 8, penalty: float = 10.0) -> None:
-        from sklearn.svm import SVC  # half a second that only this class is worth
+        from sklearn.svm import SVC  # takes half a second to import
 
         self._side = check_integer(side, "side", 1)
         if not check_nonnegative(penalty, "penalty") > 0:
@@ -36,15 +36,15 @@ class ImageClassifier:
         return self
 
     def predict(self, images: Tensor) -> Tensor:
-        """The class of every image, int64 (N,)."""
+        """Return the class of every image, int64 (N,)."""
         if self._channels is None:
-            raise RuntimeError("the classifier must be fitted first")
+            raise RuntimeError("ImageClassifier: must be fitted first")
         if images.ndim == 4 and images.shape[1] != self._channels:
             raise ValueError(f"images: expected {self._channels} channels, as in training, got {images.shape[1]}")
         return torch.from_numpy(self._machine.predict(self._features(images)))
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images whose predicted class is their label."""
+        """Return the share of images whose predicted class is their label."""
         targets = self._targets(images, labels)
         return float((self.predict(images).numpy() == targets).mean())
 

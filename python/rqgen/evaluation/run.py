@@ -1,4 +1,4 @@
-"""Models and images under evaluation, and the loop over all metrics."""
+"""Models and images of an evaluation, and the loop over all metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ValueT = TypeVar("ValueT")
 
 class Run:
     """A tokenizer, a prior, or both, and the images to evaluate them on. Samples, codes and the classifier are made at
-    the first use and then shared by all metrics.
+    the first use and shared by all metrics.
 
     Args:
         settings: the images, the sampling, and the options of metrics.
@@ -79,21 +79,21 @@ class Run:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises ValueError if the run has none, see `lacks`."""
+        """Return the tokenizer. Raise ValueError if the run has none, see `lacks`."""
         return _present(self._tokenizer, "a tokenizer")
 
     @property
     def prior(self) -> Prior:
-        """The prior. Raises ValueError if the run has none, see `lacks`."""
+        """Return the prior. Raise ValueError if the run has none, see `lacks`."""
         return _present(self._prior, "a prior")
 
     @property
     def device(self) -> torch.device:
-        """Device of the models. Raises ValueError if the run has none."""
+        """Return the device of the models. Raise ValueError if the run has none."""
         return _present(self._prior if self._tokenizer is None else self._tokenizer, "a model").device
 
     def lacks(self, *needs: Need) -> str | None:
-        """Returns the reason why the first unmet requirement is not met; None if all are met.
+        """Return the reason why the first unmet requirement is not met; None if all are met.
 
         - "tokenizer", "prior": the run has this model.
         - "images": there is at least one image.
@@ -109,12 +109,12 @@ class Run:
         return None
 
     def why_not(self, metric: str) -> str | None:
-        """Returns the reason why a metric cannot be computed; None if it can."""
+        """Return the reason why a metric cannot be computed; None if it can."""
         entry = METRICS.find(metric, "metric")
         return self.lacks(*entry.needs) or entry.fits(self, self.options(metric))
 
     def options(self, metric: str) -> Any:
-        """The options of a metric; None where it has none."""
+        """Return the options of a metric; None if it has none."""
         return self.settings.options.get(metric)
 
     def _lacks_tokenizer(self) -> str | None:
@@ -175,7 +175,7 @@ class Run:
 
     @functools.cached_property
     def images(self) -> ImageDataset:
-        """The images to evaluate on, without random variations."""
+        """Images to evaluate on, without random variations."""
         return self._open(self.settings.split, self.settings.images)
 
     def _open(self, split: Any, most: int | None) -> ImageDataset:
@@ -187,20 +187,21 @@ class Run:
         return self.images.class_names
 
     def some(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """At most ``count`` images, chosen at random (None: all), (N, channels, H, W), and their labels (N,), both on
-        the CPU."""
+        """Return at most ``count`` images, chosen at random (None: all), (N, channels, H, W), and their labels (N,),
+        both on the CPU."""
         images = self.images
         if count is not None and count < len(images):
             images = _Some(images, count, self.data.split_seed)
         return _stacked(images)
 
     def thumbnails(self, images: ImageDataset, side: int) -> tuple[Tensor, Tensor]:
-        """Images averaged to (N, channels, side, side), and their labels (N,), both on the CPU."""
+        """Return images averaged to (N, channels, side, side), and their labels (N,), both on the CPU."""
         window = self.data.resolution // side
         return _stacked(images, lambda image: F.avg_pool2d(image, window))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images on the device of the tokenizer, ``settings.batch_size`` at a time, and their labels on the CPU."""
+        """Yield all images on the device of the tokenizer, ``settings.batch_size`` at a time, and their labels on the
+        CPU."""
         for start in range(0, len(self.images), self.settings.batch_size):
             end = min(start + self.settings.batch_size, len(self.images))
             batch = [self.images.item(index, 0) for index in range(start, end)]
@@ -223,20 +224,20 @@ class Run:
 
     @torch.no_grad()
     def decode_encoded(self, images: Tensor) -> Tensor:
-        """Images after encoding and decoding."""
+        """Return images after encoding and decoding."""
         parts = images.split(self.settings.batch_size)
         return torch.cat([self.tokenizer.decode(self.tokenizer.encode(some)) for some in parts])
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        """The condition of images with labels (N,): the labels, or None for an unconditional prior and for images
-        without labels."""
+        """Return the condition of images with labels (N,): the labels, or None for an unconditional prior and for
+        images without labels."""
         if self.prior.num_classes == 0 or bool((labels < 0).any()):
             return None
         return labels.to(self.prior.device)
 
     def samples(self, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-        """``settings.sampling.count`` samples (N, channels, H, W), and their labels (N,) on the CPU: 0, 1, ..., 0, ...,
-        or -1 from an unconditional prior. No sample is selected or left out."""
+        """Return ``settings.sampling.count`` samples (N, channels, H, W), and their labels (N,) on the CPU: 0, 1, ...,
+        0, ..., or -1 from an unconditional prior. No sample is selected or left out."""
         if precision not in self._samples:
             sampling = self.settings.sampling
             classes = self.prior.num_classes
@@ -254,14 +255,14 @@ class Run:
         return self._samples[precision]
 
     def edit(self, images: Tensor, mask: Tensor, labels: Tensor) -> Any:
-        """The output of `rqgen.edit` for images on the device, given their labels."""
+        """Return the output of `rqgen.edit` for images on the device, given their labels."""
         params = self.settings.sampling.params()
         edit = _present(self._edit, "edit=rqgen.edit")
         return edit(self.prior, self.tokenizer, images, mask, self.condition(labels), params=params)
 
     @functools.cached_property
     def judge(self) -> ImageClassifier:
-        """A classifier trained on training images, with the options of metric "classifier"."""
+        """Classifier trained on training images, with the options of metric "classifier"."""
         options = self.options("classifier")
         train = self._open("train", options.training_images)
         images, labels = self.thumbnails(train, options.side)
@@ -278,7 +279,7 @@ def _present(value: ValueT | None, name: str) -> ValueT:
 
 
 class _Some(ImageDataset):
-    """A random subset of a dataset, in its order."""
+    """Random subset of a dataset, in its order."""
 
     def __init__(self, images: ImageDataset, count: int, seed: int) -> None:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
@@ -311,17 +312,17 @@ class Evaluation:
     """Metric -> its error."""
 
     def rows(self) -> list[tuple[str, Row]]:
-        """All rows of the table, each with its metric."""
+        """Return all rows of the table, each with its metric."""
         return [
             (name, row) for name, result in self.results.items() for row in METRICS.find(name, "metric").rows(result)
         ]
 
 
 def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool = False) -> Evaluation:
-    """Computes metrics by name (None: all that fit).
+    """Compute metrics by name (None: all that fit).
 
     Args:
-        keep_going: keep errors of a metric in ``failed`` and go on with the others, instead of raising them.
+        keep_going: keep errors of a metric in ``failed`` and continue with the others, instead of raising them.
 
     Raises:
         TypeError: ``metrics`` is not a list of names.
@@ -363,7 +364,7 @@ def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool
 
 
 def _plain(result: Any, name: str) -> dict[str, Any]:
-    """A result as JSON holds it."""
+    """Return a result as JSON holds it."""
     if is_dataclass(result) and not isinstance(result, type):
         result = asdict(result)
     if not isinstance(result, dict):
@@ -371,11 +372,11 @@ def _plain(result: Any, name: str) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(result, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metric '{name}': its result is not what JSON holds: {error}") from error
+        raise ValueError(f"metric '{name}': expected a result that JSON holds: {error}") from error
 
 
 def protocol(run: Run) -> dict[str, Any]:
-    """The images and the sampling behind the results, as JSON holds them."""
+    """Return the settings of the images and the sampling of the results, as JSON holds them."""
     settings = to_dict(run.settings)
     sampled = {name: settings[name] for name in ("batch_size", "sampling")}
     if run.lacks("images") is not None:

@@ -36,16 +36,16 @@ class TokenPrediction:
 def evaluate_token_prediction(
     prior: Prior, vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128
 ) -> TokenPrediction:
-    """Predicts every code of every image once, given the true codes before it (teacher forcing) and the image's label,
+    """Predict every code of every image once, given the true codes before it (teacher forcing) and the image's label,
     without dropout; float64 sums.
 
-    A prior without classes, and images without labels, go with no condition or the null condition. The codes are the
-    nearest ones, whatever the prior learnt from.
+    A prior without classes, and images without labels, are predicted without a condition or with the null condition.
+    The codes are the nearest ones, also for a prior trained on stochastic codes.
 
     Args:
         prior, vae: of one system, put into eval mode.
         images: of the tokenizer's size.
-        batch_size: images at once; their logits take so many times codes x K numbers.
+        batch_size: images at once; their logits take L * K numbers each.
 
     Raises:
         ValueError: an empty dataset; labels of some images alone; a prior of another tokenizer.

@@ -1,4 +1,4 @@
-"""The figures of a run. Each function writes one image, in the format of its name, whole or not at all."""
+"""Figures of a run. Each function writes one image, in the format of its name, whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rqgen.checks import check_integer
 from rqgen.data.grid import image_grid, save_image
 from rqgen.models import Tokenizer
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
 def plot_reconstructions(images: Tensor, reconstructions: Tensor, path: str | Path, *, columns: int = 10) -> None:
-    """Rows of images, each above a row of their reconstructions; both (N, channels, H, W) in [-1, 1]."""
+    """Plot rows of images, each above a row of their reconstructions; both (N, channels, H, W) in [-1, 1]."""
     _check_some(images, "images")
     columns = check_integer(columns, "columns", 1)
     if images.shape != reconstructions.shape:
@@ -41,7 +41,7 @@ def plot_reconstructions(images: Tensor, reconstructions: Tensor, path: str | Pa
 
 @torch.no_grad()
 def plot_coarse_to_fine(vae: Tokenizer, images: Tensor, path: str | Path) -> None:
-    """Each image decoded from depths 1..1, 1..2, ... 1..D (or scales), then the image itself (figure 5 of the
+    """Plot each image decoded from depths 1..1, 1..2, ... 1..D (or scales), then the image itself (figure 5 of the
     RQ-VAE's paper)."""
     codes = vae.encode(images)
     kind, count = f"{vae.layout.axis}s", vae.layout.levels
@@ -50,12 +50,12 @@ def plot_coarse_to_fine(vae: Tokenizer, images: Tensor, path: str | Path) -> Non
         for upto in range(1, count + 1)
     ]
     rows.append((image_grid(images, columns=len(images)), "image"))
-    _stack_rows(rows, f"Decoded from more and more {kind}", path)
+    _stack_rows(rows, f"Decoded from the first {kind}", path)
 
 
 def plot_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str | Path) -> None:
-    """For each edit (name, images, mask, results) three rows: the images, the images with the masked part greyed,
-    what came out. Images (N, channels, H, W) in [-1, 1], mask bool (H, W) or (N, H, W)."""
+    """Plot three rows for each edit (name, images, mask, results): the images, the images with the masked part grey,
+    and the results. Images (N, channels, H, W) in [-1, 1], mask bool (H, W) or (N, H, W)."""
     if not edits:
         raise ValueError("edits: expected at least one, got none")
     rows = []
@@ -75,8 +75,8 @@ def plot_edits(edits: Sequence[tuple[str, Tensor, Tensor, Tensor]], path: str | 
 
 
 def plot_code_usage(counts_dk: Tensor, path: str | Path, *, axis: str = "depth") -> None:
-    """How often each code is used at each depth (or whatever ``axis`` says), most used first (figure 6 of the RQ-VAE's
-    paper); counts (D, K)."""
+    """Plot the use of each code at each depth (or level of ``axis``), most used first (figure 6 of the RQ-VAE's paper);
+    counts (D, K)."""
     if counts_dk.ndim != 2 or 0 in counts_dk.shape or bool((counts_dk < 0).any()):
         raise ValueError(f"counts: expected numbers >= 0, (levels, codes), got {tuple(counts_dk.shape)}")
     panels = len(counts_dk)
@@ -93,7 +93,7 @@ def plot_code_usage(counts_dk: Tensor, path: str | Path, *, axis: str = "depth")
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
-    """A panel for each training run: its logged loss terms against the step. ``histories`` maps a run's name
+    """Plot a panel for each training run: its logged loss terms against the step. ``histories`` maps a run's name
     to its records (see `rqgen.training.TrainingResult`)."""
     if not histories:
         raise ValueError("histories: expected at least one run, got none")
@@ -109,7 +109,7 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
             label = term.removeprefix("loss/").replace("_", " ")
             axis.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.5)
         values = [record[term] for record in records for term in terms if term in record]
-        # A logarithmic axis helps over decades, and only clutters below.
+        # A logarithmic axis helps over decades, and only adds clutter below.
         if values and min(values) > 0 and max(values) > 20 * min(values):
             axis.set_yscale("log")
         tidy(axis, name)
@@ -120,8 +120,8 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
 
 
 def plot_samples(images: Tensor, path: str | Path, *, columns: int, row_labels: Sequence[str] = ()) -> None:
-    """Samples (N, channels, H, W) in [-1, 1], ``columns`` per row: a class per row reads best, with its name as the
-    row's label."""
+    """Write a grid of samples (N, channels, H, W) in [-1, 1], ``columns`` per row, such as a class per row with its
+    name as the label."""
     save_image(image_grid(images, columns=columns, row_labels=row_labels), Path(path), scale=2)
 
 
@@ -136,7 +136,7 @@ def _is_loss(key: str) -> bool:
 
 
 def _stack_rows(rows: Sequence[tuple[Tensor, str]], title: str, path: str | Path) -> None:
-    """Sheets of equal height below each other, each with its label at the left."""
+    """Plot image grids of equal height below each other, each with its label at the left."""
     height, width = rows[0][0].shape[1:]
     figure = Figure(figsize=(1.4 + 8, 0.4 + 8 * len(rows) * height / width), layout="constrained")
     figure.suptitle(title)
@@ -152,13 +152,13 @@ def _stack_rows(rows: Sequence[tuple[Tensor, str]], title: str, path: str | Path
 
 
 def tidy(axis: Axes, title: str) -> None:
-    """A title at the left, no frame at the top and right."""
+    """Put the title at the left and remove the frame at the top and right."""
     axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes an image, in the format of its name."""
+    """Write an image, in the format of its name."""
     # Agg without pyplot: no window system, no global state.
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(110)

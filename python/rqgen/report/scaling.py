@@ -1,4 +1,4 @@
-"""Loss and token error of a family of models against their size."""
+"""Figure of loss and token error of a family of models against their size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .figures import COLOURS, save_figure, tidy
 
 
 def plot_scaling(sizes: Sequence[float], curves: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """A panel per curve, both axes logarithmic: a point per model, the fitted law through them, its formula and the
-    correlation coefficient above.
+    """Plot a panel per curve with logarithmic axes: a point per model, the fitted law, its formula and the correlation
+    coefficient.
 
     Each curve has `title`, `values` (one for each of ``sizes``), `alpha`, `log_beta` and `correlation`, see
     `rqgen.evaluation.PowerLaw`.
@@ -53,7 +53,7 @@ def plot_scaling(sizes: Sequence[float], curves: Sequence[Mapping[str, Any]], pa
 
 
 def power_of_ten(log_value: float) -> str:
-    """``exp(log_value)`` with two decimals, such as 3.10e-05, also where it leaves a float's range."""
+    """Return ``exp(log_value)`` with two decimals, such as 3.10e-05, also beyond the range of a float."""
     if not math.isfinite(log_value):
         raise ValueError(f"log_value: expected a finite number, got {log_value}")
     exponent = math.floor(log_value / math.log(10))
@@ -69,7 +69,7 @@ def _check_positive(numbers: Sequence[float], name: str) -> None:
 
 
 def _label_values(axis: Axes, values: Sequence[float]) -> None:
-    """Four values at even steps of the logarithm: less than a decade has no power of ten to label."""
+    """Label four values at even steps of the logarithm: within a decade there is no power of ten to label."""
     low, high = min(values), max(values)
     ticks = np.geomspace(low, high, 4)
     axis.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])

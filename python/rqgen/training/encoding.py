@@ -1,4 +1,4 @@
-"""A data set through a tokenizer, once."""
+"""Encoding of a dataset by a tokenizer, once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EncodedT = TypeVar("EncodedT")
 
 
 def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
-    """Raises ValueError unless every label is one of the classes, as a prior that is conditioned on them needs: before
-    the training in whose middle the first other one would be met. Without classes nothing is said here."""
+    """Raise ValueError unless every label is one of the classes, as a prior that is conditioned on them needs. Checked
+    before the training, which would otherwise fail at the first invalid label. Without classes nothing is checked."""
     if class_names:
         check_within(labels, "labels", "label", 0, len(class_names))
 
@@ -61,8 +61,18 @@ def encode_dataset(
     count: int | None = None,
     console: Console | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Every image once (or the first ``count``), in order: codes as ``vae.encode`` gives them, or float32 latents, and
-    labels (N,), on the CPU. ``console`` shows how far it is."""
+    """Encode every image once (or the first ``count``), in order.
+
+    Args:
+        codes: return codes as ``vae.encode`` does, or float32 latents.
+        console: shows the progress.
+
+    Returns:
+        Codes or latents, and labels (N,), on the CPU.
+
+    Raises:
+        TypeError, ValueError: no images; a ``batch_size`` below 1; a ``count`` that is not in 1..N.
+    """
     vae.eval()
     batch_size = check_integer(batch_size, "batch_size", 1)
     if len(images) == 0:

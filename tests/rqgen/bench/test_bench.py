@@ -1,4 +1,4 @@
-"""`rqgen bench`, with priors that draw in an instant."""
+"""`rqgen bench`, with priors that sample in an instant."""
 
 import json
 from dataclasses import replace
@@ -135,7 +135,7 @@ def test_what_does_not_fit_into_the_memory_is_named(rqgen, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("batch", "floor_ms"), [(1, 84.0), (100, 1.02), (200, 0.60), (500, 0.42)])
 def test_the_floor_of_the_largest_preset_on_an_h100(batch, floor_ms):
-    """Of a card that copies 3.0 TB/s and multiplies 790 TFLOP/s."""
+    """Rates of a card that copies 3.0 TB/s and multiplies 790 TFLOP/s."""
     config = bench_of(precisions=[], preset="1.4B", codebook_size=16384).prior_config((8, 8, 4))
     peaks = machine.Rates(3.0e12, {"bf16": 790e12})
     seconds = machine.floor_seconds(peaks, sampling_cost(config, batch), "bf16")

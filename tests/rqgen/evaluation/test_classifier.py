@@ -1,4 +1,4 @@
-"""The judge of samples."""
+"""Classifier of samples."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How far a shorter precision is from float32."""
+"""Difference of shorter precisions from float32."""
 
 import pytest
 import torch

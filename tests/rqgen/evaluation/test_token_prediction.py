@@ -39,8 +39,7 @@ def make_tokenizer():
 
 @pytest.fixture
 def models():
-    """A tokenizer and a prior that drops out half of everything in training, away from an initialisation that lets
-    nothing through."""
+    """Tokenizer, and prior with dropout 0.5 in training. Weights differ from the initialisation, whose output is 0."""
     vae = make_tokenizer()
     config = VARConfig(
         quantizer=vae.config.quantizer,

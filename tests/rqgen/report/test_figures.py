@@ -33,7 +33,7 @@ def assert_drawn(path, *, least_side=100):
 
 
 class FakeTokenizer:
-    """Decodes depth d to grey d/D: each row of the figure has its own shade."""
+    """Tokenizer that decodes depth d to grey d/D: each row of the figure has its own shade."""
 
     layout = CodeLayout.stacks((1, 1, 4), 8)
 

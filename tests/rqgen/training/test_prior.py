@@ -1,4 +1,4 @@
-"""What the prior's stage feeds to the prior and to its loss."""
+"""Inputs of the prior and of its loss in the prior's stage."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def batch_of(images, start=0, count=6):
 
 
 def watch_codes(stage):
-    """Every tensor of codes that the prior is called with."""
+    """Record every tensor of codes that the prior is called with."""
     seen = []
     stage.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     return seen

@@ -1,4 +1,4 @@
-"""The effect of a shorter precision."""
+"""Effect of a shorter precision."""
 
 from __future__ import annotations
 
