@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rqgen.checks import check_choices
-from rqgen.config import check_finite
+from rqgen.config import check_bounds
 
 from ..precision import evaluate_precision
 from . import Metric, Row, register
@@ -26,7 +26,7 @@ class PrecisionOptions:
     """Also sample in each precision, if metric "classifier" fits."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_bounds(self)
         if self.precisions is not None:
             check_choices(self.precisions, "precisions")
 
