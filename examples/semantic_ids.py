@@ -40,8 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     if args.embeddings:
         x = torch.from_numpy(np.load(args.embeddings)).float()
+        if x.ndim != 2:
+            parser.error(f"--embeddings: expected an array (N, C), got shape {tuple(x.shape)}")
     else:
         x = torch.randn(500, 32)[torch.randint(500, (args.items,))] + 0.3 * torch.randn(args.items, 32)
+    if not 1 <= args.codes <= len(x):
+        parser.error(f"--codes: expected 1 to {len(x)}, the number of items, got {args.codes}")
     codebooks = residual_kmeans(x, args.codes, args.depth, args.iterations)
     ids = rqkernels.residual_search(x, codebooks).codes  # (N, depth): all depths in one call
     for depth in range(1, args.depth + 1):

@@ -96,3 +96,15 @@ def test_train_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "tokenizer 0: loss" in printed and "prior 0: loss" in printed
     with Image.open(out) as sheet:  # 40 digits of 16 pixels, four times enlarged
         assert sheet.width >= 10 * 64 and sheet.height >= 4 * 64
+
+
+def test_embeddings_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "flat.npy", np.zeros(9, dtype=np.float32))
+    for arguments, words in (
+        (["--embeddings", str(tmp_path / "flat.npy")], "--embeddings: expected an array (N, C), got shape (9,)"),
+        (["--items", "10", "--codes", "11"], "--codes: expected 1 to 10, the number of items, got 11"),
+        (["--items", "10", "--codes", "0"], "--codes: expected 1 to 10, the number of items, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            example("semantic_ids").main(arguments)
+        assert words in capsys.readouterr().err

@@ -178,3 +178,12 @@ def find_name(given: str, names: Sequence[str]) -> int | None:
 def same_names(given: Sequence[str], names: Sequence[str]) -> bool:
     """Return True if these are the same names in the same order, as `find_name` finds them."""
     return len(given) == len(names) and all(find_name(name, names) == label for label, name in enumerate(given))
+
+
+def check_choices(values: Sequence[object], name: str) -> None:
+    """Raise ValueError unless there is at least one value, and each stands there once."""
+    if not values:
+        raise ValueError(f"{name}: expected at least one, got none")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"{name}: expected each once, got {value!r} twice")

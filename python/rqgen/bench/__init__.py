@@ -1,4 +1,4 @@
-"""Benchmarks of sampling: images per second, next to this machine's lower bound. Run by `rqgen bench`.
+"""Benchmarks of sampling: images per second, next to the counted work and the machine's lower bound.
 
 The names below are imported when they are first asked for: `settings` needs no torch.
 """

@@ -1,11 +1,10 @@
-"""The published sampling loop's formulation, written anew on the weights of an `RQTransformer`: a benchmark's peer.
+"""The published formulation of sampling, written from scratch for the weights of an `RQTransformer`: a contender.
 
-What the published sampler does (kakaobrain/rq-vae-transformer, `RQTransformer.sample`), and this does likewise: code
-after code it embeds all positions sampled so far, every depth of each, for the spatial stack and again for the depth
-stack; keys and values grow by concatenation, and are stacked anew at every layer of every step; queries, keys and
-values come from three linear layers; and a code is sampled by `topk` over all K logits, a host sync for NaN,
-softmax, a full sort for top-p and `torch.multinomial`, whether or not anything is cut off.
-"""
+Like the published sampler (kakaobrain/rq-vae-transformer, `RQTransformer.sample`), it embeds code after code all
+positions sampled so far, every depth of each, for the spatial stack and again for the depth stack; keys and values grow
+by concatenation, and are stacked again at every layer of every step; queries, keys and values come from three linear
+layers; and a code is sampled by `topk` over all K logits, a host sync for NaN, softmax, a full sort for top-p and
+`torch.multinomial`, whether or not anything is cut off."""
 
 from __future__ import annotations
 
@@ -20,11 +19,12 @@ from rqgen.models.transformer import Transformer, TransformerBlock
 
 
 class PublishedSampling:
-    """Samples code maps from the weights of `prior` in the published way; nothing of it is copied but the order of qkv.
+    """Sampler of code maps from the weights of `prior` by the published formulation. It shares the weights, except for
+    those of queries, keys and values, which are split.
 
     Args:
         prior: in eval mode, of the layout that the published ImageNet priors have: code vectors through linear layers
-            into both stacks, summed up over depths, one classifier.
+            into both stacks, summed over depths, one classifier.
 
     Raises:
         ValueError: a prior of another layout.
@@ -34,9 +34,7 @@ class PublishedSampling:
         config = prior.config
         layout = (config.spatial_embedding, config.depth_embedding, config.depth_context, config.shared_classifier)
         if layout != ("codebook", "codebook", "cumulative", True) or not config.shared_codebook:
-            raise ValueError(
-                "prior: the published formulation is written for code vectors, one codebook and classifier"
-            )
+            raise ValueError("prior: the published formulation needs code vectors, one codebook and one classifier")
         prior.check_codebooks()
         if prior.codebooks is None:
             raise ValueError("prior: expected one with codebooks, got one without (code_dim is 0)")
@@ -48,7 +46,7 @@ class PublishedSampling:
     def sample(
         self, condition_bl: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
     ) -> Tensor:
-        """Codes (B, T, D) for condition ids (B, L); random numbers come from torch's global generator."""
+        """Return codes (B, T, D) for condition ids (B, L); random numbers come from torch's global generator."""
         prior = self.prior
         codes_btd = torch.zeros(len(condition_bl), prior.positions, prior.depth, dtype=torch.int64, device=prior.device)
         context_b1w = codes_btd.new_empty(0)
@@ -62,14 +60,14 @@ class PublishedSampling:
                     codes_btd[:, t, d] = _sample(logits_bk, temperature, top_k, top_p)
         finally:
             for block in (*self.spatial, *self.depth):
-                block.past = None  # the next call begins anew, and until then the memory is others'
+                block.past = None  # the next call starts from scratch, and until then the memory is free
         return codes_btd
 
     def _context(self, seen_btd: Tensor, condition_bl: Tensor) -> Tensor:
         prior = self.prior
         projection, positions = prior.spatial_projection, seen_btd.shape[1]
         e_btdw = F.linear(self._code_vectors(seen_btd), projection.weight, projection.bias / prior.depth)
-        # Our table of positions has no row for the last one, which is nobody's input.
+        # Our table of positions has no row for the last one, which is not an input.
         e_btw = e_btdw.sum(dim=-2)[:, :-1] + prior.spatial_positions[: positions - 1]
         condition_blw = prior.condition_embedding(condition_bl) + prior.condition_positions
         x_bnw = torch.cat([condition_blw, e_btw], dim=1)
@@ -95,7 +93,7 @@ class PublishedSampling:
 
 
 class _Block:
-    """A pre-norm block with keys and values of what it saw, all heads of all rows in one batch of matrices."""
+    """Pre-norm block with its keys and values so far, all heads of all rows in one batch of matrices."""
 
     def __init__(self, block: TransformerBlock, heads: int) -> None:
         self.block, self.heads = block, heads

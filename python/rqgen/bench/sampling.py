@@ -1,4 +1,4 @@
-"""`rqgen bench sampling`: the paper's figure 4, beside the least time this machine could take."""
+"""`rqgen bench sampling`: the paper's figure 4, next to this machine's lower bound."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rqgen.checks import check_choices, check_integer
 from rqgen.config import check_finite
 from rqgen.files import write_json
 from rqgen.inference import PRECISIONS, Engine, SamplingParams, cast_prior, make_sampler
@@ -22,15 +23,15 @@ from rqgen.quantizers import QuantizerConfig
 from rqgen.report import plot_sampling_speed
 from rqgen.sampling import sampling_cost
 
-from .machine import Peaks, Rates, Times, environment, floor_seconds, interleave, peak_bytes, time_call
+from .machine import Peaks, Rates, Times, check_runs, environment, floor_seconds, interleave, peak_bytes, time_call
 from .published import PublishedSampling
 from .settings import SamplingBenchSettings
 
 CODE_DIM = 256
 CLASSES = 1000
 IMAGE_SIDE = 256
-# How far below the likeliest code a greedy one may lie, in standard deviations of its logits: what rounding explains.
-# Codes that do not follow from the weights lie some four below.
+# Largest distance of a greedy code from the likeliest one, in standard deviations of its logits, due to rounding.
+# Codes of other weights lie about four below.
 GREEDY_GAP = {"fp32": 1e-3, "bf16": 0.5, "int8": 0.5}
 
 
@@ -48,7 +49,8 @@ class SamplingBench(SamplingBenchSettings):
                 raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'")
 
     def prior_config(self, shape: tuple[int, int, int]) -> RQTransformerConfig:
-        """As the published class-conditional priors; the same number of layers whatever the shape."""
+        """Return the config of a prior like the published class-conditional ones; the number of layers is the same for
+        all shapes."""
         settings: dict[str, Any] = {
             "code_shape": shape,
             "codebook_size": self.codebook_size,
@@ -57,34 +59,43 @@ class SamplingBench(SamplingBenchSettings):
             "condition_vocab_size": CLASSES,
         }
         if self.preset is not None:
-            # Of any depth but one: the preset's own split of its layers.
+            # A depth other than one gives the preset's own split of its layers.
             config = RQTransformerConfig.preset(self.preset, **{**settings, "code_shape": (*shape[:2], 2)})
             width, heads = config.embed_dim, config.spatial.heads
             layers = config.spatial.layers, config.depth.layers
         else:
             width, heads, layers = self.width, self.heads, (self.spatial_layers, self.depth_layers)
         if shape[2] == 1:
-            # One code per position leaves the depth stack nothing to attend to.
+            # With one code per position the depth stack has nothing to attend to.
             layers = sum(layers), 0
         spatial, depth = (TransformerConfig(layers=count, heads=heads) for count in layers)
         return RQTransformerConfig(embed_dim=width, spatial=spatial, depth=depth, **settings)
 
 
 def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device, console: Console) -> dict[str, Any]:
-    """Measures, and writes `out`/sampling.json and `out`/sampling.png anew after every shape and batch size. Returns
-    what the JSON holds.
+    """Measure, and write `out`/sampling.json and `out`/sampling.png after every shape and batch size. Return the
+    content of the JSON file.
 
-    Of every contender: milliseconds per image of sampling codes (AR) in batches, interleaved with the other
-    contenders of its shape and batch size; the floor, max(bytes / copy bandwidth, operations / matmul rate) of the two
+    Of every contender: milliseconds per image of sampling codes (AR) in batches, interleaved with the other contenders
+    of its shape and batch size; the lower bound, max(bytes / copy bandwidth, operations / matmul rate) of the two
     stacks one after the other (see `sampling_cost`; weights count in the precision's size); the decoder's milliseconds
-    per image; on a GPU its weights and what its first call of that batch size needs beyond them, keys and values
-    among it. A floor can be undercut where weights or states stay in a cache between steps. What a GPU's memory does
-    not hold is named under "out_of_memory", and has no case.
+    per image; on a GPU the bytes of its weights and of what its first call of that batch size allocates, with keys and
+    values. A time may be below the bound if weights or states stay in a cache between steps. A run that does not fit
+    into a GPU's memory is named under "out_of_memory", and has no case.
 
     Raises:
+        TypeError, ValueError: settings that cannot be measured.
         RuntimeError: a contender whose greedy codes are not those of its weights.
     """
-    configs = {shape: bench.prior_config(shape) for shape in bench.shapes}  # settings that do not fit: known at once
+    check_runs(bench.batch_sizes, bench.precisions, bench.seconds)
+    check_choices(bench.shapes, "--shape")
+    for shape in bench.shapes:
+        if len(shape) != 3:
+            raise ValueError(f"--shape: expected (h, w, D), got {shape}")
+        for size in shape:
+            check_integer(size, "--shape", 1)
+    # Here, so that settings are refused before the first measurement.
+    configs = {shape: bench.prior_config(shape) for shape in bench.shapes}
     rates = Peaks(device).rates
     result: dict[str, Any] = {
         "environment": environment(device),
@@ -96,7 +107,7 @@ def run_sampling_bench(bench: SamplingBench, out: Path, *, device: torch.device,
     }
     out.mkdir(parents=True, exist_ok=True)
     for config in configs.values():
-        # Shapes and batch sizes have calls of their own, so that nothing of one is left in memory for the next.
+        # A call for each shape and batch size: nothing of one stays in memory for the next.
         _run_shape(bench, config, rates, result, out, device=device, console=console)
     return result
 
@@ -150,7 +161,7 @@ def _run_shape(
 def _measure(
     bench: SamplingBench, prior: RQTransformer, batch: int, decoder_ms: float | None, rates: Rates
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """What was measured of each contender; names and precisions of those that did not fit into the memory."""
+    """Return the measurements of each contender, and names and precisions of those that did not fit into memory."""
     condition_bl, device = _conditions(prior, batch), prior.device
     waiting, fitting, missing = _contenders(bench, prior), [], []
     while waiting:
@@ -160,8 +171,8 @@ def _measure(
             fitting.append((contender, call, peak_bytes(call, device)))
         except torch.OutOfMemoryError:
             missing.append((contender.name, contender.precision))
-        del contender, call  # what does not fit must not stay
-    # On a GPU the first call told the memory.
+        del contender, call  # frees the memory of a contender that does not fit
+    # On a GPU the first call, for the memory, was the warm-up.
     times = interleave([call for _, call, _ in fitting], device, bench.seconds, warm_up=device.type != "cuda")
     return [
         {**_case(prior.config, contender, batch, time, decoder_ms, rates), "peak_bytes": peak}
@@ -174,10 +185,10 @@ def _measure(
 
 @dataclass
 class Contender:
-    """One way to sample: `sample(condition_bl, top_k, top_p)` gives codes (B, T, D).
+    """A way to sample: `sample(condition_bl, top_k, top_p)` returns codes (B, T, D).
 
     Attributes:
-        weight_bytes: on a GPU.
+        weight_bytes: bytes of the weights on a GPU; None on a CPU.
     """
 
     name: str
@@ -210,7 +221,8 @@ def _ours(bench: SamplingBench, prior: RQTransformer, precision: str) -> Contend
 
 
 def _published(prior: RQTransformer, precision: str) -> Contender:
-    """All of it in bfloat16 at "bf16", where published code has autocast convert float32 weights again and again."""
+    """Return the published formulation. At "bf16" all of it is bfloat16; the published code converts float32 weights by
+    autocast at every call."""
     cast = cast_prior(prior, precision)
     sampling = PublishedSampling(cast)
 
@@ -227,7 +239,8 @@ def _weight_bytes(prior: RQTransformer) -> int:
 
 @torch.no_grad()
 def _check_greedy(contender: Contender, prior: RQTransformer) -> float:
-    """The share of its greedy codes that are the likeliest, given the codes before, of one float32 pass over the map.
+    """Return the share of greedy codes that are the likeliest, given the codes before, in one float32 pass over the
+    map.
 
     Raises:
         RuntimeError: one lies further below the likeliest than rounding explains.
@@ -267,8 +280,8 @@ def rqvae_decoder_ms(
     codebook_size: int,
     budget: float,
 ) -> float | None:
-    """Milliseconds per image of the decoder of the published layout for images of side x side; None without channels,
-    where no such layout fits, and where the memory does not suffice."""
+    """Return milliseconds per image of the decoder of the published layout for images of side x side; None without
+    channels, if there is no such layout for the shape, and if it does not fit into memory."""
     if not channels:
         return None
     height, width, depth = shape
@@ -331,7 +344,7 @@ def _case(
 
 
 def _cost_law(bench: SamplingBench, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Operations per image as counted, beside those of N_s + N_d layers over all T * D codes one by one."""
+    """Return the counted operations per image, and those of N_s + N_d layers over all T * D codes one by one."""
     law: dict[str, Any] = {"shape": list(shape)}
     for name, config in (("stacked", bench.prior_config(shape)), ("flat", bench.prior_config(_flat(shape)))):
         cost = sampling_cost(config, 1)
@@ -345,7 +358,8 @@ def _cost_law(bench: SamplingBench, shape: tuple[int, int, int]) -> dict[str, An
 
 
 def _measure_flat(bench: SamplingBench, prior: RQTransformer, device: torch.device) -> dict[str, Any]:
-    """AR time per image of the stacked prior and of the flat one, at the largest batch size."""
+    """Return the time per image of sampling codes by the stacked prior and by the flat one, at the largest batch
+    size."""
     height, width, depth = prior.config.code_shape
     flat = random_prior(bench.prior_config(_flat((height, width, depth))), device)
     batch, precision = max(bench.batch_sizes), bench.precisions[0]

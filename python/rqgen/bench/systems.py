@@ -1,4 +1,4 @@
-"""`rqgen bench systems`: scale by scale, stacks of codes, code by code: three priors for the same images."""
+"""`rqgen bench systems`: priors of scales, of stacks of codes and of single codes, for images of the same size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rqgen.quantizers.multiscale import SCALES_256, SCALES_512
 from rqgen.report import plot_systems
 from rqgen.sampling import sampling_cost
 
-from .machine import Peaks, environment, floor_seconds, interleave, peak_bytes
+from .machine import Peaks, check_runs, environment, floor_seconds, interleave, peak_bytes
 from .sampling import CLASSES, CODE_DIM, random_prior, rqvae_decoder_ms
 from .settings import SystemsBenchSettings
 
@@ -31,14 +31,14 @@ RQ_DECODER_CHANNELS, SCALES_DECODER_CHANNELS = 128, 160
 
 
 class Codes(NamedTuple):
-    """What the systems make of an image."""
+    """Codes of an image in each system."""
 
     scales: tuple[int, ...]
     stacks: tuple[int, int, int]
     flat: tuple[int, int, int]
 
 
-# By the side of an image; each system's features have the published sizes.
+# Side of an image -> codes; each system's features have the published sizes.
 CODES = {
     256: Codes(SCALES_256, (8, 8, 4), (16, 16, 1)),
     512: Codes(SCALES_512, (16, 16, 4), (32, 32, 1)),
@@ -46,14 +46,14 @@ CODES = {
 
 
 class BenchedSystem(NamedTuple):
-    """A prior to make, and what is timed beside it."""
+    """Prior to make, and the decoder to time with it."""
 
     config: Any
     make_prior: Callable[[Any, torch.device], Prior]
     decoder_ms: Callable[[SystemsBench, Any, int, torch.device], float | None]
     """Milliseconds per image of the decoder of the system's published layout, in batches."""
     layers: list[int]
-    """Of each of the prior's stacks."""
+    """Layers of each of the prior's stacks."""
 
 
 @dataclass(kw_only=True)
@@ -74,7 +74,7 @@ class SystemsBench(SystemsBenchSettings):
             raise ValueError(f"--cfg-scale: expected a number > 0, got {self.cfg_scale}")
 
     def systems(self) -> dict[str, BenchedSystem]:
-        """The systems by name."""
+        """Return the systems by name."""
         codes, layers = CODES[self.image_side], (self.spatial_layers, self.depth_layers)
         scales = VARConfig(
             quantizer=MultiScaleConfig(codebook_size=self.var_codebook_size, scales=list(codes.scales)),
@@ -107,14 +107,15 @@ class SystemsBench(SystemsBenchSettings):
 
 
 def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, console: Console) -> dict[str, Any]:
-    """Measures, and writes `out`/systems.json (after every batch size) and, at the end, `out`/systems.png. Returns what
-    the JSON holds.
+    """Measure, and write `out`/systems.json (after every batch size) and, at the end, `out`/systems.png. Return the
+    content of the JSON file.
 
     Of every system: its codes, layers, parameters, steps, and the work that `sampling_cost` counts, per image of each
-    batch size. Of every contender of a batch size, in turns: milliseconds per image of sampling codes, the floor (see
-    `floor_seconds`), and the decoder's milliseconds per image.
+    batch size. Of every contender of a batch size, in turns: milliseconds per image of sampling codes, the lower bound
+    (see `floor_seconds`), and the decoder's milliseconds per image.
     """
-    benched = bench.systems()  # settings that do not fit: known at once
+    check_runs(bench.batch_sizes, bench.precisions, bench.seconds)
+    benched = bench.systems()  # refuses settings before the first measurement
     rates = Peaks(device).rates
     systems: list[dict[str, Any]] = []
     result: dict[str, Any] = {
@@ -136,7 +137,7 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
             for precision, cfg_scale in _ways(bench, prior)
         ]
         calls = [contender.prepared(priors[contender.system], batch, bench.use_graphs) for contender in contenders]
-        # The first call of each on a GPU: what a later one keeps from it would not be seen.
+        # The first call of each on a GPU: a later one would not count memory kept from it.
         needed = [peak_bytes(call, device) for call in calls]
         times = interleave(calls, device, bench.seconds, warm_up=device.type != "cuda")
         for contender, time, peak in zip(contenders, times, needed, strict=True):
@@ -173,14 +174,14 @@ def run_systems_bench(bench: SystemsBench, out: Path, *, device: torch.device, c
 
 
 class Contender(NamedTuple):
-    """A system, and how it is sampled."""
+    """System with its precision and guidance."""
 
     system: str
     precision: str
     cfg_scale: float
 
     def prepared(self, prior: Prior, batch: int, use_graphs: bool) -> Callable[[], object]:
-        """Samples the codes of `batch` images when called."""
+        """Return a function that samples the codes of `batch` images."""
         condition_ids = prior.condition_ids(torch.arange(batch, device=prior.device) % CLASSES, batch)
         sampler = make_sampler(prior, Engine(self.precision, use_graphs))
         params = SamplingParams(cfg_scale=self.cfg_scale).resolve(prior, condition_ids)
@@ -188,7 +189,7 @@ class Contender(NamedTuple):
 
 
 def _ways(bench: SystemsBench, prior: Prior) -> list[tuple[str, float]]:
-    """Precisions and strengths of guidance that a system is sampled with."""
+    """Return the precisions and guidance strengths of a system."""
     precisions = [name for name in bench.precisions if name in prior.precisions] or [prior.precisions[0]]
     first, *others = precisions
     guided = [] if bench.cfg_scale is None else [(first, bench.cfg_scale)]

@@ -1,4 +1,4 @@
-"""Common parts of published checkpoints: the models that tensors belong to, and VQ-GAN's names of its encoder and decoder."""
+"""Common parts of published checkpoints: whose tensors they are, and VQ-GAN's names of its encoder and decoder."""
 
 from __future__ import annotations
 

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor, ImageFile
+from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
+
+from rqgen.reading import describe_file
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +133,8 @@ def open_picture(path: Path, *, channels: int, background: tuple[int, int, int])
         PictureError: anything that keeps it from being shown.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"image file not found: {path}{' is no file' if path.exists() else ''}")
+        found = describe_file(path)
+        raise FileNotFoundError(f"image file not found: {path}{'' if found == 'no file' else f': it is {found}'}")
     try:
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
@@ -146,6 +149,9 @@ def open_picture(path: Path, *, channels: int, background: tuple[int, int, int])
             else:
                 planes = [_eight_bit(image, rawmode, channels, background)]
             transposed = _TRANSPOSED.get(_orientation(image))
+    except UnidentifiedImageError as error:
+        kind = describe_file(path)
+        raise PictureError(path, f"it is {kind}{', but damaged' if 'image' in kind else ''}") from error
     except Exception as error:  # each format's decoder fails in its own ways
         reason = re.sub(" <.*>$", "", " ".join(str(error).split()))  # which names an object, no file
         named = reason if type(error) is ValueError else f"{type(error).__name__}: {reason}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""A judge that has only seen real images: does a sample show the class it was asked for?"""
+"""Classifier of images, trained on real ones, for the accuracy of samples."""
 
 from __future__ import annotations
 
@@ -7,39 +7,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rqgen.checks import check_integer, check_nonnegative, check_within, integers
 from rqgen.models.images import check_images
 
 
 class ImageClassifier:
-    """A support vector machine (scikit-learn's ``SVC``, RBF kernel, C = 10) on the pixels averaged to
-    ``side`` x ``side``. It is fitted to real training images and never sees held-out or sampled ones.
+    """Support vector machine (scikit-learn's ``SVC``, RBF kernel, C = ``penalty``) on the pixels averaged to ``side`` x
+    ``side``. It is fitted to real training images, never to held-out or sampled ones.
 
-    Images are (N, channels, H, W) in [-1, 1] with H and W multiples of ``side``; labels int64 (N,).
-    """
+    Images are (N, channels, H, W) in [-1, 1] with H and W multiples of ``side``; labels int64 (N,), >= 0. Errors are
+    TypeError and ValueError; RuntimeError before `fit`."""
 
     def __init__(self, *, side: int = 8, penalty: float = 10.0) -> None:
-        from sklearn.svm import SVC  # half a second that only this class is worth
+        from sklearn.svm import SVC  # takes half a second to import
 
-        self._side = side
+        self._side = check_integer(side, "side", 1)
+        if not check_nonnegative(penalty, "penalty") > 0:
+            raise ValueError(f"penalty: expected a number > 0, got {penalty}")
         self._machine = SVC(C=penalty)
-        self._fitted = False
+        self._channels: int | None = None
 
     def fit(self, images: Tensor, labels: Tensor) -> ImageClassifier:
         features, targets = self._features(images), self._targets(images, labels)
         if len(np.unique(targets)) < 2:
             raise ValueError("labels: expected images of at least two classes")
         self._machine.fit(features, targets)
-        self._fitted = True
+        self._channels = images.shape[1]
         return self
 
     def predict(self, images: Tensor) -> Tensor:
-        """The class of every image, int64 (N,)."""
-        if not self._fitted:
-            raise RuntimeError("the classifier must be fitted first")
+        """Return the class of every image, int64 (N,)."""
+        if self._channels is None:
+            raise RuntimeError("ImageClassifier: must be fitted first")
+        if images.ndim == 4 and images.shape[1] != self._channels:
+            raise ValueError(f"images: expected {self._channels} channels, as in training, got {images.shape[1]}")
         return torch.from_numpy(self._machine.predict(self._features(images)))
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images whose predicted class is their label."""
+        """Return the share of images whose predicted class is their label."""
         targets = self._targets(images, labels)
         return float((self.predict(images).numpy() == targets).mean())
 
@@ -51,6 +56,8 @@ class ImageClassifier:
             raise ValueError(
                 f"images: expected sides that are multiples of {self._side}, got {tuple(images.shape[2:])}"
             )
+        if not bool(images.isfinite().all()):
+            raise ValueError("images: expected numbers in [-1, 1], got NaN or infinity")
         window = (images.shape[2] // self._side, images.shape[3] // self._side)
         return F.avg_pool2d(images.detach().float().cpu(), window).flatten(1).numpy()
 
@@ -58,4 +65,5 @@ class ImageClassifier:
     def _targets(images: Tensor, labels: Tensor) -> np.ndarray:
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels: expected shape {(len(images),)}, got {tuple(labels.shape)}")
-        return labels.cpu().numpy()
+        check_within(targets := integers(labels, "labels").cpu(), "labels", "label", 0, None)
+        return targets.numpy()

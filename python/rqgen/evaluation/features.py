@@ -191,7 +191,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
     if isinstance(values, np.ndarray):
         if values.dtype.kind != "f":
             raise TypeError(f"{name}: expected floating-point numbers, got {values.dtype}")
-        values = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        values = torch.from_numpy(np.require(values, np.float64, ["C", "W"]))  # torch warns of read-only arrays
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a tensor or an array, got {type(values).__name__}")
     if not values.is_floating_point():

@@ -38,7 +38,7 @@ class PriorLogits:
     """Logits that sampling would see at a precision."""
 
     of: Callable[[Codes, Tensor | None], Tensor]
-    """Maps codes and a condition to logits of all codes, (B, .., K), in the order of `CodeLayout.flatten`."""
+    """Map codes and a condition to logits of all codes, (B, .., K), in the order of `CodeLayout.flatten`."""
     weight_error: dict[str, float] = field(default_factory=dict)
     """See `PrecisionEffect`."""
 

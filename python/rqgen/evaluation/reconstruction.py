@@ -1,4 +1,4 @@
-"""What a tokenizer keeps of images it has not learnt from."""
+"""Reconstruction error and code usage of a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rqgen.checks import check_integer
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import Tokenizer
 
 
 @dataclass
 class ReconstructionQuality:
-    """``mse``: mean squared error over all pixels, images in [-1, 1]. ``code_counts`` int64 (D, K): how often
-    each code was chosen at each depth (or scale). ``codes_used`` and ``perplexity`` (exp of the entropy) for each of
+    """``mse``: mean squared error over all pixels, images in [-1, 1]. ``code_counts`` int64 (D, K): uses of
+    each code at each depth (or scale). ``codes_used`` and ``perplexity`` (exp of the entropy) for each of
     them."""
 
     mse: float
@@ -25,7 +26,12 @@ class ReconstructionQuality:
 
 @torch.no_grad()
 def evaluate_reconstruction(vae: Tokenizer, images: ImageDataset, *, batch_size: int = 128) -> ReconstructionQuality:
-    """Encodes and decodes every image once. Raises ValueError for an empty dataset."""
+    """Encode and decode every image once.
+
+    Raises:
+        TypeError, ValueError: an empty dataset; a ``batch_size`` below 1.
+    """
+    batch_size = check_integer(batch_size, "batch_size", 1)
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     vae.eval()

@@ -1,4 +1,4 @@
-"""Models and images under evaluation, and the loop over all metrics."""
+"""Models and images of an evaluation, and the loop over all metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.checks import same_names
+from rqgen.checks import check_choices, same_names
 from rqgen.config import to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset
 from rqgen.models import Prior, Tokenizer
@@ -32,7 +32,7 @@ ValueT = TypeVar("ValueT")
 
 class Run:
     """A tokenizer, a prior, or both, and the images to evaluate them on. Samples, codes and the classifier are made at
-    the first use and then shared by all metrics.
+    the first use and shared by all metrics.
 
     Args:
         settings: the images, the sampling, and the options of metrics.
@@ -41,6 +41,7 @@ class Run:
         no_images: the reason why ``settings.data`` does not name the images.
 
     Raises:
+        TypeError: settings or a model of another class.
         ValueError: the prior is of another tokenizer.
     """
 
@@ -54,6 +55,13 @@ class Run:
         edit: Callable[..., Any] | None = None,
         no_images: str | None = None,
     ) -> None:
+        for name, value, expected in (
+            ("settings", settings, EvaluationConfig),
+            ("tokenizer", tokenizer, Tokenizer),
+            ("prior", prior, Prior),
+        ):
+            if not isinstance(value, expected) and (value is not None or name == "settings"):
+                raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
         if tokenizer is not None and prior is not None:
             prior.check_tokenizer(tokenizer)
         for model in (tokenizer, prior):
@@ -71,21 +79,21 @@ class Run:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises ValueError if the run has none, see `lacks`."""
+        """Return the tokenizer. Raise ValueError if the run has none, see `lacks`."""
         return _present(self._tokenizer, "a tokenizer")
 
     @property
     def prior(self) -> Prior:
-        """The prior. Raises ValueError if the run has none, see `lacks`."""
+        """Return the prior. Raise ValueError if the run has none, see `lacks`."""
         return _present(self._prior, "a prior")
 
     @property
     def device(self) -> torch.device:
-        """Device of the models. Raises ValueError if the run has none."""
+        """Return the device of the models. Raise ValueError if the run has none."""
         return _present(self._prior if self._tokenizer is None else self._tokenizer, "a model").device
 
     def lacks(self, *needs: Need) -> str | None:
-        """Returns the reason why the first unmet requirement is not met; None if all are met.
+        """Return the reason why the first unmet requirement is not met; None if all are met.
 
         - "tokenizer", "prior": the run has this model.
         - "images": there is at least one image.
@@ -101,12 +109,12 @@ class Run:
         return None
 
     def why_not(self, metric: str) -> str | None:
-        """Returns the reason why a metric cannot be computed; None if it can."""
+        """Return the reason why a metric cannot be computed; None if it can."""
         entry = METRICS.find(metric, "metric")
         return self.lacks(*entry.needs) or entry.fits(self, self.options(metric))
 
     def options(self, metric: str) -> Any:
-        """The options of a metric; None where it has none."""
+        """Return the options of a metric; None if it has none."""
         return self.settings.options.get(metric)
 
     def _lacks_tokenizer(self) -> str | None:
@@ -167,7 +175,7 @@ class Run:
 
     @functools.cached_property
     def images(self) -> ImageDataset:
-        """The images to evaluate on, without random variations."""
+        """Images to evaluate on, without random variations."""
         return self._open(self.settings.split, self.settings.images)
 
     def _open(self, split: Any, most: int | None) -> ImageDataset:
@@ -179,20 +187,21 @@ class Run:
         return self.images.class_names
 
     def some(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """At most ``count`` images, chosen at random (None: all), (N, channels, H, W), and their labels (N,), both on
-        the CPU."""
+        """Return at most ``count`` images, chosen at random (None: all), (N, channels, H, W), and their labels (N,),
+        both on the CPU."""
         images = self.images
         if count is not None and count < len(images):
             images = _Some(images, count, self.data.split_seed)
         return _stacked(images)
 
     def thumbnails(self, images: ImageDataset, side: int) -> tuple[Tensor, Tensor]:
-        """Images averaged to (N, channels, side, side), and their labels (N,), both on the CPU."""
+        """Return images averaged to (N, channels, side, side), and their labels (N,), both on the CPU."""
         window = self.data.resolution // side
         return _stacked(images, lambda image: F.avg_pool2d(image, window))
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images on the device of the tokenizer, ``settings.batch_size`` at a time, and their labels on the CPU."""
+        """Yield all images on the device of the tokenizer, ``settings.batch_size`` at a time, and their labels on the
+        CPU."""
         for start in range(0, len(self.images), self.settings.batch_size):
             end = min(start + self.settings.batch_size, len(self.images))
             batch = [self.images.item(index, 0) for index in range(start, end)]
@@ -215,20 +224,20 @@ class Run:
 
     @torch.no_grad()
     def decode_encoded(self, images: Tensor) -> Tensor:
-        """Images after encoding and decoding."""
+        """Return images after encoding and decoding."""
         parts = images.split(self.settings.batch_size)
         return torch.cat([self.tokenizer.decode(self.tokenizer.encode(some)) for some in parts])
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        """The condition of images with labels (N,): the labels, or None for an unconditional prior and for images
-        without labels."""
+        """Return the condition of images with labels (N,): the labels, or None for an unconditional prior and for
+        images without labels."""
         if self.prior.num_classes == 0 or bool((labels < 0).any()):
             return None
         return labels.to(self.prior.device)
 
     def samples(self, precision: str = "fp32") -> tuple[Tensor, Tensor]:
-        """``settings.sampling.count`` samples (N, channels, H, W), and their labels (N,) on the CPU: 0, 1, ..., 0, ...,
-        or -1 from an unconditional prior. No sample is selected or left out."""
+        """Return ``settings.sampling.count`` samples (N, channels, H, W), and their labels (N,) on the CPU: 0, 1, ...,
+        0, ..., or -1 from an unconditional prior. No sample is selected or left out."""
         if precision not in self._samples:
             sampling = self.settings.sampling
             classes = self.prior.num_classes
@@ -246,17 +255,21 @@ class Run:
         return self._samples[precision]
 
     def edit(self, images: Tensor, mask: Tensor, labels: Tensor) -> Any:
-        """The output of `rqgen.edit` for images on the device, given their labels."""
+        """Return the output of `rqgen.edit` for images on the device, given their labels."""
         params = self.settings.sampling.params()
         edit = _present(self._edit, "edit=rqgen.edit")
         return edit(self.prior, self.tokenizer, images, mask, self.condition(labels), params=params)
 
     @functools.cached_property
     def judge(self) -> ImageClassifier:
-        """A classifier trained on training images, with the options of metric "classifier"."""
+        """Classifier trained on training images, with the options of metric "classifier"."""
         options = self.options("classifier")
         train = self._open("train", options.training_images)
-        return ImageClassifier(side=options.side).fit(*self.thumbnails(train, options.side))
+        images, labels = self.thumbnails(train, options.side)
+        if len(labels.unique()) < 2:
+            count = len(labels)
+            raise ValueError(f"classifier.training_images: expected images of at least two classes, got {count} of one")
+        return ImageClassifier(side=options.side).fit(images, labels)
 
 
 def _present(value: ValueT | None, name: str) -> ValueT:
@@ -266,7 +279,7 @@ def _present(value: ValueT | None, name: str) -> ValueT:
 
 
 class _Some(ImageDataset):
-    """A random subset of a dataset, in its order."""
+    """Random subset of a dataset, in its order."""
 
     def __init__(self, images: ImageDataset, count: int, seed: int) -> None:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
@@ -299,25 +312,31 @@ class Evaluation:
     """Metric -> its error."""
 
     def rows(self) -> list[tuple[str, Row]]:
-        """All rows of the table, each with its metric."""
+        """Return all rows of the table, each with its metric."""
         return [
             (name, row) for name, result in self.results.items() for row in METRICS.find(name, "metric").rows(result)
         ]
 
 
 def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool = False) -> Evaluation:
-    """Computes metrics by name (None: all that fit).
+    """Compute metrics by name (None: all that fit).
 
     Args:
-        keep_going: keep errors of a metric in ``failed`` and go on with the others, instead of raising them.
+        keep_going: keep errors of a metric in ``failed`` and continue with the others, instead of raising them.
 
     Raises:
-        ValueError: an unknown name, or a named metric that does not fit, both before anything is computed; without
-            names, no metric that fits; a result that JSON does not hold, such as NaN.
+        TypeError: ``metrics`` is not a list of names.
+        ValueError: no name, an unknown one, one given twice, or a named metric that does not fit, all before anything
+            is computed; without names, no metric that fits; a result that JSON does not hold, such as NaN.
     """
     found = Evaluation()
-    names = METRICS.names() if metrics is None else list(dict.fromkeys(metrics))
+    names = METRICS.names() if metrics is None else metrics
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"metrics: expected a list of names, got {names!r}")
+    check_choices(names, "metrics")
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"metrics: expected names, got {name!r}")
         METRICS.find(name, "metric")
     for name in names:
         if (reason := run.why_not(name)) is not None:
@@ -325,7 +344,11 @@ def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool
                 raise ValueError(f"metric '{name}' does not fit: {reason}")
             found.unfit[name] = reason
     if len(found.unfit) == len(names):
-        raise ValueError(f"no metric fits: {'; '.join(f'{name}: {why}' for name, why in found.unfit.items())}")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in found.unfit.items():
+            by_reason.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{', '.join(some)}: {reason}" for reason, some in by_reason.items())
+        raise ValueError(f"no metric fits: {reasons}")
     for name in names:
         if name in found.unfit:
             continue
@@ -341,7 +364,7 @@ def evaluate(run: Run, metrics: Sequence[str] | None = None, *, keep_going: bool
 
 
 def _plain(result: Any, name: str) -> dict[str, Any]:
-    """A result as JSON holds it."""
+    """Return a result as JSON holds it."""
     if is_dataclass(result) and not isinstance(result, type):
         result = asdict(result)
     if not isinstance(result, dict):
@@ -349,11 +372,11 @@ def _plain(result: Any, name: str) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(result, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"metric '{name}': its result is not what JSON holds: {error}") from error
+        raise ValueError(f"metric '{name}': expected a result that JSON holds: {error}") from error
 
 
 def protocol(run: Run) -> dict[str, Any]:
-    """The images and the sampling behind the results, as JSON holds them."""
+    """Return the settings of the images and the sampling of the results, as JSON holds them."""
     settings = to_dict(run.settings)
     sampled = {name: settings[name] for name in ("batch_size", "sampling")}
     if run.lacks("images") is not None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rqgen.checks import check_number
+
 
 @dataclass
 class PowerLaw:
@@ -23,16 +25,20 @@ class PowerLaw:
 
 
 def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw:
-    """The line `log L = alpha log N + alpha log beta` of least squares through the points (log N, log L).
+    """Return the line `log L = alpha log N + alpha log beta` of least squares through the points (log N, log L).
 
     Args:
         sizes: N of each model.
         values: L of each model: a loss or an error rate.
 
     Raises:
-        ValueError: fewer than three different sizes (two points lie on every law); numbers that are not finite and
+        TypeError: something that is not a number.
+        ValueError: fewer than three different sizes (a law fits any two points); numbers that are not finite and
             positive; values that are all equal, which have neither a beta nor a correlation.
     """
+    for name, numbers in (("sizes", sizes), ("values", values)):
+        for index, number in enumerate(numbers):
+            check_number(number, f"{name}[{index}]")
     if len(values) != len(sizes):
         raise ValueError(f"values: expected one for each of {len(sizes)} sizes, got {len(values)}")
     if len(set(sizes)) < 3:
@@ -41,7 +47,7 @@ def fit_power_law(sizes: Sequence[float], values: Sequence[float]) -> PowerLaw:
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise ValueError(f"{name}: a power law needs finite numbers above 0, got {list(numbers)}")
     if len(set(values)) == 1:
-        raise ValueError(f"values: all are {values[0]}: nothing goes down with size, so there is no law to fit")
+        raise ValueError(f"values: all are {values[0]}: a power law needs different ones")
     x, y = np.log(np.asarray(sizes, dtype=np.float64)), np.log(np.asarray(values, dtype=np.float64))
     dx, dy = x - x.mean(), y - y.mean()
     covariance = float(dx @ dy)

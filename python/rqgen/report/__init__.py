@@ -1,4 +1,4 @@
-"""Pictures of what was learnt."""
+"""Figures of runs and benchmarks."""
 
 from .figures import plot_coarse_to_fine, plot_code_usage, plot_edits, plot_losses, plot_reconstructions, plot_samples
 from .sampling_speed import plot_sampling_speed, plot_systems

@@ -1,4 +1,4 @@
-"""How long an image takes on a machine: by code shape and batch size (the paper's figure 4), and by system."""
+"""Figures of sampling speed: by code shape and batch size (the paper's figure 4), and by system."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from .figures import COLOURS, save_figure, tidy
 _LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 
 
-def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Left: images per second, codes only, by batch size; a line per shape (colour) and contender (dashes), and the
-    floor of the first contender as dashes. Right: milliseconds per image of the first contender, the decoder above the
-    codes.
+def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Plot the speed of sampling. Left: images per second, codes only, by batch size; a line per shape (colour) and
+    contender (line style), and the lower bound of the first contender as dashes. Right: milliseconds per image of the
+    first contender, the decoder above the codes.
 
     Each case has `shape`, `batch`, `contender`, `precision`, `ar_ms_per_image`, `floor_ms_per_image` and
     `decoder_ms_per_image` (None: not measured).
     """
+    if not cases:
+        raise ValueError("cases: expected at least one, got none")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     speed, parts = figure.subplots(1, 2)
     shapes = list(dict.fromkeys(tuple(case["shape"]) for case in cases))
@@ -36,13 +38,16 @@ def plot_sampling_speed(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Left: images per second, codes only, by batch size; a line per system (colour) and way of sampling (dashes), and
-    the floor of the first way as dashes. Right: the counted work per image of each system over the last one's.
+def plot_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Plot the speed of systems. Left: images per second, codes only, by batch size; a line per system (colour) and way
+    of sampling (line style), and the lower bound of the first way as dashes. Right: the counted work per image of each
+    system, divided by that of the last one.
 
     Each system has `name`, `steps` and `counted_per_image`, each case `system`, `precision`, `cfg_scale`, `batch`,
     `ar_ms_per_image` and `floor_ms_per_image` (see `rqgen bench systems`).
     """
+    if not systems or not cases:
+        raise ValueError(f"{'cases' if systems else 'systems'}: expected at least one, got none")
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     speed, work = figure.subplots(1, 2)
     ways = [f"{case['precision']}, guided" if case["cfg_scale"] else case["precision"] for case in cases]
@@ -55,7 +60,7 @@ def plot_systems(systems: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[s
     for index, name in enumerate(names):
         for place, kind in enumerate(kinds):
             at, ratio = place + (index - (len(names) - 1) / 2) * width, rows[name][kind] / rows[names[-1]][kind]
-            # From 1 up or down: a bar's length is how far it is from the last system's.
+            # Bars start at 1, so that their length is the difference to the last system.
             work.bar(at, ratio - 1, width * 0.9, bottom=1, color=COLOURS[index % len(COLOURS)])
             outwards = "bottom" if ratio >= 1 else "top"
             work.annotate(_short(rows[name][kind]), (at, ratio), ha="center", va=outwards, fontsize=6)
@@ -86,8 +91,8 @@ def _short(count: float) -> str:
 
 
 def _speeds(figure: Figure, axis: Axes, named: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
-    """Lines of images per second over the batch size for (colour's name, dashes' name, case), the floor of the first
-    dashes, and a key of both below the figure."""
+    """Plot images per second over the batch size for (name of colour, name of line style, case), the lower bound of the
+    first line style, and a legend of both below the figure."""
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(dict.fromkeys(n for n, _, _ in named))}
     dashes = {name: _LINES[index % len(_LINES)] for index, name in enumerate(dict.fromkeys(n for _, n, _ in named))}
     for colour in colours:
@@ -105,7 +110,7 @@ def _speeds(figure: Figure, axis: Axes, named: Sequence[tuple[str, str, Mapping[
     axis.set_xticks(batches, [str(batch) for batch in batches])
     axis.set_xlabel("batch size")
     axis.set_ylabel("images per second")
-    # Colours and dashes have a key each: every pair of them would fill the panel.
+    # One legend entry per colour and per line style: one per pair would fill the panel.
     keys = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
     keys += [Line2D([], [], color="grey", linestyle=line, label=name) for name, line in dashes.items()]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, handlelength=3, fontsize=8)

@@ -1,4 +1,4 @@
-"""Training of both stages: one loop, two sets of step functions."""
+"""Training of tokenizers and priors: one loop, and a stage for each kind of model."""
 
 from .checkpoint import latest_checkpoint
 from .codes import CodesStage, code_items

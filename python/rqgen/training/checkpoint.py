@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rqgen.files import CHECKSUM, check_json, new_folder, remove_folder, write_signed_json
-from rqgen.reading import read_json
+from rqgen.reading import describe_file, read_json, unreadable
 
 STATE_FILE = "state.pt"
 INFO_FILE = "info.json"
@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 def random_states() -> dict[str, Any]:
-    """The state of every global random generator, as plain data that ``weights_only`` loading accepts."""
+    """Return the state of every global random generator, as plain data that ``weights_only`` loading accepts."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -42,13 +42,13 @@ def restore_random_states(state: Mapping[str, Any]) -> None:
 
 
 def check_random_states(state: Any) -> None:
-    """Raises ValueError for what `restore_random_states` could not use."""
+    """Raise ValueError for a state that `restore_random_states` could not use."""
     try:
         random.Random().setstate(_python_state(state))
         np.random.RandomState().set_state(_numpy_state(state))
         torch.Generator().set_state(state["torch"].cpu())
-    except Exception as error:  # whatever the generators make of it
-        raise ValueError(f"random: no states of random generators ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each generator fails in its own way
+        raise ValueError(f"random: expected states of random generators ({type(error).__name__}: {error})") from error
 
 
 def _python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -62,10 +62,11 @@ def _numpy_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], info: Mapping[str, Any], *, keep: int) -> Path:
-    """Writes ``folder/step-XXXXXXXX`` and removes all earlier ones but the newest ``keep``, this one counted.
+    """Write ``folder/step-XXXXXXXX`` and remove all earlier ones but the newest ``keep``, this one counted.
 
-    ``state`` (tensors and plain data) becomes state.pt, ``info`` a readable info.json. Whoever kills the process finds
-    the old ones untouched. Later ones, which a run has that went on from an earlier one, stay.
+    ``state`` (tensors and plain data) becomes state.pt, ``info`` a readable info.json. If the process is killed,
+    the old checkpoints are untouched. Checkpoints of later steps, left by a run that was resumed from an earlier one,
+    are kept.
     """
     target = folder / f"step-{step:08d}"
     with new_folder(target) as written:
@@ -79,24 +80,27 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], info: Map
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by their step. Unfinished ones do not count."""
+    """Return the checkpoints in a folder in the order of their steps, without unfinished ones."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
+    """Return the checkpoint of the highest step, or None."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
 def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, info) of one checkpoint folder. Raises FileNotFoundError, or ValueError for a damaged one."""
+    """Return (state, info) of one checkpoint folder. Raise FileNotFoundError, or ValueError for a damaged one."""
     state_path, info_path = path / STATE_FILE, path / INFO_FILE
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected the folder of a checkpoint, got {describe_file(path)}")
     for file in (state_path, info_path):
         if not file.is_file():
-            raise FileNotFoundError(f"not a checkpoint: {file} is missing")
+            found = describe_file(file)
+            raise FileNotFoundError(f"not a checkpoint: {file} is {'missing' if found == 'no file' else found}")
     try:
         info = read_json(info_path)
         state = _load_state(state_path, map_location)
@@ -107,22 +111,21 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
 
 
 def _load_state(path: Path, map_location: torch.device | str) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            size = file.seek(0, 2)
-            raise ValueError(f"{path}: no file that torch.save wrote, or cut short ({size} bytes)")
+    if not zipfile.is_zipfile(path):
+        raise unreadable(path, "torch checkpoint", f"no zip archive, or cut short: {path.stat().st_size} bytes")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage makes of the file
-        # Its own words advise to run whatever code the file holds.
-        raise ValueError(f"{path}: cannot be read as tensors and plain data ({type(error).__name__})") from error
+    except Exception as error:  # torch.load fails in many ways on damaged files
+        # Its message advises to run the code that the file may hold.
+        reason = f"not of tensors and plain data: {type(error).__name__}"
+        raise unreadable(path, "torch checkpoint", reason) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}")
     return state
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested dictionaries and lists, with its path."""
+    """Yield every tensor in nested dictionaries and lists, with its path."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, (Mapping, list, tuple)):

@@ -1,4 +1,4 @@
-"""Stage 2 of any system: a prior learns the tokenizer's codes by the prior's own loss."""
+"""Stage 2 of any system: training of a prior on the tokenizer's codes by the prior's own loss."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def code_items(
     batch_size: int,
     console: Console | None = None,
 ) -> ImageDataset | TensorItems:
-    """Items for a `CodesStage`: all codes of an image side by side, (L,); or the images themselves without `cache`.
+    """Return items for a `CodesStage`: all codes of an image in one row (L,), or without `cache` the images themselves.
 
-    Raises ValueError for codes of another tokenizer, for labels that are no classes, and for cached codes of images
+    Raise ValueError for codes of another tokenizer, for invalid labels, and for cached codes of images
     that differ from epoch to epoch.
     """
     if isinstance(source, EncodedImages):
@@ -44,7 +44,7 @@ def code_items(
 
 
 class CodesStage:
-    """`Prior.loss` of the codes of a batch: of cached ones, or of images that are encoded at every step."""
+    """Training by `Prior.loss` on cached codes, or on images that are encoded at every step."""
 
     name = "prior"
 

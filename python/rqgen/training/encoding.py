@@ -1,4 +1,4 @@
-"""A data set through a tokenizer, once."""
+"""Encoding of a dataset by a tokenizer, once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from rqgen.checks import check_within
+from rqgen.checks import check_integer, check_within
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import Tokenizer
 from rqgen.quantizers import Codes
@@ -21,8 +21,8 @@ EncodedT = TypeVar("EncodedT")
 
 
 def check_labels(labels: Tensor, class_names: Sequence[str]) -> None:
-    """Raises ValueError unless every label is one of the classes, as a prior that is conditioned on them needs: before
-    the training in whose middle the first other one would be met. Without classes nothing is said here."""
+    """Raise ValueError unless every label is one of the classes, as a prior that is conditioned on them needs. Checked
+    before the training, which would otherwise fail at the first invalid label. Without classes nothing is checked."""
     if class_names:
         check_within(labels, "labels", "label", 0, len(class_names))
 
@@ -61,10 +61,23 @@ def encode_dataset(
     count: int | None = None,
     console: Console | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Every image once (or the first ``count``), in order: codes as ``vae.encode`` gives them, or float32 latents, and
-    labels (N,), on the CPU. ``console`` shows how far it is."""
+    """Encode every image once (or the first ``count``), in order.
+
+    Args:
+        codes: return codes as ``vae.encode`` does, or float32 latents.
+        console: shows the progress.
+
+    Returns:
+        Codes or latents, and labels (N,), on the CPU.
+
+    Raises:
+        TypeError, ValueError: no images; a ``batch_size`` below 1; a ``count`` that is not in 1..N.
+    """
     vae.eval()
-    count = len(images) if count is None else count
+    batch_size = check_integer(batch_size, "batch_size", 1)
+    if len(images) == 0:
+        raise ValueError("images: expected at least one, got an empty dataset")
+    count = len(images) if count is None else check_integer(count, "count", 1, len(images))
     if codes:
         encode, layout = vae.encoder_for(count), vae.layout
         code_parts, labels = _encoded(
@@ -95,6 +108,4 @@ def _encoded(
             labels += [label for _, label in batch]
             progress.report(speed=len(labels) / max(1e-9, time.perf_counter() - began))
             progress.update(len(labels))
-    if not parts:
-        raise ValueError("images: expected at least one, got an empty dataset")
     return parts, torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""The training loop that both stages share.
+"""Training loop of both stages.
 
 A stage brings a model and a loss; the loop brings the rest: Accelerate (device, mixed precision,
 accumulation, clipping), the learning rate, averaged weights, logs, checkpoints, and resuming bit for bit.
@@ -11,6 +11,7 @@ import csv
 import io
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from rqgen.config import check_bounds, check_seeds, to_dict
 from rqgen.data.stream import Batch, BatchStream, Items
 from rqgen.files import errors_name, write_text
 from rqgen.models.pretrained import first_not_finite, load_tensors
+from rqgen.reading import describe_file
 
 from .checkpoint import (
     STATE_FILE,
@@ -44,14 +46,17 @@ from .resume import check_resumable, load_optimizer, load_scaler, read_state
 
 logger = logging.getLogger(__name__)
 
+# What a run writes to its folder.
+CHECKPOINTS, TENSORBOARD, HISTORY = "checkpoints", "tensorboard", "history.csv"
+
 
 @dataclass
 class LoopConfig:
-    """How long, how much at once, and what is written down."""
+    """Settings of a training run: its length, its batches, and the files that it writes."""
 
     steps: int = 1000
-    """Updates of the weights. A resumed run may have more: from there on the learning rate falls towards the new end,
-    as if it had been planned so."""
+    """Updates of the weights. A resumed run may have more: from there on its learning rate is that of a run planned for
+    the new number."""
     batch_size: int = 64
     """Images of one forward pass."""
     accumulation: int = 1
@@ -60,29 +65,29 @@ class LoopConfig:
     """Arithmetic of the forward pass, by Accelerate's autocast; fp16 needs a GPU: on the CPU it is float32, with a
     warning."""
     seed: int = 0
-    """Of weights, data order, dropout and stochastic codes."""
+    """Seed of weights, data order, dropout and stochastic codes."""
     workers: int = 0
     """Processes that prepare batches (0: this one)."""
     channels_last: bool = False
-    """Memory layout of convolutions; often faster."""
+    """Use the channels-last memory layout in convolutions; often faster."""
     ema_decay: float | None = None
     """Keep averaged weights with this decay and save those as the model; None: no averages."""
     window: int = 50
-    """The loss terms are logged as means over the last so many updates."""
+    """Updates over which the logged loss terms are averaged."""
     log_every: int = 10
     """Steps between two entries of the history."""
     image_every: int = 500
-    """Steps between two sheets of images in TensorBoard; 0: none."""
+    """Steps between two image grids in TensorBoard; 0: none."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; 0: never."""
     keep_checkpoints: int = 2
-    """Older ones are removed."""
+    """Number of checkpoints to keep; older ones are removed."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     history_csv: bool = True
-    """Write what is logged as history.csv, with every checkpoint and at the end."""
+    """Write the logged values to history.csv, with every checkpoint and at the end."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and its learning rate."""
+    """Settings of AdamW and its learning rate."""
 
     def __post_init__(self) -> None:
         check_seeds(self, "seed")
@@ -110,28 +115,28 @@ class StepResult(NamedTuple):
 
 
 class Stage(Protocol[ModelT]):
-    """What the loop needs of a stage."""
+    """Interface of a stage: a model, its loss, and values to log."""
 
     name: str
     model: ModelT
     axis: str
-    """What the entries of `usage` stand for, as logs call it: "depth" or "scale"."""
+    """Name in logs of the axis of `usage`: "depth" or "scale"."""
 
     def to(self, device: torch.device) -> None:
-        """Moves whatever the stage holds beside the model."""
+        """Move the stage's tensors to a device, except those of the model."""
 
     def step(self, batch: Batch) -> StepResult: ...
 
     def usage(self) -> dict[str, Tensor]:
-        """Values per depth (D,), or per scale, over the running window, such as codes used and perplexity."""
+        """Return values per depth or scale, (D,), over the running window, such as codes used and perplexity."""
 
     def previews(self, model: ModelT) -> dict[str, Tensor]:
-        """Sheets of images, bytes (channels, H, W), made with ``model`` (the averaged weights, if any)."""
+        """Return image grids, uint8 (channels, H, W), made with ``model`` (the averaged weights, if any)."""
 
 
 @dataclass
 class TrainingResult(Generic[ModelT]):
-    """``model`` in eval mode (averaged weights, if asked for); ``history`` one dictionary per logged step."""
+    """``model`` in eval mode (averaged weights, if asked for); ``history``: one dictionary per logged step."""
 
     model: ModelT
     history: list[dict[str, float]]
@@ -141,33 +146,51 @@ def train(
     stage: Stage[ModelT],
     items: Items,
     config: LoopConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     description: dict[str, Any] | None = None,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     console: Console | None = None,
 ) -> TrainingResult[ModelT]:
-    """Trains ``stage.model`` on ``items`` for ``config.steps`` updates.
+    """Train ``stage.model`` on ``items`` for ``config.steps`` updates.
 
     ``folder`` gets checkpoints/, tensorboard/ and history.csv. ``description`` (plain data: the run's whole
     configuration, ``config`` under "loop") is kept in every checkpoint, and a resumed run must bring an equal one, but
-    for `RESUMABLE_CHANGES` and ``loop.steps``. ``resume``: a checkpoint to go on from; the weights of every later step
-    equal those of a run that was never interrupted, bit for bit, on the same machine.
+    for `RESUMABLE_CHANGES` and ``loop.steps``. ``resume``: a checkpoint to resume from; the weights of every later
+    step equal those of an uninterrupted run, bit for bit, on the same machine.
 
     Raises:
         ValueError: a checkpoint of another configuration, of a later step than ``config.steps``, or a damaged one.
-        FileExistsError: ``folder`` holds checkpoints, and none is resumed.
-        FloatingPointError: the loss or the weights are no longer finite. Checkpoints are of finite states alone.
+        TypeError: ``config`` is not a `LoopConfig`.
+        FileExistsError: ``folder`` holds checkpoints, and none is resumed; it is a file, or holds something else in the
+            place of its folders or of history.csv.
+        FloatingPointError: the loss or the weights are no longer finite. No checkpoint holds such a state.
         RuntimeError: more than one process.
     """
+    if not isinstance(config, LoopConfig):
+        raise TypeError(f"config: expected LoopConfig, got {type(config).__name__}")
+    folder, resume = Path(folder), None if resume is None else Path(resume)
+    _check_places(folder)
     with _accelerator(config) as accelerator:
         return _train(accelerator, stage, items, config, folder, description, resume, console)
 
 
+def _check_places(folder: Path) -> None:
+    """Raise FileExistsError if something else stands where a run writes: before the first step, not at a checkpoint."""
+    for path, is_right, expected in (
+        (folder, Path.is_dir, "a folder"),
+        (folder / CHECKPOINTS, Path.is_dir, "a folder"),
+        (folder / TENSORBOARD, Path.is_dir, "a folder"),
+        (folder / HISTORY, Path.is_file, "a file"),
+    ):
+        if os.path.lexists(path) and not is_right(path):
+            raise FileExistsError(f"{path}: expected {expected} or nothing, got {describe_file(path)}")
+
+
 @contextlib.contextmanager
 def _accelerator(config: LoopConfig) -> Iterator[Accelerator]:
-    """An accelerator of its own. Accelerate keeps one precision for the whole process and refuses a second: what it
-    keeps is set aside meanwhile, an accelerator of the caller's included."""
+    """Yield a new accelerator. Accelerate keeps one precision per process and refuses a second one, so its state,
+    including that of an accelerator of the caller, is set aside and restored at the end."""
     kept = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]
     try:
         for shared, _ in kept:
@@ -194,10 +217,10 @@ def _train(
             f"training runs in one process, but {accelerator.num_processes} were launched: "
             "codebook averages are not exchanged between processes"
         )
-    if resume is None and (old := latest_checkpoint(folder / "checkpoints")):
+    if resume is None and (old := latest_checkpoint(folder / CHECKPOINTS)):
         raise FileExistsError(f"{folder} already holds a run, such as {old.name}: resume it, or choose another folder")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate does so without a word.
+        # Accelerate does not say so.
         logger.warning("loop.mixed_precision: fp16 needs a GPU; on the CPU everything is computed in float32")
     described = description if description is not None else {"loop": to_dict(config)}
     set_seed(config.seed)
@@ -221,7 +244,7 @@ def _train(
         workers=config.workers,
     )
     batches = iter(stream)
-    writer = _Writer(folder / "tensorboard", run.step) if config.tensorboard else None
+    writer = _Writer(folder / TENSORBOARD, run.step) if config.tensorboard else None
     images_per_step = config.batch_size * config.accumulation
     wrapped.train()
     try:
@@ -260,7 +283,7 @@ def _train(
 
 
 class _Run:
-    """The state of a run, and its checkpoints."""
+    """State of a run, and its checkpoints."""
 
     def __init__(
         self,
@@ -292,7 +315,7 @@ class _Run:
         }
 
     def restore(self, path: Path, device: torch.device) -> None:
-        """Restores a checkpoint of the same run. Raises ValueError for another run's, or a damaged one."""
+        """Restore a checkpoint of the same run. Raise ValueError for another run's, or a damaged one."""
         state, info = read_state(path, map_location=device)
         changed = check_resumable(info, self._description, path)
         where = str(path / STATE_FILE)
@@ -317,20 +340,20 @@ class _Run:
         self.window.extend(state["window"])
         for key, before, now in changed:
             logger.info("%s: '%s' was %s and is %s from now on", path.name, key, before, now)
-        # Last: nothing above may take random numbers.
+        # Last, because the code above must not advance the generators afterwards.
         restore_random_states(state["random"])
 
     def save(self) -> None:
-        """Writes a checkpoint and the history. Raises FloatingPointError, and writes nothing, if its state is not
-        finite: good checkpoints would make room for one that nobody can use."""
+        """Write a checkpoint and the history. Raise FloatingPointError, and write nothing, if its state is not
+        finite: good checkpoints would be removed in favour of a useless one."""
         state = self.state()
         self._refuse_not_finite({name: state[name] for name in ("model", "optimizer", "averaged", "window")})
         info = {"step": self.step, "stage": self._stage.name, "description": self._description}
-        save_checkpoint(self._folder / "checkpoints", self.step, state, info, keep=self._config.keep_checkpoints)
+        save_checkpoint(self._folder / CHECKPOINTS, self.step, state, info, keep=self._config.keep_checkpoints)
         self.write_history()
 
     def check_finite(self) -> None:
-        """Raises FloatingPointError unless the weights are finite."""
+        """Raise FloatingPointError unless the weights are finite."""
         averaged = None if self._averaged is None else self._averaged.state_dict()
         self._refuse_not_finite({"model": self._model.state_dict(), "averaged": averaged})
 
@@ -340,21 +363,21 @@ class _Run:
             raise FloatingPointError(f"{self._stage.name}: {name} is not finite at step {self.step}; {self._good()}")
 
     def _good(self) -> str:
-        newest = latest_checkpoint(self._folder / "checkpoints")
+        newest = latest_checkpoint(self._folder / CHECKPOINTS)
         return "no checkpoint was saved before" if newest is None else f"the newest good checkpoint is {newest}"
 
     def write_history(self) -> None:
-        """Writes what was logged as history.csv."""
+        """Write the history to history.csv."""
         if self._config.history_csv:
             names = list(dict.fromkeys(name for record in self.history for name in record))
             text = io.StringIO()
             writer = csv.DictWriter(text, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
-            write_text(self._folder / "history.csv", text.getvalue())
+            write_text(self._folder / HISTORY, text.getvalue())
 
     def record(self, rate: float) -> dict[str, float]:
-        """A new line of the history. This is the only place where numbers are read back from the device."""
+        """Add a record to the history and return it. Numbers are read back from the device here only."""
         record: dict[str, float] = {"step": self.step, "learning_rate": rate}
         for name in self.window[-1]:
             record[name] = torch.stack([terms[name] for terms in self.window]).mean().item()
@@ -376,7 +399,7 @@ def _update(
     batches: Any,
     config: LoopConfig,
 ) -> dict[str, Tensor]:
-    """One update of the weights from ``accumulation`` batches. Returns the mean of every logged term."""
+    """Update the weights once from ``accumulation`` batches. Return the mean of every logged term."""
     sums: dict[str, Tensor] = {}
     for _ in range(config.accumulation):
         batch = next(batches)
@@ -406,8 +429,8 @@ def _codes_used(record: dict[str, float]) -> str:
 def _previews(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights[Any] | None) -> dict[str, Tensor]:
     if averaged is not None:
         return stage.previews(averaged.model)
-    # Accelerate's mixed precision is a `forward` set on the instance, which sampling would have to take for a change of
-    # the model. Previews are sampled without it, from averaged weights or not.
+    # Accelerate's mixed precision is a `forward` set on the instance, which sampling would take for a changed model.
+    # Previews are sampled without it, with and without averaged weights.
     forward = model.__dict__.pop("forward", None)
     model.eval()
     try:
@@ -419,7 +442,7 @@ def _previews(stage: Stage[Any], model: nn.Module, averaged: AveragedWeights[Any
 
 
 class _Writer:
-    """TensorBoard files. What an earlier run wrote after the step that this one begins at is dropped."""
+    """TensorBoard files. Entries that an earlier run wrote for steps after the first one of this run are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

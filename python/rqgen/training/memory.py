@@ -1,4 +1,4 @@
-"""Refuses to train models that this machine cannot hold, before any memory is taken."""
+"""Refuse to train models that do not fit into memory, before any is allocated."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def check_memory(name: str, build: Callable[[], nn.Module]) -> None:
-    """Raises ValueError, in the name of the setting ``name``, where training the model that ``build`` makes takes more
-    memory than there is: four numbers per parameter (weights, gradients and AdamW's two averages), and the buffers.
+    """Raise ValueError, which names the setting ``name``, if training the model that ``build`` makes takes more
+    memory than available: four numbers per parameter (weights, gradients and AdamW's two averages), and the buffers.
     The model is built without memory, on the device "meta"."""
     with torch.device("meta"):
         model = build()
@@ -34,7 +34,7 @@ def check_memory(name: str, build: Callable[[], nn.Module]) -> None:
 
 
 def memory_limit() -> int:
-    """Bytes of memory that this process can have: the machine's, or less where its control group has less."""
+    """Return the bytes of memory available to this process: the machine's, or the limit of its control group."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _CGROUP_LIMITS:
         try:

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate over time, and averaged weights."""
+"""Optimizer, learning rate schedule, and averaged weights."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up, then a cosine down to ``final_lr_fraction`` of the peak."""
+    """Settings of AdamW with a linear warm-up, then a cosine decay to ``final_lr_fraction`` of the peak."""
 
     learning_rate: float = 1e-3
-    """The peak."""
+    """Peak learning rate."""
     final_lr_fraction: float = 0.0
-    """What is left of the peak at the last step."""
+    """Learning rate at the last step, as a fraction of the peak."""
     warmup_steps: int = 100
-    """Steps of linear rise to the peak."""
+    """Steps of linear warm-up to the peak."""
     beta1: float = 0.9
-    """Share of the past in AdamW's average of gradients."""
+    """Decay of AdamW's average of gradients."""
     beta2: float = 0.95
-    """Share of the past in AdamW's average of squared gradients."""
+    """Decay of AdamW's average of squared gradients."""
     weight_decay: float = 0.0
-    """On matrices and convolutions only; never on biases, norms and embeddings of positions."""
+    """Weight decay of parameters with two or more dimensions; there is none for biases and norms."""
     clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global norm; None: left alone."""
+    """Largest global norm of the gradients, which are scaled down to it; None: no clipping."""
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -52,8 +52,8 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of update number ``step`` (0-based) of ``steps``: a function of the step alone, so it needs no
-    state.
+    """Return the learning rate of update number ``step`` (0-based) of ``steps``. It depends on nothing else: there is
+    no state to save.
 
     ``peak * (step + 1) / warmup`` while warming up; then, with t from 0 to 1 over the remaining steps,
     ``peak * (f + (1 - f) * (1 + cos(pi t)) / 2)`` where f is ``final_lr_fraction``.
@@ -66,7 +66,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: with weight decay (two dimensions or more),
+    """Return AdamW over the trainable parameters, in two groups: with weight decay (two or more dimensions) and
     without."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

@@ -1,4 +1,4 @@
-"""Stage 2: the prior learns the tokenizer's codes, with soft labels and stochastic codes."""
+"""Stage 2: training of an RQ-Transformer on the tokenizer's codes, with soft labels and stochastic codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import Tensor
 
 import rqkernels
-from rqgen.config import check_bounds
+from rqgen.checks import check_integer
+from rqgen.config import MAX_SEED, check_bounds
 from rqgen.data.codes import EncodedImages
 from rqgen.data.datasets import ImageDataset
 from rqgen.data.stream import Batch, TensorItems
@@ -22,7 +23,7 @@ from rqgen.models.transformer import TransformerConfig
 from .encoding import check_labels, encode_dataset
 from .loop import StepResult
 
-# Enough to measure a temperature by.
+# Images from which the temperature is measured.
 TAU_IMAGES = 1024
 
 
@@ -36,36 +37,36 @@ def _depth() -> TransformerConfig:
 
 @dataclass
 class PriorConfig:
-    """The prior's size, its condition, and what it learns from; shapes and codebooks are the tokenizer's."""
+    """Settings of an RQ-Transformer: its size, condition and labels. Shapes and codebooks are the tokenizer's."""
 
     preset: str | None = None
-    """A published size, see `RQTransformerConfig.preset`; then ``embed_dim``, ``spatial`` and ``depth`` do
-    not count."""
+    """A published size, see `RQTransformerConfig.preset`; then ``embed_dim``, ``spatial`` and ``depth`` are
+    ignored."""
     embed_dim: int = 256
     """Width of both transformers."""
     spatial: TransformerConfig = field(default_factory=_spatial)
-    """The stack over positions."""
+    """Stack over positions."""
     depth: TransformerConfig = field(default_factory=_depth)
-    """The stack over the codes of one position."""
+    """Stack over the codes of one position."""
     condition: Literal["none", "class"] = "class"
-    """What the prior is asked for: nothing, or a class of the images."""
+    """Condition of the prior: none, or the class of an image."""
     condition_dropout: float = 0.1
-    """How often a label is replaced by the null label; 0: no guidance when sampling."""
+    """Probability that a label is replaced by the null label in training; 0: no guidance when sampling."""
     embedding_dropout: float = 0.0
-    """On the inputs of the stack over positions."""
+    """Dropout of the inputs of the stack over positions."""
     soft_labels: bool = True
-    """Learn Q_tau(k | r_{d-1}) of every depth's residual (equation 15) and not its one nearest code."""
+    """Use Q_tau(k | r_{d-1}) of every depth's residual (equation 15) as the label instead of the nearest code."""
     stochastic_codes: bool = True
-    """Sample the codes from Q_tau, anew each time an image is seen."""
+    """Sample the codes from Q_tau, again each time an image is seen."""
     tau: float | None = None
-    """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of what is left
+    """Temperature of Q_tau, in squared units of the latents. None: half the mean squared norm of the residual
     after the last depth, measured on the training images."""
     fused_classifier: bool = True
-    """With soft labels: classifier and loss take some rows at a time, and logits of all codes x K never exist. Off:
-    they do, with their gradient in their place; the loss is the same but for rounding. With hard labels it is not
-    read."""
+    """With soft labels: compute classifier and loss for some rows at a time, so that the logits of all codes x K
+    never exist. False: they exist, and their gradient overwrites them; the loss is the same up to rounding. Ignored
+    with hard labels."""
     cache_latents: bool = True
-    """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
+    """Encode every training image once, before the first step; false: at every step, as random crops and flips need."""
 
     def __post_init__(self) -> None:
         check_bounds(self, embed_dim=(1, 2**17))
@@ -76,12 +77,12 @@ class PriorConfig:
                 raise ValueError(f"{name}: expected 0 <= dropout < 1, got {getattr(self, name)}")
 
     def build(self, vae: RQVAE, num_classes: int, class_names: Sequence[str] = ()) -> RQTransformer:
-        """A prior for the codes of ``vae``, which keeps the names of its classes. Raises ValueError for a class
+        """Return a prior for the codes of ``vae`` with the names of its classes. Raise ValueError for a class
         condition without classes."""
         return RQTransformer(self.model_config(vae, num_classes, class_names), vae.codebooks)
 
     def model_config(self, vae: RQVAE, num_classes: int, class_names: Sequence[str] = ()) -> RQTransformerConfig:
-        """Config of the prior that `build` makes."""
+        """Return the config of the prior that `build` makes."""
         conditional = self.condition == "class"
         if conditional and num_classes < 1:
             raise ValueError("condition: 'class' needs images with classes; set prior.condition=none")
@@ -104,8 +105,8 @@ class PriorConfig:
 
 
 class PriorData(NamedTuple):
-    """What a prior learns from. ``kind`` says what a batch of ``items`` holds; ``tau`` is None where nothing
-    needs it (hard labels of the nearest codes)."""
+    """Training data of a prior. ``kind``: the inputs of ``items``; ``tau`` is None if it is not needed (hard labels of
+    the nearest codes)."""
 
     items: ImageDataset | TensorItems
     kind: Literal["images", "latents", "codes"]
@@ -120,9 +121,9 @@ def prior_data(
     batch_size: int,
     console: Console | None = None,
 ) -> PriorData:
-    """Prepares the images, or the codes on disk, for training a prior over the codes of ``vae``.
+    """Prepare the images, or the codes on disk, for training a prior over the codes of ``vae``.
 
-    Raises ValueError for codes of another tokenizer, for labels that are no classes where they are the condition, for
+    Raise ValueError for codes of another tokenizer, for invalid labels if they are the condition, for
     soft labels or stochastic codes from codes alone (those are made of residuals, which codes on disk do not have), and
     for cached latents of varying images.
     """
@@ -159,8 +160,14 @@ def prior_data(
 
 @torch.no_grad()
 def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
-    """Half the mean of |r_D|^2: labels then spread over the codes that quantization itself can hardly tell
-    apart, whatever the scale of the latents."""
+    """Return half the mean of |r_D|^2: soft labels then spread over codes whose distances differ by as little as the
+    quantization error, at any scale of the latents.
+
+    Raises:
+        ValueError: no latents; a mean that is 0 or not finite.
+    """
+    if len(latents_nhwc) == 0:
+        raise ValueError("latents: expected those of at least one image, got none")
     packed = vae.pack_codebook(len(latents_nhwc))
     codebooks = vae.codebooks if packed is None else packed
     norms = rqkernels.residual_search(latents_nhwc.to(vae.device), codebooks, vae.depth).residual_sq_norms
@@ -171,9 +178,9 @@ def measure_tau(vae: RQVAE, latents_nhwc: Tensor) -> float:
 
 
 class PriorStage:
-    """Cross-entropy over all codes, with soft labels or hard ones, from stochastic codes or nearest ones.
+    """Training by the cross-entropy over all codes, with soft or hard labels, on stochastic or nearest codes.
 
-    ``kind`` says what a batch holds. The codes of a batch and the residuals of its soft labels come from one
+    ``kind``: the inputs of a batch. The codes of a batch and the residuals of its soft labels come from one
     search. Every sample has its own counter (seed, position in the run), so a resumed run samples the same codes.
     """
 
@@ -191,6 +198,9 @@ class PriorStage:
         seed: int,
         preview: Callable[[RQTransformer, RQVAE], dict[str, Tensor]] | None = None,
     ) -> None:
+        if kind not in ("images", "latents", "codes"):
+            raise ValueError(f"kind: expected 'images', 'latents' or 'codes', got {kind!r}")
+        check_integer(seed, "seed", 0, MAX_SEED)
         if config.soft_labels or config.stochastic_codes:
             if tau is None or not tau > 0:
                 raise ValueError(f"tau: expected a positive number, got {tau}")

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, lines elsewhere."""
+"""Progress of a run: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST_BAR, _SHORTEST_BAR = 40, 5
 
 
 class RunProgress:
-    """Shows how far a run is, its loss, images per second, the time left and the codes in use.
+    """Display of a run's progress, loss, images per second, time left and codes in use.
 
     On a terminal as a bar that fits its width; elsewhere a line every `SECONDS_PER_LINE` seconds, and one at the end.
     ``console`` None: nothing is shown.
@@ -58,7 +58,7 @@ class RunProgress:
             self._print()
 
     def update(self, done: int) -> None:
-        """Sets how many of the total are done."""
+        """Set the number that is done of the total."""
         self._done = done
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done)
@@ -66,7 +66,7 @@ class RunProgress:
             self._print()
 
     def report(self, *, loss: float | None = None, speed: float | None = None, usage: str = "") -> None:
-        """Sets the values to show. ``speed`` in images per second, ``usage`` in words."""
+        """Set the values to show. ``speed`` in images per second, ``usage`` in words."""
         self._facts = [
             *([] if loss is None else [f"loss {loss:.4f}"]),
             *([] if speed is None else [f"{speed:,.0f} images/s"]),
@@ -74,8 +74,8 @@ class RunProgress:
         self._usage = usage
 
     def line(self, width: int | None = None) -> Text:
-        """Formats one line of at most ``width`` columns (None: no limit). Where room is short, the bar goes first, then
-        codes, speed and loss."""
+        """Format one line of at most ``width`` columns (None: no limit). If it is too long, the bar is left out,
+        then codes, speed and loss."""
         done = f"{self._done}/{self._total}"
         parts = [self._name, done, *self._facts, self._left(), self._usage]
         parts = [part for part in parts if part]

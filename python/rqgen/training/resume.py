@@ -20,10 +20,10 @@ RESUMABLE_CHANGES = frozenset(
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its info; None where there is no checkpoint at all. Damaged newer ones
-    are named in the log.
+    """Return the newest undamaged checkpoint and its info; None if there is no checkpoint. Damaged newer ones are named
+    in the log.
 
-    Raises ValueError where all are damaged.
+    Raise ValueError if all are damaged.
     """
     found, damage = checkpoints(folder), []
     for path in reversed(found):
@@ -41,14 +41,16 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, info) of a checkpoint that `train` wrote. Raises FileNotFoundError, or ValueError that names what is
-    wrong."""
+    """Return (state, info) of a checkpoint that `train` wrote. Raise FileNotFoundError, or ValueError that names the
+    fault."""
     state, info = load_checkpoint(path, map_location=map_location)
     _check_entries(info, _INFO, str(path))
     where = str(path / STATE_FILE)
     _check_entries(state, _STATE, where)
     if state["step"] != info["step"]:
         raise ValueError(f"{where}: step: expected {info['step']}, as info.json says, got {state['step']}")
+    if state["history"] and (last := state["history"][-1]["step"]) > state["step"]:
+        raise ValueError(f"{where}: history: expected steps up to {state['step']}, got {last}")
     try:
         check_random_states(state["random"])
     except ValueError as error:
@@ -57,9 +59,9 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
 
 
 def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: Path) -> list[tuple[str, Any, Any]]:
-    """Raises ValueError where the checkpoint ``path`` is of another run, or past the end of this one. Returns what
-    differs otherwise: (key, before, now)."""
-    # Older checkpoints do not name their system, whose settings and weights tell it apart.
+    """Raise ValueError if the checkpoint ``path`` is of another run, or past the end of this one. Return the other
+    differences: (key, before, now)."""
+    # Older checkpoints do not name their system; their settings and weights do not fit another one.
     may_change = RESUMABLE_CHANGES | {"steps"} | ({"system"} - info["description"].keys())
     changed = refuse_other_run(info["description"], description, path, may_change=may_change)
     steps = description["loop"]["steps"]
@@ -69,7 +71,7 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *, where: str) -> None:
-    """Restores an optimizer with the same settings. Raises ValueError that names what does not fit."""
+    """Restore an optimizer with the same settings. Raise ValueError that names the entry that does not fit."""
     _check_entries(state, {"state": dict, "param_groups": list}, where)
     if _settings(state["param_groups"]) != _settings(optimizer.state_dict()["param_groups"]):
         raise ValueError(f"{where}.param_groups: not those of this optimizer")
@@ -89,7 +91,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *
 
 
 def load_scaler(scaler: Any, state: Any, *, where: str) -> None:
-    """Restores a gradient scaler. Raises ValueError that names what does not fit."""
+    """Restore a gradient scaler. Raise ValueError that names the entry that does not fit."""
     _check_entries(state, dict.fromkeys(scaler.state_dict(), (int, float)), where)
     scaler.load_state_dict(state)
 
@@ -97,8 +99,8 @@ def load_scaler(scaler: Any, state: Any, *, where: str) -> None:
 def refuse_other_run(
     saved: dict[str, Any], current: dict[str, Any], path: Path, *, may_change: frozenset[str] = RESUMABLE_CHANGES
 ) -> list[tuple[str, Any, Any]]:
-    """Raises ValueError where two descriptions of a run differ in what changes its weights. Returns what differs
-    otherwise: (key, before, now)."""
+    """Raise ValueError if two descriptions of a run differ in a setting that changes its weights. Return the other
+    differences: (key, before, now)."""
     differing = _differences(saved, current, "")
     for key, before, now in differing:
         if key.rsplit(".", 1)[-1] not in may_change:
@@ -117,12 +119,13 @@ def _differences(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
 
 
 def _settings(groups: list[Any]) -> list[Any]:
-    """Parameter groups without the learning rate, which is set before every step."""
+    """Return parameter groups without the learning rate, which is set before every step."""
     return [{k: v for k, v in group.items() if k != "lr"} if isinstance(group, dict) else group for group in groups]
 
 
 def _check_entries(entries: Any, expected: Mapping[str, Any], where: str) -> None:
-    """``expected`` maps each name to a type, or to a function that says what is wrong with a value, if anything."""
+    """Raise ValueError for missing, unknown or wrong entries. ``expected`` maps each name to a type, or to a function
+    that returns the fault of a value, or None."""
     if not isinstance(entries, Mapping):
         raise ValueError(f"{where}: expected a dictionary, got {type(entries).__name__}")
     if missing := expected.keys() - entries.keys():
@@ -150,13 +153,26 @@ def _step_fault(value: Any) -> str | None:
 
 
 def _history_fault(value: Any) -> str | None:
-    return _records_fault(value, lambda one: isinstance(one, (int, float)), "numbers")
+    if fault := _records_fault(value, lambda one: isinstance(one, (int, float)), "numbers"):
+        return fault
+    if any(_step_fault(record.get("step")) for record in value):
+        return "expected a step in each record"
+    steps = [record["step"] for record in value]
+    return None if steps == sorted(set(steps)) else "expected records of ascending steps"
 
 
 def _window_fault(value: Any) -> str | None:
-    return _records_fault(
-        value, lambda one: isinstance(one, torch.Tensor) and one.ndim == 0 and bool(one.isfinite()), "finite scalars"
-    )
+    if fault := _records_fault(value, _is_finite_scalar, "finite scalars"):
+        return fault
+    # The names of the last one are averaged over all.
+    same = all(value[-1].keys() <= record.keys() for record in value)
+    return None if same else "expected the names of the last record in each"
+
+
+def _is_finite_scalar(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.ndim > 0 or not value.is_floating_point():
+        return False
+    return bool(value.isfinite())
 
 
 def _records_fault(value: Any, fits: Callable[[Any], bool], what: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Stage 1: the tokenizer learns to reconstruct."""
+"""Stage 1: training of a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .loop import StepResult
 
 
 class TokenizerStage:
-    """The tokenizer's own `loss`: of an RQ-VAE reconstruction and commitment (Lee et al. 2022, equations 6-7; the
-    codebook learns by moving averages inside the model), of a multi-scale VQ-VAE these and the codebook's term.
+    """Training by the tokenizer's own `loss`: reconstruction and commitment for an RQ-VAE (Lee et al. 2022, equations
+    6-7; moving averages inside the model update the codebook), and the codebook loss too for a multi-scale VQ-VAE.
 
-    ``examples`` (N, channels, H, W), if given, are shown beside their reconstructions while training.
+    ``examples`` (N, channels, H, W), if given, are shown with their reconstructions while training.
     """
 
     name = "tokenizer"

@@ -12,31 +12,31 @@ from rqgen.models import VAR, MultiScaleVQVAE, VARConfig
 
 @dataclass
 class VARPriorConfig:
-    """The prior's size; scales and codebook are the tokenizer's, classes the images'."""
+    """Settings of a VAR: its size and dropouts. Scales and codebook are the tokenizer's."""
 
     preset: str | None = None
-    """A published size "dN", see `VARConfig.preset`; then ``embed_dim``, ``layers``, ``heads`` and ``drop_path`` do not
-    count."""
+    """A published size "dN", see `VARConfig.preset`; then ``embed_dim``, ``layers``, ``heads`` and ``drop_path`` are
+    ignored."""
     embed_dim: int = 256
     """Width of the transformer."""
     layers: int = 4
-    """Its blocks."""
+    """Number of blocks."""
     heads: int = 4
-    """Attention heads; must divide the width."""
+    """Attention heads; their number must divide the width."""
     dropout: float = 0.0
-    """On what attention and MLP add to the residual stream."""
+    """Dropout of what attention and MLP add to the residual stream."""
     attention_dropout: float = 0.0
-    """On attention weights."""
+    """Dropout of attention weights."""
     drop_path: float = 0.0
-    """How often what the last block adds is left out for an image; less often in the blocks before it."""
+    """Probability that an image skips the last block; it falls linearly to 0 at the first."""
     shared_adaptive_norm: bool = False
-    """One linear layer modulates all blocks, or each block has one."""
+    """Modulate all blocks by one linear layer; false: each block has its own."""
     normalize_attention: bool = True
     """Divide queries and keys by their norms, see `VARConfig`."""
     condition_dropout: float = 0.1
-    """How often a class is replaced by the null condition; 0: no guidance when sampling."""
+    """Probability that a class is replaced by the null condition in training; 0: no guidance when sampling."""
     cache_codes: bool = True
-    """Encode every training image once, before the first step; off: at every step, as random crops and flips need."""
+    """Encode every training image once, before the first step; false: at every step, as random crops and flips need."""
 
     def __post_init__(self) -> None:
         check_bounds(self, embed_dim=(1, 2**17), layers=(1, 1024), heads=(1, 2**16))
@@ -45,12 +45,12 @@ class VARPriorConfig:
                 raise ValueError(f"{name}: expected 0 <= {name} < 1, got {getattr(self, name)}")
 
     def build(self, vae: MultiScaleVQVAE, num_classes: int, class_names: Sequence[str] = ()) -> VAR:
-        """A prior for the token maps of ``vae``, which keeps the names of its classes. Raises ValueError for images
+        """Return a prior for the token maps of ``vae`` with the names of its classes. Raise ValueError for images
         without classes."""
         return VAR(self.model_config(vae, num_classes, class_names), vae.quantizer)
 
     def model_config(self, vae: MultiScaleVQVAE, num_classes: int, class_names: Sequence[str] = ()) -> VARConfig:
-        """Config of the prior that `build` makes."""
+        """Return the config of the prior that `build` makes."""
         if num_classes < 1:
             raise ValueError("data: a VAR is conditioned on classes, and these images have none")
         common: dict[str, Any] = {

@@ -1,16 +1,19 @@
-"""`rqgen bench`, with priors that draw in an instant."""
+"""`rqgen bench`, with priors that sample in an instant."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from rich.console import Console
 
 from rqgen.bench import machine, sampling, systems
 from rqgen.bench.published import PublishedSampling
 from rqgen.bench.sampling import SamplingBench
+from rqgen.bench.systems import SystemsBench
 from rqgen.inference import Engine, SamplingParams, cast_prior, make_sampler
 from rqgen.inference.cuda_graph import CapturedSampler
 from rqgen.models.transformer import TransformerConfig
@@ -222,3 +225,33 @@ def test_presets_keep_their_layers_at_every_shape(preset, layers):
     for shape, expected in (((8, 8, 4), layers), ((16, 16, 1), (sum(layers), 0))):
         config = bench.prior_config(shape)
         assert (config.spatial.layers, config.depth.layers) == expected and config.code_shape == shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"batch_sizes": []}, ValueError, "--batch: expected at least one, got none"),
+        ({"batch_sizes": [0]}, ValueError, "--batch: expected an integer >= 1, got 0"),
+        ({"batch_sizes": ["1"]}, TypeError, "--batch: expected an integer, got '1'"),
+        ({"batch_sizes": [1, 2, 1]}, ValueError, "--batch: expected each once, got 1 twice"),
+        ({"precisions": []}, ValueError, "--precision: expected at least one, got none"),
+        ({"precisions": ["fp32", "fp32"]}, ValueError, "--precision: expected each once, got 'fp32' twice"),
+        ({"seconds": -1.0}, ValueError, "--seconds: expected a finite number >= 0, got -1.0"),
+        ({"shapes": []}, ValueError, "--shape: expected at least one, got none"),
+        ({"shapes": [(2, 2)]}, ValueError, r"--shape: expected \(h, w, D\), got \(2, 2\)"),
+        ({"shapes": [(2, 2, 0)]}, ValueError, "--shape: expected an integer >= 1, got 0"),
+    ],
+)
+def test_runs_that_cannot_be_measured_are_told_before_the_first(tmp_path, settings, error, words):
+    common = {"width": 16, "heads": 2, "spatial_layers": 1, "depth_layers": 1, "codebook_size": 8, "batch_sizes": [1]}
+    common |= {"precisions": ["fp32"], "use_graphs": False, "seconds": 0.0}
+    sampled = {"shapes": [(2, 2, 2)], "preset": None, "top_k": None, "top_p": None, "decoder_channels": 0}
+    bench = SamplingBench(published=False, flat=False, **sampled, **common)
+    where = {"out": tmp_path / "bench", "device": torch.device("cpu"), "console": Console(quiet=True)}
+    with pytest.raises(error, match=words):
+        sampling.run_sampling_bench(replace(bench, **settings), **where)
+    if "shapes" not in settings:
+        bench = SystemsBench(image_side=256, var_codebook_size=8, cfg_scale=None, decoder=False, **common)
+        with pytest.raises(error, match=words):
+            systems.run_systems_bench(replace(bench, **settings), **where)
+    assert list(tmp_path.iterdir()) == []

@@ -481,7 +481,7 @@ def test_config_shows_values_defaults_and_help(rqgen):
     assert content["loop"]["steps"] == 7 and content["model"]["resolution"] == 64
     assert content["model"]["image_channels"] == content["data"]["channels"] == 3
     assert content["model"]["code_shape"] == [8, 8, 4] and content["data"]["source"] == "folder"
-    assert "as if it had been planned so. [320]\n  steps: 7\n" in out
+    assert "the new number. [320]\n  steps: 7\n" in out
     assert "  # Channels of an image. [1; follows]\n  image_channels: 3\n" in out
     assert "# 1 (grey) or 3 (colour). null: 1 for digits" in out
 

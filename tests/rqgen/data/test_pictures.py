@@ -506,7 +506,10 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(write, tmp_path, c
     ("content", "words"),
     [
         (b"", "the file is empty"),
-        (b"no image at all", "UnidentifiedImageError: cannot identify image file"),
+        (b"no image at all", "it is a text file"),
+        (b"<!doctype html><html></html>", "it is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a Git LFS pointer"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(8), "it is a PNG image, but damaged"),
         (
             pillow(array([[0.5, 1.5]], np.float32), "TIFF"),
             r"floating point: expected values in 0\.\.1, got 0\.5\.\.1\.5",
@@ -565,7 +568,7 @@ def test_bombs_missing_files_and_folders(write, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"image file not found: .*none\.png$"):
         read_image(tmp_path / "none.png")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"image file not found: .*folder\.png is no file"):
+    with pytest.raises(FileNotFoundError, match=r"image file not found: .*folder\.png: it is a folder"):
         read_image(tmp_path / "folder.png")
     for channels in (2, 4, 0, "3"):
         with pytest.raises(ValueError, match="channels: expected 1"):

@@ -1,4 +1,4 @@
-"""The judge of samples."""
+"""Classifier of samples."""
 
 import pytest
 import torch
@@ -44,3 +44,30 @@ def test_bad_input(digits):
         judge.fit(torch.zeros(4, 1, 12, 8), labels)
     with pytest.raises(ValueError, match="images: expected"):
         judge.fit(images[:0], labels[:0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"side": 0}, ValueError, "side: expected an integer >= 1, got 0"),
+        ({"side": 2.5}, TypeError, "side: expected an integer, got 2.5"),
+        ({"penalty": 0.0}, ValueError, "penalty: expected a number > 0, got 0.0"),
+        ({"penalty": float("nan")}, ValueError, "penalty: expected a finite number"),
+    ],
+)
+def test_bad_settings(settings, error, words):
+    with pytest.raises(error, match=words):
+        ImageClassifier(**settings)
+
+
+def test_bad_images_and_labels():
+    images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1])
+    fitted = ImageClassifier().fit(images, labels)
+    with pytest.raises(ValueError, match=r"images: expected numbers in \[-1, 1\], got NaN or infinity"):
+        fitted.predict(images * float("nan"))
+    with pytest.raises(ValueError, match="images: expected 1 channels, as in training, got 3"):
+        fitted.predict(images.expand(-1, 3, -1, -1))
+    with pytest.raises(TypeError, match=r"labels: expected int64, got torch\.float32"):
+        ImageClassifier().fit(images, labels.float())
+    with pytest.raises(ValueError, match="labels: expected 0 <= label, got -1"):
+        fitted.accuracy(images, labels - 1)

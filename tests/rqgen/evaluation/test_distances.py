@@ -126,7 +126,7 @@ def test_moments_of_other_widths_are_told():
 
 
 def naive_mmd(x, y):
-    """The estimate by its double sums."""
+    """Return the estimate by its double sums."""
     x, y = x.tolist(), y.tolist()
 
     def k(a, b):

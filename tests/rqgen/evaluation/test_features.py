@@ -76,6 +76,16 @@ def test_sums_of_short_types_are_float64(dtype):
     assert_moments(statistics_of(array), x.double(), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_of_any_layout_are_taken_and_left_alone():
+    x = features()
+    array = x.numpy()[::-1, ::-1]
+    array.flags.writeable = False
+    for same in (array, array.astype(">f8"), np.asfortranarray(array)):
+        assert_moments(statistics_of(same), x.flip(0, 1), rtol=1e-12)
+    assert np.array_equal(array, x.flip(0, 1).numpy())
+
+
 def test_what_is_read_is_a_copy():
     statistics = statistics_of(features())
     mean, cov = statistics.mean.clone(), statistics.cov.clone()

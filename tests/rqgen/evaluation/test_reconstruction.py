@@ -29,6 +29,13 @@ def test_it_equals_the_plain_definition_for_any_batch_size(vae):
         assert quality.perplexity[d] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_have_images(vae, batch_size):
+    images = TensorItems(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"batch_size: expected an integer >= 1, got {batch_size}"):
+        evaluate_reconstruction(vae, images, batch_size=batch_size)
+
+
 def test_nothing_to_evaluate(vae):
     with pytest.raises(ValueError, match="empty dataset"):
         evaluate_reconstruction(vae, TensorItems(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64)))

@@ -44,3 +44,10 @@ def test_scattered_points_give_least_squares_and_pearson():
 def test_no_law_is_made_up(sizes, values, words):
     with pytest.raises(ValueError, match=words):
         fit_power_law(sizes, values)
+
+
+def test_numbers_are_numbers():
+    with pytest.raises(TypeError, match=r"sizes\[1\]: expected a number, got '2'"):
+        fit_power_law([1, "2", 3], [3, 2, 1])
+    with pytest.raises(TypeError, match=r"values\[0\]: expected a number, got None"):
+        fit_power_law([1, 2, 3], [None, 2, 1])

@@ -14,7 +14,7 @@ def randn(*shape, seed=0):
 
 
 def naive_share(points, centers, k):
-    """The share of points in a ball, with an N x M x d tensor of differences."""
+    """Return the share of points in a ball, with an N x M x d tensor of differences."""
     between = (centers[:, None] - centers[None]).square().sum(-1).sqrt()
     radii = between.sort(1).values[:, k]  # the first is the vector itself
     return ((points[:, None] - centers[None]).square().sum(-1).sqrt() <= radii).any(1).double().mean().item()
@@ -89,7 +89,7 @@ def test_bad_arguments_of_precision_and_recall(arguments, error, words):
 
 
 def naive_score(p, splits):
-    """As the formula stands, in NumPy."""
+    """Return the formula in NumPy."""
     found = []
     for part in range(splits):
         some = p[part * len(p) // splits : (part + 1) * len(p) // splits]

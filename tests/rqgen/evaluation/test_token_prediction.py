@@ -18,8 +18,7 @@ def make_tokenizer():
 
 @pytest.fixture
 def models():
-    """A tokenizer and a prior that drops out half of everything in training, away from an initialisation that lets
-    nothing through."""
+    """Tokenizer, and prior with dropout 0.5 in training. Weights differ from the initialisation, whose output is 0."""
     vae = make_tokenizer()
     prior = tiny.var(vae, dropout=0.5, drop_path=0.5, condition_dropout=0.5)
     return vae, tiny.perturb_weights(prior, std=0.3)
@@ -56,6 +55,15 @@ def test_what_cannot_be_evaluated_is_refused(models, images):
     vae, prior = models
     with pytest.raises(ValueError, match="empty dataset"):
         evaluate_token_prediction(prior, vae, TensorItems(torch.zeros(0, 1, 4, 8), torch.zeros(0, dtype=torch.int64)))
+    # A negative one gave losses of 0.
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size: expected an integer >= 1, got {batch_size}"):
+            evaluate_token_prediction(prior, vae, images, batch_size=batch_size)
+    # The batch that an image without a label was in decided which others lost theirs.
+    some = TensorItems(images.inputs, torch.tensor([0, 1, 2, 0, 1, 2, -1]))
+    for batch_size in (1, 3, 7):
+        with pytest.raises(ValueError, match="images: expected labels of all of them or of none, got -1 for some"):
+            evaluate_token_prediction(prior, vae, some, batch_size=batch_size)
     with pytest.raises(ValueError, match="vae: expected the codebooks that the prior was made with"):
         evaluate_token_prediction(prior, make_tokenizer(), images)
 

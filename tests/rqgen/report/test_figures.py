@@ -11,6 +11,7 @@ from rqgen.quantizers import CodeLayout
 from rqgen.report import (
     plot_coarse_to_fine,
     plot_code_usage,
+    plot_edits,
     plot_losses,
     plot_reconstructions,
     plot_samples,
@@ -32,7 +33,7 @@ def assert_drawn(path, *, least_side=100):
 
 
 class FakeTokenizer:
-    """Decodes depth d to grey d/D: each row of the figure has its own shade."""
+    """Tokenizer that decodes depth d to grey d/D: each row of the figure has its own shade."""
 
     layout = CodeLayout.stacks((1, 1, 4), 8)
 
@@ -170,3 +171,66 @@ def test_scaling(tmp_path):
 )
 def test_powers_of_ten_beyond_a_float(log_value, text):
     assert power_of_ten(log_value) == text
+
+
+CURVE = {"title": "loss", "values": [3.0, 2.0, 1.0], "alpha": -0.1, "log_beta": 1.0, "correlation": -0.9}
+IMAGES, MASK = torch.zeros(4, 1, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        (lambda path: plot_reconstructions(IMAGES[:0], IMAGES[:0], path), r"images: expected \(N, channels, H, W\)"),
+        (lambda path: plot_reconstructions(IMAGES[0], IMAGES[0], path), r"images: expected .*, got \(1, 8, 8\)"),
+        (
+            lambda path: plot_reconstructions(IMAGES, IMAGES, path, columns=0),
+            "columns: expected an integer >= 1",
+        ),
+        (lambda path: plot_edits([], path), "edits: expected at least one, got none"),
+        (lambda path: plot_edits([("a", IMAGES, MASK.float(), IMAGES)], path), r"edits\[0\]: mask: expected bool \(8"),
+        (lambda path: plot_edits([("a", IMAGES, MASK[:, 1:], IMAGES)], path), r"edits\[0\]: mask: .* \(8, 7\)"),
+        (lambda path: plot_edits([("a", IMAGES, MASK, IMAGES[:2])], path), r"edits\[0\]: results: expected shape"),
+        (lambda path: plot_code_usage(torch.zeros(4), path), r"counts: expected numbers >= 0, \(levels, codes\)"),
+        (lambda path: plot_code_usage(-torch.ones(2, 4), path), "counts: expected numbers >= 0"),
+        (lambda path: plot_losses({}, path), "histories: expected at least one run, got none"),
+        (
+            lambda path: plot_losses({"prior": [{"loss": 1.0}]}, path),
+            "histories: prior: expected a step in each",
+        ),
+        (lambda path: plot_sampling_speed([], path), "cases: expected at least one, got none"),
+        (lambda path: plot_systems([], [], path), "systems: expected at least one, got none"),
+        (lambda path: plot_scaling([1, 2, 3], [], path), "curves: expected at least one, got none"),
+        (lambda path: plot_scaling([0, 2, 3], [CURVE], path), "sizes: expected finite numbers > 0"),
+        (lambda path: plot_scaling([1, 2, 3], [{**CURVE, "values": [1, 2, -3]}], path), "loss: expected finite"),
+        (lambda path: plot_scaling([1, 2, 3], [{**CURVE, "values": [1, 2, math.nan]}], path), "loss: expected finite"),
+    ],
+)
+def test_what_cannot_be_plotted_is_told(tmp_path, plot, words):
+    with pytest.raises(ValueError, match=words):
+        plot(tmp_path / "figure.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_terms_that_some_records_lack_are_plotted(tmp_path):
+    """A term that began or ended in the middle of a run was a KeyError, or was left out."""
+    records = [{"step": 1, "loss": 2.0, "first": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.5, "last": 3.0}]
+    plot_losses({"tokenizer": records}, str(tmp_path / "losses.png"))
+    assert_drawn(tmp_path / "losses.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_more_curves_than_colours_and_equal_values(tmp_path):
+    """The ninth curve was left out."""
+    plot_scaling([1, 2, 3], [CURVE] * 9, tmp_path / "nine.png")
+    plot_scaling([1, 2, 3], [CURVE] * 10, tmp_path / "ten.png")
+    nine, ten = pixels(tmp_path / "nine.png"), pixels(tmp_path / "ten.png")
+    assert nine.shape == ten.shape and nine[-200:, : nine.shape[1] // 2].std() > 10
+    level = {**CURVE, "values": [2.0, 2.0, 2.0], "alpha": 0.0}
+    plot_scaling([1, 2, 3], [level], tmp_path / "level.png")
+    assert_drawn(tmp_path / "level.png")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_power_of_ten(value):
+    with pytest.raises(ValueError, match="log_value: expected a finite number"):
+        power_of_ten(value)

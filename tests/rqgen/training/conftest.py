@@ -26,7 +26,7 @@ def make_vae(vae_config):
 
 @pytest.fixture
 def searched(monkeypatch):
-    """The codebooks of every search from here on."""
+    """Record the codebooks of every search from here on."""
     seen, search = [], rqkernels.residual_search
 
     def watch(x, codebooks, *arguments, **keywords):

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all."""
 
 import os
+import pickle
 import random
 
 import numpy as np
@@ -49,10 +50,18 @@ def test_what_a_killed_process_leaves_is_not_a_checkpoint(tmp_path):
 def test_damaged_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"state\.pt is missing"):
         load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere: expected the folder of a checkpoint, got no file"):
+        load_checkpoint(tmp_path / "nowhere")
     path = save_checkpoint(tmp_path, 1, {"w": torch.zeros(100)}, {}, keep=1)
     state = path / "state.pt"
+    with pytest.raises(FileNotFoundError, match=r"state\.pt: expected the folder of a checkpoint, got a torch check"):
+        load_checkpoint(state)
     state.write_bytes(state.read_bytes()[:200])
-    with pytest.raises(ValueError, match="step-00000001: damaged checkpoint"):
+    with pytest.raises(ValueError, match=r"step-00000001: damaged checkpoint: .*it is a zip archive that is cut short"):
+        load_checkpoint(path)
+    state.unlink()
+    state.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"not a checkpoint: .*state\.pt is a folder"):
         load_checkpoint(path)
 
 
@@ -82,20 +91,31 @@ def test_every_wrong_bit_is_found(tmp_path):
     assert load_checkpoint(path)[1] == {"step": 1}
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"<!DOCTYPE html>", b"version https://git-lfs", b"PK\3\4" + b"x" * 99])
-def test_other_files_are_told_without_advice_to_run_their_code(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "an empty file"),
+        (b"x", "a file of 1 byte"),
+        (b"<!DOCTYPE html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"PK\3\4" + b"x" * 99, "a zip archive that is cut short"),
+        (b"\x89PNG\r\n\x1a\n" + b"x" * 99, "a PNG image"),
+        (pickle.dumps({"w": 1}), "a Python pickle that torch.save did not write"),
+    ],
+)
+def test_other_files_are_told_without_advice_to_run_their_code(tmp_path, content, kind):
     path = save_checkpoint(tmp_path, 1, {"w": 1}, {}, keep=1)
     (path / "state.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt: no file that torch\.save wrote") as caught:
+    with pytest.raises(ValueError, match=rf"state\.pt: not a readable torch checkpoint: it is {kind}") as caught:
         load_checkpoint(path)
-    assert "weights_only" not in str(caught.value)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("state", [[1, 2], {"w": os.getpid}, torch.zeros(2)])
 def test_states_of_another_kind_are_told(tmp_path, state):
     path = save_checkpoint(tmp_path, 1, {"w": 1}, {}, keep=1)
     torch.save(state, path / "state.pt")
-    with pytest.raises(ValueError, match=r"state\.pt: (expected a dictionary|cannot be read)") as caught:
+    with pytest.raises(ValueError, match=r"state\.pt: (expected a dictionary|not a readable .*of tensors)") as caught:
         load_checkpoint(path)
     assert "weights_only" not in str(caught.value)
 

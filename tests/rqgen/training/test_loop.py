@@ -32,7 +32,7 @@ class Interrupted(Exception):
 
 
 def interrupt_at(stage, step):
-    """Makes a stage fail in its forward pass number ``step`` (from 1)."""
+    """Make a stage fail in its forward pass number ``step`` (from 1)."""
     original, calls = stage.step, 0
 
     def failing(batch):
@@ -63,7 +63,7 @@ def loop_config(**settings):
 
 
 def flat(value, name=""):
-    """Every leaf of a checkpoint's state by its path."""
+    """Return every leaf of a checkpoint's state by its path."""
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in flat(item, f"{name}/{key}").items()}
     if isinstance(value, (list, tuple)):

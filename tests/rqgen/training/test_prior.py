@@ -38,7 +38,7 @@ def batch_of(images, start=0, count=6):
 
 
 def watch_codes(stage):
-    """Every tensor of codes that the prior is called with."""
+    """Record every tensor of codes that the prior is called with."""
     seen = []
     stage.model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     return seen
@@ -172,11 +172,33 @@ def test_bad_settings(vae):
         PriorConfig(condition_dropout=1)
     with pytest.raises(ValueError, match="tau: expected a positive number, got None"):
         make_stage(small(), vae, tau=None)
+    with pytest.raises(ValueError, match="kind: expected 'images', 'latents' or 'codes', got 'latent'"):
+        make_stage(small(), vae, kind="latent")
+    with pytest.raises(ValueError, match="latents: expected those of at least one image, got none"):
+        measure_tau(vae, torch.zeros(0, 4, 4, 4))
     with pytest.raises(ValueError, match="kind: soft labels and stochastic codes need 'images' or 'latents'"):
         make_stage(small(), vae, kind="codes")
     maps = EncodedImages([torch.zeros(2, 1, 1, dtype=torch.int64)], torch.zeros(2, dtype=torch.int64), 16, "", (), {})
     with pytest.raises(ValueError, match="codes: expected 4x4x2 codes, as the tokenizer has, got token maps of 1x1"):
         prior_data(small(soft_labels=False, stochastic_codes=False), vae, maps, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
+        ({"batch_size": -1}, ValueError, "batch_size: expected an integer >= 1, got -1"),
+        ({"batch_size": "8"}, TypeError, "batch_size: expected an integer, got '8'"),
+        ({"count": 0}, ValueError, r"count: expected an integer in \[1, 24\], got 0"),
+        ({"count": 25}, ValueError, r"count: expected an integer in \[1, 24\], got 25"),
+    ],
+)
+def test_bad_numbers_of_images_to_encode(vae, images, settings, error, words):
+    with pytest.raises(error, match=words):
+        encode_dataset(vae, images, codes=True, **{"batch_size": 10, **settings})
+    nothing = TensorItems(images.inputs[:0], images.labels[:0])
+    with pytest.raises(ValueError, match="images: expected at least one, got an empty dataset"):
+        encode_dataset(vae, nothing, batch_size=10, codes=False)
 
 
 def test_a_large_dataset_is_encoded_with_a_packed_codebook(vae_config, images, searched):

@@ -80,7 +80,7 @@ def checkpoint(tmp_path):
 
 
 def rewrite(checkpoint, change_state=None, change_info=None):
-    """A checkpoint with a valid checksum, whatever it holds."""
+    """Write a changed checkpoint with a valid checksum."""
     state, info = load_checkpoint(checkpoint)
     state = change_state(state) or state if change_state else state
     info = change_info(info) or info if change_info else info
@@ -89,7 +89,7 @@ def rewrite(checkpoint, change_state=None, change_info=None):
 
 
 def deep(*path, value=None):
-    """Sets or, without a value, removes an entry."""
+    """Set or, without a value, remove an entry."""
 
     def change(state):
         holder = state
@@ -115,6 +115,12 @@ DAMAGE = [
     (deep("step", value=4), "step: expected 6, as info.json says, got 4"),
     (deep("history", 0, value=3), "history: expected a list of dictionaries of numbers"),
     (deep("history", 0, "loss", value="x"), "history: expected a list of dictionaries of numbers"),
+    (deep("history", 0, "step"), "history: expected a step in each record"),
+    (deep("history", 0, "step", value=2.0), "history: expected a step in each record"),
+    (deep("history", 0, "step", value=4), "history: expected records of ascending steps"),
+    (deep("history", 2, "step", value=7), "history: expected steps up to 6, got 7"),
+    (deep("window", 0, "loss", value=torch.tensor(1)), "window: expected a list of dictionaries of finite"),
+    (deep("window", 0, "loss"), "window: expected the names of the last record in each"),
     (deep("window", 0, "loss", value=torch.tensor(math.nan)), "window: expected a list of dictionaries of finite"),
     (deep("window", 0, "loss", value=torch.zeros(2)), "window: expected a list of dictionaries of finite"),
     (deep("model", "weight"), "model: does not fit Pair: 1 tensors missing: weight"),
@@ -133,9 +139,9 @@ DAMAGE = [
     (deep("optimizer", "state", 0, "exp_avg", value=torch.zeros(6)), r"exp_avg: expected shape \(2, 3\), got \(6,\)"),
     (deep("optimizer", "state", 0, "exp_avg_sq", value=NAN), "exp_avg_sq: expected finite numbers"),
     (deep("optimizer", "state", 7, value={}), "optimizer.state.7: expected one of 1 parameters"),
-    (deep("random", "numpy"), "random: no states of random generators"),
-    (deep("random", "python", value=3), "random: no states of random generators"),
-    (deep("random", "torch", value=torch.zeros(3)), "random: no states of random generators"),
+    (deep("random", "numpy"), "random: expected states of random generators"),
+    (deep("random", "python", value=3), "random: expected states of random generators"),
+    (deep("random", "torch", value=torch.zeros(3)), "random: expected states of random generators"),
     (lambda state: {**state, "averaged": None}, "averaged: missing with these settings"),
 ]
 
@@ -202,7 +208,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(checkpoint, damage, caplog):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path, value, keep):
-    """The loss is still finite when the weights are not: they were spoilt after it was computed."""
+    """The loss is still finite when the weights are not: they changed after it was computed."""
     with pytest.raises(FloatingPointError, match=r"pair: model\.weight is not finite at step 4; .*step-00000002"):
         run(tmp_path, stage=PairStage(bad_at=4, value=value), keep_checkpoints=keep, log_every=100)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
@@ -223,6 +229,45 @@ def test_a_folder_with_checkpoints_is_not_begun_again(tmp_path):
     with pytest.raises(FileExistsError, match="already holds a run, such as step-00000006"):
         run(tmp_path, steps=2)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", "expected a folder or nothing, got an empty file"),
+        ("checkpoints", "expected a folder or nothing, got an empty file"),
+        ("tensorboard", "expected a folder or nothing, got an empty file"),
+        ("history.csv", "expected a file or nothing, got a folder"),
+    ],
+)
+def test_what_stands_in_the_way_is_told_before_the_first_step(tmp_path, name, words):
+    """A history that cannot be written ended a run at its first checkpoint."""
+    folder = tmp_path / "run"
+    place = folder / name
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir() if name == "history.csv" else place.touch()
+    stage = PairStage()
+    stage.step = lambda batch: pytest.fail("a step was taken")
+    with pytest.raises(FileExistsError, match=words):
+        run(folder, stage=stage)
+
+
+def test_a_damaged_history_is_written_again(tmp_path):
+    run(tmp_path, steps=4)
+    (tmp_path / "history.csv").write_bytes(b"\xff\0step,,\n")
+    run(tmp_path, resume=tmp_path / "checkpoints" / "step-00000004")
+    resumed = (tmp_path / "history.csv").read_text()
+    run(tmp_path / "whole")
+    steps = [line.partition(",")[0] for line in resumed.splitlines()]
+    assert steps == ["step", "2", "4", "6"]
+    assert steps == [line.partition(",")[0] for line in (tmp_path / "whole/history.csv").read_text().splitlines()]
+
+
+def test_paths_may_be_text_and_settings_may_not(tmp_path):
+    run(str(tmp_path), steps=4)
+    assert run(str(tmp_path), resume=str(tmp_path / "checkpoints" / "step-00000004")).history[-1]["step"] == 6
+    with pytest.raises(TypeError, match="config: expected LoopConfig, got dict"):
+        train(PairStage(), items(), {"steps": 1}, tmp_path)
 
 
 def test_a_run_goes_on_to_more_steps(tmp_path, caplog):
@@ -251,7 +296,7 @@ def test_the_history_is_a_table(tmp_path):
 
 @pytest.fixture
 def mine():
-    """An accelerator of the caller's."""
+    """Accelerator of the caller."""
     yield Accelerator(mixed_precision="bf16", gradient_accumulation_steps=3)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

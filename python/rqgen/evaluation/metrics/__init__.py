@@ -28,7 +28,7 @@ Need = Literal["tokenizer", "prior", "images", "labels", "condition", "samples",
 
 
 class Row(NamedTuple):
-    """A row of the table. ``better`` is empty for a number that is neither good nor bad."""
+    """Row of the table. ``better`` is empty for a number that is neither good nor bad."""
 
     quantity: str
     value: float | int | list[float] | list[int]
@@ -47,16 +47,16 @@ class Metric(ABC):
     """Requirements, see `Run.lacks`."""
 
     def fits(self, run: Run, options: Any) -> str | None:
-        """Returns the reason why it cannot be computed for this run, such as "needs square images"; None if it can. The
+        """Return the reason why it cannot be computed for this run, such as "needs square images"; None if it can. The
         requirements in ``needs`` are met."""
         return None
 
     @abstractmethod
     def compute(self, run: Run, options: Any) -> Any:
-        """Computes the result: a dictionary or a dataclass that JSON holds, without NaN."""
+        """Compute the result: a dictionary or a dataclass that JSON holds, without NaN."""
 
     def rows(self, result: Mapping[str, Any]) -> Iterable[Row]:
-        """Rows of the table for a result. Default: one for every number in it."""
+        """Return the rows of the table for a result. Default: one for every number in it."""
         return [
             Row(name.replace("_", " "), value)
             for name, value in result.items()

@@ -30,7 +30,7 @@ class InpaintingOptions:
 @register
 class Inpainting(Metric):
     """In-painting of the lower half of images, given their class: the squared error of the kept upper half after the
-    tokenizer, beside the error of the same pixels in a plain reconstruction; and the classifier's accuracy."""
+    tokenizer, next to the error of the same pixels in a plain reconstruction; and the classifier's accuracy."""
 
     name = "inpainting"
     options = InpaintingOptions
@@ -63,7 +63,7 @@ class Inpainting(Metric):
 
 
 def lower_half(images: torch.Tensor) -> torch.Tensor:
-    """The mask of the lower half of images, bool (H, W)."""
+    """Return the mask of the lower half of images, bool (H, W)."""
     height, width = images.shape[2:]
     mask = torch.zeros(height, width, dtype=torch.bool, device=images.device)
     mask[height // 2 :] = True

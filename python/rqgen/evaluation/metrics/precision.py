@@ -1,10 +1,13 @@
-"""The effect of a shorter precision."""
+"""Effect of a shorter precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from rqgen.checks import check_choices
+from rqgen.config import check_bounds
 
 from ..precision import evaluate_precision
 from . import Metric, Row, register
@@ -22,6 +25,11 @@ class PrecisionOptions:
     samples: bool = True
     """Also sample in each precision, if metric "classifier" fits."""
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.precisions is not None:
+            check_choices(self.precisions, "precisions")
+
 
 @register
 class Precision(Metric):
@@ -33,7 +41,7 @@ class Precision(Metric):
     needs = ("tokenizer", "prior", "images", "condition")
 
     def fits(self, run: Run, options: PrecisionOptions) -> str | None:
-        wanted = options.precisions or ["bf16"]
+        wanted = ["bf16"] if options.precisions is None else options.precisions
         if missing := [name for name in wanted if name not in run.prior.precisions]:
             return f"needs a prior that can be sampled in {missing[0]}, and a {run.prior.model_type} cannot"
         if "int8" in wanted and run.prior.device.type != "cpu":
