@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 import rqkernels
 from rqgen.checks import check_targets, integers
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, check_fields
 from rqgen.quantizers import CodeLayout
 
 from .changes import as_written, computes_as
@@ -91,6 +91,7 @@ class RQTransformerConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         # Configs read from JSON or YAML hold lists; one type makes shapes comparable.
         self.code_shape = tuple(self.code_shape)  # type: ignore[assignment]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:

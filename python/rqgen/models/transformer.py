@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rqkernels
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, check_fields
 
 from .changes import as_written
 
@@ -42,6 +42,7 @@ class TransformerConfig:
     residual_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.layers < 0:
             raise ValueError(f"layers must be >= 0, got {self.layers}")
         if self.heads < 1:

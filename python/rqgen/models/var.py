@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from rqgen.checks import check_targets
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, check_fields
 from rqgen.quantizers import CodeLayout, MultiScaleConfig, MultiScaleDecoder
 
 from .changes import as_written
@@ -70,6 +70,7 @@ class VARConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rqgen.config import check_finite
+from rqgen.config import check_fields
 
 
 @dataclass
@@ -32,7 +32,9 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; None: left alone."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
+        if self.warmup_steps > 2**31:
+            raise ValueError(f"warmup_steps: expected at most {2**31}, got {self.warmup_steps}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if not 0 <= self.final_lr_fraction <= 1:

@@ -690,7 +690,7 @@ def test_wrong_presets() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"code_shape": (2, 3)}, "code_shape must be three numbers"),
+        ({"code_shape": (2, 3)}, r"code_shape: expected a list of 3 values, got \[2, 3\]"),
         ({"code_shape": (2, 0, 3)}, "code_shape must be three numbers"),
         ({"codebook_size": 0}, "codebook_size must be >= 1, got 0"),
         ({"code_dim": -1}, "code_dim must be >= 0, got -1"),
