@@ -10,7 +10,7 @@ from typing import Any
 
 from rqgen.config import Given, find_file, from_dict, given, shorthands, to_dict
 from rqgen.data import DataConfig
-from rqgen.data.settings import place_of
+from rqgen.data.settings import place_of, saved_settings
 from rqgen.data.sources import SOURCES
 from rqgen.models import Tokenizer
 
@@ -135,4 +135,6 @@ def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
 
 
 def _remembered(model: Any, folder: Path) -> DataConfig | None:
-    return None if model.data is None else from_dict(DataConfig, model.data, where=f"{folder}/config.json: data")
+    if model.data is None:
+        return None
+    return from_dict(DataConfig, saved_settings(model.data), where=f"{folder}/config.json: data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -70,6 +71,14 @@ class EncodedImages:
     def layout(self) -> CodeLayout:
         """The shape of an image's codes."""
         return CodeLayout.of(self.codes, self.codebook_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a training run keeps of these codes, see `ImageDataset.fingerprint`."""
+        digest = hashlib.sha256()
+        for tensor in (self.layout.flatten(self.codes), self.labels):
+            digest.update(tensor.to("cpu", torch.int32).contiguous().numpy().tobytes())
+        names = digest.hexdigest()[:16]
+        return {"images": len(self.labels), "classes": len(self.class_names), "codes": names}
 
     def check_tokenizer(self, layout: CodeLayout, codebook_id: str) -> None:
         """Raise ValueError unless they are the codes of a tokenizer with this layout and `fingerprint`."""
