@@ -73,7 +73,7 @@ class EncodedImages:
         return CodeLayout.of(self.codes, self.codebook_size)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a training run keeps of these codes, see `ImageDataset.fingerprint`."""
+        """Return what tells these codes from others, see `ImageDataset.fingerprint`."""
         digest = hashlib.sha256()
         for tensor in (self.layout.flatten(self.codes), self.labels):
             digest.update(tensor.to("cpu", torch.int32).contiguous().numpy().tobytes())

@@ -42,7 +42,7 @@ class ImageDataset(ABC):
         """The image (channels, H, W) in [-1, 1] and its label, as sampled for this epoch."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a training run keeps to find out, when it is resumed, whether these are still its images: plain data.
+        """Return what tells these images from others, as plain data: a training run keeps it until it is resumed.
         ``images`` is their number, ``classes`` that of classes."""
         return {"images": len(self), "classes": len(self.class_names)}
 

@@ -318,7 +318,7 @@ def test_a_prior_trains_on_the_images_of_its_tokenizer(rqgen, mine, tmp_path, ca
     # All but the flips: latents are encoded once.
     assert to_dict(run.data) == to_dict(theirs) | {"horizontal_flip": False} and theirs.horizontal_flip
     ours = open_dataset(run.data, "held_out")
-    assert ours.files == open_dataset(theirs, "held_out").files and len(ours) == 6
+    assert ours.files == open_dataset(theirs, "held_out").files and len(ours) == 5
     prior = RQTransformer.from_pretrained(tmp_path / "prior" / "model")
     assert prior.config.condition_vocab_size == 2 and prior.data == to_dict(run.data)
 
@@ -367,7 +367,7 @@ def test_encode_takes_the_tokenizers_images_and_says_so(rqgen, mine, photos, tmp
         in caplog.text
     )
     encoded = read_codes(tmp_path / "codes")
-    assert encoded.class_names == ("no", "010") and len(encoded.labels) == 6
+    assert encoded.class_names == ("no", "010") and len(encoded.labels) == 5
     caplog.clear()
     with caplog.at_level(logging.INFO):
         code, _, err = rqgen(*arguments, f"folder={photos}/", "--split", "held_out")
