@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ RECIPES = Path(str(resources.files("rqgen.cli"))) / "configs"
 # How training images are varied is each stage's own; what they are, and which train, is the tokenizer's.
 _VARIATIONS = ("horizontal_flip", "shift")
 # And where these differ, one stage may train on what the other holds out.
-_SPLIT = ("classes", "held_out_fraction", "split_seed")
+_SPLIT = ("classes", "held_out_fraction", "split_seed", "folder.split")
 
 
 def find_config(name: str | None) -> Path | None:
@@ -93,7 +94,7 @@ def warn_of_other_split(data: DataConfig, model: Any, folder: Path, *, role: str
     if known is None or data.place != known.place:
         return
     for name in _SPLIT:
-        ours, theirs = getattr(data, name), getattr(known, name)
+        ours, theirs = attrgetter(name)(data), attrgetter(name)(known)
         if ours != theirs:
             logger.warning(
                 "data.%s: %s, but the %s's was %s: what one stage holds out, the other may train on",
