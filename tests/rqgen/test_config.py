@@ -953,6 +953,7 @@ def test_an_error_names_the_override_at_fault(tmp_path):
         (["first.channels=20", "first.groups=8"], "first.groups=8"),  # either is at fault: the one that is named
         (["first.groups=8", "first.channels=20"], "first.groups=8"),
         (["second.groups=3", "second.name=y"], "second.groups=3"),
+        (["first.channels=30", "second.seed=x"], "first.channels=30"),
         (["first.seed=3", "first.name=z", "second.name=y"], "first.seed=3"),
         (["second.seed=3", "second.name=y", "first.name=z"], "second.seed=3"),
         (["first={channels: 30, seed: 0}", "first.name=z"], "first={channels: 30, seed: 0}"),

@@ -112,6 +112,8 @@ class Given(Generic[ConfigT]):
             except SettingError as other:
                 if other.key == error.key:
                     continue
+            except WrongValueError:
+                pass  # the next error, of another setting
             except (ValueError, TypeError):
                 continue  # this one must be given
             return node
@@ -177,6 +179,7 @@ class WrongValueError(ValueError):
 
 
 def build(cls: type[ConfigT], node: Node, prefix: str) -> ConfigT:
+    """The node of a section as its dataclass; ``prefix`` leads to it."""
     if not isinstance(node.value, dict) or node.exact:
         if isinstance(node.value, cls):
             return node.value
@@ -193,10 +196,10 @@ def build(cls: type[ConfigT], node: Node, prefix: str) -> ConfigT:
         return cls(**values)
     except (ValueError, TypeError) as error:
         # "steps: expected ...": that field's place is known better than the section's.
-        name = re.match(r"\w*", str(error))[0]  # type: ignore[index]
-        inside = name in hints or not prefix
-        found = node_at(tree, re.match(r"[\w.]*", str(error))[0]) if inside else None  # type: ignore[index]
-        raise SettingError(found, f"{prefix if inside else f'{prefix[:-1]}: '}{error}", node.where) from error
+        name = re.split(r"[^\w.]", str(error))[0]
+        if prefix and name.partition(".")[0] not in hints:
+            raise SettingError(None, f"{prefix[:-1]}: {error}", node.where) from error
+        raise SettingError(node_at(tree, name), f"{prefix}{error}", node.where) from error
 
 
 def convert(node: Node, hint: Any, path: str, declared: Any = None) -> Any:

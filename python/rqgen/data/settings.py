@@ -117,7 +117,8 @@ def open_dataset(config: DataConfig, split: Split) -> ImageDataset:
     try:
         config = replace(config)  # checks again: a field may have been set since
     except (TypeError, ValueError) as error:
-        raise type(error)(f"data.{error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"data.{error}") from error
     dataset = SOURCES.find(config.source, "source").open(config, config.options.get(config.source), split)
     if split == "train" and len(dataset) == 0:
         raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")
