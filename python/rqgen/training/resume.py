@@ -78,9 +78,13 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
 
 
 def saved_description(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The description in a checkpoint, with what older versions did not say of the images."""
-    data = description.get("data")
-    return {**description, "data": saved_settings(data)} if isinstance(data, Mapping) else dict(description)
+    """The description of a run as it was saved, with what older versions did not say of the images."""
+    found = {}
+    for name, value in description.items():
+        is_data = name == "data" and isinstance(value, Mapping)
+        value = saved_settings(value) if is_data else value
+        found[name] = saved_description(value) if isinstance(value, Mapping) and not is_data else value
+    return found
 
 
 def _in_words(images: Any) -> str:
@@ -121,7 +125,7 @@ def refuse_other_run(
 ) -> list[tuple[str, Any, Any]]:
     """Raises ValueError where two descriptions of a run differ in what changes its weights. Returns what differs
     otherwise: (key, before, now)."""
-    differing = _differences(saved, current, "")
+    differing = _differences(saved_description(saved), current, "")
     for key, before, now in differing:
         if key.rsplit(".", 1)[-1] not in may_change:
             raise ValueError(f"cannot resume {path}: '{key}' was {before!r} there and is {now!r} now")
