@@ -880,7 +880,7 @@ class Checked(Every):
         ({"count": 32.0}, TypeError, "count: expected an integer, got 32.0"),
         ({"count": True}, TypeError, "count: expected an integer, got True"),
         ({"count": None}, TypeError, "count: expected an integer, got None"),
-        ({"count": 2**63}, ValueError, "count: expected an integer"),
+        ({"count": 2**63}, ValueError, "count: expected an integer of at most 64 bits, got 9223372036854775808"),
         ({"rate": "a"}, TypeError, "rate: expected a finite number, got 'a'"),
         ({"rate": float("nan")}, ValueError, "rate: expected a finite number, got nan"),
         ({"rate": 1e39}, ValueError, r"rate: expected a finite number of at most 3\.4e\+38 \(float32\), got 1e\+39"),

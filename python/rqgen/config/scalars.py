@@ -96,7 +96,8 @@ def too_large(node: Node, hint: Any) -> str:
     is_text = isinstance(value, str)
     if is_text and node.exact:
         return ""
-    if hint is int and is_text and INTEGER.fullmatch(value):
+    is_whole = INTEGER.fullmatch(value) if is_text else isinstance(value, numbers.Integral)
+    if hint is int and is_whole and not isinstance(value, bool):
         return " of at most 64 bits"
     if hint is float and (NUMBER.fullmatch(value) if is_text else isinstance(value, (int, float))):
         try:
