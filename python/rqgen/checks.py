@@ -27,6 +27,8 @@ _INTEGERS = (
 # Codes and labels of a file: without uint64.
 _STORED_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 # Names of the digits. Where all classes are named so, the numerals name them too.
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _NUMERALS = tuple("0123456789")
@@ -77,10 +79,12 @@ def check_number(value: Any, name: str, expected: str = "a number") -> float:
 
 
 def check_nonnegative(value: Any, name: str, expected: str = "a number") -> float:
-    """A finite number >= 0. Raise TypeError or ValueError for anything else."""
+    """A finite number >= 0 that float32 holds. Raise TypeError or ValueError for anything else."""
     number = check_number(value, name, expected)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {number}")
+    if number > _FLOAT32_MAX:
+        raise ValueError(f"{name}: expected a number of at most {_FLOAT32_MAX:.3g} (float32), got {number}")
     return number
 
 

@@ -439,7 +439,7 @@ HARD = [
     st.lists(st.one_of(st.sampled_from(HARD), st.text())),
     TEXT,
     st.one_of(st.none(), st.text()),
-    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 @settings(max_examples=300, deadline=None)
 def test_what_is_written_reads_back_equal(tmp_path_factory, names, folder, title, rate):
@@ -750,6 +750,24 @@ def test_a_scalar_stands_for_a_field_of_its_section(places, tmp_path, value):
     assert settings.has("disk.path") and settings.followed() == {"kind"}
 
 
+def test_the_path_of_a_section_chooses_it_over_what_lies_below(places, tmp_path):
+    _, cls = places
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: tape\nsize: 3\n")
+    wanted = cls(kind="disk", size=3, disk=DiskOptions(Path("/a")))
+    assert config.load(cls, path, ["disk=/a"]) == config.load(cls, path, ["disk.path=/a"]) == wanted
+    assert config.load(cls, None, ["disk=/a", "size=3"], defaults={"kind": "tape"}) == wanted
+    for override in ("disk.rate=2", "disk=null"):
+        assert config.load(cls, path, [override]).kind == "tape"
+    above = tmp_path / "above.yaml"
+    above.write_text("base: mine.yaml\ndisk: /a\n")
+    assert config.load(cls, above) == wanted
+    # Said twice in one place it must agree.
+    for overrides in (["kind=tape", "disk=/a"], ["disk=/a", "kind=tape"]):
+        with pytest.raises(ValueError, match=r"disk: expected a path for kind 'disk' .* got /a; kind is 'tape'"):
+            config.load(cls, path, overrides)
+
+
 def test_only_the_chosen_section_must_be_there(places, tmp_path):
     _, cls = places
     for overrides, words in (
@@ -844,3 +862,112 @@ def test_without_a_choice_every_section_is_there():
     spoilt.disk.rate = float("nan")
     with pytest.raises(ValueError, match=r"disk\.rate: expected a finite number"):
         config.check_finite(spoilt)
+
+
+# --- Fields that were set in Python
+
+
+@dataclass
+class Checked(Every):
+    def __post_init__(self) -> None:
+        config.check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"count": "32"}, TypeError, "count: expected an integer, got '32'"),
+        ({"count": 32.0}, TypeError, "count: expected an integer, got 32.0"),
+        ({"count": True}, TypeError, "count: expected an integer, got True"),
+        ({"count": None}, TypeError, "count: expected an integer, got None"),
+        ({"count": 2**63}, ValueError, "count: expected an integer of at most 64 bits, got 9223372036854775808"),
+        ({"rate": "a"}, TypeError, "rate: expected a finite number, got 'a'"),
+        ({"rate": float("nan")}, ValueError, "rate: expected a finite number, got nan"),
+        ({"rate": 1e39}, ValueError, r"rate: expected a finite number of at most 3\.4e\+38 \(float32\), got 1e\+39"),
+        ({"on": "no"}, TypeError, "on: expected true or false, got 'no'"),
+        ({"on": 1}, TypeError, "on: expected true or false, got 1"),
+        ({"precision": "fp16"}, ValueError, "precision: expected one of no, bf16, got 'fp16'"),
+        ({"precision": None}, TypeError, "precision: expected one of no, bf16, got None"),
+        ({"channels": "3"}, TypeError, "channels: expected one of 1, 3, got '3'"),
+        ({"channels": 2}, ValueError, "channels: expected one of 1, 3, got 2"),
+        ({"colour": "red"}, TypeError, "colour: expected one of red, 1, got 'red'"),
+        ({"numbers": [1, "2"]}, TypeError, r"numbers\[1\]: expected an integer, got '2'"),
+        ({"numbers": 3}, TypeError, r"numbers: expected a list such as \[1, 2\], got 3"),
+        ({"shape": (1, 2, 3)}, ValueError, r"shape: expected a list of 2 values, got \[1, 2, 3\]"),
+        ({"table": {"a": "x"}}, TypeError, r"table\.a: expected a finite number, got 'x'"),
+        ({"inner": {"lr": 1}}, TypeError, r"inner: expected settings \(Optimizer\), got \{'lr': 1\}"),
+        ({"inner": Optimizer(warmup_steps="3")}, TypeError, r"inner\.warmup_steps: expected an integer, got '3'"),
+    ],
+)
+def test_fields_are_checked_by_their_types(values, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        Checked(**values)
+
+
+def test_fields_of_their_types_pass():
+    assert Checked(count=np.int64(3), rate=np.float32(0.5), numbers=(1, 2), colour=Colour.RED, other=None).count == 3
+    assert Checked(rate=3, folder="a/b", scales=[1, [2, 3]], channels=None).folder == Path("a/b")
+    assert config.to_dict(Checked(count=np.int64(3)))["count"] == 3
+    assert type(config.to_dict(Checked(count=np.int64(3)))["count"]) is int
+
+
+@pytest.mark.parametrize("text", ["1e39", "-1e39", "3.5e38"])
+def test_a_number_that_float32_does_not_hold_is_refused(text):
+    with pytest.raises(ValueError, match=r"'rate': expected a finite number of at most 3\.4e\+38 \(float32\), got"):
+        config.load(Every, None, [f"rate={text}"])
+    assert config.load(Every, None, ["rate=3.4e38"]).rate == 3.4e38
+
+
+# --- The setting to blame
+
+
+@dataclass
+class Groups:
+    channels: int = 16
+    groups: int = 8
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.channels % self.groups:
+            raise ValueError(f"groups: expected a divisor of {self.channels}, got {self.groups}")
+
+
+@dataclass
+class Both:
+    first: Groups = field(default_factory=Groups)
+    second: Groups = field(default_factory=Groups)
+
+    def __post_init__(self) -> None:
+        if self.first.seed != self.second.seed:
+            raise ValueError(f"second.seed: expected {self.first.seed}, as the first has, got {self.second.seed}")
+
+
+def test_an_error_names_the_override_at_fault(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("first:\n  groups: 4\n  name: x\nsecond:\n  channels: 8\n")
+    for overrides, culprit in (
+        (["first.channels=30", "first.seed=0"], "first.channels=30"),  # not the file, whose groups fit
+        (["first.seed=0", "first.channels=30", "second.name=y"], "first.channels=30"),
+        (["first.channels=30", "first.groups=8"], "first.channels=30"),
+        (["first.channels=20", "first.groups=8"], "first.groups=8"),  # either is at fault: the one that is named
+        (["first.groups=8", "first.channels=20"], "first.groups=8"),
+        (["second.groups=3", "second.name=y"], "second.groups=3"),
+        (["first.channels=30", "second.seed=x"], "first.channels=30"),
+        (["first.seed=3", "first.name=z", "second.name=y"], "first.seed=3"),
+        (["second.seed=3", "second.name=y", "first.name=z"], "second.seed=3"),
+        (["first={channels: 30, seed: 0}", "first.name=z"], "first={channels: 30, seed: 0}"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            config.load(Both, path, overrides)
+        assert str(caught.value).startswith(f"override '{culprit}': "), overrides
+
+
+def test_an_error_names_the_file_and_line_at_fault(tmp_path):
+    (tmp_path / "base.yaml").write_text("first:\n  groups: 4\n")
+    path = tmp_path / "a.yaml"
+    path.write_text("base: base.yaml\nfirst:\n  name: x\n  channels: 30\n")
+    with pytest.raises(ValueError, match=r"a\.yaml: first\.groups: expected a divisor of 30, got 4 \(line 4\)"):
+        config.load(Both, path, ["first.name=z", "second.groups=4"])
+    with pytest.raises(ValueError, match=r"a\.yaml: first\.groups: expected a divisor of 30, got 4 \(line 4\)"):
+        config.given(Both, path, ["first.name=z"]).read("first")

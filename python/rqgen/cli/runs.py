@@ -32,6 +32,7 @@ from rqgen.training import (
     newest_whole_checkpoint,
     train,
 )
+from rqgen.training.resume import IMAGES, saved_description
 
 from .models import Loaded, check_images_fit, default_device
 from .requests import TrainRequest
@@ -39,7 +40,8 @@ from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_idle_opti
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint says beside the settings of its run: the system, and of a prior the names of its classes.
+# What a checkpoint says next to the settings of its run: the system, the fingerprint of its images, and of a prior the
+# names of its classes.
 SYSTEM, CLASS_NAMES = "system", "class_names"
 
 
@@ -142,7 +144,7 @@ def fit_tokenizer(
     model = tokenizer(replace(run.model, class_names=images.class_names))
     model.data = to_dict(run.data)
     stage = TokenizerStage(model, _examples(run.data, images))
-    description = {**to_dict(run), SYSTEM: system_of(run).name}
+    description = {**to_dict(run), SYSTEM: system_of(run).name, IMAGES: images.fingerprint()}
     return train(stage, images, run.loop, folder=folder, description=description, resume=resume, console=console)
 
 
@@ -168,7 +170,8 @@ def fit_prior(
     stage, items = system.prior_stage(run, vae, source, console=console)
     stage.model.data = None if run.codes is not None else to_dict(run.data)
     # A class folder more or less would give labels another meaning in the middle of a run.
-    description = {**to_dict(run), SYSTEM: system.name, CLASS_NAMES: list(source.class_names)}
+    kept = {SYSTEM: system.name, CLASS_NAMES: list(source.class_names), IMAGES: source.fingerprint()}
+    description = {**to_dict(run), **kept}
     return train(stage, items, run.loop, folder=folder, description=description, resume=resume, console=console)
 
 
@@ -180,7 +183,8 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
     path, info = found
     if info["stage"] != stage:
         raise ValueError(f"--resume: {out} holds the run of a {info['stage']}, not of a {stage}")
-    settings = {name: value for name, value in info["description"].items() if name not in (SYSTEM, CLASS_NAMES)}
+    described = saved_description(info["description"])
+    settings = {name: value for name, value in described.items() if name not in (SYSTEM, CLASS_NAMES, IMAGES)}
     return path, {**info, "description": settings, SYSTEM: info["description"].get(SYSTEM)}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib import resources
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rqgen.config import Given, find_file, from_dict, given, shorthands, to_dict
 from rqgen.data import DataConfig
-from rqgen.data.settings import place_of
+from rqgen.data.settings import place_of, saved_settings
 from rqgen.data.sources import SOURCES
 from rqgen.models import PretrainedModel, Tokenizer
 
@@ -22,7 +23,7 @@ RECIPES = Path(str(resources.files("rqgen.cli"))) / "configs"
 # How training images are varied is each stage's own; what they are, and which train, is the tokenizer's.
 _VARIATIONS = ("horizontal_flip", "shift")
 # And where these differ, one stage may train on what the other holds out.
-_SPLIT = ("classes", "held_out_fraction", "split_seed")
+_SPLIT = ("classes", "held_out_fraction", "split_seed", "folder.split")
 
 
 def find_config(name: str | None) -> Path | None:
@@ -96,7 +97,7 @@ def warn_of_other_split(data: DataConfig, trained: Loaded[PretrainedModel], *, r
     if known is None or data.place != known.place:
         return
     for name in _SPLIT:
-        ours, theirs = getattr(data, name), getattr(known, name)
+        ours, theirs = attrgetter(name)(data), attrgetter(name)(known)
         if ours != theirs:
             logger.warning(
                 "data.%s: %s, but the %s's was %s: what one stage holds out, the other may train on",
@@ -140,4 +141,4 @@ def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
 def _remembered(trained: Loaded[PretrainedModel]) -> DataConfig | None:
     """Return the settings of the images of a model's training; None where it does not name them."""
     data, where = trained.model.data, f"{trained.folder}/config.json: data"
-    return None if data is None else from_dict(DataConfig, data, where=where)
+    return None if data is None else from_dict(DataConfig, saved_settings(data), where=where)

@@ -10,7 +10,7 @@ scalar stands for where the section is expected (`data.folder=PATH`), and ``move
 wrote to where they stand now (`{"fit": "folder.fit"}`).
 """
 
-from .bounds import MAX_SEED, check_bounds, check_finite, check_seeds
+from .bounds import MAX_SEED, check_bounds, check_fields, check_finite, check_seeds
 from .fields import nested_dataclasses, setting_names, shorthands
 from .layers import find_file, given, load
 from .plain import to_dict
@@ -25,6 +25,7 @@ __all__ = [
     "Registered",
     "Registry",
     "check_bounds",
+    "check_fields",
     "check_finite",
     "check_seeds",
     "did_you_mean",

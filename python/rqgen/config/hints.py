@@ -31,6 +31,9 @@ def shape(hint: Any) -> str:
 
 
 def without_null(hint: Any) -> Any:
+    """Return X for `X | None`, and other types as they are."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
     members = [member for member in typing.get_args(hint) if member is not types.NoneType]
     return members[0] if len(members) == 1 else hint
 

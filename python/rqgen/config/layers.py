@@ -66,9 +66,11 @@ def given(
     require_dataclass(cls)
     where = "command line" if path is None else str(path)
     tree = _recipe(cls, recipes, ()) if path is None else _layers(cls, Path(path), recipes, ())
+    said: dict[str, Node] = {}
     for override in overrides:
-        tree = merge(cls, tree, _read_override(cls, override))
-    return Given(cls, tree, where)
+        said = merge(cls, said, _read_override(cls, override), chooses=False)
+    tree = merge(cls, tree, said)
+    return Given(cls, tree, where, overrides=[_place(override) for override in overrides])
 
 
 def _layers(cls: type, path: Path, recipes: Path | None, chain: tuple[Path, ...]) -> dict[str, Node]:
@@ -121,13 +123,18 @@ def _above(
     return merge(cls, below, own)
 
 
+def _place(override: str) -> str:
+    """Return the name of an override in error messages."""
+    return f"override {shortened(repr(override))}"
+
+
 def _read_override(cls: type, override: str) -> dict[str, Node]:
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
-        raise ValueError(f"override {shortened(repr(override))}: expected the form section.key=value")
+        raise ValueError(f"{_place(override)}: expected the form section.key=value")
     names = _located(cls, names)
-    where = f"override {shortened(repr(override))}"
+    where = _place(override)
     node = _override_value(_hint_at(cls, names), text.strip(), where)
     tree = {names[-1]: node}
     for name in reversed(names[:-1]):

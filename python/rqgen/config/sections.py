@@ -72,8 +72,10 @@ def fill_sections(settings: Any) -> None:
             value = getattr(options, shorthand)
             if (name == chosen) != (value is not None):
                 hint = without_null(hints_of(cls)[shorthand])
+                hint_at_choice = "" if name == chosen else f"; {chosen_by} is '{chosen}'"
                 raise ValueError(
                     f"{name}: expected {in_words(hint)} for {chosen_by} '{name}' and none otherwise, got {value}"
+                    f"{hint_at_choice}"
                 )
         if chosen in (None, name) or options != default:
             filled[name] = options

@@ -7,8 +7,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from .fields import nested_dataclasses, setting_names
-from .nodes import Node, wrap
+from .fields import nested_dataclasses, setting_names, shorthands
+from .nodes import Node, node_at, wrap
+from .registry import opened
 
 
 def tree_of(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Node]:
@@ -48,15 +49,24 @@ def canonical_value(cls: type, node: Node, prefix: str = "") -> Node:
     return node
 
 
-def merge(cls: type, below: Mapping[str, Node], above: Mapping[str, Node]) -> dict[str, Node]:
+def merge(cls: type, below: Mapping[str, Node], above: Mapping[str, Node], *, chooses: bool = True) -> dict[str, Node]:
+    """Put one tree above another. With ``chooses`` the path of a section in ``above`` chooses this section, unless
+    ``above`` chooses another."""
     sections, merged = nested_dataclasses(cls), dict(below)
     for key, node in above.items():
         lower = below.get(key)
         if key in sections and node.plain and node.value == "" and node.line is not None:
             continue  # a section all of whose lines are comments
         if key in sections and isinstance(node.value, dict) and lower is not None and isinstance(lower.value, dict):
-            node = dataclasses.replace(node, value=merge(sections[key], lower.value, node.value))
+            node = dataclasses.replace(node, value=merge(sections[key], lower.value, node.value, chooses=chooses))
+        elif lower is not None:
+            node = dataclasses.replace(node, below=lower)
         merged[key] = node
+    chosen_by = opened(cls).chosen_by
+    if chooses and chosen_by is not None and chosen_by in below and chosen_by not in above:
+        for name, path in shorthands(cls).items():
+            if (given := node_at(above, path)) is not None and not given.is_null:
+                merged[chosen_by] = dataclasses.replace(given, value=name, below=below[chosen_by])
     return merged
 
 

@@ -6,14 +6,14 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
 
 from .fields import default_of, hints_of, nested_dataclasses, require_dataclass, shorthands
 from .hints import ConfigT, in_words, shape
-from .nodes import INTEGER, Node, leaves, untyped
+from .nodes import Node, leaves, node_at, untyped, without
 from .registry import opened
-from .scalars import NOTHING, read_scalar, shape_of
+from .scalars import NOTHING, read_scalar, shape_of, too_large
 from .trees import merge, refuse_unknown_keys, tree_of
 
 
@@ -36,8 +36,11 @@ def from_dict(cls: type[ConfigT], mapping: Mapping[str, Any], *, where: str) -> 
 class Given(Generic[ConfigT]):
     """Settings as they were given, before defaults and types: what files and overrides say, later ones first."""
 
-    def __init__(self, cls: type[ConfigT], tree: dict[str, Node], where: str, prefix: str = "") -> None:
-        self._cls, self._tree, self._where, self._prefix = cls, tree, where, prefix
+    def __init__(
+        self, cls: type[ConfigT], tree: dict[str, Node], where: str, prefix: str = "", overrides: Sequence[str] = ()
+    ) -> None:
+        """``overrides``: the places, as nodes name them, of what the command line says."""
+        self._cls, self._tree, self._where, self._prefix, self._overrides = cls, tree, where, prefix, overrides
         refuse_unknown_keys(cls, tree, root=cls, prefix=prefix)
 
     def has(self, path: str) -> bool:
@@ -46,8 +49,13 @@ class Given(Generic[ConfigT]):
 
     def read(self, path: str) -> Any:
         """The setting at a dotted path, typed; its default where it was not given. Errors as `from_dict`."""
-        node, hint, default = self._find(path)
-        return default if node is None else convert(node, hint, f"{self._prefix}{path}")
+        _, hint, default = self._find(path)
+
+        def attempt(tree: dict[str, Node]) -> Any:
+            node = node_at(tree, path)
+            return default if node is None else convert(node, hint, f"{self._prefix}{path}")
+
+        return self._attempted(attempt, self._tree)
 
     def unset(self, path: str) -> Any:
         """The default in the dataclass of the setting at a dotted path; MISSING where it has none."""
@@ -59,8 +67,7 @@ class Given(Generic[ConfigT]):
 
     def error(self, path: str, message: str) -> ValueError:
         """Return the error to raise about the setting at a dotted path."""
-        node = self._find(path)[0] or Node(None, self._where)
-        return node.error(f"{self._prefix}{path}: {message}")
+        return SettingError(node_at(self._tree, path), f"{self._prefix}{path}: {message}", self._where)
 
     def followed(self) -> set[str]:
         """Dotted paths that were not given but follow from what was (see `from_dict`)."""
@@ -73,7 +80,44 @@ class Given(Generic[ConfigT]):
             lower = tree_of(self._cls, below, where or self._where)
             refuse_unknown_keys(self._cls, lower, root=self._cls, prefix=self._prefix)
             tree = merge(self._cls, lower, tree)
-        return build(self._cls, Node(tree, self._where), self._prefix)
+        return self._attempted(lambda some: build(self._cls, Node(some, self._where), self._prefix), tree)
+
+    def _attempted(self, attempt: Callable[[dict[str, Node]], Any], tree: dict[str, Node]) -> Any:
+        """Return `attempt(tree)`. An error names the place of the setting without which it would not be there."""
+        try:
+            return attempt(tree)
+        except SettingError as error:
+            culprit = self._culprit(attempt, tree, error)
+            raise SettingError(culprit or error.node, error.message, self._where) from error.__cause__
+
+    def _culprit(
+        self, attempt: Callable[[dict[str, Node]], Any], tree: dict[str, Node], error: SettingError
+    ) -> Node | None:
+        """Find the setting to blame: of overrides, else of the file, else of what it starts from.
+
+        Of several that are each at fault, the one that the message names comes first, then the last one given.
+        """
+        if self._prefix:
+            return None  # the settings around these know more
+
+        def order(node: Node) -> tuple[int, bool, int]:
+            is_override = node.where in self._overrides
+            layer = 2 if is_override else int(node.where == self._where)
+            return layer, node is error.node, self._overrides.index(node.where) if is_override else 0
+
+        given = [(path, node) for path in leaves(tree, "") if (node := node_at(tree, path)) is not None]
+        for path, node in sorted(given, key=lambda one: order(one[1]), reverse=True):
+            try:
+                attempt(without(tree, path))
+            except SettingError as other:
+                if other.key == error.key:
+                    continue
+            except WrongValueError:
+                pass  # the next error, of another setting
+            except (ValueError, TypeError):
+                continue  # this one must be given
+            return node
+        return None
 
     def _find(self, path: str) -> tuple[Node | None, Any, Any]:
         cls: type = self._cls
@@ -112,13 +156,34 @@ def _followed(cls: type, tree: dict[str, Node], where: str, prefix: str) -> set[
     return paths
 
 
+class SettingError(ValueError):
+    """A setting that is refused: ``message`` starts with its dotted name. ``node`` is None where it was not given."""
+
+    def __init__(self, node: Node | None, message: str, where: str) -> None:
+        self.node, self.message = node, message
+        super().__init__(str((node or Node(None, where)).error(message)))
+
+    @property
+    def key(self) -> str:
+        """The dotted name."""
+        return self.message.partition(":")[0]
+
+
+class WrongValueError(ValueError):
+    """A value that is not of the type ``hint``, at a dotted ``path``."""
+
+    def __init__(self, node: Node, hint: Any, path: str, expected: str) -> None:
+        self.node, self.hint, self.path = node, hint, path
+        self.reason = f"expected {expected}, got {node.shown()}"
+        super().__init__(str(node.error(f"wrong value at '{path}': {self.reason}")))
+
+
 def build(cls: type[ConfigT], node: Node, prefix: str) -> ConfigT:
-    if not isinstance(node.value, dict):
+    """The node of a section as its dataclass; ``prefix`` leads to it."""
+    if not isinstance(node.value, dict) or node.exact:
         if isinstance(node.value, cls):
             return node.value
-        raise node.error(
-            f"wrong value at '{prefix.rstrip('.')}': expected settings ({cls.__name__}), got {node.shown()}"
-        )
+        raise WrongValueError(node, cls, prefix.rstrip("."), in_words(cls))
     tree = _with_implied(cls, node.value, node.where, prefix)
     hints = hints_of(cls)
     fields = [one for one in dataclasses.fields(cls) if one.init]  # type: ignore[arg-type]
@@ -131,9 +196,10 @@ def build(cls: type[ConfigT], node: Node, prefix: str) -> ConfigT:
         return cls(**values)
     except (ValueError, TypeError) as error:
         # "steps: expected ...": that field's place is known better than the section's.
-        name = re.match(r"\w*", str(error))[0]  # type: ignore[index]
-        path = prefix if name in hints or not prefix else f"{prefix[:-1]}: "
-        raise tree.get(name, node).error(f"{path}{error}") from error
+        name = re.split(r"[^\w.]", str(error))[0]
+        if prefix and name.partition(".")[0] not in hints:
+            raise SettingError(None, f"{prefix[:-1]}: {error}", node.where) from error
+        raise SettingError(node_at(tree, name), f"{prefix}{error}", node.where) from error
 
 
 def convert(node: Node, hint: Any, path: str, declared: Any = None) -> Any:
@@ -160,9 +226,7 @@ def convert(node: Node, hint: Any, path: str, declared: Any = None) -> Any:
     else:
         found = read_scalar(node, hint)
     if found is NOTHING:
-        too_long = hint is int and isinstance(node.value, str) and INTEGER.fullmatch(node.value)
-        size = " of at most 64 bits" if too_long else ""
-        raise node.error(f"wrong value at '{path}': expected {in_words(declared or hint)}{size}, got {node.shown()}")
+        raise WrongValueError(node, hint, path, in_words(declared or hint) + too_large(node, hint))
     return found
 
 
@@ -177,4 +241,4 @@ def _convert_union(node: Node, members: tuple[Any, ...], hint: Any, path: str) -
             return convert(node, member, path)
         except ValueError:
             continue
-    raise node.error(f"wrong value at '{path}': expected {in_words(hint)}, got {node.shown()}")
+    raise WrongValueError(node, hint, path, in_words(hint))

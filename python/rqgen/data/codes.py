@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rqgen.checks import check_within, checked_integers
+from rqgen.checks import check_integer, check_within, checked_integers
 from rqgen.files import CHECKSUM, UNSIGNED, check_tensors, new_file, sign_tensors
 from rqgen.quantizers import CodeLayout, Codes
 from rqgen.reading import shorten, unreadable
@@ -51,6 +52,10 @@ class EncodedImages:
             if not parts:
                 raise ValueError("codes: expected at least one token map, got none")
         self.labels = checked_integers(self.labels, "labels", 1, expected="integers (N,)")
+        self.codebook_size = check_integer(self.codebook_size, "codebook_size", 1, 2**31)
+        if not isinstance(self.codebook_id, str):
+            raise TypeError(f"codebook_id: expected text, got {self.codebook_id!r}")
+        _check_json(self.info, "info")
         self.class_names = tuple(self.class_names)
         if not all(isinstance(name, str) for name in self.class_names) or len(set(self.class_names)) < len(
             self.class_names
@@ -67,6 +72,14 @@ class EncodedImages:
         """The shape of an image's codes."""
         return CodeLayout.of(self.codes, self.codebook_size)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells these codes from others, see `ImageDataset.fingerprint`."""
+        digest = hashlib.sha256()
+        for tensor in (self.layout.flatten(self.codes), self.labels):
+            digest.update(tensor.to("cpu", torch.int32).contiguous().numpy().tobytes())
+        names = digest.hexdigest()[:16]
+        return {"images": len(self.labels), "classes": len(self.class_names), "codes": names}
+
     def check_tokenizer(self, layout: CodeLayout, codebook_id: str) -> None:
         """Raise ValueError unless they are the codes of a tokenizer with this layout and `fingerprint`."""
         if (self.layout.kind, self.layout.shape) != (layout.kind, layout.shape):
@@ -75,19 +88,31 @@ class EncodedImages:
             raise ValueError("codes: they were written by another tokenizer than the given one")
 
 
-def check_codes_name(path: Path, name: str = "path") -> None:
+def _check_json(value: Any, name: str) -> None:
+    """Raise TypeError unless a value is an object that JSON holds."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}: expected a mapping, got {shorten(value)}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{name}: expected what JSON holds, got {shorten(value)} ({error})") from error
+
+
+def check_codes_name(path: str | Path, name: str = "path") -> None:
     """Raise ValueError for a file name that says another format than safetensors: before the work whose result the
     file would hold."""
-    if path.suffix.lower() not in ("", SUFFIX):
+    if Path(path).suffix.lower() not in ("", SUFFIX):
         raise ValueError(
             f"{name}: codes are written as safetensors: expected a name that ends in {SUFFIX}, got '{path}'"
         )
 
 
-def write_codes(path: Path, encoded: EncodedImages) -> None:
+def write_codes(path: str | Path, encoded: EncodedImages) -> None:
     """Write tensors "codes" (int32 (N, L), see `CodeLayout.flatten`) and "labels" (int64) with one entry of metadata,
     which is JSON, and a checksum; whole or not at all. The same codes give the same bytes."""
+    path = Path(path)
     check_codes_name(path)
+    encoded = replace(encoded)  # checks again: a field may have been set since
     description = {
         "format_version": FORMAT_VERSION,
         "code_shape": encoded.layout.to_json(),
@@ -105,9 +130,10 @@ def write_codes(path: Path, encoded: EncodedImages) -> None:
         sign_tensors(written)
 
 
-def read_codes(path: Path) -> EncodedImages:
+def read_codes(path: str | Path) -> EncodedImages:
     """Read what `write_codes` wrote, in this version or in the first two, which had an entry of metadata for each
     thing; in the first one codes are (N, h, w, D). Raise FileNotFoundError, or ValueError for any other file."""
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"codes file not found: {path}")
     path.open("rb").close()  # the library says of a file without permission that it is missing
@@ -133,7 +159,7 @@ def read_codes(path: Path) -> EncodedImages:
         raise unreadable(path, "safetensors file", error) from error
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lacks {error}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     check_tensors(path)
     return encoded

@@ -8,9 +8,11 @@ that reads, and are the same in a resumed run.
 
 from __future__ import annotations
 
+import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,9 +41,21 @@ class ImageDataset(ABC):
     def item(self, index: int, epoch: int) -> tuple[torch.Tensor, int]:
         """The image (channels, H, W) in [-1, 1] and its label, as sampled for this epoch."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells these images from others, as plain data: a training run keeps it until it is resumed.
+        ``images`` is their number, ``classes`` that of classes."""
+        return {"images": len(self), "classes": len(self.class_names)}
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError for anything but the name of a split."""
+    if split not in (names := get_args(Split)):
+        raise ValueError(f"split: expected one of {', '.join(names)}, got {split!r}")
+
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: Split) -> list[int]:
     """Indices of one split, ascending: ``round(fraction * n)`` of every class's n items are held out."""
+    check_split(split)
     if split == "all":
         return list(range(len(labels)))
     generator = np.random.default_rng(seed)
@@ -51,6 +65,29 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: S
         members = generator.permutation(np.flatnonzero(labels_n == label))
         held_out.update(members[: round(fraction * len(members))].tolist())
     return [index for index in range(len(labels)) if (index in held_out) == (split == "held_out")]
+
+
+def split_by_name(names: Sequence[str], fraction: float, seed: int, split: Split) -> list[int]:
+    """Indices of one split, ascending. An item is held out where the hash of its name and the seed falls below
+    ``fraction``: it stays where it is when others come or go."""
+    check_split(split)
+    if split == "all":
+        return list(range(len(names)))
+    held_out = [_place_of_name(name, seed) < fraction for name in names]
+    return [index for index, is_held_out in enumerate(held_out) if is_held_out == (split == "held_out")]
+
+
+def _place_of_name(name: str, seed: int) -> float:
+    """Return a number in [0, 1) that looks uniform. File systems differ in how they write one letter: NFC counts."""
+    text = f"{seed}/{unicodedata.normalize('NFC', name)}"
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def fingerprint(names: Sequence[str]) -> str:
+    """The first 16 hex digits of SHA-256 over names in their order."""
+    text = "\0".join(names)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def choose_classes(

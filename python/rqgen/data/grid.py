@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from rqgen.checks import check_integer
 from rqgen.files import new_file
 
 # Suffix -> Pillow's name of the format, and what keeps the pixels as they are.
@@ -31,8 +32,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] (values outside are cut off) -> bytes 0..255, same shape.
 
     Raises:
+        TypeError: not floating point: bytes are images already.
         ValueError: NaN, which would become a colour like any other.
     """
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(f"images: expected floating-point numbers in [-1, 1], got {got}")
     if bool(images.isnan().any()):
         raise ValueError("images: expected numbers in [-1, 1], got NaN")
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -45,8 +50,7 @@ def image_grid(
     ...). With ``row_labels``, one for each row, a column of text stands at the left; long ones are cut."""
     if images_nchw.ndim != 4 or len(images_nchw) == 0:
         raise ValueError(f"images: expected (N, channels, H, W) with N >= 1, got shape {tuple(images_nchw.shape)}")
-    if columns < 1 or gap < 0:
-        raise ValueError(f"columns: expected at least 1 (and gap >= 0), got {columns} (gap {gap})")
+    columns, gap = check_integer(columns, "columns", 1), check_integer(gap, "gap", 0)
     count, channels, height, width = images_nchw.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -85,12 +89,13 @@ def _label_column(labels: Sequence[str], height: int, gap: int) -> torch.Tensor:
     return torch.from_numpy(np.array(column))
 
 
-def check_image_name(path: Path, *, size: tuple[int, int] = (1, 1), name: str = "path") -> None:
+def check_image_name(path: str | Path, *, size: tuple[int, int] = (1, 1), name: str = "path") -> None:
     """Raise ValueError where no image of this size (height, width) can be written under this name: before the work
     whose result it would hold."""
-    if path.suffix.lower() not in _FORMATS:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
         raise ValueError(f"{name}: expected a file name that ends in {', '.join(_FORMATS)}, got '{path}'")
-    kind, _ = _FORMATS[path.suffix.lower()]
+    kind, _ = _FORMATS[suffix]
     largest = _LARGEST.get(kind)
     if largest is not None and max(size) > largest:
         raise ValueError(
@@ -99,7 +104,7 @@ def check_image_name(path: Path, *, size: tuple[int, int] = (1, 1), name: str = 
         )
 
 
-def save_image(sheet_chw: torch.Tensor, path: Path, *, scale: int = 1) -> None:
+def save_image(sheet_chw: torch.Tensor, path: str | Path, *, scale: int = 1) -> None:
     """Bytes (1|3, H, W) to an image file, each pixel ``scale`` times as wide and high; whole or not at all.
 
     The name's suffix decides the format: PNG, JPEG (quality 95), WebP (lossless), TIFF or BMP. Raise ValueError for
@@ -110,6 +115,7 @@ def save_image(sheet_chw: torch.Tensor, path: Path, *, scale: int = 1) -> None:
             f"sheet: expected uint8 (1|3, H, W), got {sheet_chw.dtype} with shape {tuple(sheet_chw.shape)}"
         )
     _, height, width = sheet_chw.shape
+    path, scale = Path(path), check_integer(scale, "scale", 1)
     check_image_name(path, size=(height * scale, width * scale))
     pixels = sheet_chw.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))

@@ -37,6 +37,8 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _PLANAR_CONFIGURATION, _SAMPL
 _WHITE_IS_ZERO, _SIGNED, _SEPARATE = 0, 2, 2
 # What Pillow multiplies grey samples of 2 and 4 bits by.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
+# Of float32: 1 is often written as the next larger number.
+_ROUNDING = 1e-6
 # ITU-R 601, as Pillow's conversion to grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
 # Pillow keeps the first byte of a 16-bit colour sample: read in the other byte order, the second one is first.
@@ -87,8 +89,9 @@ def read_image(path: str | Path, *, channels: int = 3, background: Colour = "whi
     - The orientation that EXIF or XMP give is applied.
     - Integers are scaled by the range of their type: 8, 16 and 32 bits. 16-bit samples that were written with fewer
       bits have the range of these: PGM and PPM by their maxval; TIFF by BitsPerSample, or by a MaxSampleValue of
-      2^n - 1; PNG by sBIT, where samples are not scaled up as PNG demands. Of signed integers the range begins at 0.
-    - Floating point is expected in [0, 1].
+      2^n - 1; PNG by sBIT of each
+      channel, where samples are not scaled up as PNG demands. Of signed integers the range begins at 0.
+    - Floating point is expected in [0, 1], up to the rounding of float32.
     - Alpha channels, palettes with alpha and transparent colours are composited over `background`.
     - CMYK is converted as Pillow does it. An embedded ICC profile converts 8-bit pictures to sRGB. Ignored are profiles
       that are damaged or made for other channels, profiles of deeper pictures, and PNG's gamma.
@@ -105,7 +108,7 @@ def read_image(path: str | Path, *, channels: int = 3, background: Colour = "whi
         ValueError: a file that is no image, is damaged or cut off, or too large to be one (a "decompression bomb");
             samples that are negative, or floats outside [0, 1]; an unknown background; other channels.
     """
-    if channels not in (1, 3):
+    if channels not in (1, 3) or isinstance(channels, bool):
         raise ValueError(f"channels: expected 1 (grey) or 3 (colour), got {channels!r}")
     picture = open_picture(Path(path), channels=channels, background=parse_colour(background))
     if picture.more_frames:
@@ -337,14 +340,16 @@ def _scaled(samples_hwc: np.ndarray, image: Image.Image, path: Path) -> np.ndarr
     """float64 in [0, 1]."""
     lowest, highest = samples_hwc.min(), samples_hwc.max()
     if image.mode == "F":
-        if not (lowest >= 0 and highest <= 1):  # NaN too
+        if not (lowest >= -_ROUNDING and highest <= 1 + _ROUNDING):  # NaN too
             raise ValueError(f"floating point: expected values in 0..1, got {lowest}..{highest}")
-        return samples_hwc.astype(np.float64)
+        return samples_hwc.astype(np.float64).clip(0, 1)
     if lowest < 0:
         raise ValueError(f"signed integers: expected none below 0, got {lowest}")
-    bits = _declared_bits(image, path)
-    if bits is not None and highest < 2**bits and (image.format != "PNG" or _right_aligned(samples_hwc, bits)):
-        return samples_hwc / (2**bits - 1)
+    bits = _declared_bits(image, path, samples_hwc.shape[-1])
+    if bits is not None:
+        ends = 2 ** np.array(bits)
+        if (samples_hwc < ends).all() and (image.format != "PNG" or _right_aligned(samples_hwc, bits)):
+            return samples_hwc / (ends - 1)
     return samples_hwc / _type_maximum(image)
 
 
@@ -356,43 +361,50 @@ def _type_maximum(image: Image.Image) -> int:
     return 2**16 - 1
 
 
-def _declared_bits(image: Image.Image, path: Path) -> int | None:
-    """Return the number of bits of a sample that were used, where the file says so."""
+def _declared_bits(image: Image.Image, path: Path, channels: int) -> list[int] | None:
+    """Return the number of bits of a sample that were used, for each channel, where the file says so."""
     if image.format == "PNG":
-        return _significant_bits(path)
+        bits = _significant_bits(path)
+        return bits if len(bits) == channels and min(bits) < 16 else None
     if not isinstance(image, TiffImageFile):
         return None
     # The largest value in use may be a statistic, which must not change what is shown; a number of bits is not one.
-    largest = max(image.tag_v2.get(_MAX_SAMPLE_VALUE, (0,)))
-    whole = isinstance(largest, int) and largest > 1 and largest & (largest + 1) == 0
-    return largest.bit_length() if whole else None
+    largest = list(image.tag_v2.get(_MAX_SAMPLE_VALUE, (0,)))
+    if len(largest) != channels:
+        largest = [max(largest)] * channels
+    whole = all(isinstance(one, int) and one > 1 and one & (one + 1) == 0 for one in largest)
+    return [one.bit_length() for one in largest] if whole else None
 
 
-def _significant_bits(path: Path) -> int | None:
-    """Return the significant bits of a PNG's samples, by its sBIT chunk, which Pillow does not read."""
+def _significant_bits(path: Path) -> list[int]:
+    """Return the significant bits of each channel of a PNG of 16 bits, by its sBIT chunk, which Pillow does not read;
+    empty where there is none, or one that makes no sense."""
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = int.from_bytes(head[:4], "big"), head[4:]
             if kind == b"sBIT":
-                bits = max(file.read(length)[:3], default=0)
-                return bits if 0 < bits < 16 else None
+                bits = list(file.read(length)[:4])
+                return bits if all(0 < one <= 16 for one in bits) else []
             if kind in (b"IDAT", b"PLTE"):
-                return None
+                break
             file.seek(length + 4, 1)
-    return None
+    return []
 
 
-def _right_aligned(samples_hwc: np.ndarray, bits: int) -> bool:
-    """Return True if 16-bit samples of `bits` significant bits were stored as they are.
+def _right_aligned(samples_hwc: np.ndarray, bits: list[int]) -> bool:
+    """Return True if 16-bit samples of `bits` significant bits, for each channel, were stored as they are.
 
     PNG wants them scaled up, by shifting (with or without repeated bits) or by multiplying: then a sample follows from
     its upper bits."""
-    upper = samples_hwc >> (16 - bits)
+    return not all(_scaled_up(samples_hwc[..., channel], count) for channel, count in enumerate(bits))
+
+
+def _scaled_up(samples_hw: np.ndarray, bits: int) -> bool:
+    upper = samples_hw >> (16 - bits)
     shifted = upper << (16 - bits)
     repeated = shifted
     for times in range(1, 16 // bits + 1):
         repeated = repeated | (shifted >> (times * bits))
     multiplied = np.rint(upper * (65535 / (2**bits - 1)))
-    as_png_wants = (samples_hwc == shifted) | (samples_hwc == repeated) | (samples_hwc == multiplied)
-    return not as_png_wants.all()
+    return bool(((samples_hw == shifted) | (samples_hw == repeated) | (samples_hw == multiplied)).all())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rqgen.config import check_bounds, check_seeds, fill_sections, open_sections, shorthands, to_dict
 
-from .datasets import ImageDataset, Split
+from .datasets import ImageDataset, Split, check_split
 from .sources import SOURCES
 
 
@@ -18,8 +19,8 @@ from .sources import SOURCES
 class DataConfig:
     """The images, their size, and their split.
 
-    ``held_out_fraction`` of every class is set aside by a shuffle that depends only on ``split_seed``:
-    whoever reads the same source with the same seed gets the same split.
+    ``held_out_fraction`` of every class is set aside by a shuffle that depends only on ``split_seed`` (of a folder by
+    the names of the images and ``split_seed``): whoever reads the same source with the same seed gets the same split.
     """
 
     # Keys of configurations and models that were written before each source had its section.
@@ -40,7 +41,7 @@ class DataConfig:
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (colour). None: 1 for digits, 3 for photographs and folders. A tokenizer's model follows."""
     held_out_fraction: float = 1 / 6
-    """The share of every class that trains nothing."""
+    """The share of every class that trains nothing; of a folder about this share, see data.folder.split."""
     split_seed: int = 0
     """Seed of the split, and of random crops, flips and shifts."""
     horizontal_flip: bool = False
@@ -57,12 +58,8 @@ class DataConfig:
             self.resolution = source.resolution
         if self.channels is None:
             self.channels = source.channels
-        if self.resolution < 1:
-            raise ValueError(f"resolution: expected a positive number of pixels, got {self.resolution}")
         check_bounds(self, resolution=(1, source.max_resolution))
         check_seeds(self, "split_seed")
-        if self.channels not in (1, 3):
-            raise ValueError(f"channels: expected 1 (grey) or 3 (colour), got {self.channels}")
         if not 0 <= self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction: expected 0 <= fraction < 1, got {self.held_out_fraction}")
         if not 0 <= self.shift < self.resolution:
@@ -91,6 +88,17 @@ class DataConfig:
         }
 
 
+def saved_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of images as a run or a model saved them, for `from_dict`, with what older versions did not say: they
+    split a folder by the order of its files."""
+    folder = plain.get("folder")
+    if isinstance(folder, str):
+        folder = {"path": folder}
+    if isinstance(folder, Mapping) and "split" not in folder:
+        return {**plain, "folder": {**folder, "split": "order"}}
+    return dict(plain)
+
+
 def place_of(source: str, options: Any) -> Any:
     """The value of the shorthand of a source's options, links of a path resolved; None without a shorthand."""
     path = shorthands(DataConfig).get(source)
@@ -99,7 +107,18 @@ def place_of(source: str, options: Any) -> Any:
 
 
 def open_dataset(config: DataConfig, split: Split) -> ImageDataset:
-    """The images of one split. Raise FileNotFoundError or ValueError where there is nothing to read."""
+    """The images of one split.
+
+    Raises:
+        TypeError, ValueError: settings that are wrong by now; the message starts with `data.`.
+        FileNotFoundError, ValueError: nothing to read.
+    """
+    check_split(split)
+    try:
+        config = replace(config)  # checks again: a field may have been set since
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"data.{error}") from error
     dataset = SOURCES.find(config.source, "source").open(config, config.options.get(config.source), split)
     if split == "train" and len(dataset) == 0:
         raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from typing_extensions import Self
 
-from rqgen.config import from_dict, to_dict
+from rqgen.config import check_fields, from_dict, to_dict
 from rqgen.files import (
     CHECKSUM,
     UNSIGNED,
@@ -68,6 +68,7 @@ class PretrainedModel(nn.Module):
         super().__init__()
         if not isinstance(config, self.config_class):
             raise TypeError(f"config: expected {self.config_class.__name__}, got {type(config).__name__}")
+        check_fields(config, "config.")  # a field may have been set since the config was made
         self.config = config
         self.data: dict[str, Any] | None = None
         """Settings of the images that it learned from, as plain data; None where unknown. Saved with the model."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rqkernels
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, check_fields
 
 from .attention import attention
 from .changes import as_written
@@ -42,6 +42,7 @@ class TransformerConfig:
     residual_dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.layers < 0:
             raise ValueError(f"layers: expected a number >= 0, got {self.layers}")
         if self.heads < 1:

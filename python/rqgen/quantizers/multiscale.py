@@ -58,10 +58,7 @@ class MultiScaleConfig:
     usage_window: int = 131072
 
     def __post_init__(self) -> None:
-        check_bounds(self, codebook_size=(1, 2**24), usage_window=(1, 2**48))
-        if self.refinements < 0:
-            raise ValueError(f"refinements: expected a number >= 0, got {self.refinements}")
-        check_bounds(self, refinements=(0, 256))
+        check_bounds(self, codebook_size=(1, 2**24), usage_window=(1, 2**48), refinements=(0, 256))
         if not 0.0 <= self.refinement_ratio <= 1.0:
             raise ValueError(f"refinement_ratio: expected a number within 0..1, got {self.refinement_ratio}")
         if self.init not in INITIALISATIONS:

@@ -78,12 +78,11 @@ class QuantizerConfig:
             depth=(1, 2**10),
             kmeans_iterations=(1, 10**6),
             usage_window=(1, 2**48),
+            epsilon=(0.0, math.inf),
+            dead_code_threshold=(0.0, 1e9),
         )
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay: expected a number within 0..1, got {self.decay}")
-        for name in ("epsilon", "dead_code_threshold"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {getattr(self, name)}")
         for name, allowed in (("unused", UNUSED), ("ema_update", EMA_UPDATES), ("init", INITIALISATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -85,7 +85,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_one_split(self.tokenizer.data, self.prior.data)
         if self.tokenizer.data.source != "digits":
-            raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
+            raise ValueError(f"tokenizer.data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
 
 
 class MakePriorStage(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rqgen.config import check_finite
+from rqgen.config import check_fields
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -35,7 +35,9 @@ class OptimizerConfig:
     """Largest global norm of the gradients, which are scaled down to it; None: no clipping."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        check_fields(self)
+        if self.warmup_steps > 2**31:
+            raise ValueError(f"warmup_steps: expected at most {2**31}, got {self.warmup_steps}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if not 0 <= self.final_lr_fraction <= 1:

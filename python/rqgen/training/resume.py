@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from rqgen.data.settings import saved_settings
+
 from .checkpoint import STATE_FILE, check_random_states, checkpoints, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
+IMAGES = "images"
+"""The entry of a run's description that holds the fingerprint of its images."""
 # Settings that may differ when a run is resumed: none of them changes the weights a step computes.
 RESUMABLE_CHANGES = frozenset(
     {"workers", "log_every", "image_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "history_csv"}
@@ -61,13 +65,35 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
 def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: Path) -> list[tuple[str, Any, Any]]:
     """Raise ValueError if the checkpoint ``path`` is of another run, or past the end of this one. Return the other
     differences: (key, before, now)."""
+    saved, current = saved_description(info["description"]), dict(description)
+    before, now = saved.pop(IMAGES, None), current.pop(IMAGES, None)
     # Older checkpoints do not name their system; their settings and weights do not fit another one.
-    may_change = RESUMABLE_CHANGES | {"steps"} | ({"system"} - info["description"].keys())
-    changed = refuse_other_run(info["description"], description, path, may_change=may_change)
+    may_change = RESUMABLE_CHANGES | {"steps"} | ({"system"} - saved.keys())
+    changed = refuse_other_run(saved, current, path, may_change=may_change)
+    if before is not None and now is not None and before != now:
+        others = "" if (there := _in_words(before)) != _in_words(now) else ", but others"
+        raise ValueError(f"cannot resume {path}: its images have changed: {there} then, {_in_words(now)} now{others}")
     steps = description["loop"]["steps"]
     if info["step"] > steps:
         raise ValueError(f"loop.steps: expected at least {info['step']}, where {path} is, got {steps}")
     return changed
+
+
+def saved_description(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a run as it was saved, with what older versions did not say of the images."""
+    found = {}
+    for name, value in description.items():
+        is_data = name == "data" and isinstance(value, Mapping)
+        value = saved_settings(value) if is_data else value
+        found[name] = saved_description(value) if isinstance(value, Mapping) and not is_data else value
+    return found
+
+
+def _in_words(images: Any) -> str:
+    if not isinstance(images, Mapping):
+        return str(images)[:80]
+    classes = images.get("classes")
+    return f"{images.get('images')} images" + (f" of {classes} class{'' if classes == 1 else 'es'}" if classes else "")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *, where: str) -> None:
@@ -101,7 +127,7 @@ def refuse_other_run(
 ) -> list[tuple[str, Any, Any]]:
     """Raise ValueError if two descriptions of a run differ in a setting that changes its weights. Return the other
     differences: (key, before, now)."""
-    differing = _differences(saved, current, "")
+    differing = _differences(saved_description(saved), current, "")
     for key, before, now in differing:
         if key.rsplit(".", 1)[-1] not in may_change:
             raise ValueError(f"cannot resume {path}: '{key}' was {before!r} there and is {now!r} now")

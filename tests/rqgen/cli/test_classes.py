@@ -14,6 +14,7 @@ from rqgen.cli.app import main
 from rqgen.data import read_codes, write_codes
 from rqgen.data.grid import grid_size
 from rqgen.models import load_pretrained
+from rqgen.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 
 
 def draw_shapes(folder, names=("circle", "square")):
@@ -213,3 +214,45 @@ def test_a_class_more_is_not_slipped_into_a_run(rqgen, system, settings, shapes,
     shutil.rmtree(pictures / "ring")
     code, _, err = rqgen(*arguments, "--resume")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_images_that_came_or_went_are_not_slipped_into_a_run(rqgen, system, settings, shapes, stage, tmp_path):
+    folder, tokenizer, _ = shapes
+    out, pictures = tmp_path / "run", tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    more = [f"tokenizer={tokenizer}"] if stage == "prior" else []
+    arguments = [
+        *("train", stage, "--system", system, "--out", out, *more, *settings[stage == "prior"]),
+        *("data.source=folder", f"data.folder={pictures}", "data.held_out_fraction=0", "loop.steps=2"),
+    ]
+    code, _, err = rqgen(*arguments)
+    assert code == 0, err
+    shutil.copy(pictures / "circle" / "0.png", pictures / "circle" / "new.png")
+    code, _, err = rqgen(*arguments, "--resume")
+    expected = "its images have changed: 24 images of 2 classes then, 25 images of 2 classes now"
+    assert code == 1 and expected in err and err.count("\n") == 1
+    (pictures / "circle" / "0.png").unlink()
+    code, _, err = rqgen(*arguments, "--resume")
+    assert code == 1 and "24 images of 2 classes then, 24 images of 2 classes now, but others" in err
+    (pictures / "circle" / "new.png").rename(pictures / "circle" / "0.png")
+    code, _, err = rqgen("train", stage, "--system", system, "--out", out, "--resume", "loop.steps=4")
+    assert code == 0, err
+
+
+def test_a_run_of_an_older_version_keeps_its_split(rqgen, settings, system, shapes, tmp_path):
+    folder, _, _ = shapes
+    arguments = [
+        *("train", "tokenizer", "--system", system, "--out", tmp_path / "run", *settings[0], "data.source=folder"),
+        *(f"data.folder={folder / 'pictures'}", "data.folder.split=order", "loop.steps=2"),
+    ]
+    assert rqgen(*arguments)[0] == 0
+    for checkpoint in checkpoints(tmp_path / "run" / "checkpoints"):
+        state, info = load_checkpoint(checkpoint)
+        del info["description"]["data"]["folder"]["split"], info["description"]["images"]
+        save_checkpoint(checkpoint.parent, info["step"], state, info, keep=9)
+    code, _, err = rqgen(
+        "train", "tokenizer", "--system", system, "--out", tmp_path / "run", "--resume", "loop.steps=4"
+    )
+    assert code == 0, err
+    assert load_pretrained(tmp_path / "run" / "model").data["folder"]["split"] == "order"

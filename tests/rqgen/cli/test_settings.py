@@ -19,7 +19,7 @@ from rqgen.cli.demo import load_demo
 from rqgen.cli.explain import COMMANDS, explain
 from rqgen.cli.field_help import field_help
 from rqgen.cli.scaling import ScalingConfig
-from rqgen.cli.settings import RECIPES
+from rqgen.cli.settings import RECIPES, find_config
 from rqgen.config import load, nested_dataclasses, to_dict
 from rqgen.data import DataConfig, open_dataset, read_codes
 from rqgen.evaluation import EvaluationConfig
@@ -59,6 +59,28 @@ def mine(photos, tmp_path_factory):
     data = ["data.source=folder", f"data.folder={photos}", "data.held_out_fraction=0.25", "data.split_seed=3"]
     succeed("train", "tokenizer", *data, "data.horizontal_flip=true", "data.classes=[no, 010]", *SMALL, "--out", out)
     return out
+
+
+def test_a_folder_is_enough_to_read_a_folder(tmp_path):
+    photos = load(RQTokenizerRun, find_config("photos_tokenizer"), [f"data.folder={tmp_path}"], recipes=RECIPES)
+    assert photos.data.place == ("folder", tmp_path.resolve()) and photos.data.resolution == 64
+    saved = to_dict(load(RQTokenizerRun, None, [], recipes=RECIPES))
+    resumed = load(RQTokenizerRun, None, [f"data.folder={tmp_path}"], defaults=saved)
+    assert resumed.data.source == "folder"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "culprit"),
+    [
+        (["model.base_channels=30", "model.dropout=0.1"], "model.base_channels=30"),
+        (["data.source=folder", "data.split_seed=3"], "data.source=folder"),
+        (["model.channel_multipliers=[1,1,1,1,1,1,1,1]", "model.dropout=0.1"], "model.channel_multipliers=["),
+    ],
+)
+def test_the_override_at_fault_is_named(overrides, culprit):
+    with pytest.raises(ValueError) as caught:
+        load(RQTokenizerRun, None, overrides, recipes=RECIPES)
+    assert str(caught.value).startswith(f"override '{culprit}")
 
 
 # --- Hostile values
@@ -319,7 +341,7 @@ def test_a_prior_trains_on_the_images_of_its_tokenizer(rqgen, mine, tmp_path, ca
     # All but the flips: latents are encoded once.
     assert to_dict(run.data) == to_dict(theirs) | {"horizontal_flip": False} and theirs.horizontal_flip
     ours = open_dataset(run.data, "held_out")
-    assert ours.files == open_dataset(theirs, "held_out").files and len(ours) == 6
+    assert ours.files == open_dataset(theirs, "held_out").files and len(ours) == 5
     prior = RQTransformer.from_pretrained(tmp_path / "prior" / "model")
     assert prior.config.condition_vocab_size == 2 and prior.data == to_dict(run.data)
 
@@ -368,7 +390,7 @@ def test_encode_takes_the_tokenizers_images_and_says_so(rqgen, mine, photos, tmp
         in caplog.text
     )
     encoded = read_codes(tmp_path / "codes")
-    assert encoded.class_names == ("no", "010") and len(encoded.labels) == 6
+    assert encoded.class_names == ("no", "010") and len(encoded.labels) == 5
     caplog.clear()
     with caplog.at_level(logging.INFO):
         code, _, err = rqgen(*arguments, f"folder={photos}/", "--split", "held_out")

@@ -343,3 +343,36 @@ def test_foreign_files_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"codes: not a readable safetensors file: it is {kind}"):
             read_codes(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("codebook_size", None, TypeError, "codebook_size: expected an integer, got None"),
+        ("codebook_size", 9.0, TypeError, "codebook_size: expected an integer, got 9.0"),
+        ("codebook_size", True, TypeError, "codebook_size: expected an integer, got True"),
+        ("codebook_size", 0, ValueError, r"codebook_size: expected an integer in \[1, "),
+        ("codebook_id", 3, TypeError, "codebook_id: expected text, got 3"),
+        ("info", None, TypeError, "info: expected a mapping, got None"),
+        ("info", {"a": torch.zeros(1)}, TypeError, "info: expected what JSON holds, got "),
+        ("info", {"a": float("nan")}, TypeError, "info: expected what JSON holds, got "),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(encoded, tmp_path, name, value, error, words):
+    settings = {**vars(encoded), name: value}
+    with pytest.raises(error, match=f"^{words}"):
+        EncodedImages(**settings)
+    setattr(encoded, name, value)
+    with pytest.raises(error, match=f"^{words}"):
+        write_codes(tmp_path / "codes", encoded)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_may_be_text(encoded, tmp_path):
+    path = str(tmp_path / "codes.safetensors")
+    write_codes(path, encoded)
+    assert read_codes(path).codebook_id == encoded.codebook_id
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.safetensors"):
+        write_codes(str(tmp_path / "codes.npz"), encoded)
+    with pytest.raises(FileNotFoundError, match="codes file not found"):
+        read_codes(str(tmp_path / "none"))

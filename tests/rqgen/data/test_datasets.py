@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from rqgen.checks import DIGIT_NAMES
+from rqgen.config import from_dict, to_dict
 from rqgen.data import DataConfig, open_dataset
 from rqgen.data.datasets import stratified_split
+from rqgen.data.settings import saved_settings
+from rqgen.data.sources import SOURCES
 from rqgen.data.sources.folder import FolderOptions
 from rqgen.data.sources.photos import PhotosOptions
 
@@ -111,8 +114,8 @@ def test_folder_classes_sizes_and_ranges(folder):
     assert image.shape == (3, 32, 32) and label == 0
     assert torch.equal(image[:, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
     assert dataset.item(11, 0)[1] == 1
-    held_out = open_dataset(folder_config(folder), "held_out")
-    assert sorted(label for _, label in held_out.files) == [0, 1]
+    train, held_out = (open_dataset(folder_config(folder), split) for split in ("train", "held_out"))
+    assert sorted([*train.files, *held_out.files]) == dataset.files and held_out.files
     only = open_dataset(folder_config(folder, classes=["dogs"]), "all")
     assert len(only) == 6 and only.item(0, 0)[1] == 0
 
@@ -143,6 +146,7 @@ def test_what_is_no_picture_is_skipped_and_counted_in_one_line(folder, caplog):
     (folder / "empty" / "emptier").mkdir(parents=True)
     (folder / "__MACOSX" / "cats").mkdir(parents=True)
     (folder / "__MACOSX" / "cats" / "._0.png").write_bytes(b"\0\5\x16\7")
+    write_image(folder / "@eaDir" / "thumbnail.jpg")
     (folder / "Thumbs.db").write_bytes(b"")
     (inside / "notes.txt").write_text("not an image")
     (folder / "dogs" / "gone.png").symlink_to(folder / "nowhere.png")
@@ -159,9 +163,11 @@ def test_what_is_no_picture_is_skipped_and_counted_in_one_line(folder, caplog):
     expected = [f"{kind}/{n}.png" for kind in ("cats", "dogs") for n in range(6)]
     assert sorted(names) == sorted([*expected, "cats/deeper/1.png", "cats/deeper/2.PNG"])
     assert caplog.messages == [
-        f"{folder}: skipped hidden files and folders: 7 (.ipynb_checkpoints), other files: 3 (Thumbs.db), "
-        "folders named like an image: 1 (birds.png), links that lead nowhere: 3 (gone), "
-        "folders without images: 2 (__MACOSX), links to folders already read: 2 (cats/deeper/around)"
+        f"{folder}: skipped hidden files and folders: 6 (.ipynb_checkpoints), "
+        "folders of other programs: 2 (@eaDir), other files: 3 (Thumbs.db), "
+        "folders named like an image: 1 (birds.png), "
+        "links that lead nowhere: 3 (gone), links to folders already read: 2 (cats/deeper/around), "
+        "folders without images: 1 (empty)"
     ]
 
 
@@ -285,6 +291,88 @@ def test_wrong_sizes(tmp_path):
     assert image.shape == (3, 32, 32)
 
 
+def test_images_of_other_sizes_are_left_out_by_name(folder, caplog):
+    write_image(folder / "cats" / "small.png", 20, 40)
+    write_image(folder / "dogs" / "square.png", 32, 32)
+    with pytest.raises(
+        ValueError, match=r"small\.png: image is .* smaller than 32x32.*; folder\.on_broken=skip leaves"
+    ):
+        open_dataset(folder_config(folder), "all")
+    with caplog.at_level(logging.WARNING):
+        dataset = open_dataset(folder_config(folder, on_broken="skip"), "all")
+    assert len(dataset) == 13 and "small.png: image is 20x40 pixels" in caplog.text
+    assert len(open_dataset(folder_config(folder, on_broken="skip", fit="exact"), "all")) == 1
+
+
+# --- Folders that grow
+
+
+def names_of(dataset):
+    return {str(path) for path, _ in dataset.files}
+
+
+def parts(folder, split="name", **settings):
+    options = FolderOptions(folder, split=split)
+    config = DataConfig(source="folder", folder=options, resolution=32, held_out_fraction=0.25, **settings)
+    return tuple(names_of(open_dataset(config, part)) for part in ("train", "held_out"))
+
+
+def test_images_stay_in_their_part_when_others_come_or_go(tmp_path):
+    for number in range(40):
+        write_image(tmp_path / "cats" / f"{number}.png")
+    before = parts(tmp_path)
+    assert before[0] and 3 <= len(before[1]) <= 20 and not before[0] & before[1]
+    for number in range(40):
+        write_image(tmp_path / "cats" / f"0{number}.png")
+        write_image(tmp_path / "ants" / f"{number}.png")
+    after = parts(tmp_path)
+    assert before[0] < after[0] and before[1] < after[1] and len(set.union(*after)) == 120
+    for path in sorted(before[0])[:10]:
+        Path(path).unlink()
+    assert parts(tmp_path)[1] == after[1]
+    # The seed matters, the place of the folder does not, and there is no other pattern.
+    assert parts(tmp_path, split_seed=1)[1] != after[1]
+    tmp_path.rename(moved := tmp_path.with_name("moved"))
+    assert {Path(path).relative_to(moved) for path in parts(moved)[1]} == {
+        Path(path).relative_to(tmp_path) for path in after[1]
+    }
+
+
+def test_older_versions_split_by_the_order_of_files(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "cats" / f"{number}.png")
+    keep = stratified_split([0] * 8, 0.25, 0, "held_out")
+    assert parts(tmp_path, split="order")[1] == {str(tmp_path / "cats" / f"{index}.png") for index in keep}
+    for saved in (
+        {"source": "folder", "folder": str(tmp_path), "fit": "enlarge"},
+        {"source": "folder", "folder": {"path": str(tmp_path), "fit": "enlarge"}},
+    ):
+        config = from_dict(DataConfig, saved_settings(saved), where="here")
+        assert config.folder == FolderOptions(tmp_path, fit="enlarge", split="order")
+    for new in ({"source": "digits"}, to_dict(DataConfig(source="folder", folder=tmp_path))):
+        assert saved_settings(new) == new
+
+
+def test_a_fingerprint_follows_the_names(tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "cats" / f"{number}.png")
+    config = DataConfig(source="folder", folder=tmp_path, resolution=32, held_out_fraction=0)
+    first = open_dataset(config, "train").fingerprint()
+    assert first == open_dataset(config, "train").fingerprint()
+    assert (first["images"], first["classes"]) == (8, 1)
+    (tmp_path / "cats" / "7.png").rename(tmp_path / "cats" / "8.png")
+    assert open_dataset(config, "train").fingerprint()["names"] != first["names"]
+    assert open_dataset(DataConfig(), "train").fingerprint() == {"images": 1498, "classes": 10}
+
+
+def test_a_class_without_an_image_to_train_on_is_named(tmp_path, caplog):
+    for number in range(12):
+        write_image(tmp_path / f"class{number:02}" / "0.png")
+    with caplog.at_level(logging.WARNING):
+        _, held_out = parts(tmp_path)
+    assert len(held_out) > 0 and f"{tmp_path}: classes without an image to train on: {len(held_out)} (" in caplog.text
+
+
 def test_missing_empty_and_mixed_folders(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="image folder not found"):
         open_dataset(folder_config(tmp_path / "nowhere"), "all")
@@ -324,3 +412,47 @@ def test_unknown_classes_suggest_the_nearest(folder):
 def test_bad_data_settings(settings, word):
     with pytest.raises(ValueError, match=word):
         DataConfig(**settings)
+
+
+# --- Settings made in Python
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ({"resolution": "32"}, TypeError, "resolution: expected an integer, got '32'"),
+        ({"resolution": 32.0}, TypeError, "resolution: expected an integer, got 32.0"),
+        ({"horizontal_flip": "no"}, TypeError, "horizontal_flip: expected true or false, got 'no'"),
+        ({"source": "cifar"}, ValueError, "source: expected one of digits, folder, photos, got 'cifar'"),
+        ({"classes": ["a", 1]}, TypeError, "classes[1]: expected text, got 1"),
+        ({"channels": 2}, ValueError, "channels: expected one of 1, 3, got 2"),
+        ({"held_out_fraction": "0.5"}, TypeError, "held_out_fraction: expected a finite number, got '0.5'"),
+    ],
+)
+def test_settings_are_checked_by_their_types(values, error, words):
+    with pytest.raises(error) as caught:
+        DataConfig(**values)
+    assert str(caught.value) == words
+    config = DataConfig()
+    for name, value in values.items():
+        setattr(config, name, value)
+    with pytest.raises(error) as caught:
+        open_dataset(config, "train")
+    assert str(caught.value) == f"data.{words}"
+
+
+def test_options_of_a_source_are_checked_by_their_types(tmp_path):
+    with pytest.raises(ValueError, match=r"^fit: expected one of crop, enlarge, exact, got 'crp'"):
+        FolderOptions(path=tmp_path, fit="crp")
+    config = DataConfig(source="folder", folder=FolderOptions(path=str(tmp_path)))
+    assert config.folder.path == tmp_path
+    config.folder.fit = "crp"
+    with pytest.raises(ValueError, match=r"^data\.folder\.fit: expected one of crop, enlarge, exact, got 'crp'"):
+        open_dataset(config, "train")
+
+
+@pytest.mark.parametrize("source", ["digits", "photos"])
+def test_an_unknown_split_is_refused(source):
+    for opener in (open_dataset, lambda config, split: SOURCES.find(source, "").open(config, config.photos, split)):
+        with pytest.raises(ValueError, match="split: expected one of train, held_out, all, got 'test'"):
+            opener(DataConfig(source=source), "test")

@@ -102,3 +102,20 @@ def test_bad_sheets(tmp_path):
         image_grid(torch.zeros(1, 1, 2, 2), 0)
     with pytest.raises(ValueError, match="sheet: expected uint8"):
         save_image(torch.zeros(1, 2, 2), tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_bytes_are_not_read_as_numbers_between_minus_one_and_one(dtype):
+    images = torch.ones(2, 3, 4, 4).to(dtype)
+    for function in (to_uint8, lambda given: image_grid(given, columns=2)):
+        with pytest.raises(TypeError, match=rf"images: expected floating-point numbers in \[-1, 1\], got {dtype}"):
+            function(images)
+
+
+def test_the_path_of_an_image_may_be_text(tmp_path):
+    path = str(tmp_path / "a.png")
+    save_image(torch.full((1, 2, 2), 7, dtype=torch.uint8), path, scale=2)
+    assert np.asarray(Image.open(path)).tolist() == [[7] * 4] * 4
+    for scale, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="scale: expected an integer"):
+            save_image(torch.zeros(1, 2, 2, dtype=torch.uint8), path, scale=scale)

@@ -157,6 +157,18 @@ CASES = {
     "10 of 16 bits, PNG": (png(3, 1, 16, 0, [shorts(0, 341, 1023)], (b"sBIT", b"\x0a")), [0, 1 / 3, 1]),
     "12 of 16 bits, PNG": (png(2, 1, 16, 0, [shorts(819, 4095)], (b"sBIT", b"\x0c")), [0.2, 1]),
     "12 of 16 bits, colour PNG": (png(1, 1, 16, 2, [shorts(0, 819, 4095)], (b"sBIT", b"\x0c" * 3)), [(0, 0.2, 1)]),
+    "bits of each channel, PNG": (
+        png(2, 1, 16, 2, [shorts(31, 63, 0, 31, 21, 4095)], (b"sBIT", b"\x05\x06\x0c")),
+        [(1, 1, 0), (1, 1 / 3, 1)],
+    ),
+    "bits of each channel, one of them all, PNG": (
+        png(1, 1, 16, 2, [shorts(31, 13107, 4095)], (b"sBIT", b"\x05\x10\x0c")),
+        [(1, 0.2, 1)],
+    ),
+    "a maximum of each channel, TIFF": (
+        tiff(1, shorts(31, 21, 4095, order="<"), t258=[16] * 3, t262=[2], t277=[3], t281=[31, 63, 4095]),
+        [(1, 1 / 3, 1)],
+    ),
     "an sBIT that means nothing, PNG": (png(1, 1, 16, 0, [shorts(13107)], (b"sBIT", b"\xc8")), [0.2]),
     # As PNG wants it, such samples are scaled up: a dark picture stays dark.
     "12 of 16 bits, PNG, shifted": (png(2, 1, 16, 0, [shorts(0, 3920)], (b"sBIT", b"\x0c")), [0, 3920 / 65535]),
@@ -172,6 +184,10 @@ CASES = {
     "32 bits, TIFF": (pillow(array([[0, 2**30, 2**31 - 1]], np.int32, "I"), "TIFF"), RAMP),
     "32 bits without a sign, TIFF": (tiff(3, struct.pack("<3I", 0, 2**31, 2**32 - 1), t258=[32]), RAMP),
     "float, TIFF": (pillow(array([[0, 0.25, 1]], np.float32, "F"), "TIFF"), [0, 0.25, 1]),
+    "float, TIFF, rounded": (
+        pillow(array([[-1e-8, 0.25, 1.0000001]], np.float32, "F"), "TIFF"),
+        [0, 0.25, 1],
+    ),
     "float, TIFF, white is zero": (tiff(2, struct.pack("<2f", 0, 0.25), t258=[32], t262=[0], t339=[3]), [1, 0.75]),
     "float, PFM": (b"Pf 3 1 -1.0\n" + struct.pack("<3f", 0, 0.25, 1), [0, 0.25, 1]),
     # Alpha, over white.
@@ -584,3 +600,10 @@ def test_the_plain_case_is_what_pillow_gives(write):
     for channels, mode in ((3, "RGB"), (1, "L")):
         pixels = torch.from_numpy(np.array(shown.convert(mode), dtype=np.float32).reshape(16, 16, channels))
         assert torch.equal(read_image(write(content), channels=channels), pixels.permute(2, 0, 1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("channels", [True, 2, "3", None])
+def test_other_channels_are_refused(tmp_path, channels):
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"channels: expected 1 \(grey\) or 3 \(colour\), got"):
+        read_image(tmp_path / "a.png", channels=channels)

@@ -678,7 +678,7 @@ def test_wrong_presets() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"code_shape": (2, 3)}, "code_shape: expected three numbers"),
+        ({"code_shape": (2, 3)}, r"code_shape: expected a list of 3 values, got \[2, 3\]"),
         ({"code_shape": (2, 0, 3)}, "code_shape: expected three numbers"),
         ({"codebook_size": 0}, "codebook_size: expected a number >= 1, got 0"),
         ({"code_dim": -1}, "code_dim: expected a number >= 0, got -1"),

@@ -147,16 +147,29 @@ def test_no_refinement_adds_what_was_looked_up(features: torch.Tensor) -> None:
     [
         ({"scales": []}, "scales: expected at least one"),
         ({"scales": [1, 0]}, r"scales: expected \[h, w\] or one number >= 1 for each, got 0"),
-        ({"scales": ["2"]}, "scales: expected"),
+        ({"scales": [[1, 2, 3]]}, r"scales: expected \[h, w\] or one number >= 1 for each, got \[1, 2, 3\]"),
         ({"scales": [4, 3]}, r"expected none larger than the last, \[3, 3\], got \[4, 4\]"),
         ({"codebook_size": 0}, "codebook_size: expected at least 1"),
-        ({"refinements": -1}, "refinements: expected a number >= 0"),
+        ({"refinements": -1}, "refinements: expected at least 0, got -1"),
         ({"refinement_ratio": 1.5}, "refinement_ratio: expected a number within"),
         ({"init": "zeros"}, "init: expected one of data, random"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        MultiScaleConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scales": ["2"]}, r"scales\[0\]: expected an integer or a list"),
+        ({"codebook_size": "8"}, "codebook_size: expected an integer, got '8'"),
+        ({"normalize": 1}, "normalize: expected true or false, got 1"),
+    ],
+)
+def test_settings_of_wrong_types_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
         MultiScaleConfig(**settings)
 
 

@@ -745,3 +745,20 @@ def test_a_parametrized_codebook_is_searched_and_not_trained() -> None:
         ValueError, match="quantizer: its codebook is parametrized, and moving averages cannot be written"
     ):
         quantizer.train()(z)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"dead_code_threshold": 1e300}, ValueError, "dead_code_threshold: expected a finite number of at most 3.4e"),
+        ({"dead_code_threshold": 1e10}, ValueError, "dead_code_threshold: expected at most 1000000000.0"),
+        ({"epsilon": -1.0}, ValueError, "epsilon: expected at least 0.0, got -1.0"),
+        ({"usage_window": 2**70}, ValueError, "usage_window: expected an integer"),
+        ({"depth": "3"}, TypeError, "depth: expected an integer, got '3'"),
+        ({"decay": None}, TypeError, "decay: expected a finite number, got None"),
+    ],
+)
+def test_settings_that_no_arithmetic_holds_are_named(settings, error, message) -> None:
+    with pytest.raises(error) as caught:
+        QuantizerConfig(**settings)
+    assert str(caught.value).startswith(message)

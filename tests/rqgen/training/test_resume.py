@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rqgen.training import (
     StepResult,
     TokenizerStage,
     newest_whole_checkpoint,
+    refuse_other_run,
     train,
 )
 from rqgen.training.checkpoint import load_checkpoint
@@ -335,3 +337,12 @@ def test_a_prior_goes_on_with_its_own_tokenizer_alone(make_vae, images, tmp_path
     with pytest.raises(ValueError, match=r"state\.pt: model: codebooks differs from that of the given tokenizer"):
         fit(make_vae(1), resume=path)
     fit(make_vae(0), resume=path)
+
+
+def test_a_folder_of_an_older_version_was_split_by_the_order_of_its_files():
+    saved = {"prior": {"data": {"source": "folder", "folder": {"path": "/a"}}}, "loop": {"steps": 3}}
+    now = {"prior": {"data": {"source": "folder", "folder": {"path": "/a", "split": "order"}}}, "loop": {"steps": 3}}
+    assert refuse_other_run(saved, now, Path("run")) == []
+    now["prior"]["data"]["folder"]["split"] = "name"
+    with pytest.raises(ValueError, match=r"'prior\.data\.folder\.split' was 'order' there and is 'name' now"):
+        refuse_other_run(saved, now, Path("run"))

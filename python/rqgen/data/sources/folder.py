@@ -8,12 +8,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 
-from ..datasets import NO_LABEL, Augmentation, ImageDataset, Split, choose_classes, stratified_split
+from rqgen.config import check_fields
+
+from ..datasets import (
+    NO_LABEL,
+    Augmentation,
+    ImageDataset,
+    Split,
+    choose_classes,
+    fingerprint,
+    split_by_name,
+    stratified_split,
+)
 from ..pictures import Picture, PictureError, open_picture, parse_colour
 from . import Source, register
 
@@ -28,6 +39,9 @@ IMAGE_SUFFIXES = frozenset(
         *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
     }
 )
+
+# Folders of thumbnails, resource forks and deleted files that operating systems and servers put among the images.
+_FOREIGN_FOLDERS = frozenset({"@eadir", "__macosx", "$recycle.bin", "system volume information", "lost+found"})
 
 
 @dataclass
@@ -44,9 +58,13 @@ class FolderOptions:
     background: str = "white"
     """The colour behind transparent pixels: its name, or "#rrggbb"."""
     on_broken: Literal["fail", "skip"] = "fail"
-    """An image file that cannot be decoded ends the run, or is named and left out."""
+    """An image file that cannot be decoded, or of a size that `fit` refuses, ends the run, or is named and left out."""
+    split: Literal["name", "order"] = "name"
+    """"name": an image is held out by the hash of its path in the folder, so that it stays in its part when images are
+    added. "order": by a shuffle of the list of files, as older versions did; adding images changes all of it."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         parse_colour(self.background)
 
 
@@ -65,8 +83,9 @@ class FolderImages(ImageDataset):
     """Every image below a folder, as `rqgen.data.read_image` reads it. Sub-folders with images are classes, numbered in
     the order of their names; images that lie directly in a folder without such sub-folders have no class.
 
-    Skipped, and counted in one log line: hidden files and folders, folders without images or named like one, links that
-    lead nowhere or to a folder already read, folders that cannot be read, files that are not images.
+    Skipped, and counted in one log line: hidden files and folders, folders that other programs make (`@eaDir`,
+    `__MACOSX`), folders without images or named like one, links that lead nowhere or to a folder already read, folders
+    that cannot be read, files that are not images.
     All image files are decoded once at the start, in parallel: a broken one shows up before the training does.
     """
 
@@ -97,10 +116,18 @@ class FolderImages(ImageDataset):
             raise ValueError(f"{folder}: no image files found (looked for {kinds}){skipped}")
         if found.skipped:
             _warn_once(f"{folder}: skipped {found.skipped}")
-        keep = stratified_split([label for _, label in files], config.held_out_fraction, config.split_seed, split)
+        if options.split == "name":
+            paths = [self._name(path) for path, _ in files]
+            keep = split_by_name(paths, config.held_out_fraction, config.split_seed, split)
+        else:
+            keep = stratified_split([label for _, label in files], config.held_out_fraction, config.split_seed, split)
         self.files = self._readable([files[i] for i in keep])
         if keep and not self.files:
             raise ValueError(f"{folder}: none of its image files can be read")
+        if split == "train":
+            there = {label for _, label in self.files}
+            if empty := [name for label, name in enumerate(self.class_names) if label not in there]:
+                _warn_once(f"{folder}: classes without an image to train on: {len(empty)} ({empty[0]})")
         self._augment = Augmentation(config, split)
         self.varies = self._augment.on
 
@@ -112,16 +139,22 @@ class FolderImages(ImageDataset):
         picture = self._fit(path, self._open(path))
         return self._augment(picture.tensor(self._config.channel_count), index, epoch), label
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {**super().fingerprint(), "names": fingerprint([self._name(path) for path, _ in self.files])}
+
+    def _name(self, path: Path) -> str:
+        """The path of an image within the folder."""
+        assert self._options.path is not None
+        return path.relative_to(self._options.path).as_posix()
+
     def _readable(self, files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
         with ThreadPoolExecutor() as pool:
             checked = list(pool.map(self._check, (path for path, _ in files)))
         for fault, _ in checked:
             if fault is not None and self._options.on_broken == "fail":
-                raise ValueError(
-                    f"{fault.path}: broken image file ({fault.reason}); folder.on_broken=skip leaves such files out"
-                )
+                raise ValueError(f"{fault}; folder.on_broken=skip leaves such files out")
             if fault is not None:
-                logger.warning("skipped broken image file %s (%s)", fault.path, fault.reason)
+                logger.warning("skipped %s", fault)
         if frames := [path for (path, _), (_, more) in zip(files, checked, strict=True) if more]:
             _warn_once(
                 f"{self._options.path}: files with several frames, of which the first is read: {len(frames)} "
@@ -129,13 +162,15 @@ class FolderImages(ImageDataset):
             )
         return [file for file, (fault, _) in zip(files, checked, strict=True) if fault is None]
 
-    def _check(self, path: Path) -> tuple[PictureError | None, bool]:
-        """Decode a file: (the error, if any, whether it holds more than its first frame)."""
+    def _check(self, path: Path) -> tuple[str | None, bool]:
+        """Decode a file: (what is wrong with it, if anything, whether it holds more than its first frame)."""
         try:
             picture = self._open(path)
+            self._fit(path, picture)
         except PictureError as error:
-            return error, False
-        self._fit(path, picture)
+            return f"{error.path}: broken image file ({error.reason})", False
+        except _SizeError as error:
+            return str(error), False
         return None, picture.more_frames
 
     def _open(self, path: Path) -> Picture:
@@ -146,9 +181,9 @@ class FolderImages(ImageDataset):
         given_width, given_height = picture.size
         size = f"{path}: image is {given_width}x{given_height} pixels"
         if fit == "exact" and picture.size != (side, side):
-            raise ValueError(f"{size}, expected exactly {side}x{side} (folder.fit=exact)")
+            raise _SizeError(f"{size}, expected exactly {side}x{side} (folder.fit=exact)")
         if fit == "crop" and min(picture.size) < side:
-            raise ValueError(f"{size}, smaller than {side}x{side}; folder.fit=enlarge accepts such images")
+            raise _SizeError(f"{size}, smaller than {side}x{side}; folder.fit=enlarge accepts such images")
         scale = side / min(picture.size)
         width, height = max(side, round(given_width * scale)), max(side, round(given_height * scale))
         if picture.size != (width, height):
@@ -156,6 +191,10 @@ class FolderImages(ImageDataset):
             picture = picture.map(lambda plane: plane.resize((width, height), method))
         left, top = (width - side) // 2, (height - side) // 2
         return picture.map(lambda plane: plane.crop((left, top, left + side, top + side)))
+
+
+class _SizeError(ValueError):
+    """An image has a size that `FolderOptions.fit` refuses."""
 
 
 class _FolderScan:
@@ -217,6 +256,8 @@ def _kind(path: Path) -> str:
     named_image = path.suffix.lower() in IMAGE_SUFFIXES
     if path.name.startswith("."):
         return "hidden files and folders"
+    if path.is_dir() and path.name.lower() in _FOREIGN_FOLDERS:
+        return "folders of other programs"
     if path.is_dir():
         return "folders named like an image" if named_image else "folder"
     if not path.exists():

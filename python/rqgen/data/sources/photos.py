@@ -11,7 +11,7 @@ from PIL import Image
 
 from rqgen.config import check_bounds
 
-from ..datasets import Augmentation, ImageDataset, Split, choose_classes, item_generator
+from ..datasets import Augmentation, ImageDataset, Split, check_split, choose_classes, item_generator
 from ..pictures import Picture
 from . import Source, register
 
@@ -50,6 +50,8 @@ class PhotoCrops(ImageDataset):
 
     def __init__(self, config: DataConfig, options: PhotosOptions, split: Split) -> None:
         from sklearn.datasets import load_sample_images
+
+        check_split(split)
 
         sample = load_sample_images()
         names = [Path(name).stem for name in sample.filenames]

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, check_fields
 
 from ..condition import checked_class_names
 from ..transformer import TransformerConfig
@@ -80,6 +80,7 @@ class RQTransformerConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(f"code_shape: expected three numbers >= 1 (h, w, D), got {tuple(self.code_shape)}")
         # Configs read from JSON or YAML hold lists; one type makes shapes comparable.

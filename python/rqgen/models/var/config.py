@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, check_fields
 from rqgen.quantizers import MultiScaleConfig
 
 from ..condition import checked_class_names
@@ -57,6 +57,7 @@ class VARConfig:
     class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("code_dim", "embed_dim", "layers", "heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
