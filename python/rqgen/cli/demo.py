@@ -14,12 +14,12 @@ from rich.console import Console
 
 from rqgen.config import load
 from rqgen.data import DigitImages, Split, open_dataset
+from rqgen.data.grid import is_saved_image
 from rqgen.evaluation import EvaluationConfig, Run, evaluate
 from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
 from rqgen.evaluation.run import protocol
-from rqgen.files import claim_folder, write_json
+from rqgen.files import write_json
 from rqgen.models import Prior, Tokenizer
-from rqgen.models.pretrained import check_replaceable
 from rqgen.report import (
     plot_coarse_to_fine,
     plot_code_usage,
@@ -29,17 +29,26 @@ from rqgen.report import (
     plot_samples,
 )
 from rqgen.sampling import edit, generate
-from rqgen.sampling.pipeline import write_description
+from rqgen.sampling.pipeline import DESCRIPTION, write_description
 from rqgen.systems import DEFAULT, find_system
 from rqgen.systems.system import DemoConfig
 
 from .check import installed_versions
 from .models import check_images_fit
-from .runs import fit_prior, fit_tokenizer
+from .outputs import json_with, output_folder
+from .runs import check_batch_size, check_prior, fit_prior, fit_tokenizer, sketch_tokenizer
 from .settings import RECIPES
 
 logger = logging.getLogger(__name__)
 
+FIGURES = (
+    "reconstructions.png",
+    "coarse_to_fine.png",
+    "code_usage.png",
+    "losses.png",
+    "samples.png",
+    "edits.png",
+)
 # Held-out digits in reconstructions.png.
 SHOWN = 30
 # And in edits.png.
@@ -79,13 +88,43 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     "precisions" also samples in the shorter ones. No sample is chosen or left out: all that are sampled are judged, and
     the first ten of each class are shown. Held-out digits train nothing, the classifier included.
     """
-    check_images_fit(config.tokenizer.data, config.tokenizer.model)
-    with claim_folder(out):
-        for stage in ("tokenizer", "prior"):
-            check_replaceable(out / stage)
-        if (out / "metrics.json").exists():
+    check_demo(config)
+    is_metrics = json_with("reconstruction_mse", "versions")
+    files = {
+        **dict.fromkeys(FIGURES, is_saved_image),
+        "metrics.json": is_metrics,
+        DESCRIPTION: json_with("class_names"),
+    }
+    is_ours = is_metrics(out / "metrics.json")
+    stages = ("tokenizer", "prior")
+    with output_folder(out, "--out", files=files, folders=["training"], models=stages, is_ours=is_ours):
+        if is_ours:
             logger.info("%s: replacing the demo there", out)
         return _run_demo(config, out, console)
+
+
+def check_demo(config: DemoConfig) -> None:
+    """Raise ValueError for settings with which the demo would fail after a training: before it."""
+    check_images_fit(config.tokenizer.data, config.tokenizer.model)
+    train, held_out = (digits(config, split) for split in ("train", "held_out"))
+    if len(held_out) == 0:
+        fraction = config.tokenizer.data.held_out_fraction
+        raise ValueError(
+            f"tokenizer.data.held_out_fraction: expected a share that holds out at least one image, got {fraction:g}"
+        )
+    check_batch_size(config.tokenizer.loop, len(train), prefix="tokenizer.")
+    vae = sketch_tokenizer(config.tokenizer, train.class_names)
+    prior = check_prior(config.prior, vae, train, prefix="prior.")
+    if len(train.class_names) < 2:
+        raise ValueError(f"tokenizer.data.classes: expected two or more classes, got {len(train.class_names)}")
+    if prior.num_classes == 0:
+        raise ValueError(
+            f"prior.prior.condition: expected class, as samples are judged by class, got {prior.condition_kind}"
+        )
+    try:
+        config.sampling.params().resolve(prior, torch.zeros(1, dtype=torch.int64))
+    except ValueError as error:
+        raise ValueError(f"sampling.{error}") from error
 
 
 def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -16,13 +17,13 @@ from rich.console import Console
 from torch import Tensor
 
 from rqgen.config import from_dict, given, load, to_dict, to_yaml
-from rqgen.data import DataConfig, ImageDataset, open_dataset, read_codes
-from rqgen.files import claim, claim_folder, existing_folder, write_text
-from rqgen.models import Tokenizer, load_pretrained
-from rqgen.models.pretrained import check_replaceable
+from rqgen.data import DataConfig, EncodedImages, ImageDataset, open_dataset, read_codes
+from rqgen.files import existing_folder, write_text
+from rqgen.models import Prior, Tokenizer, load_pretrained
 from rqgen.systems import DEFAULT, all_systems, find_system, system_of
 from rqgen.systems.system import PREVIEW_COLUMNS, PriorRun, System, TokenizerRun
 from rqgen.training import (
+    LoopConfig,
     TokenizerStage,
     TrainingResult,
     check_memory,
@@ -32,14 +33,23 @@ from rqgen.training import (
     train,
 )
 
+from .errors import naming
 from .models import Loaded, check_images_fit, default_device
+from .outputs import csv_with, output_folder
 from .requests import TrainRequest
 from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_idle_options, warn_of_other_split
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
-# What a checkpoint says beside the settings of its run: the system, and of a prior the names of its classes.
-SYSTEM, CLASS_NAMES = "system", "class_names"
+# What a checkpoint says next to the settings of its run: the system, and of a prior the names of its classes and the
+# fingerprint of its tokenizer's codebooks.
+SYSTEM, CLASS_NAMES, CODEBOOK = "system", "class_names", "codebook"
+_NOT_SETTINGS = (SYSTEM, CLASS_NAMES, CODEBOOK)
+
+SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> Path:
@@ -57,8 +67,10 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
     """
     out, console = request.out, Console()
     command = f"rqgen train {stage} --out {shlex.quote(str(out))} --resume"
-    with interruptible(lambda: _how_to_go_on(out, command)), claim_folder(out), claim(out / "model"):
-        check_replaceable(out / "model")
+    files = {"config.yaml": lambda path: True, "history.csv": csv_with("step", "learning_rate")}  # see _refuse_occupied
+    folders = ("checkpoints", "tensorboard")
+    place = output_folder(out, "--out", files=files, folders=folders, models=["model"], is_ours=request.resume)
+    with interruptible(lambda: _how_to_go_on(out, command)), place:
         checkpoint = None
         if request.resume:
             checkpoint, info = _checkpoint_of(stage, out)
@@ -67,10 +79,12 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
             recipes = None if request.config is None else RECIPES
             file, overrides = find_config(request.config), request.overrides
             run = load(chosen.run(stage), file, overrides, defaults=saved, recipes=recipes)
+            if isinstance(run, PriorRun) and str(run.tokenizer) != saved.get("tokenizer"):
+                run = replace(run, tokenizer=absolute(run.tokenizer))
             check_resumable(info, to_dict(run), checkpoint)
         else:
             chosen = find_system(request.system or DEFAULT)
-            run = load_run(chosen.run(stage), request.config, request.overrides)
+            run = with_absolute_paths(load_run(chosen.run(stage), request.config, request.overrides))
             _refuse_occupied(out, type(run))
         if isinstance(run, PriorRun):
             vae = _tokenizer_of(run)
@@ -115,7 +129,11 @@ def load_run(
 def _read_tokenizer(cls: type[PriorRun], folder: Path) -> Tokenizer:
     """The trained tokenizer at ``folder``. ValueError for one that the run's system has no use for."""
     system = system_of(cls)
-    vae = load_pretrained(folder)
+    if not existing_folder(folder).is_dir():
+        where = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
+        raise FileNotFoundError(f"tokenizer: no folder {folder}{where}: give tokenizer=FOLDER")
+    with naming({"folder": "tokenizer"}):
+        vae = load_pretrained(folder)
     if not isinstance(vae, system.tokenizer):
         raise ValueError(
             f"tokenizer: --system {system.name} expects a {system.tokenizer.model_type}, "
@@ -132,6 +150,7 @@ def fit_tokenizer(
     tokenizer = system_of(run).tokenizer
     check_memory("model", lambda: tokenizer(run.model))
     images = open_dataset(run.data, "train")
+    check_batch_size(run.loop, len(images))
     set_seed(run.loop.seed)
     model = tokenizer(replace(run.model, class_names=images.class_names))
     model.data = to_dict(run.data)
@@ -151,19 +170,64 @@ def fit_prior(
     """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
     system = system_of(run)
-    try:
-        wanted = run.prior.model_config(vae, len(source.class_names))
-    except ValueError as error:
-        raise ValueError(f"prior: {error}") from error
-    check_memory("prior", lambda: system.prior(wanted))
+    check_prior(run, vae, source)
     vae.to(default_device())
-    # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
+    # Preparing the items takes no random numbers: the weights of a new prior are the seed's first ones.
     set_seed(run.loop.seed)
     stage, items = system.prior_stage(run, vae, source, console=console)
     stage.model.data = None if run.codes is not None else to_dict(run.data)
     # A class folder more or less would give labels another meaning in the middle of a run.
-    description = {**to_dict(run), SYSTEM: system.name, CLASS_NAMES: list(source.class_names)}
+    known = {SYSTEM: system.name, CLASS_NAMES: list(source.class_names), CODEBOOK: vae.fingerprint()}
+    description = {**to_dict(run), **known}
     return train(stage, items, run.loop, folder=folder, description=description, resume=resume, console=console)
+
+
+def absolute(path: Path) -> Path:
+    """Return a path that means the same from every folder; links in it stay."""
+    return Path(os.path.abspath(path))
+
+
+def with_absolute_paths(settings: SettingsT) -> SettingsT:
+    """Return settings whose paths, those in sections included, mean the same from every folder: a run may be resumed,
+    and its images be read, from another one."""
+    changed: dict[str, Any] = {}
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Path):
+            changed[one.name] = absolute(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            changed[one.name] = with_absolute_paths(value)
+        elif isinstance(value, dict) and any(map(is_dataclass, value.values())):
+            changed[one.name] = {name: with_absolute_paths(section) for name, section in value.items()}
+    return replace(settings, **changed)
+
+
+def check_prior(run: PriorRun, vae: Tokenizer, source: ImageDataset | EncodedImages, *, prefix: str = "") -> Prior:
+    """Raise ValueError for settings of a prior that cannot be trained on codes of ``vae`` for ``source``. Return the
+    prior on the device "meta". ``prefix`` leads to the run among the command's settings."""
+    make = system_of(run).prior
+    try:
+        config = run.prior.model_config(vae, len(source.class_names))
+    except ValueError as error:
+        raise ValueError(f"{prefix}prior: {error}") from error
+    check_memory(f"{prefix}prior", lambda: make(config))
+    check_batch_size(run.loop, len(source.labels) if isinstance(source, EncodedImages) else len(source), prefix=prefix)
+    with torch.device("meta"):
+        return make(config)
+
+
+def sketch_tokenizer(run: TokenizerRun, class_names: Sequence[str]) -> Tokenizer:
+    """Return the tokenizer of a run on the device "meta": a prior's settings can be checked before it is trained."""
+    with torch.device("meta"):
+        return system_of(run).tokenizer(replace(run.model, class_names=tuple(class_names)))
+
+
+def check_batch_size(loop: LoopConfig, count: int, *, prefix: str = "") -> None:
+    """Raise ValueError for batches of more images than there are."""
+    if loop.batch_size > count:
+        raise ValueError(
+            f"{prefix}loop.batch_size: expected at most the {count} images there are, got {loop.batch_size}"
+        )
 
 
 def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -174,7 +238,7 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
     path, info = found
     if info["stage"] != stage:
         raise ValueError(f"--resume: {out} holds the run of a {info['stage']}, not of a {stage}")
-    settings = {name: value for name, value in info["description"].items() if name not in (SYSTEM, CLASS_NAMES)}
+    settings = {name: value for name, value in info["description"].items() if name not in _NOT_SETTINGS}
     return path, {**info, "description": settings, SYSTEM: info["description"].get(SYSTEM)}
 
 
@@ -206,9 +270,11 @@ def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> Non
     config = out / "config.yaml"
     if config.exists():
         try:
-            load(run, config, recipes=RECIPES)
-        except (OSError, ValueError) as error:
-            raise FileExistsError(f"{config} is not the config of such a run: choose another --out") from error
+            is_ours = config.read_text(encoding="utf-8") == to_yaml(to_dict(load(run, config, recipes=RECIPES)))
+        except (OSError, ValueError):
+            is_ours = False
+        if not is_ours:  # also where it is the user's, with comments, or with what differs from a recipe
+            raise FileExistsError(f"{config} is not the config of such a run: choose another --out")
         logger.info("%s: starting over, since the run there saved no checkpoint", out)
 
 

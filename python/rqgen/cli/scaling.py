@@ -19,7 +19,7 @@ from rqgen.bench.machine import environment
 from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
-from rqgen.files import claim_folder, is_temporary, write_json, write_text
+from rqgen.files import is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.reading import read_json
 from rqgen.report import plot_scaling, power_of_ten
@@ -28,8 +28,9 @@ from rqgen.systems.var import VARPriorRun, VARTokenizerRun
 from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 
 from .models import Loaded, check_images_fit
+from .outputs import output_folder
 from .requests import ScalingRequest
-from .runs import fit_prior, fit_tokenizer, interruptible
+from .runs import absolute, check_batch_size, check_prior, fit_prior, fit_tokenizer, interruptible, sketch_tokenizer
 from .settings import RECIPES, data_of_tokenizer, find_config
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class ScalingConfig:
             if given != getattr(VARPriorConfig(), name):
                 raise ValueError(f"prior.prior.{name}: depths decide it, but it is set to {given!r}")
         if self.prior.data.held_out_fraction == 0:
-            raise ValueError("prior.data.held_out_fraction: 0 leaves no images to test on")
+            stage = "tokenizer" if self.tokenizer.data.held_out_fraction == 0 else "prior"  # the other follows
+            raise ValueError(f"{stage}.data.held_out_fraction: 0 leaves no images to test on")
 
     def member(self, depth: int) -> VARPriorRun:
         """The training run of one size."""
@@ -96,7 +98,7 @@ class ScalingConfig:
 
 def scale(request: ScalingRequest, *, console: Console | None = None) -> dict[str, Any]:
     """Run the command: see `run_scaling`."""
-    with claim_folder(request.out):
+    with output_folder(request.out, "--out"):
         pass  # tried before the tokenizer is read
     config = load_scaling(find_config(request.config), request.overrides, request.tokenizer)
     return run_scaling(config, request.out, tokenizer=request.tokenizer, resume=request.resume, console=console)
@@ -139,7 +141,7 @@ def run_scaling(
             there; images that do not fit it, without classes, or none held out; figures that no law fits.
     """
     command = f"rqgen scaling --out {shlex.quote(str(out))} --resume, with the same settings"
-    with interruptible(lambda: f"resume with: {command}"), claim_folder(out):
+    with interruptible(lambda: f"resume with: {command}"), output_folder(out, "--out"):
         return _run_scaling(config, out, tokenizer=tokenizer, resume=resume, console=console)
 
 
@@ -151,9 +153,17 @@ def _run_scaling(
         raise ValueError("prior.data: a family is trained on images with classes, and tested on held-out ones")
     vae = None if tokenizer is None else MultiScaleVQVAE.from_pretrained(tokenizer)
     check_images_fit(config.prior.data, config.tokenizer.model if vae is None else vae.config)
+    train = open_dataset(config.prior.data, "train")
     if vae is None:
         check_one_split(config.tokenizer.data, config.prior.data)
-    _describe(out, {"tokenizer": tokenizer and str(tokenizer), "config": to_dict(config)}, resume=resume)
+        check_batch_size(config.tokenizer.loop, len(train), prefix="tokenizer.")
+    sketch = sketch_tokenizer(config.tokenizer, train.class_names) if vae is None else vae
+    for depth in config.depths:
+        try:
+            check_prior(config.member(depth), sketch, train, prefix="prior.")
+        except ValueError as error:
+            raise ValueError(f"depth {depth}: {error}") from error
+    _describe(out, {"tokenizer": tokenizer and str(absolute(tokenizer)), "config": to_dict(config)}, resume=resume)
     tokenizer_seconds = None
     if vae is None:
         vae, tokenizer_seconds = _tokenizer(config, out / "tokenizer", console)
@@ -195,8 +205,10 @@ def _describe(out: Path, description: dict[str, Any], *, resume: bool) -> None:
     else:
         saved = read_json(path)
         if isinstance(saved.get("config"), dict):
-            # Members do not depend on each other.
+            # Members do not depend on each other, and know their tokenizer by its codebooks, wherever it lies.
             saved["config"]["depths"] = description["config"]["depths"]
+            if saved.get("tokenizer") is not None and description["tokenizer"] is not None:
+                saved["tokenizer"] = description["tokenizer"]
         refuse_other_run(saved, description, path)
     write_json(path, description)
 

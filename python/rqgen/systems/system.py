@@ -85,7 +85,13 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_one_split(self.tokenizer.data, self.prior.data)
         if self.tokenizer.data.source != "digits":
-            raise ValueError(f"data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
+            raise ValueError(
+                f"tokenizer.data.source: expected 'digits', which the demo is about, got '{self.tokenizer.data.source}'"
+            )
+        if self.prior.codes is not None:
+            raise ValueError(
+                f"prior.codes: expected none, as the demo's prior learns its images, got {self.prior.codes}"
+            )
 
 
 class MakePriorStage(Protocol):

@@ -59,8 +59,9 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
 def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: Path) -> list[tuple[str, Any, Any]]:
     """Raises ValueError where the checkpoint ``path`` is of another run, or past the end of this one. Returns what
     differs otherwise: (key, before, now)."""
-    # Older checkpoints do not name their system, whose settings and weights tell it apart.
-    may_change = RESUMABLE_CHANGES | {"steps"} | ({"system"} - info["description"].keys())
+    # Older checkpoints do not name their system, whose settings and weights tell it apart, nor their codebook, which
+    # stands for the tokenizer, wherever that lies.
+    may_change = RESUMABLE_CHANGES | {"steps", "tokenizer"} | ({"system", "codebook"} - info["description"].keys())
     changed = refuse_other_run(info["description"], description, path, may_change=may_change)
     steps = description["loop"]["steps"]
     if info["step"] > steps:
