@@ -1,4 +1,4 @@
-"""`rqgen evaluate`: every metric that fits, as JSON and as a table."""
+"""`rqgen evaluate`: compute every metric that fits, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _told(error: Exception) -> str:
 
 
 def table(rows: Iterable[tuple[str, Row]]) -> list[str]:
-    """Formats rows as aligned lines of text, below a header."""
+    """Format rows as aligned lines of text, below a header."""
     cells, last = [("metric", "quantity", "value", "unit", "better")], None
     for name, row in rows:
         values = row.value if isinstance(row.value, list) else [row.value]
@@ -120,7 +120,7 @@ def table(rows: Iterable[tuple[str, Row]]) -> list[str]:
 
 
 def report(content: dict[str, Any]) -> list[str]:
-    """Formats the content of `record`: the table, and the reasons of what was not computed."""
+    """Format the content of `record`: the table, and the reason for each metric that was not computed."""
     found = Evaluation({name: metric["result"] for name, metric in content["metrics"].items()})
     lines = table(found.rows())
     if content["not_computed"]:

@@ -1,4 +1,4 @@
-"""Training runs as the command line sees them: a configuration, a folder, a model at the end."""
+"""Training runs of the command line: settings, a folder, and a model at the end."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
 
 
 def _tokenizer_of(run: PriorRun) -> Tokenizer:
-    """The trained tokenizer that a run names. ValueError where its images are not the run's."""
+    """Return the trained tokenizer of a run. ValueError if it takes other images than the run's."""
     vae = _read_tokenizer(type(run), run.tokenizer)
     if run.codes is None:
         check_images_fit(run.data, vae.config)
@@ -109,8 +109,8 @@ def _tokenizer_of(run: PriorRun) -> Tokenizer:
 def load_run(
     cls: type[TokenizerRun] | type[PriorRun], config: str | None, overrides: Sequence[str]
 ) -> TokenizerRun | PriorRun:
-    """The settings of a training: a file or shipped recipe (None: that of digits), then ``overrides``. What is not said
-    of a prior's images is as its tokenizer had it, see `data_of_tokenizer`."""
+    """Return the settings of a training: those of a file or recipe (None: the recipe for digits), changed by
+    ``overrides``. Settings of a prior's images that are not given are the tokenizer's, see `data_of_tokenizer`."""
     settings = given(cls, find_config(config), overrides, recipes=RECIPES)
     if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
         run = settings.build()
@@ -127,7 +127,7 @@ def load_run(
 
 
 def _read_tokenizer(cls: type[PriorRun], folder: Path) -> Tokenizer:
-    """The trained tokenizer at ``folder``. ValueError for one that the run's system has no use for."""
+    """Return the trained tokenizer in ``folder``. ValueError for a tokenizer of another system than the run's."""
     system = system_of(cls)
     if not existing_folder(folder).is_dir():
         where = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
@@ -145,7 +145,7 @@ def _read_tokenizer(cls: type[PriorRun], folder: Path) -> Tokenizer:
 def fit_tokenizer(
     run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
 ) -> TrainingResult[Any]:
-    """Trains from scratch, or from the checkpoint ``resume``; writes what ``run.loop`` asks for to
+    """Train a tokenizer from scratch, or from the checkpoint ``resume``; write the files that ``run.loop`` asks for to
     ``folder``."""
     tokenizer = system_of(run).tokenizer
     check_memory("model", lambda: tokenizer(run.model))
@@ -167,7 +167,7 @@ def fit_prior(
     resume: Path | None = None,
     console: Console | None = None,
 ) -> TrainingResult[Any]:
-    """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
+    """Train a prior on the codes of ``vae``, as `fit_tokenizer` (``run.tokenizer`` is not read)."""
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
     system = system_of(run)
     check_prior(run, vae, source)
@@ -231,7 +231,7 @@ def check_batch_size(loop: LoopConfig, count: int, *, prefix: str = "") -> None:
 
 
 def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a run and its info."""
+    """Return the newest intact checkpoint of a run and its info."""
     found = newest_whole_checkpoint(out / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {out / 'checkpoints'}")
@@ -243,7 +243,7 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, where: Path) -> System:
-    """Finds the system of a run: by its name, or by its settings in a checkpoint that does not name it."""
+    """Return the system of a run: by its name, or by its settings in a checkpoint that does not name it."""
     name = info[SYSTEM]
     if name is not None and asked not in (None, name):
         raise ValueError(f"--system: expected {name}, as {where} has it, got '{asked}'")
@@ -261,9 +261,9 @@ def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, w
 
 
 def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> None:
-    """Raises FileExistsError where a new run would replace something in ``out``."""
+    """Raise FileExistsError if a new run would replace something in ``out``."""
     if latest_checkpoint(out / "checkpoints") is not None:
-        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
+        raise FileExistsError(f"{out} already holds a run: --resume resumes it, or choose another --out")
     model = existing_folder(out / "model")
     if model.exists() and any(model.iterdir()):
         raise FileExistsError(f"{out} already holds a trained model and no checkpoint: choose another --out")
@@ -291,7 +291,7 @@ def _how_to_go_on(out: Path, command: str) -> str:
 
 @contextlib.contextmanager
 def interruptible(hint: Callable[[], str]) -> Iterator[None]:
-    """Adds to a KeyboardInterrupt how to resume."""
+    """Add to a KeyboardInterrupt how to resume."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -300,7 +300,7 @@ def interruptible(hint: Callable[[], str]) -> Iterator[None]:
 
 
 def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:
-    """A few images to watch: held-out ones, where there are any."""
+    """Return a few images for previews: held-out ones, if there are any."""
     held_out = open_dataset(data, "held_out") if data.held_out_fraction else training_images
     images = held_out if len(held_out) else training_images
     return torch.stack([images.item(index, 0)[0] for index in range(min(PREVIEW_COLUMNS, len(images)))])
