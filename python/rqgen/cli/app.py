@@ -119,7 +119,8 @@ def sample(request: SampleRequest) -> None:
     from .sample import sample_images
 
     count = sample_images(request)
-    typer.echo(f"{count} images: {request.out}")
+    codes = "" if request.codes is None else f"; codes: {request.codes}"
+    typer.echo(f"{count} images: {request.out}{codes}")
 
 
 @bench_app.command("sampling")

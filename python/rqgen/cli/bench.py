@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,33 +12,44 @@ from rich.console import Console
 
 from rqgen.bench import SamplingBench, SystemsBench, run_sampling_bench, run_systems_bench
 from rqgen.bench.settings import SamplingBenchSettings, SystemsBenchSettings
-from rqgen.files import claim_folder
+from rqgen.data.grid import is_saved_image
 
 from .models import default_device
+from .outputs import json_with, output_folder
 from .requests import BenchRequest
+
+_is_result = json_with("environment", "settings", "peaks")
 
 
 def bench_sampling(settings: SamplingBenchSettings, request: BenchRequest) -> list[Path]:
     """Measure the sampling speed of an RQ-Transformer. Return the files that were written."""
     bench, device = SamplingBench(**asdict(settings)), _prepare(request)
-    with claim_folder(request.out):
+    with _outputs(request.out, "sampling") as written:
         run_sampling_bench(bench, request.out, device=device, console=Console())
-    return [request.out / "sampling.json", request.out / "sampling.png"]
+    return written
 
 
 def bench_systems(settings: SystemsBenchSettings, request: BenchRequest) -> list[Path]:
     """Measure the sampling speed of three systems. Return the files that were written."""
     bench, device = SystemsBench(**asdict(settings)), _prepare(request)
-    with claim_folder(request.out):
+    with _outputs(request.out, "systems") as written:
         run_systems_bench(bench, request.out, device=device, console=Console())
-    return [request.out / "systems.json", request.out / "systems.png"]
+    return written
+
+
+@contextlib.contextmanager
+def _outputs(out: Path, name: str) -> Iterator[list[Path]]:
+    result, figure = f"{name}.json", f"{name}.png"
+    files = {result: _is_result, figure: is_saved_image}
+    with output_folder(out, "--out", files=files, is_ours=_is_result(out / result)):
+        yield [out / result, out / figure]
 
 
 def _prepare(request: BenchRequest) -> torch.device:
     """Set the number of threads. Return the device to measure. ValueError for one that torch does not have here."""
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    device = request.device or default_device()
+    device = default_device() if request.device is None else request.device
     allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     allowed += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device not in allowed:

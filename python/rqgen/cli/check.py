@@ -1,4 +1,4 @@
-"""`rqgen check`."""
+"""`rqgen check`: the state of the installation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "numpy", *REQUIREMENTS)
 
 
 def installed_versions() -> dict[str, str]:
-    """Version of Python and of every package the commands use; "not installed" where there is none."""
+    """Return the version of Python and of every package that the commands use; "not installed" for a missing one."""
     versions = {"python": platform.python_version(), "rqkernels": rqkernels.__version__}
     for package in PACKAGES:
         try:
@@ -25,7 +25,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def installation_report() -> list[str]:
-    """One line per fact: versions, then everything `rqkernels.info` knows."""
+    """Return lines: versions, then the facts of `rqkernels.info`."""
     versions = installed_versions()
     width = max(map(len, versions))
     lines = [f"{package:<{width}}  {version}" for package, version in versions.items()]

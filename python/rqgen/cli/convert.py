@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from rqgen.convert import load_kakaobrain, load_var
-from rqgen.files import claim
-from rqgen.models.pretrained import check_replaceable
 
+from .outputs import output_model
 from .requests import ConvertKakaobrainRequest, ConvertVARRequest
 
 
 def convert_kakaobrain(request: ConvertKakaobrainRequest) -> str:
     """Convert a published RQ-VAE or RQ-Transformer. Return the name of the model's type."""
-    check_replaceable(request.destination)
-    with claim(request.destination):
+    with output_model(request.destination, "DST"):
         model = load_kakaobrain(request.source, tokenizer=request.tokenizer)
         model.save_pretrained(request.destination)
         return model.model_type
@@ -21,8 +19,6 @@ def convert_kakaobrain(request: ConvertKakaobrainRequest) -> str:
 def convert_var(request: ConvertVARRequest) -> None:
     """Convert a published VAR and its tokenizer."""
     folders = [request.destination / "tokenizer", request.destination / "prior"]
-    for folder in folders:
-        check_replaceable(folder)
-    with claim(folders[0]), claim(folders[1]):
+    with output_model(folders[0], "DST"), output_model(folders[1], "DST"):
         for model, folder in zip(load_var(request.vae, request.var, request.config), folders, strict=True):
             model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`rqgen demo`: both stages on handwritten digits, judged and shown."""
+"""`rqgen demo`: train both stages on handwritten digits, evaluate them and plot the results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.console import Console
 
 from rqgen.config import load
 from rqgen.data import DigitImages, Split, open_dataset
+from rqgen.data.grid import is_saved_image
 from rqgen.evaluation import EvaluationConfig, Run, evaluate
 from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
 from rqgen.evaluation.run import protocol
-from rqgen.files import claim_folder, write_json
+from rqgen.files import write_json
 from rqgen.models import Prior, Tokenizer
-from rqgen.models.pretrained import check_replaceable
 from rqgen.report import (
     plot_coarse_to_fine,
     plot_code_usage,
@@ -29,40 +29,49 @@ from rqgen.report import (
     plot_samples,
 )
 from rqgen.sampling import edit, generate
-from rqgen.sampling.pipeline import write_description
+from rqgen.sampling.pipeline import DESCRIPTION, write_description
 from rqgen.systems import DEFAULT, find_system
 from rqgen.systems.system import DemoConfig
 
 from .check import installed_versions
 from .models import check_images_fit
-from .runs import fit_prior, fit_tokenizer
+from .outputs import json_with, output_folder
+from .runs import check_batch_size, check_prior, fit_prior, fit_tokenizer, sketch_tokenizer
 from .settings import RECIPES
 
 logger = logging.getLogger(__name__)
 
+FIGURES = (
+    "reconstructions.png",
+    "coarse_to_fine.png",
+    "code_usage.png",
+    "losses.png",
+    "samples.png",
+    "edits.png",
+)
 # Held-out digits in reconstructions.png.
 SHOWN = 30
-# And in edits.png.
+# Held-out digits in edits.png.
 EDITED = 10
-# And judged with their lower half sampled anew.
+# Held-out digits whose lower half is resampled for the metric.
 INPAINTED = 200
-# The metrics of metrics.json, of which those are computed that fit the system.
+# Metrics of metrics.json; those that fit the system are computed.
 METRICS = ("reconstruction", "token_prediction", "classifier", "precision", "inpainting")
 
 
 def load_demo(
     seed: int | None, overrides: Sequence[str] = (), *, system: str = DEFAULT, config: Path | None = None
 ) -> DemoConfig:
-    """The shipped digits recipes, short of what a demo can do without (checkpoints, TensorBoard files), with
-    one seed for both trainings and the sampling; then ``overrides``. The split is not drawn anew: figures of different
-    seeds are of the same held-out digits."""
+    """Return the settings of the recipes for digits without checkpoints and TensorBoard files, with one seed for both
+    trainings and the sampling, changed by ``overrides``. The split does not depend on the seed: figures of different
+    seeds show the same held-out digits."""
     parts = ("tokenizer.loop", "prior.loop", "sampling")
     seeds = [] if seed is None else [f"{part}.seed={seed}" for part in parts]
     return load(demo_of(system), config, [*seeds, *overrides], recipes=RECIPES)
 
 
 def demo_of(system: str) -> type[DemoConfig]:
-    """The demo's settings of a system. ValueError where it has no demo."""
+    """Return the class of a system's demo settings. ValueError for a system without a demo."""
     found = find_system(system).demo
     if found is None:
         raise ValueError(f"--system: expected a system with a demo, got '{system}', which has none")
@@ -70,22 +79,51 @@ def demo_of(system: str) -> type[DemoConfig]:
 
 
 def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -> dict[str, Any]:
-    """Trains, samples, judges. Writes into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
+    """Train, sample and evaluate. Write into ``out``: reconstructions.png, coarse_to_fine.png, code_usage.png,
     losses.png, samples.png, metrics.json, and a `rqgen.Pipeline`: tokenizer/, prior/ and pipeline.json; where the prior
-    can edit images, also edits.png. Returns what metrics.json holds. A demo that is there already is replaced, and said
-    so. Checkpoints and logs, where the settings ask for any, go into training/.
+    can edit images, also edits.png. Return the content of metrics.json. A demo in the folder is replaced, with a line
+    in the log. Checkpoints and logs, if the settings ask for any, go into training/.
 
     The numbers are those of `rqgen.evaluation.metrics`, of held-out digits and of digits sampled in float32;
-    "precisions" also samples in the shorter ones. No sample is chosen or left out: all that are sampled are judged, and
-    the first ten of each class are shown. Held-out digits train nothing, the classifier included.
-    """
-    check_images_fit(config.tokenizer.data, config.tokenizer.model)
-    with claim_folder(out):
-        for stage in ("tokenizer", "prior"):
-            check_replaceable(out / stage)
-        if (out / "metrics.json").exists():
+    "precisions" also samples in lower precisions. No sample is selected or left out: all are evaluated, and the first
+    ten of each class are plotted. Held-out digits train no model, the classifier included."""
+    check_demo(config)
+    is_metrics = json_with("reconstruction_mse", "versions")
+    files = {
+        **dict.fromkeys(FIGURES, is_saved_image),
+        "metrics.json": is_metrics,
+        DESCRIPTION: json_with("class_names"),
+    }
+    is_ours = is_metrics(out / "metrics.json")
+    stages = ("tokenizer", "prior")
+    with output_folder(out, "--out", files=files, folders=["training"], models=stages, is_ours=is_ours):
+        if is_ours:
             logger.info("%s: replacing the demo there", out)
         return _run_demo(config, out, console)
+
+
+def check_demo(config: DemoConfig) -> None:
+    """Raise ValueError for settings with which the demo would fail after a training: before it."""
+    check_images_fit(config.tokenizer.data, config.tokenizer.model)
+    train, held_out = (digits(config, split) for split in ("train", "held_out"))
+    if len(held_out) == 0:
+        fraction = config.tokenizer.data.held_out_fraction
+        raise ValueError(
+            f"tokenizer.data.held_out_fraction: expected a share that holds out at least one image, got {fraction:g}"
+        )
+    check_batch_size(config.tokenizer.loop, len(train), prefix="tokenizer.")
+    vae = sketch_tokenizer(config.tokenizer, train.class_names)
+    prior = check_prior(config.prior, vae, train, prefix="prior.")
+    if len(train.class_names) < 2:
+        raise ValueError(f"tokenizer.data.classes: expected two or more classes, got {len(train.class_names)}")
+    if prior.num_classes == 0:
+        raise ValueError(
+            f"prior.prior.condition: expected class, as samples are evaluated by class, got {prior.condition_kind}"
+        )
+    try:
+        config.sampling.params().resolve(prior, torch.zeros(1, dtype=torch.int64))
+    except ValueError as error:
+        raise ValueError(f"sampling.{error}") from error
 
 
 def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[str, Any]:
@@ -140,7 +178,7 @@ def _run_demo(config: DemoConfig, out: Path, console: Console | None) -> dict[st
 
 
 def run_of(config: DemoConfig, vae: Tokenizer, prior: Prior) -> Run:
-    """The evaluation of a demo's models by held-out digits and by sampled ones."""
+    """Return the evaluation of a demo's models by held-out digits and by sampled ones."""
     settings = EvaluationConfig(
         data=config.tokenizer.data,
         sampling=config.sampling,
@@ -161,7 +199,7 @@ def summary(metrics: dict[str, Any], out: Path) -> str:
 
 
 def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Results under the keys of metrics.json."""
+    """Return results under the keys of metrics.json."""
     reconstruction = results["reconstruction"]
     flat = {
         "reconstruction_mse": reconstruction["mse"],
@@ -176,8 +214,8 @@ def _flat(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _edits(run: Run, prior: Prior, held_out: DigitImages) -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The first held-out digits with their lower half sampled anew; where the prior can edit any region, also with all
-    but their middle, and with their right half as the next class. None of a prior that edits nothing."""
+    """Return edits of the first held-out digits: the lower half resampled and, if the prior can edit any region, all
+    but the middle, and the right half as the next class. Empty for a prior that cannot edit."""
     images, labels = held_out.images[:EDITED].to(prior.device), held_out.labels[:EDITED]
     height, width = images.shape[2:]
     lower, around, right = lower_half(images), torch.ones_like(lower_half(images)), torch.zeros_like(lower_half(images))
@@ -190,7 +228,7 @@ def _edits(run: Run, prior: Prior, held_out: DigitImages) -> list[tuple[str, tor
 
 
 def digits(config: DemoConfig, split: Split) -> DigitImages:
-    """The images of one side of the demo's split."""
+    """Return the images of one side of the demo's split."""
     dataset = open_dataset(config.tokenizer.data, split)
     assert isinstance(dataset, DigitImages)  # DemoConfig holds this
     return dataset

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from rqgen.data import image_grid, read_image, save_image
-from rqgen.data.grid import check_image_name
-from rqgen.files import claim_file
+from rqgen.data.grid import check_image_name, is_saved_image
 from rqgen.models.classes import class_label, names_of_classes
 from rqgen.sampling import SamplingParams, edit
 
+from .errors import naming
 from .models import load_prior, load_tokenizer
+from .outputs import output_file
 from .requests import EditRequest
 
 KINDS = ("inpaint", "outpaint", "class")
@@ -28,7 +29,8 @@ def edit_image(request: EditRequest) -> None:
         raise ValueError("--label: edit class needs the class to sample")
     params = SamplingParams(**asdict(request.sampling))
     check_image_name(request.out, name="--out")
-    with claim_file(request.out):
+    inputs = {"--image": request.image, "--mask": request.mask}
+    with output_file(request.out, "--out", is_saved_image, inputs=inputs):
         _edit_image(request, params)
 
 
@@ -44,7 +46,8 @@ def _edit_image(request: EditRequest, params: SamplingParams) -> None:
     if request.label is not None:
         labels = [class_label(request.label, names_of_classes(prior) if prior.num_classes else (), "--label")]
     images = image.unsqueeze(0)
-    edited = edit(prior, vae, images, mask=mask, condition=labels, params=params).images
+    with naming({"vae": "--tokenizer", "condition": "--label"}):
+        edited = edit(prior, vae, images, mask=mask, condition=labels, params=params).images
     masked = torch.where(mask, 0.0, images)
     save_image(image_grid(torch.cat([images, masked, edited]), columns=3), request.out, scale=2)
 

@@ -8,11 +8,11 @@ from rich.console import Console
 
 from rqgen.config import to_dict
 from rqgen.data import EncodedImages, Split, open_dataset, write_codes
-from rqgen.data.codes import check_codes_name
-from rqgen.files import claim_file
+from rqgen.data.codes import check_codes_name, is_codes_file
 from rqgen.training import encode_dataset
 
 from .models import Loaded, check_images_fit, load_tokenizer
+from .outputs import output_file
 from .requests import EncodeRequest
 from .settings import find_config, load_encoding
 
@@ -23,7 +23,7 @@ def encode_images(request: EncodeRequest) -> EncodedImages:
     split = _split(request.split)
     check_codes_name(request.out, "--out")
     config = find_config(request.config)
-    with claim_file(request.out):
+    with output_file(request.out, "--out", is_codes_file):
         vae = load_tokenizer(request.tokenizer)
         data = load_encoding(Loaded(vae, request.tokenizer), config, request.overrides)
         check_images_fit(data, vae.config, prefix="")

@@ -1,4 +1,4 @@
-"""`rqgen evaluate`: every metric that fits, as JSON and as a table."""
+"""`rqgen evaluate`: compute every metric that fits, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rqgen.config import Given, given, to_dict
 from rqgen.evaluation import Evaluation, EvaluationConfig, Run, evaluate
 from rqgen.evaluation.metrics import METRICS, Row
 from rqgen.evaluation.run import protocol
-from rqgen.files import check_json_name, claim_file, file_checksum, write_json
+from rqgen.files import check_json_name, file_checksum, write_json
 from rqgen.models.pretrained import WEIGHTS_NAME
 from rqgen.sampling import edit, generate
 
 from .check import installed_versions
 from .models import Models, check_images_fit, load_models
+from .outputs import json_with, output_file
 from .requests import EvaluateRequest
 from .settings import RECIPES, data_of_models, find_config, warn_of_idle_options, warn_of_other_split
 
@@ -34,7 +35,7 @@ def evaluate_folder(request: EvaluateRequest) -> dict[str, Any]:
     for name in request.metrics:
         METRICS.find(name, "--metric")
     check_json_name(out, "--out")
-    with claim_file(out):
+    with output_file(out, "--out", json_with("models", "metrics", "not_computed")):
         overrides = [*request.overrides, *([] if count is None else [f"sampling.count={count}"])]
         settings = given(EvaluationConfig, find_config(request.config), overrides, recipes=RECIPES)
         settings.build()  # refuses what is wrong before a large file is read
@@ -106,7 +107,7 @@ def _told(error: Exception) -> str:
 
 
 def table(rows: Iterable[tuple[str, Row]]) -> list[str]:
-    """Formats rows as aligned lines of text, below a header."""
+    """Format rows as aligned lines of text, below a header."""
     cells, last = [("metric", "quantity", "value", "unit", "better")], None
     for name, row in rows:
         values = row.value if isinstance(row.value, list) else [row.value]
@@ -119,7 +120,7 @@ def table(rows: Iterable[tuple[str, Row]]) -> list[str]:
 
 
 def report(content: dict[str, Any]) -> list[str]:
-    """Formats the content of `record`: the table, and the reasons of what was not computed."""
+    """Format the content of `record`: the table, and the reason for each metric that was not computed."""
     found = Evaluation({name: metric["result"] for name, metric in content["metrics"].items()})
     lines = table(found.rows())
     if content["not_computed"]:

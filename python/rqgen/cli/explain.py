@@ -1,4 +1,4 @@
-"""`rqgen config`: every setting of a command with its help, its default and its value, as a YAML file."""
+"""`rqgen config`: print every setting of a command with its help, its default and its value, as a YAML file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .scaling import ScalingConfig
 from .settings import RECIPES, find_config
 
 _WIDTH = 100
-# How `rqgen config` calls a command, with and without "train".
+# Name of a command without "train" -> its name.
 COMMANDS = {
     "tokenizer": "train tokenizer",
     "prior": "train prior",
@@ -34,12 +34,11 @@ COMMANDS = {
 
 
 def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None = None) -> str:
-    """The settings of a command as a YAML file that its ``--config`` takes. ``words``: the command (`COMMANDS`; none:
-    train tokenizer), then overrides.
+    """Return the settings of a command as a YAML file that its ``--config`` takes. ``words``: the command (`COMMANDS`;
+    by default train tokenizer), then overrides.
 
-    A default is what the command takes without a file and overrides. What follows from other settings is marked; what
-    comes from a tokenizer that is not there is commented out. ValueError for another command; otherwise as `load`.
-    """
+    A default is the value without a file and overrides. A setting that follows from others is marked; one that a
+    missing tokenizer decides is commented out. ValueError for another command; otherwise as `load`."""
     named = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     stage = " ".join(named).removeprefix("train ") or "tokenizer"
@@ -67,9 +66,9 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
     following = settings.followed() | {key for key in keys if _derived(settings, value, key)}
     lines = [
         f"# Settings of `rqgen {COMMANDS[stage]}`" + (f" --system {system}" if system != DEFAULT else "") + ".",
-        "# In brackets: the default, what the command takes where nothing else is said.",
-        "# What follows from other settings goes on following them where its line is left out.",
-        *(["# Commented out: what the model decides."] if unknown else []),
+        "# In brackets: the default.",
+        "# A setting that follows others keeps following them if its line is left out.",
+        *(["# Commented out: settings that the model decides."] if unknown else []),
         "base: null",
         *_section(value, default, unknown=unknown, following=following),
     ]
@@ -77,7 +76,7 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
 
 
 def _derived(settings: Given[Any], value: Any, key: str) -> bool:
-    """Whether a setting that was not given was filled in by its dataclass."""
+    """Return True if the dataclass filled in a setting that was not given."""
     return functools.reduce(getattr, key.split("."), value) is not None and settings.unset(key) is None
 
 
@@ -114,7 +113,7 @@ def _text(value: Any) -> str:
 
 
 def _leaves(settings: Any, prefix: str = "") -> set[str]:
-    """Dotted paths of all settings, of idle sections too."""
+    """Return dotted paths of all settings, those of unused sections included."""
     found: set[str] = set()
     for name in setting_names(type(settings)):
         value = getattr(settings, name)

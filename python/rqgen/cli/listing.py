@@ -1,4 +1,4 @@
-"""`rqgen list`: systems, data sources, metrics and recipes, with options and help."""
+"""`rqgen list`: list systems, data sources, metrics and recipes, with options and help."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WIDTH = 100
 
 
 def listing(kind: str | None) -> list[str]:
-    """Lists one of `KINDS` (None: all), as lines of text. Raises ValueError for another kind."""
+    """Return one of the lists of `KINDS` (None: all), as lines. ValueError for another kind."""
     if kind is not None and kind not in KINDS:
         raise ValueError(f"list: unknown kind '{kind}'; {did_you_mean(kind, list(KINDS))}")
     lines: list[str] = []

@@ -14,6 +14,8 @@ from rqgen.files import existing_folder
 from rqgen.models import PretrainedModel, Prior, Tokenizer, load_pretrained
 from rqgen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 
+from .errors import naming
+
 ModelT = TypeVar("ModelT", bound=PretrainedModel, covariant=True)
 
 
@@ -47,14 +49,16 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_model(folder: Path) -> PretrainedModel:
-    """Load the model in a folder, of any system, on the device that commands use."""
-    return load_pretrained(folder, default_device())
+def load_model(folder: Path, name: str) -> PretrainedModel:
+    """Load the model in a folder, of any system, on the device that commands use. ``name`` is the option, or argument,
+    that names it: errors open with it."""
+    with naming({"folder": name}):
+        return load_pretrained(folder, default_device())
 
 
 def load_prior(folder: Path) -> Prior:
     """Load the prior that ``--prior`` names. ValueError for another model."""
-    model = load_model(folder)
+    model = load_model(folder, "--prior")
     if not isinstance(model, Prior):
         raise ValueError(f"--prior: {folder} holds no prior, but a {model.model_type}")
     return model
@@ -62,7 +66,7 @@ def load_prior(folder: Path) -> Prior:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer that ``--tokenizer`` names. ValueError for another model."""
-    model = load_model(folder)
+    model = load_model(folder, "--tokenizer")
     if not isinstance(model, Tokenizer):
         raise ValueError(f"--tokenizer: {folder} holds no tokenizer, but a {model.model_type}")
     return model
@@ -77,7 +81,7 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
     """
     alone, prior = model_folder(folder), None
     if alone is not None:
-        model = load_model(alone)
+        model = load_model(alone, "RUN")
         if not isinstance(model, Prior):
             found = load_tokenizer(alone) if tokenizer is None else load_tokenizer(tokenizer)
             return Models(tokenizer=Loaded(found, alone if tokenizer is None else tokenizer))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from rqgen.options import CLI, OnCommandLine
 
+from .errors import naming
 from .field_help import field_help
 
 
@@ -34,7 +33,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
         raise TypeError(f"{function.__name__}: expected each field once, got {', '.join(twice)} twice")
 
     def command(**values: Any) -> None:
-        with _errors_name_options(fields):
+        with naming({one.name: one.shown for one in fields}):
             function(**{name: _built(hint, values) for name, hint in hints.items()})
 
     parameters = [one.parameter() for one in fields]
@@ -136,17 +135,3 @@ def _scalar(hint: Any) -> type:
 def _text(value: Any) -> str:
     """Return a value of a list as the user types it, such as 8x8x4."""
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-@contextlib.contextmanager
-def _errors_name_options(fields: Sequence[_Field]) -> Iterator[None]:
-    shown = {one.name: one.shown for one in fields}
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, OSError) as error:
-        if not (len(error.args) == 1 and isinstance(error.args[0], str)):
-            raise
-        found = re.match(r"(\w+)(?=[:\[])", error.args[0])
-        if found is not None and found[1] in shown:
-            error.args = (shown[found[1]] + error.args[0][found.end() :],)
-        raise

@@ -1,4 +1,7 @@
-"""What the user asks of each command: a dataclass whose fields are its options (see `with_options`). No torch here."""
+"""Requests of the user: for each command a dataclass whose fields are its options (see `with_options`).
+
+Imported without torch.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
-"""Training runs as the command line sees them: a configuration, a folder, a model at the end."""
+"""Training runs of the command line: settings, a folder, and a model at the end."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate.utils import set_seed
@@ -16,14 +17,14 @@ from rich.console import Console
 from torch import Tensor
 
 from rqgen.config import from_dict, given, load, to_dict, to_yaml
-from rqgen.data import DataConfig, ImageDataset, open_dataset, read_codes
-from rqgen.files import claim, claim_folder, existing_folder, write_text
-from rqgen.models import Tokenizer, load_pretrained
-from rqgen.models.pretrained import check_replaceable
+from rqgen.data import DataConfig, EncodedImages, ImageDataset, open_dataset, read_codes
+from rqgen.files import existing_folder, write_text
+from rqgen.models import Prior, Tokenizer, load_pretrained
 from rqgen.reading import name_some
 from rqgen.systems import DEFAULT, all_systems, find_system, system_of
 from rqgen.systems.system import PREVIEW_COLUMNS, PriorRun, System, TokenizerRun
 from rqgen.training import (
+    LoopConfig,
     TokenizerStage,
     TrainingResult,
     check_memory,
@@ -34,15 +35,23 @@ from rqgen.training import (
 )
 from rqgen.training.resume import IMAGES, saved_description
 
+from .errors import naming
 from .models import Loaded, check_images_fit, default_device
+from .outputs import csv_with, output_folder
 from .requests import TrainRequest
 from .settings import RECIPES, data_of_tokenizer, find_config, warn_of_idle_options, warn_of_other_split
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
-# What a checkpoint says next to the settings of its run: the system, the fingerprint of its images, and of a prior the
-# names of its classes.
-SYSTEM, CLASS_NAMES = "system", "class_names"
+# Entries of a checkpoint next to the settings of its run: the system, the fingerprint of its images, and of a prior the
+# names of its classes and the fingerprint of its tokenizer's codebooks.
+SYSTEM, CLASS_NAMES, CODEBOOK = "system", "class_names", "codebook"
+_NOT_SETTINGS = (SYSTEM, CLASS_NAMES, CODEBOOK, IMAGES)
+
+SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> Path:
@@ -60,8 +69,10 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
     """
     out, console = request.out, Console()
     command = f"rqgen train {stage} --out {shlex.quote(str(out))} --resume"
-    with interruptible(lambda: _how_to_go_on(out, command)), claim_folder(out), claim(out / "model"):
-        check_replaceable(out / "model")
+    files = {"config.yaml": lambda path: True, "history.csv": csv_with("step", "learning_rate")}  # see _refuse_occupied
+    folders = ("checkpoints", "tensorboard")
+    place = output_folder(out, "--out", files=files, folders=folders, models=["model"], is_ours=request.resume)
+    with interruptible(lambda: _how_to_go_on(out, command)), place:
         checkpoint = None
         if request.resume:
             checkpoint, info = _checkpoint_of(stage, out)
@@ -70,10 +81,12 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
             recipes = None if request.config is None else RECIPES
             file, overrides = find_config(request.config), request.overrides
             run = load(chosen.run(stage), file, overrides, defaults=saved, recipes=recipes)
+            if isinstance(run, PriorRun) and str(run.tokenizer) != saved.get("tokenizer"):
+                run = replace(run, tokenizer=absolute(run.tokenizer))
             check_resumable(info, to_dict(run), checkpoint)
         else:
             chosen = find_system(request.system or DEFAULT)
-            run = load_run(chosen.run(stage), request.config, request.overrides)
+            run = with_absolute_paths(load_run(chosen.run(stage), request.config, request.overrides))
             _refuse_occupied(out, type(run))
         if isinstance(run, PriorRun):
             vae = _tokenizer_of(run)
@@ -88,7 +101,7 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
 
 
 def _tokenizer_of(run: PriorRun) -> Tokenizer:
-    """The trained tokenizer that a run names. ValueError where its images are not the run's."""
+    """Return the trained tokenizer of a run. ValueError if it takes other images than the run's."""
     vae = _read_tokenizer(type(run), run.tokenizer)
     if run.codes is None:
         check_images_fit(run.data, vae.config)
@@ -98,8 +111,8 @@ def _tokenizer_of(run: PriorRun) -> Tokenizer:
 def load_run(
     cls: type[TokenizerRun] | type[PriorRun], config: str | None, overrides: Sequence[str]
 ) -> TokenizerRun | PriorRun:
-    """The settings of a training: a file or shipped recipe (None: that of digits), then ``overrides``. What is not said
-    of a prior's images is as its tokenizer had it, see `data_of_tokenizer`."""
+    """Return the settings of a training: those of a file or recipe (None: the recipe for digits), changed by
+    ``overrides``. Settings of a prior's images that are not given are the tokenizer's, see `data_of_tokenizer`."""
     settings = given(cls, find_config(config), overrides, recipes=RECIPES)
     if not issubclass(cls, PriorRun) or settings.read("codes") is not None:
         run = settings.build()
@@ -116,9 +129,13 @@ def load_run(
 
 
 def _read_tokenizer(cls: type[PriorRun], folder: Path) -> Tokenizer:
-    """The trained tokenizer at ``folder``. ValueError for one that the run's system has no use for."""
+    """Return the trained tokenizer in ``folder``. ValueError for a tokenizer of another system than the run's."""
     system = system_of(cls)
-    vae = load_pretrained(folder)
+    if not existing_folder(folder).is_dir():
+        where = "" if folder.is_absolute() else f" (relative to {Path.cwd()})"
+        raise FileNotFoundError(f"tokenizer: no folder {folder}{where}: give tokenizer=FOLDER")
+    with naming({"folder": "tokenizer"}):
+        vae = load_pretrained(folder)
     if not isinstance(vae, system.tokenizer):
         raise ValueError(
             f"tokenizer: --system {system.name} expects a {system.tokenizer.model_type}, "
@@ -130,11 +147,12 @@ def _read_tokenizer(cls: type[PriorRun], folder: Path) -> Tokenizer:
 def fit_tokenizer(
     run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
 ) -> TrainingResult[Any]:
-    """Trains from scratch, or from the checkpoint ``resume``; writes what ``run.loop`` asks for to
+    """Train a tokenizer from scratch, or from the checkpoint ``resume``; write the files that ``run.loop`` asks for to
     ``folder``."""
     tokenizer = system_of(run).tokenizer
     check_memory("model", lambda: tokenizer(run.model))
     images = open_dataset(run.data, "train")
+    check_batch_size(run.loop, len(images))
     if run.model.class_names and tuple(run.model.class_names) != tuple(images.class_names):
         raise ValueError(
             f"model.class_names: expected none, as the images' own are taken ({name_some(images.class_names)}), "
@@ -156,27 +174,76 @@ def fit_prior(
     resume: Path | None = None,
     console: Console | None = None,
 ) -> TrainingResult[Any]:
-    """As `fit_tokenizer`, for the codes of ``vae`` (``run.tokenizer`` is not read)."""
+    """Train a prior on the codes of ``vae``, as `fit_tokenizer` (``run.tokenizer`` is not read)."""
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
     system = system_of(run)
-    try:
-        wanted = run.prior.model_config(vae, len(source.class_names))
-    except ValueError as error:
-        raise ValueError(f"prior: {error}") from error
-    check_memory("prior", lambda: system.prior(wanted))
+    check_prior(run, vae, source)
     vae.to(default_device())
-    # Preparing what is learnt draws nothing: the weights of a new prior are the seed's first numbers.
+    # Preparing the items takes no random numbers: the weights of a new prior are the seed's first ones.
     set_seed(run.loop.seed)
     stage, items = system.prior_stage(run, vae, source, console=console)
     stage.model.data = None if run.codes is not None else to_dict(run.data)
     # A class folder more or less would give labels another meaning in the middle of a run.
-    kept = {SYSTEM: system.name, CLASS_NAMES: list(source.class_names), IMAGES: source.fingerprint()}
-    description = {**to_dict(run), **kept}
+    known = {
+        SYSTEM: system.name,
+        CLASS_NAMES: list(source.class_names),
+        CODEBOOK: vae.fingerprint(),
+        IMAGES: source.fingerprint(),
+    }
+    description = {**to_dict(run), **known}
     return train(stage, items, run.loop, folder=folder, description=description, resume=resume, console=console)
 
 
+def absolute(path: Path) -> Path:
+    """Return a path that means the same from every folder; links in it stay."""
+    return Path(os.path.abspath(path))
+
+
+def with_absolute_paths(settings: SettingsT) -> SettingsT:
+    """Return settings whose paths, those in sections included, mean the same from every folder: a run may be resumed,
+    and its images be read, from another one."""
+    changed: dict[str, Any] = {}
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Path):
+            changed[one.name] = absolute(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            changed[one.name] = with_absolute_paths(value)
+        elif isinstance(value, dict) and any(map(is_dataclass, value.values())):
+            changed[one.name] = {name: with_absolute_paths(section) for name, section in value.items()}
+    return replace(settings, **changed)
+
+
+def check_prior(run: PriorRun, vae: Tokenizer, source: ImageDataset | EncodedImages, *, prefix: str = "") -> Prior:
+    """Raise ValueError for settings of a prior that cannot be trained on codes of ``vae`` for ``source``. Return the
+    prior on the device "meta". ``prefix`` leads to the run among the command's settings."""
+    make = system_of(run).prior
+    try:
+        config = run.prior.model_config(vae, len(source.class_names))
+    except ValueError as error:
+        raise ValueError(f"{prefix}prior: {error}") from error
+    check_memory(f"{prefix}prior", lambda: make(config))
+    check_batch_size(run.loop, len(source.labels) if isinstance(source, EncodedImages) else len(source), prefix=prefix)
+    with torch.device("meta"):
+        return make(config)
+
+
+def sketch_tokenizer(run: TokenizerRun, class_names: Sequence[str]) -> Tokenizer:
+    """Return the tokenizer of a run on the device "meta": a prior's settings can be checked before it is trained."""
+    with torch.device("meta"):
+        return system_of(run).tokenizer(replace(run.model, class_names=tuple(class_names)))
+
+
+def check_batch_size(loop: LoopConfig, count: int, *, prefix: str = "") -> None:
+    """Raise ValueError for batches of more images than there are."""
+    if loop.batch_size > count:
+        raise ValueError(
+            f"{prefix}loop.batch_size: expected at most the {count} images there are, got {loop.batch_size}"
+        )
+
+
 def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint of a run and its info."""
+    """Return the newest intact checkpoint of a run and its info."""
     found = newest_whole_checkpoint(out / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"--resume: no checkpoint in {out / 'checkpoints'}")
@@ -184,12 +251,12 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
     if info["stage"] != stage:
         raise ValueError(f"--resume: {out} holds the run of a {info['stage']}, not of a {stage}")
     described = saved_description(info["description"])
-    settings = {name: value for name, value in described.items() if name not in (SYSTEM, CLASS_NAMES, IMAGES)}
+    settings = {name: value for name, value in described.items() if name not in _NOT_SETTINGS}
     return path, {**info, "description": settings, SYSTEM: info["description"].get(SYSTEM)}
 
 
 def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, where: Path) -> System:
-    """Finds the system of a run: by its name, or by its settings in a checkpoint that does not name it."""
+    """Return the system of a run: by its name, or by its settings in a checkpoint that does not name it."""
     name = info[SYSTEM]
     if name is not None and asked not in (None, name):
         raise ValueError(f"--system: expected {name}, as {where} has it, got '{asked}'")
@@ -207,18 +274,20 @@ def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, w
 
 
 def _refuse_occupied(out: Path, run: type[TokenizerRun] | type[PriorRun]) -> None:
-    """Raises FileExistsError where a new run would replace something in ``out``."""
+    """Raise FileExistsError if a new run would replace something in ``out``."""
     if latest_checkpoint(out / "checkpoints") is not None:
-        raise FileExistsError(f"{out} already holds a run: --resume goes on with it, or choose another --out")
+        raise FileExistsError(f"{out} already holds a run: --resume resumes it, or choose another --out")
     model = existing_folder(out / "model")
     if model.exists() and any(model.iterdir()):
         raise FileExistsError(f"{out} already holds a trained model and no checkpoint: choose another --out")
     config = out / "config.yaml"
     if config.exists():
         try:
-            load(run, config, recipes=RECIPES)
-        except (OSError, ValueError) as error:
-            raise FileExistsError(f"{config} is not the config of such a run: choose another --out") from error
+            is_ours = config.read_text(encoding="utf-8") == to_yaml(to_dict(load(run, config, recipes=RECIPES)))
+        except (OSError, ValueError):
+            is_ours = False
+        if not is_ours:  # also where it is the user's, with comments, or with what differs from a recipe
+            raise FileExistsError(f"{config} is not the config of such a run: choose another --out")
         logger.info("%s: starting over, since the run there saved no checkpoint", out)
 
 
@@ -235,7 +304,7 @@ def _how_to_go_on(out: Path, command: str) -> str:
 
 @contextlib.contextmanager
 def interruptible(hint: Callable[[], str]) -> Iterator[None]:
-    """Adds to a KeyboardInterrupt how to resume."""
+    """Add to a KeyboardInterrupt how to resume."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -244,7 +313,7 @@ def interruptible(hint: Callable[[], str]) -> Iterator[None]:
 
 
 def _examples(data: DataConfig, training_images: ImageDataset) -> Tensor:
-    """A few images to watch: held-out ones, where there are any."""
+    """Return a few images for previews: held-out ones, if there are any."""
     held_out = open_dataset(data, "held_out") if data.held_out_fraction else training_images
     images = held_out if len(held_out) else training_images
     return torch.stack([images.item(index, 0)[0] for index in range(min(PREVIEW_COLUMNS, len(images)))])

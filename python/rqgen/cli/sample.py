@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 
 from rqgen.data import EncodedImages, image_grid, save_image, write_codes
-from rqgen.data.codes import check_codes_name
-from rqgen.data.grid import check_image_name, grid_size
-from rqgen.files import claim_file
+from rqgen.data.codes import check_codes_name, is_codes_file
+from rqgen.data.grid import check_image_name, grid_size, is_saved_image
 from rqgen.models import Prior, Tokenizer
 from rqgen.models.classes import class_label, names_of_classes
 from rqgen.sampling import Engine, SamplingParams, generate
 from rqgen.sampling.generate import GenerateOutput
 from rqgen.sampling.pipeline import Pipeline
+from rqgen.training.memory import memory_limit
 
+from .errors import naming
 from .models import default_device, load_prior, load_tokenizer
+from .outputs import output_file
 from .requests import PRIOR, TOKENIZER, SampleRequest
 
 # Pixels of a sheet for each of an image's, along each side.
@@ -44,24 +46,29 @@ def sample_images(request: SampleRequest) -> int:
     check_image_name(request.out, name="--out")
     if request.codes is not None:
         check_codes_name(request.codes, "--codes")
-    with claim_file(request.out), contextlib.nullcontext() if request.codes is None else claim_file(request.codes):
+    with contextlib.ExitStack() as outputs:
+        outputs.enter_context(output_file(request.out, "--out", is_saved_image))
+        if request.codes is not None:
+            outputs.enter_context(output_file(request.codes, "--codes", is_codes_file))
         models = _load(request.run, folders)
         prior, vae = models.prior, models.tokenizer
         classes = _labels(models, request.classes)
         rows = tuple(models.class_names[label] for label in classes)
+        _check_memory(max(1, len(rows)) * request.num, vae)
         height, width = grid_size(max(1, len(rows)) * request.num, request.num, vae.image_shape, row_labels=rows)
         check_image_name(request.out, size=(_SHEET_SCALE * height, _SHEET_SCALE * width), name="--out")
         labels = torch.tensor(classes, device=prior.device).repeat_interleave(request.num) if classes else None
-        sampled = generate(
-            prior,
-            vae,
-            labels,
-            num=request.num if labels is None else None,
-            params=params,
-            batch_size=request.batch_size,
-            precision=engine,
-            progress=True,
-        )
+        with naming({"vae": "--tokenizer" if request.run is None else f"RUN: {request.run}: tokenizer"}):
+            sampled = generate(
+                prior,
+                vae,
+                labels,
+                num=request.num if labels is None else None,
+                params=params,
+                batch_size=request.batch_size,
+                precision=engine,
+                progress=True,
+            )
         sheet = image_grid(sampled.images, columns=request.num, row_labels=rows)
         save_image(sheet, request.out, scale=_SHEET_SCALE)
         if request.codes is not None:
@@ -82,10 +89,23 @@ def _model_folders(request: SampleRequest) -> dict[str, Path]:
 
 def _load(run: Path | None, folders: dict[str, Path]) -> LoadedModels:
     if run is not None:
-        pipeline = Pipeline.from_pretrained(run, default_device())
+        with naming({"folder": "RUN"}):
+            pipeline = Pipeline.from_pretrained(run, default_device())
         return LoadedModels(pipeline.prior, pipeline.tokenizer, class_names=pipeline.class_names, folders=folders)
     prior, tokenizer = load_prior(folders["prior"]), load_tokenizer(folders["tokenizer"])
     return LoadedModels(prior, tokenizer, class_names=names_of_classes(prior), folders=folders)
+
+
+def _check_memory(count: int, vae: Tokenizer) -> None:
+    """Raise ValueError for more images than fit in memory: as float32 twice while batches are joined, then as bytes on
+    the sheet, which is enlarged."""
+    values = vae.image_channels * vae.image_shape[0] * vae.image_shape[1]
+    needed, there = count * values * max(8, 4 + 1 + 2 * _SHEET_SCALE**2), memory_limit()
+    if needed > there:
+        raise ValueError(
+            f"--num: {count:,} images on one sheet take at least {needed / 2**30:,.1f} GiB, and this machine has "
+            f"{there / 2**30:,.1f} GiB: sample fewer, or some at a time with --offset"
+        )
 
 
 def _labels(models: LoadedModels, wanted: Sequence[str]) -> list[int]:

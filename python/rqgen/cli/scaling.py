@@ -1,4 +1,4 @@
-"""`rqgen scaling`: a family of VARs trained for equal tokens, and the power laws of their test loss and token error."""
+"""`rqgen scaling`: train a family of VARs for equal tokens and fit power laws to their test loss and token error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rqgen.bench.machine import environment
 from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
-from rqgen.files import claim_folder, is_temporary, write_json, write_text
+from rqgen.files import is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
 from rqgen.reading import read_json
 from rqgen.report import plot_scaling, power_of_ten
@@ -28,20 +28,21 @@ from rqgen.systems.var import VARPriorRun, VARTokenizerRun
 from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 
 from .models import Loaded, check_images_fit
+from .outputs import output_folder
 from .requests import ScalingRequest
-from .runs import fit_prior, fit_tokenizer, interruptible
+from .runs import absolute, check_batch_size, check_prior, fit_prior, fit_tokenizer, interruptible, sketch_tokenizer
 from .settings import RECIPES, data_of_tokenizer, find_config
 
 logger = logging.getLogger(__name__)
 
-# What is fitted: attributes of `TokenPrediction`, and what the figure calls them.
+# Attribute of `TokenPrediction` that is fitted -> its title in the figure.
 CURVES = {
     "loss": "test loss, all scales",
     "last_scale_loss": "test loss, last scale",
     "error_rate": "token error rate, all scales",
     "last_scale_error_rate": "token error rate, last scale",
 }
-# What stands in a member's metrics.json.
+# Keys of a member's metrics.json.
 MEASURED = {
     *("depth", "width", "block_parameters", "parameters", "training_tokens", "learning_rate", "training_loss"),
     *CURVES,
@@ -59,11 +60,10 @@ class ScalingConfig:
     depths: list[int] = field(default_factory=lambda: [2, 3, 4, 6])
     """Each N is a VAR of the published shape "dN": N layers of width 64 N, N heads, drop path 0.1 N / 24."""
     tokenizer: VARTokenizerRun = field(default_factory=VARTokenizerRun)
-    """Trained first, where no trained one is given."""
+    """Trained first, unless a trained one is given."""
     prior: VARPriorRun = field(default_factory=VARPriorRun)
-    """Of every member; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read. The learning
-    rate is that of depth 1, width 64: depth N has it
-    divided by N, as wider layers need smaller steps."""
+    """Settings of every member; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read. The
+    learning rate is that of depth 1, width 64: depth N has it divided by N, as wider layers need smaller steps."""
 
     @classmethod
     def implied(cls, given: Given[Any]) -> dict[str, Any]:
@@ -84,10 +84,11 @@ class ScalingConfig:
             if given != getattr(VARPriorConfig(), name):
                 raise ValueError(f"prior.prior.{name}: depths decide it, but it is set to {given!r}")
         if self.prior.data.held_out_fraction == 0:
-            raise ValueError("prior.data.held_out_fraction: 0 leaves no images to test on")
+            stage = "tokenizer" if self.tokenizer.data.held_out_fraction == 0 else "prior"  # the other follows
+            raise ValueError(f"{stage}.data.held_out_fraction: 0 leaves no images to test on")
 
     def member(self, depth: int) -> VARPriorRun:
-        """The training run of one size."""
+        """Return the training run of one size."""
         prior = replace(self.prior.prior, preset=f"d{depth}")
         optimizer = self.prior.loop.optimizer
         optimizer = replace(optimizer, learning_rate=optimizer.learning_rate / depth)
@@ -96,7 +97,7 @@ class ScalingConfig:
 
 def scale(request: ScalingRequest, *, console: Console | None = None) -> dict[str, Any]:
     """Run the command: see `run_scaling`."""
-    with claim_folder(request.out):
+    with output_folder(request.out, "--out"):
         pass  # tried before the tokenizer is read
     config = load_scaling(find_config(request.config), request.overrides, request.tokenizer)
     return run_scaling(config, request.out, tokenizer=request.tokenizer, resume=request.resume, console=console)
@@ -113,8 +114,8 @@ def summary(result: dict[str, Any], out: Path) -> list[str]:
 
 
 def load_scaling(config: Path | None, overrides: Sequence[str] = (), tokenizer: Path | None = None) -> ScalingConfig:
-    """The settings of a file (None: the shipped recipe for digits), then ``overrides``. The images follow the trained
-    ``tokenizer``, where there is one."""
+    """Return the settings of a file (None: the recipe for digits), changed by ``overrides``. The images follow the
+    trained ``tokenizer``, if there is one."""
     settings = given(ScalingConfig, config, overrides, recipes=RECIPES)
     if tokenizer is None:
         return settings.build()
@@ -126,12 +127,12 @@ def load_scaling(config: Path | None, overrides: Sequence[str] = (), tokenizer: 
 def run_scaling(
     config: ScalingConfig, out: Path, *, tokenizer: Path | None, resume: bool, console: Console | None = None
 ) -> dict[str, Any]:
-    """Trains every member, tests it on held-out images, fits the laws. Writes into ``out``: scaling.csv (a row per
+    """Train every member, test it on held-out images and fit the laws. Write into ``out``: scaling.csv (a row per
     member), scaling.json (the same, the laws, settings, environment), scaling.png, tokenizer/ (where ``tokenizer`` is
-    None) and a folder per member. Returns what scaling.json holds.
+    None) and a folder per member. Return the content of scaling.json.
 
-    Every member is judged as it is after its last update: none is chosen by its test loss. With ``resume``, members
-    that are finished are not trained again, and one with a checkpoint goes on from it; ``depths`` may then have
+    Every member is tested after its last update: none is selected by its test loss. With ``resume``, members
+    that are finished are not trained again, and one with a checkpoint is resumed; ``depths`` may then have
     changed.
 
     Raises:
@@ -139,7 +140,7 @@ def run_scaling(
             there; images that do not fit it, without classes, or none held out; figures that no law fits.
     """
     command = f"rqgen scaling --out {shlex.quote(str(out))} --resume, with the same settings"
-    with interruptible(lambda: f"resume with: {command}"), claim_folder(out):
+    with interruptible(lambda: f"resume with: {command}"), output_folder(out, "--out"):
         return _run_scaling(config, out, tokenizer=tokenizer, resume=resume, console=console)
 
 
@@ -151,9 +152,17 @@ def _run_scaling(
         raise ValueError("prior.data: a family is trained on images with classes, and tested on held-out ones")
     vae = None if tokenizer is None else MultiScaleVQVAE.from_pretrained(tokenizer)
     check_images_fit(config.prior.data, config.tokenizer.model if vae is None else vae.config)
+    train = open_dataset(config.prior.data, "train")
     if vae is None:
         check_one_split(config.tokenizer.data, config.prior.data)
-    _describe(out, {"tokenizer": tokenizer and str(tokenizer), "config": to_dict(config)}, resume=resume)
+        check_batch_size(config.tokenizer.loop, len(train), prefix="tokenizer.")
+    sketch = sketch_tokenizer(config.tokenizer, train.class_names) if vae is None else vae
+    for depth in config.depths:
+        try:
+            check_prior(config.member(depth), sketch, train, prefix="prior.")
+        except ValueError as error:
+            raise ValueError(f"depth {depth}: {error}") from error
+    _describe(out, {"tokenizer": tokenizer and str(absolute(tokenizer)), "config": to_dict(config)}, resume=resume)
     tokenizer_seconds = None
     if vae is None:
         vae, tokenizer_seconds = _tokenizer(config, out / "tokenizer", console)
@@ -185,24 +194,26 @@ def _run_scaling(
 
 
 def _describe(out: Path, description: dict[str, Any], *, resume: bool) -> None:
-    """Writes ``out``/run.json, or compares with what stands there."""
+    """Write ``out``/run.json, or compare it with the file there."""
     path = out / "run.json"
     if not resume:
         if any(not is_temporary(entry) for entry in out.iterdir()):
-            raise FileExistsError(f"{out} is not empty: --resume goes on with a run there, or choose another --out")
+            raise FileExistsError(f"{out} is not empty: --resume resumes a run there, or choose another --out")
     elif not path.is_file():
         raise FileNotFoundError(f"--resume: no run in {out}")
     else:
         saved = read_json(path)
         if isinstance(saved.get("config"), dict):
-            # Members do not depend on each other.
+            # Members do not depend on each other, and know their tokenizer by its codebooks, wherever it lies.
             saved["config"]["depths"] = description["config"]["depths"]
+            if saved.get("tokenizer") is not None and description["tokenizer"] is not None:
+                saved["tokenizer"] = description["tokenizer"]
         refuse_other_run(saved, description, path)
     write_json(path, description)
 
 
 def _tokenizer(config: ScalingConfig, folder: Path, console: Console | None) -> tuple[MultiScaleVQVAE, float]:
-    """Trained, or read where that is done; and how many seconds the training took."""
+    """Return the tokenizer, trained or read if that is done, and the seconds of its training."""
     path = folder / "metrics.json"
     if not path.is_file():
         started = time.perf_counter()
@@ -221,7 +232,7 @@ def _member(
     folder: Path,
     console: Console | None,
 ) -> dict[str, Any]:
-    """A row of the table: trained and tested, or read where that is done."""
+    """Return a row of the table of a member that is trained and tested, or read if that is done."""
     path, codebook = folder / "metrics.json", vae.fingerprint()
     if path.is_file():
         done = _metrics(path, MEASURED)
@@ -242,7 +253,7 @@ def _member(
         "parameters": sum(parameter.numel() for parameter in prior.parameters() if parameter.requires_grad),
         "training_tokens": images * prior.layout.count,
         "learning_rate": run.loop.optimizer.learning_rate,
-        # Of the last updates, with dropped conditions: beside the test loss it tells how much was learnt by heart.
+        # Of the last updates, with dropped conditions: compared with the test loss it shows how much was memorised.
         "training_loss": trained.history[-1]["loss"],
         **{name: getattr(predicted, name) for name in CURVES},
         "seconds": seconds,
@@ -252,13 +263,13 @@ def _member(
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, if any."""
+    """Return the newest intact checkpoint, if any."""
     found = newest_whole_checkpoint(folder / "checkpoints")
     return None if found is None else found[0]
 
 
 def _metrics(path: Path, names: Set[str]) -> dict[str, Any]:
-    """Reads the metrics.json of a finished model; ``names`` are its keys."""
+    """Read the metrics.json of a finished model; ``names`` are its keys."""
     found = read_json(path)
     if found.keys() != names:
         odd = min(found.keys() ^ names)

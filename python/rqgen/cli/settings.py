@@ -1,4 +1,4 @@
-"""From files and the command line to the settings of each command."""
+"""Settings of each command, from files and the command line."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from .models import Loaded, Models
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(str(resources.files("rqgen.cli"))) / "configs"
-# How training images are varied is each stage's own; what they are, and which train, is the tokenizer's.
+# Each stage has its own variations of training images; which images there are, and which train, the tokenizer says.
 _VARIATIONS = ("horizontal_flip", "shift")
-# And where these differ, one stage may train on what the other holds out.
+# If these differ, one stage may train on images that the other holds out.
 _SPLIT = ("classes", "held_out_fraction", "split_seed", "folder.split")
 
 
 def find_config(name: str | None) -> Path | None:
-    """The file that ``--config`` names: a path, or the name of a shipped recipe. FileNotFoundError."""
+    """Return the file that ``--config`` names by its path, or by the name of a recipe. FileNotFoundError."""
     return None if name is None else find_file(name, RECIPES)
 
 
 def load_encoding(tokenizer: Loaded[Tokenizer], config: Path | None, overrides: Sequence[str] = ()) -> DataConfig:
-    """The images to encode: those that the tokenizer learnt from, where none are named (then a line is logged), and
-    what is not said of them as in `data_of_tokenizer`."""
+    """Return the images to encode: those of the tokenizer's training if none are named (then a line is logged);
+    settings that are not given are as in `data_of_tokenizer`."""
     settings = given(DataConfig, config, overrides, recipes=RECIPES)
     data = settings.build(data_of_tokenizer(tokenizer, settings, ""), where=str(tokenizer.folder))
     warn_of_idle_options(data, "")
     if not _asked(settings, ""):
         source, place = data.place
         images = f"source={source}" + (f" {source}={place}" if place is not None else "")
-        logger.info("no images were named: taking those that the tokenizer learnt from, %s", images)
+        logger.info("no images were named: encoding those of the tokenizer's training, %s", images)
     return data
 
 
 def data_of_tokenizer(tokenizer: Loaded[Tokenizer], settings: Given[Any], prefix: str) -> dict[str, Any]:
-    """What a tokenizer says of the images where nothing else does: their size and channels, and, if they are those
-    that it learnt from, all but how they are varied.
+    """Return settings of the images that were not given: the size and channels that a tokenizer takes and, if the
+    images are those of its training, all settings but their variations.
 
-    ``prefix`` leads to the data among ``settings``. ValueError where nothing says which images.
+    ``prefix`` leads to the data among ``settings``. ValueError if nothing names the images.
     """
     known = _remembered(tokenizer)
     asked = _asked(settings, prefix)
     if known is None and not asked:
         raise ValueError(
-            f"{prefix}source: the tokenizer in {tokenizer.folder} does not say which images it learnt from; "
+            f"{prefix}source: the tokenizer in {tokenizer.folder} does not name the images of its training; "
             f"{_ways_to_name_images(prefix)}"
         )
     return _known_data(known, asked, _size(tokenizer.model))
@@ -106,7 +106,7 @@ def warn_of_other_split(data: DataConfig, trained: Loaded[PretrainedModel], *, r
 
 
 def warn_of_idle_options(data: DataConfig, prefix: str) -> None:
-    """Logs options of sources other than the chosen one: they have no effect."""
+    """Log options of sources other than the chosen one: they have no effect."""
     for name, value in data.idle_options().items():
         logger.warning("%s%s: %s has no effect: %ssource is '%s'", prefix, name, value, prefix, data.source)
 
@@ -119,14 +119,14 @@ def _ways_to_name_images(prefix: str) -> str:
 
 
 def _asked(settings: Given[Any], prefix: str) -> dict[str, Any]:
-    """The settings that name the images: the source, and paths in the sections of sources."""
+    """Return the settings that name the images: the source, and paths in the sections of sources."""
     names = ["source", *shorthands(DataConfig).values()]
     found = {name: settings.read(prefix + name) for name in names if settings.has(prefix + name)}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _are_same(asked: dict[str, Any], known: DataConfig) -> bool:
-    """Compares the images that settings name with the known ones."""
+    """Return True if settings name the known images."""
     short = shorthands(DataConfig)
     source = asked.get("source") or next(name for name, path in short.items() if path in asked)
     if source != known.source:

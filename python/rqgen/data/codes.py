@@ -130,6 +130,16 @@ def write_codes(path: str | Path, encoded: EncodedImages) -> None:
         sign_tensors(written)
 
 
+def is_codes_file(path: Path) -> bool:
+    """Recognise a file that `write_codes` of any version wrote, by its metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            _description(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return False
+    return True
+
+
 def read_codes(path: str | Path) -> EncodedImages:
     """Read what `write_codes` wrote, in this version or in the first two, which had an entry of metadata for each
     thing; in the first one codes are (N, h, w, D). Raise FileNotFoundError, or ValueError for any other file."""

@@ -25,6 +25,8 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # The largest width and height, in pixels.
 _LARGEST = {"JPEG": 65500, "WEBP": 16383}
+# EXIF's "Software", and the name that `save_image` writes there.
+_SOFTWARE, _WRITER = 0x0131, "rqgen"
 _LABEL_HEIGHT, _LABEL_LETTERS = 12, 24
 
 
@@ -120,5 +122,16 @@ def save_image(sheet_chw: torch.Tensor, path: str | Path, *, scale: int = 1) -> 
     pixels = sheet_chw.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).cpu().numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     kind, options = _FORMATS[path.suffix.lower()]
+    exif = Image.Exif()
+    exif[_SOFTWARE] = _WRITER
     with new_file(path) as written:
-        image.save(written, format=kind, **options)
+        image.save(written, format=kind, exif=exif, **options)
+
+
+def is_saved_image(path: Path) -> bool:
+    """Recognise a file that `save_image` wrote, by its EXIF data; a BMP, which holds none, never."""
+    try:
+        with Image.open(path) as image:
+            return image.getexif().get(_SOFTWARE) == _WRITER
+    except (OSError, ValueError, SyntaxError):
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from rqgen.quantizers import Codes
 from .arguments import KnownRows, check_condition, check_known, check_models, finished_images, number_of_images
 
 DEFAULT_BATCH_SIZE = 256
+SECONDS_PER_LINE = 10.0
+"""Time between two lines of progress where the output is a log and no terminal."""
 _NAMES = ("condition", "num", "params", "batch_size", "known", "precision", "progress")
 
 
@@ -134,12 +137,33 @@ def generate(
 @contextmanager
 def progress_bar(shown: bool, num: int, steps: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar; yield the function to call with the number of images that moved on by one step."""
+    console = Console(stderr=True)
+    if shown and not console.is_terminal:
+        yield _progress_lines(console, num, num * steps)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(f"sampling {num} images", total=num * steps)
         yield lambda images: bar.advance(task, images)
+
+
+def _progress_lines(console: Console, num: int, total: int) -> Callable[[int], None]:
+    """Return `advance` for a log: it prints a line every `SECONDS_PER_LINE` seconds."""
+    began = printed = time.monotonic()
+    done = 0
+
+    def advance(images: int) -> None:
+        nonlocal done, printed
+        done, now = done + images, time.monotonic()
+        if now - printed >= SECONDS_PER_LINE and done < total:
+            printed = now
+            left = (now - began) / done * (total - done)
+            line = f"sampling {num} images: {done / total:.0%}, {left:.0f} s left"
+            console.print(line, soft_wrap=True, highlight=False)
+
+    return advance

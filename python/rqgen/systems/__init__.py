@@ -1,4 +1,4 @@
-"""The systems that the commands know: a tokenizer, a prior over its codes, and how both are trained.
+"""Systems of the command line: a tokenizer, a prior over its codes, and the settings of both trainings.
 
 A system is a module of this room that holds its `System` as SYSTEM, and one line in the table below. Modules are
 imported when a system is asked for: `rqgen --help` need not wait for torch.
@@ -23,7 +23,7 @@ _registered: dict[str, System] = {}
 
 
 def register(system: System, title: str) -> None:
-    """Adds a system that is defined outside of this room. Raises ValueError for a name that is taken."""
+    """Add a system that is defined outside of this room. ValueError for a name that is taken."""
     if system.name in TITLES:
         raise ValueError(f"name: expected one that is not taken ({', '.join(TITLES)}), got '{system.name}'")
     TITLES[system.name] = title
@@ -31,12 +31,12 @@ def register(system: System, title: str) -> None:
 
 
 def unregister(name: str) -> None:
-    """Takes back a `register`."""
+    """Undo `register`."""
     del _registered[name], TITLES[name]
 
 
 def find_system(name: str) -> System:
-    """The system of this name. ValueError where there is none."""
+    """Return the system of this name. ValueError for an unknown one."""
     if name not in TITLES:
         raise ValueError(f"--system: expected one of {', '.join(TITLES)}, got '{name}'")
     if name not in _registered:
@@ -45,13 +45,13 @@ def find_system(name: str) -> System:
 
 
 def all_systems() -> list[System]:
-    """Every system, in the order of the table."""
+    """Return every system, in the order of the table."""
     return [find_system(name) for name in TITLES]
 
 
 def system_of(run: Any) -> System:
-    """The system whose stage these settings train: `TokenizerRun` or `PriorRun`, an instance or the class. LookupError
-    for settings of none."""
+    """Return the system whose stage these settings train: a `TokenizerRun` or `PriorRun`, an instance or the class.
+    LookupError for settings of no system."""
     cls = run if isinstance(run, type) else type(run)
     for system in all_systems():
         if cls in (system.tokenizer_run, system.prior_run):

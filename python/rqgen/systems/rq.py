@@ -43,7 +43,7 @@ class RQPriorRun(PriorRun):
 
     recipe: ClassVar[str | None] = "digits_prior"
     prior: PriorConfig = field(default_factory=PriorConfig)
-    """The prior, and what it learns."""
+    """The prior and its targets."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A system as the commands see it, and what the settings of all systems have in common."""
+"""The description of a system, and the settings that all systems have in common."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class PriorRun:
     tokenizer: Path = Path("runs/tokenizer/model")
     """The folder of the trained tokenizer: the one with config.json and model.safetensors."""
     codes: Path | None = None
-    """Learn from codes that `rqgen encode` wrote and not from images; ``data`` is then not read."""
+    """Learn from codes that `rqgen encode` wrote instead of images; ``data`` is then not read."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The images. What is not given is as the tokenizer had it, flips and shifts aside."""
+    """The images. Settings that are not given are the tokenizer's, except flips and shifts."""
     prior: Any = None
-    """The prior, and what it learns."""
+    """The prior and its targets."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """The training."""
 
@@ -75,7 +75,7 @@ class DemoConfig:
     prior: Any = None
     """Stage 2; ``prior.data`` follows ``tokenizer.data``, and ``prior.tokenizer`` is not read."""
     sampling: DemoSamplingConfig = field(default_factory=DemoSamplingConfig)
-    """The sampling of the judged images."""
+    """The sampling of the images to evaluate."""
 
     @classmethod
     def implied(cls, given: Given[Any]) -> dict[str, Any]:
@@ -85,7 +85,13 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_one_split(self.tokenizer.data, self.prior.data)
         if self.tokenizer.data.source != "digits":
-            raise ValueError(f"tokenizer.data.source: the demo is about 'digits', got '{self.tokenizer.data.source}'")
+            raise ValueError(
+                f"tokenizer.data.source: expected 'digits', which the demo is about, got '{self.tokenizer.data.source}'"
+            )
+        if self.prior.codes is not None:
+            raise ValueError(
+                f"prior.codes: expected none, as the demo trains its prior on images, got {self.prior.codes}"
+            )
 
 
 class MakePriorStage(Protocol):
@@ -100,13 +106,13 @@ class MakePriorStage(Protocol):
 
 @dataclass(frozen=True)
 class System:
-    """What differs between the systems on the command line.
+    """Everything that differs between the systems on the command line.
 
     Attributes:
         name: as ``--system`` takes it.
         tokenizer, prior: classes of the two models.
         tokenizer_run, prior_run: settings of `rqgen train`.
-        prior_stage: (run, tokenizer, images or codes, console) -> the stage with a new prior, and what it learns from.
+        prior_stage: (run, tokenizer, images or codes, console) -> the stage with a new prior, and its training items.
         demo: settings of `rqgen demo`; None: the system has none.
     """
 
@@ -119,12 +125,12 @@ class System:
     demo: type[DemoConfig] | None = None
 
     def run(self, stage: str) -> type[TokenizerRun] | type[PriorRun]:
-        """Settings of a stage, "tokenizer" or "prior"."""
+        """Return the class of a stage's settings, "tokenizer" or "prior"."""
         return self.tokenizer_run if stage == "tokenizer" else self.prior_run
 
 
 def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
-    """Raises ValueError where the two stages would not hold out the same images."""
+    """Raise ValueError unless both stages hold out the same images."""
     first, second = to_dict(tokenizer), to_dict(prior)
     for name in {**first, **second}:
         if (ours := second.get(name)) != (theirs := first.get(name)):
@@ -135,7 +141,7 @@ def check_one_split(tokenizer: DataConfig, prior: DataConfig) -> None:
 
 
 def feature_side(given: Given[Any], data: DataConfig) -> int:
-    """Side of a tokenizer's feature map for images of ``data``, of a model with one level per factor of two
+    """Return the side of a tokenizer's feature map for images of ``data``, of a model with one level per factor of two
     (``model.channel_multipliers``)."""
     levels = len(given.read("model.channel_multipliers"))
     stride = 2 ** min(max(levels - 1, 0), 32)
@@ -150,7 +156,7 @@ def feature_side(given: Given[Any], data: DataConfig) -> int:
 
 
 def preview_samples(prior: Prior, vae: Tokenizer) -> dict[str, Tensor]:
-    """The same few samples at every call, so that progress can be seen: of the first classes a row each."""
+    """Return the same few samples at every call, to show progress: a row for each of the first classes."""
     classes = min(prior.num_classes, PREVIEW_CLASSES)
     if not classes:
         sampled = generate(prior, vae, num=4 * PREVIEW_COLUMNS, seed=0)

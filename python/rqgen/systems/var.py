@@ -46,7 +46,7 @@ class VARPriorRun(PriorRun):
 
     recipe: ClassVar[str | None] = "digits_var_prior"
     prior: VARPriorConfig = field(default_factory=VARPriorConfig)
-    """The prior, and what it learns."""
+    """The prior and its targets."""
 
 
 @dataclass

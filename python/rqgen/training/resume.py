@@ -67,8 +67,9 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
     differences: (key, before, now)."""
     saved, current = saved_description(info["description"]), dict(description)
     before, now = saved.pop(IMAGES, None), current.pop(IMAGES, None)
-    # Older checkpoints do not name their system; their settings and weights do not fit another one.
-    may_change = RESUMABLE_CHANGES | {"steps"} | ({"system"} - saved.keys())
+    # Older checkpoints do not name their system, whose settings and weights do not fit another one, nor their codebook,
+    # which stands for the tokenizer, wherever that lies.
+    may_change = RESUMABLE_CHANGES | {"steps", "tokenizer"} | ({"system", "codebook"} - saved.keys())
     changed = refuse_other_run(saved, current, path, may_change=may_change)
     if before is not None and now is not None and before != now:
         others = "" if (there := _in_words(before)) != _in_words(now) else ", but others"

@@ -104,7 +104,7 @@ def test_what_is_finished_is_not_trained_again(rqgen, family, monkeypatch):
     code, _, err = rqgen("scaling", "--out", out, "--resume", *SMALL, "depths=[1,2,3,4]")
     assert code == 0 and trained == ["d1", "d4"], err
     code, _, err = rqgen("scaling", "--out", out, *SMALL)
-    assert code == 1 and "is not empty: --resume goes on with a run there" in err
+    assert code == 1 and "is not empty: --resume resumes a run there" in err
     code, _, err = rqgen("scaling", "--out", out, "--resume", *SMALL, "prior.loop.steps=4")
     assert code == 1 and "'config.prior.loop.steps' was 3 there and is 4 now" in err
     assert trained == ["d1", "d4"]

@@ -386,7 +386,7 @@ def test_encode_takes_the_tokenizers_images_and_says_so(rqgen, mine, photos, tmp
         code, _, err = rqgen(*arguments, "--split", "held_out")
     assert code == 0, err
     assert (
-        f"no images were named: taking those that the tokenizer learnt from, source=folder folder={photos}"
+        f"no images were named: encoding those of the tokenizer's training, source=folder folder={photos}"
         in caplog.text
     )
     encoded = read_codes(tmp_path / "codes")
