@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the losses: VGG16 and heads by a formula, and what the published code computed with them."""
+"""Fixtures for the tests of the losses: VGG16 and heads by a formula, and what the published code made of them."""
 
 from __future__ import annotations
 
