@@ -1,4 +1,4 @@
-"""What the tests of the losses share: VGG16 and heads by a formula, and what the published code computed with them."""
+"""Fixtures for the tests of the losses: VGG16 and heads by a formula, and what the published code made of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def lpips(weights: Weights) -> LPIPS:
 
 
 class Published:
-    """What the published loss computed."""
+    """Tensors that the published loss computed."""
 
     def __init__(self) -> None:
         self.config: dict[str, Any] = json.loads((STAGE1 / "config.json").read_text())

@@ -73,7 +73,7 @@ G_LOSSES = {
 
 
 class Step(NamedTuple):
-    """What one training step computed."""
+    """Results of one training step."""
 
     total: Tensor
     perceptual: Tensor
