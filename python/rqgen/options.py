@@ -16,7 +16,7 @@ CLI = "cli"
 
 @dataclass(frozen=True, kw_only=True)
 class OnCommandLine:
-    """How a field looks on the command line, where that does not follow from its name and type.
+    """Looks of a field on the command line, as far as they do not follow from its name and type.
 
     Attributes:
         name: in place of ``--`` and the field's name with hyphens; ``--x/--no-x`` for a flag that is on by default.

@@ -662,7 +662,7 @@ def test_a_float_that_is_nan_or_infinite_is_refused_by_name(cls: type, name: str
     required = REQUIRED.get(cls.__name__, {})
     cls(**required)
     for value in (float("nan"), float("inf"), -float("inf"), np.float32("nan")):
-        with pytest.raises(ValueError, match=rf"^{name}: expected a finite number, got (nan|-?inf)"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a finite number( or .+)?, got (nan|-?inf)"):
             cls(**{**required, name: value})
 
 

@@ -18,7 +18,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 @dataclass(kw_only=True)
 class SamplingBenchSettings:
-    """What `rqgen bench sampling` measures. Weights are random: speed does not depend on them."""
+    """Settings of `rqgen bench sampling`. Weights are random: speed does not depend on them."""
 
     preset: str | None = None
     """Size of the prior: 90M, 350M, 480M, 800M or 1.4B; by default the next four options give it."""
@@ -59,7 +59,7 @@ class SamplingBenchSettings:
 
 @dataclass(kw_only=True)
 class SystemsBenchSettings:
-    """What `rqgen bench systems` measures. Weights are random: speed does not depend on them."""
+    """Settings of `rqgen bench systems`. Weights are random: speed does not depend on them."""
 
     image_side: int = 256
     """Side of an image, 256 or 512: decides each system's codes."""

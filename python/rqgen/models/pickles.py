@@ -21,7 +21,7 @@ _SAFE_GLOBALS = re.compile(r"collections\.OrderedDict|torch\.\w+|torch\._utils\.
 
 
 def unpickle(path: Path) -> Any:
-    """What a torch checkpoint holds: tensors and plain values, nothing else. ValueError for anything but that.
+    """Return the content of a torch checkpoint: tensors and plain values. Raise ValueError for anything else.
 
     Its checksums are compared, where it has them: torch itself reads damaged weights without a word.
     """
@@ -96,8 +96,8 @@ def _pickled_globals(path: Path) -> Iterator[str]:
 
 
 def _is_stored_whole(path: Path) -> bool:
-    """Whether nothing in a checkpoint is compressed; False for one that is no zip archive. ValueError where a checksum
-    differs."""
+    """Return True if nothing in a checkpoint is compressed; False for one that is no zip archive. Raise ValueError if
+    a checksum differs."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
