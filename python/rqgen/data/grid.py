@@ -27,6 +27,8 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _LARGEST = {"JPEG": 65500, "WEBP": 16383}
 # EXIF's "Software", and the name that `save_image` writes there.
 _SOFTWARE, _WRITER = 0x0131, "rqgen"
+# A BMP has no EXIF data, but four bytes of its header are the writer's own.
+_BMP_RESERVED, _BMP_WRITER = 6, b"rqgn"
 _LABEL_HEIGHT, _LABEL_LETTERS = 12, 24
 
 
@@ -126,11 +128,19 @@ def save_image(sheet_chw: torch.Tensor, path: str | Path, *, scale: int = 1) -> 
     exif[_SOFTWARE] = _WRITER
     with new_file(path) as written:
         image.save(written, format=kind, exif=exif, **options)
+        if kind == "BMP":
+            with open(written, "r+b") as file:
+                file.seek(_BMP_RESERVED)
+                file.write(_BMP_WRITER)
 
 
 def is_saved_image(path: Path) -> bool:
-    """Recognise a file that `save_image` wrote, by its EXIF data; a BMP, which holds none, never."""
+    """Recognise a file that `save_image` wrote, by its EXIF data or the reserved bytes of a BMP."""
     try:
+        with open(path, "rb") as file:
+            head = file.read(_BMP_RESERVED + len(_BMP_WRITER))
+        if head[:2] == b"BM":
+            return head[_BMP_RESERVED:] == _BMP_WRITER
         with Image.open(path) as image:
             return image.getexif().get(_SOFTWARE) == _WRITER
     except (OSError, ValueError, SyntaxError):

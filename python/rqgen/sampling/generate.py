@@ -153,17 +153,18 @@ def progress_bar(shown: bool, num: int, steps: int) -> Iterator[Callable[[int], 
 
 
 def _progress_lines(console: Console, num: int, total: int) -> Callable[[int], None]:
-    """Return `advance` for a log: it prints a line every `SECONDS_PER_LINE` seconds."""
+    """Return `advance` for a log: it prints a line every `SECONDS_PER_LINE` seconds, and one at the end."""
     began = printed = time.monotonic()
     done = 0
 
     def advance(images: int) -> None:
         nonlocal done, printed
         done, now = done + images, time.monotonic()
-        if now - printed >= SECONDS_PER_LINE and done < total:
+        if now - printed >= SECONDS_PER_LINE or done >= total:
             printed = now
             left = (now - began) / done * (total - done)
-            line = f"sampling {num} images: {done / total:.0%}, {left:.0f} s left"
+            time_left = f", {left:.0f} s left" if done < total else f" in {now - began:.1f} s"
+            line = f"sampling {num} images: {done / total:.0%}{time_left}"
             console.print(line, soft_wrap=True, highlight=False)
 
     return advance

@@ -153,7 +153,7 @@ def test_a_demo_that_is_replaced_says_so(rqgen, tmp_path, monkeypatch, caplog):
     for metrics in (False, True):
         assert "reached" in rqgen("demo", "--out", tmp_path / "out")[2]
         assert ("replacing the demo there" in caplog.text) == metrics
-        files.write_json(tmp_path / "out" / "metrics.json", {})
+        files.write_json(tmp_path / "out" / "metrics.json", {"reconstruction_mse": 0.1, "versions": {}})
 
 
 # --- places ----------------------------------------------------------------------------------------------
