@@ -63,7 +63,10 @@ def register_derivative(
 
 
 def vjp(plain: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of `plain(*inputs)`, which can be differentiated again in inputs and in `grad`."""
+    """Return the gradients of `plain(*inputs)`, which can be differentiated again in inputs and in `grad`.
+
+    Only with gradients enabled: a backward pass without create_graph has its own arithmetic, see `depth_attention`.
+    """
     # Views: one input may have been computed from another, and that path must not be differentiated here.
     own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
     return torch.autograd.grad(plain(*own), own, grad, create_graph=True)

@@ -660,7 +660,8 @@ def test_floats_of_every_settings_class_are_known() -> None:
 @pytest.mark.parametrize(("cls", "name"), float_settings(), ids=lambda value: getattr(value, "__name__", value))
 def test_a_float_that_is_nan_or_infinite_is_refused_by_name(cls: type, name: str) -> None:
     required = REQUIRED.get(cls.__name__, {})
-    cls(**required)
+    missing = {one.name for one in dataclasses.fields(cls) if one.default is one.default_factory} - required.keys()
+    assert not missing, f"say in REQUIRED of this file what a {cls.__name__} may have as {missing}"
     for value in (float("nan"), float("inf"), -float("inf"), np.float32("nan")):
         with pytest.raises(ValueError, match=rf"^{name}: expected a finite number( or .+)?, got (nan|-?inf)"):
             cls(**{**required, name: value})

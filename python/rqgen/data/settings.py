@@ -39,7 +39,8 @@ class DataConfig:
     """Side of the square images in pixels. Default: the source's, 32 for those that come with rqgen. A tokenizer's
     model follows."""
     channels: Literal[1, 3] | None = None
-    """1 (grey) or 3 (colour). None: 1 for digits, 3 for photographs and folders. A tokenizer's model follows."""
+    """1 (grey) or 3 (colour). None: the source's, 1 for digits, 3 for photographs and folders. A tokenizer's model
+    follows."""
     held_out_fraction: float = 1 / 6
     """The share of every class that trains nothing; of a folder about this share, see data.folder.split."""
     split_seed: int = 0

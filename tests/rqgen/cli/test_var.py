@@ -14,6 +14,7 @@ from rqgen.data import DataConfig, image_grid, open_dataset, read_codes, save_im
 from rqgen.data.grid import grid_size
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig
 from rqgen.quantizers import MultiScaleConfig
+from rqgen.systems import TITLES
 
 TOKENIZER = [
     "model.base_channels=8",
@@ -139,7 +140,7 @@ def test_a_tokenizer_of_the_other_system_is_refused(rqgen, trained, tmp_path):
 
 def test_an_unknown_system_is_refused(rqgen):
     code, _, err = rqgen("train", "tokenizer", "--system", "vqgan")
-    assert code == 1 and "--system: expected one of rq, var, got 'vqgan'" in err
+    assert code == 1 and f"--system: expected one of {', '.join(TITLES)}, got 'vqgan'" in err
 
 
 @pytest.fixture

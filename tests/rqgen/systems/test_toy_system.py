@@ -272,8 +272,8 @@ def test_evaluation_by_the_command_line(run: Path, rqgen: Any, tmp_path: Path) -
     code, _, err = rqgen("evaluate", run / "run", "--out", out, *settings)
     assert code == 0, err
     found = json.loads(out.read_text())
-    assert set(found["metrics"]) == {"reconstruction", "token_prediction", "classifier"} and not found["failed"]
-    assert set(found["not_computed"]) == {"precision", "inpainting"}
+    assert {"reconstruction", "token_prediction", "classifier"} <= set(found["metrics"]) and not found["failed"]
+    assert {"precision", "inpainting"} <= set(found["not_computed"])
     assert found["models"]["prior"]["model_type"] == "bigram"
     prediction = found["metrics"]["token_prediction"]["result"]
     assert len(prediction["level_losses"]) == 1 and 0 < prediction["loss"] == prediction["level_losses"][0]
@@ -297,7 +297,10 @@ def test_pipeline(run: Path, tmp_path: Path) -> None:
 def test_mistakes(run: Path, rqgen: Any, tmp_path: Path) -> None:
     for arguments, words in (
         (["demo", "--system", "toy"], "--system: expected a system with a demo, got 'toy', which has none"),
-        (["train", "tokenizer", "--system", "tiy"], "--system: expected one of rq, var, toy, got 'tiy'"),
+        (
+            ["train", "tokenizer", "--system", "tiy"],
+            f"--system: expected one of {', '.join(rqgen.systems.TITLES)}, toy, got 'tiy'",
+        ),
         (
             ["train", "prior", "--system", "rq", f"tokenizer={run / 't' / 'model'}"],
             "tokenizer: --system rq expects a rqvae, got a toy_tokenizer",
