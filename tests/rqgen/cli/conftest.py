@@ -1,5 +1,7 @@
 """The command line, called in this process, with models that train in a second."""
 
+import signal
+
 import pytest
 
 from rqgen.cli.app import main
@@ -21,6 +23,16 @@ PRIOR = [
     "loop.batch_size=16",
     "loop.optimizer.warmup_steps=2",
 ]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def interrupts():
+    """Let Ctrl-C arrive: a run of tests in the background ignores it, and so would the commands that it starts."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -201,7 +201,7 @@ def test_write_protected_places_are_tried_before_the_work(rqgen, tmp_path, no_tr
         ("tokenizer.data.held_out_fraction=0", "tokenizer.data.held_out_fraction: expected a share that holds out at"),
         ("tokenizer.data.held_out_fraction=0.0001", "tokenizer.data.held_out_fraction: expected a share that holds"),
         ("prior.prior.condition=none", "prior.prior.condition: expected class, as samples are evaluated by class"),
-        ("prior.prior.embed_dim=15", "prior.prior: embed_dim (15)"),
+        ("prior.prior.embed_dim=15", "prior.prior: embed_dim: expected a multiple of spatial.heads"),
         ("tokenizer.loop.batch_size=100000", "tokenizer.loop.batch_size: expected at most the 1498 images there are"),
         ("prior.loop.batch_size=100000", "prior.loop.batch_size: expected at most the 1498 images there are, got"),
         ("tokenizer.data.classes=[1]", "tokenizer.data.classes: expected two or more classes, got 1"),

@@ -506,7 +506,7 @@ def test_config_shows_values_defaults_and_help(rqgen):
     assert content["model"]["code_shape"] == [8, 8, 4] and content["data"]["source"] == "folder"
     assert "the new number. [320]\n  steps: 7\n" in out
     assert "  # Channels of an image. [1; follows]\n  image_channels: 3\n" in out
-    assert "# 1 (grey) or 3 (colour). null: 1 for digits" in out
+    assert "# 1 (grey) or 3 (colour). null: the source's, 1 for digits" in out
 
 
 def test_a_printed_key_that_follows_may_be_left_out(rqgen, tmp_path):
