@@ -69,8 +69,10 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 
 
 def test_figures_stand_where_the_readme_links_to() -> None:
-    """Each row of the table of figures: its bold numbers are in the linked page, in the linked section and case; the last words
-    name the processor."""
+    """Each row of the table of figures: its bold numbers are in the linked page, in the linked section and case.
+
+    The last words name the processor.
+    """
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(
         r"^\| (.*\*\*.*) \| \[.*\]\(([\w/.]+)#([\w.-]+)\)(?:, `([\w-]+)`)?, [\w ]+ \|$", readme, re.MULTILINE
