@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rqgen.config import one_of
 from rqgen.data import image_grid, read_image, save_image
 from rqgen.data.grid import check_image_name, is_saved_image
 from rqgen.models.classes import class_label, names_of_classes
@@ -24,7 +25,7 @@ def edit_image(request: EditRequest) -> None:
     """Edit one image and write a sheet: before, with the masked part greyed, after. "inpaint" and "class" sample the
     white part of the mask, "outpaint" the black one."""
     if request.kind not in KINDS:
-        raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
+        raise ValueError(f"edit: {one_of(KINDS, request.kind)}")
     if request.kind == "class" and request.label is None:
         raise ValueError("--label: edit class needs the class to sample")
     params = SamplingParams(**asdict(request.sampling))
