@@ -73,7 +73,9 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
     # which stands for the tokenizer, wherever that lies.
     may_change = RESUMABLE_CHANGES | {"steps", "tokenizer"} | ({"system", "codebook"} - saved.keys())
     # Images and codes that are known by what they are may lie elsewhere now.
-    places = frozenset() if before is None else frozenset({"codes", *(f"data.{key}" for key in _image_paths())})
+    places: frozenset[str] = frozenset()
+    if before is not None:
+        places = frozenset({"codes", *(f"data.{key}" for key in shorthands(DataConfig).values())})
     changed = refuse_other_run(saved, current, path, may_change=may_change, places=places)
     if before is not None and now is not None and before != now:
         others = "" if (there := _in_words(before)) != _in_words(now) else ", but others"
@@ -92,11 +94,6 @@ def saved_description(description: Mapping[str, Any]) -> dict[str, Any]:
         value = saved_settings(value) if is_data else value
         found[name] = saved_description(value) if isinstance(value, Mapping) and not is_data else value
     return found
-
-
-def _image_paths() -> list[str]:
-    """Return the keys of paths to images, within the settings of the data."""
-    return list(shorthands(DataConfig).values())
 
 
 def _in_words(images: Any) -> str:
