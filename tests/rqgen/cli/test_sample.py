@@ -43,6 +43,7 @@ def test_sample_mistakes(rqgen, trained, tmp_path):
     prior, tokenizer = trained[1] / "model", trained[0] / "model"
     for arguments, words in (
         (["--prior", prior, "--tokenizer", tokenizer, "--class", 10], "--class: expected 0..9, got 10"),
+        (["--prior", prior, "--tokenizer", tokenizer, "--class", "1" * 5000], "--class: expected 0..9, got 1111"),
         (["--prior", tokenizer, "--tokenizer", tokenizer], "holds no prior, but a rqvae"),
         (["--prior", prior, "--tokenizer", tmp_path / "nowhere"], "nowhere"),
         (
