@@ -85,6 +85,9 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
         FileNotFoundError: another folder, or the tokenizer of the prior's training is gone.
         TypeError, ValueError: a model of another kind, a damaged one, or two that do not belong together.
     """
+    if not existing_folder(folder).is_dir():
+        found = f": it is {describe_file(folder)}" if folder.exists() else ""
+        raise FileNotFoundError(f"RUN: no folder {folder}{found}")
     alone, parts = model_folder(folder), _parts(folder)
     prior: Loaded[Prior] | None = None
     vae: Loaded[Tokenizer] | None = None
@@ -95,10 +98,9 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
         else:
             vae = Loaded(_as_tokenizer(model, alone, "RUN"), alone)
     elif not parts:
-        found = describe_file(folder) if folder.exists() else "no folder"
         raise FileNotFoundError(
             f"RUN: {folder}: expected tokenizer/ and prior/, as `rqgen demo` writes them, or the folder of a model "
-            f"({CONFIG_NAME} and {WEIGHTS_NAME}), got {'neither' if folder.is_dir() else found}"
+            f"({CONFIG_NAME} and {WEIGHTS_NAME}), got neither"
         )
     else:
         if (path := parts.get("prior")) is not None:

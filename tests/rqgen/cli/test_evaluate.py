@@ -177,9 +177,10 @@ def test_one_model_is_judged_by_what_fits(rqgen, evaluated, refused, trained, pa
     assert found["models"]["tokenizer"]["folder"] == str(pair / "tokenizer")
     assert "--tokenizer: " in refused(pair, "--tokenizer", pair / "prior")
     assert "expected tokenizer/ and prior/, as `rqgen demo` writes them" in refused(tmp_path)
-    assert "got no folder" in refused(tmp_path / "nowhere")
+    assert f"error: RUN: no folder {tmp_path / 'nowhere'}\n" == refused(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("where my models are\n")
-    assert f"RUN: {tmp_path / 'notes.txt'}: " in (err := refused(tmp_path / "notes.txt")) and "a text file" in err
+    named = f"error: RUN: no folder {tmp_path / 'notes.txt'}: it is a text file\n"
+    assert refused(tmp_path / "notes.txt") == named
     # Trainings side by side.
     both = tmp_path / "runs"
     both.mkdir()
