@@ -26,7 +26,7 @@ def one_of(known: Iterable[object], got: object) -> str:
 def suggestion(got: object, known: Iterable[object]) -> str:
     """The end of an error message that lists ``known``: the name among them that is nearest to ``got``, if any is."""
     close = _nearest(got, [one for one in known if isinstance(one, str)]) if isinstance(got, str) else None
-    return "" if close is None else f"; did you mean '{close}'?"
+    return "" if close in (None, got) else f"; did you mean '{close}'?"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str | None:
