@@ -206,6 +206,21 @@ def test_a_demo_that_is_replaced_says_so(rqgen, tmp_path, monkeypatch, caplog):
         files.write_json(tmp_path / "out" / "metrics.json", {"reconstruction_mse": 0.1, "versions": {}})
 
 
+def test_checkpoints_of_a_demo_are_replaced_with_it(rqgen, tmp_path, monkeypatch):
+    from rqgen.cli import demo
+
+    monkeypatch.setattr(demo, "_run_demo", lambda *arguments: (_ for _ in ()).throw(ValueError("reached")))
+    checkpoint = tmp_path / "out" / "training" / "prior" / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").write_text("")
+    code, _, err = rqgen("demo", "--out", tmp_path / "out")
+    assert code == 1 and err.count("\n") == 1 and checkpoint.exists()
+    assert f"error: --out: {tmp_path / 'out' / 'training'} holds checkpoints of a demo that did not end" in err
+    files.write_json(tmp_path / "out" / "metrics.json", {"reconstruction_mse": 0.1, "versions": {}})
+    assert "reached" in rqgen("demo", "--out", tmp_path / "out")[2]
+    assert not checkpoint.parent.exists()
+
+
 # --- places ----------------------------------------------------------------------------------------------
 
 COMMANDS = {
