@@ -26,6 +26,10 @@ class Loaded(Generic[ModelT]):
 
     model: ModelT
     folder: Path
+    """The folder with config.json: of a training's folder, the one in it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", model_folder(self.folder) or self.folder)
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,13 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
         )
     else:
         if (path := parts.get("prior")) is not None:
-            prior = Loaded(load_prior(path, "RUN"), model_folder(path) or path)
+            prior = Loaded(load_prior(path, "RUN"), path)
         if tokenizer is None and (path := parts.get("tokenizer")) is not None:
-            vae = Loaded(load_tokenizer(path, "RUN"), model_folder(path) or path)
+            vae = Loaded(load_tokenizer(path, "RUN"), path)
     if tokenizer is None and vae is None:
         tokenizer = _tokenizer_of_training(folder if alone is not None else parts["prior"])
     if tokenizer is not None:
-        vae = Loaded(load_tokenizer(tokenizer), model_folder(tokenizer) or tokenizer)
+        vae = Loaded(load_tokenizer(tokenizer), tokenizer)
     if prior is not None and vae is not None:
         with naming({"vae": f"RUN: {vae.folder}" if tokenizer is None else "--tokenizer"}):
             prior.model.check_tokenizer(vae.model)
