@@ -256,7 +256,7 @@ REFUSED = [
     ("rate=fast", "expected a finite number, got 'fast'"),
     ("on=yes", "'on': expected true or false, got 'yes'"),
     ("on=1", "'on': expected true or false, got '1'"),
-    ("precision=fp16", "'precision': expected one of no, bf16, got 'fp16'"),
+    ("precision=fp16", "'precision': expected one of no, bf16, got 'fp16'; did you mean 'bf16'?"),
     ("channels=2", "'channels': expected one of 1, 3 or null, got '2'"),
     ("channels=true", "expected one of 1, 3 or null, got 'true'"),
     ("colour=blue", "'colour': expected one of red, 1, got 'blue'"),
@@ -775,7 +775,7 @@ def test_only_the_chosen_section_must_be_there(places, tmp_path):
         (["kind=disk"], "disk: expected a path for kind 'disk' and none otherwise, got None"),
         (["kind=disk", "disk=null"], "disk: expected a path for kind 'disk' and none otherwise, got None"),
         (["kind=tape", "disk=x"], "disk: expected a path for kind 'disk' and none otherwise, got x"),
-        (["kind=disc"], "wrong value at 'kind': expected one of tape, disk, got 'disc'"),
+        (["kind=disc"], "wrong value at 'kind': expected one of tape, disk, got 'disc'; did you mean 'disk'?"),
         (["disk.rate=-1"], "override 'disk.rate=-1': disk.rate: expected at least 0, got -1.0"),
         (["disk.rat=1"], "unknown key 'disk.rat'; did you mean 'disk.rate'?"),
         (["disk=[x]", "disk.path=y", "tape=z"], "unknown key 'tape'"),
@@ -784,7 +784,7 @@ def test_only_the_chosen_section_must_be_there(places, tmp_path):
             config.load(cls, None, overrides)
         assert words in str(caught.value)
     for arguments, words in (
-        ({"kind": "disc"}, "kind: expected one of tape, disk, got 'disc'"),
+        ({"kind": "disc"}, "kind: expected one of tape, disk, got 'disc'; did you mean 'disk'?"),
         ({"options": {"dsk": 1}}, "options: unknown section 'dsk'; did you mean 'disk'?"),
         ({"disk": {"rat": 1}}, "disk: unknown key 'disk.rat'"),
         ({"disk": DiskOptions("x")}, "disk: expected a path for kind 'disk' and none otherwise, got x"),
@@ -792,6 +792,18 @@ def test_only_the_chosen_section_must_be_there(places, tmp_path):
         with pytest.raises(ValueError) as caught:
             cls(**arguments)
         assert words in str(caught.value)
+    # Each fault once, by its dotted name.
+    for arguments, message in (
+        ({"disk": {"rate": float("nan")}}, "disk.rate: expected a finite number, got nan"),
+        ({"disk": {"rate": "fast"}}, "disk.rate: expected a finite number, got 'fast'"),
+        ({"disk": {"rate": -1}}, "disk.rate: expected at least 0, got -1.0"),
+        ({"disk": 7}, "disk.path: expected a path or null, got 7"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            cls(**arguments)
+        assert str(caught.value) == message
+    with pytest.raises(TypeError, match="options: expected a mapping of sections, got int"):
+        cls(options=5)
     with pytest.raises(AttributeError, match="Open has no setting 'tape'"):
         cls().tape  # noqa: B018
     # What was said of an entry that is not chosen is kept, but for defaults.
@@ -843,6 +855,20 @@ def test_what_a_registry_refuses(places):
         registry.find("dsk", "--place")
     with pytest.raises(ValueError, match="tape: a place has this name"):
         registry.reserve(["tape"])
+
+
+@pytest.mark.parametrize(
+    ("known", "got", "message"),
+    [
+        (["rq", "independent"], "independant", "got 'independant'; did you mean 'independent'?"),
+        (["rq", "var"], "VAR", "got 'VAR'; did you mean 'var'?"),
+        (["rq", "var"], "transformer", "got 'transformer'"),
+        ([1, 3], 2, "expected one of 1, 3, got 2"),
+        ([1, "a"], None, "expected one of 1, a, got None"),
+    ],
+)
+def test_a_name_near_one_of_a_few_is_suggested(known, got, message):
+    assert config.one_of(known, got).endswith(message)
 
 
 def test_without_a_choice_every_section_is_there():

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from rqgen.checks import check_choices, check_integer
-from rqgen.config import check_finite
+from rqgen.config import check_finite, one_of
 from rqgen.files import write_json
 from rqgen.inference import PRECISIONS, Engine, SamplingParams, cast_prior, make_sampler
 from rqgen.inference.cuda_graph import CapturedSampler
@@ -46,7 +46,7 @@ class SamplingBench(SamplingBenchSettings):
         check_finite(self)
         for precision in self.precisions:
             if precision not in PRECISIONS:
-                raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'")
+                raise ValueError(f"--precision: {one_of(PRECISIONS, precision)}")
 
     def prior_config(self, shape: tuple[int, int, int]) -> RQTransformerConfig:
         """Return the config of a prior like the published class-conditional ones; the number of layers is the same for

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from rqgen.config import check_finite
+from rqgen.config import check_finite, one_of
 from rqgen.files import write_json
 from rqgen.inference import PRECISIONS, Engine, SamplingParams, make_sampler
 from rqgen.models import VAR, MultiScaleVQVAE, MultiScaleVQVAEConfig, Prior, RQTransformerConfig, VARConfig
@@ -66,10 +66,10 @@ class SystemsBench(SystemsBenchSettings):
     def __post_init__(self) -> None:
         check_finite(self)
         if self.image_side not in CODES:
-            raise ValueError(f"--image-side: expected one of {', '.join(map(str, CODES))}, got {self.image_side}")
+            raise ValueError(f"--image-side: {one_of(CODES, self.image_side)}")
         for precision in self.precisions:
             if precision not in PRECISIONS:
-                raise ValueError(f"--precision: expected one of {', '.join(PRECISIONS)}, got '{precision}'")
+                raise ValueError(f"--precision: {one_of(PRECISIONS, precision)}")
         if self.cfg_scale is not None and not self.cfg_scale > 0:
             raise ValueError(f"--cfg-scale: expected a number > 0, got {self.cfg_scale}")
 

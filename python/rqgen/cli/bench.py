@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rqgen.bench import SamplingBench, SystemsBench, run_sampling_bench, run_systems_bench
 from rqgen.bench.settings import SamplingBenchSettings, SystemsBenchSettings
+from rqgen.config import one_of
 from rqgen.data.grid import is_saved_image
 
 from .models import default_device
@@ -53,5 +54,5 @@ def _prepare(request: BenchRequest) -> torch.device:
     allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     allowed += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if device not in allowed:
-        raise ValueError(f"device: expected one of {', '.join(allowed)}, got '{device}'")
+        raise ValueError(f"device: {one_of(allowed, device)}")
     return torch.device(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rqgen.convert import load_kakaobrain, load_var
 
+from .errors import naming
 from .outputs import output_model
 from .requests import ConvertKakaobrainRequest, ConvertVARRequest
 
@@ -11,7 +12,8 @@ from .requests import ConvertKakaobrainRequest, ConvertVARRequest
 def convert_kakaobrain(request: ConvertKakaobrainRequest) -> str:
     """Convert a published RQ-VAE or RQ-Transformer. Return the name of the model's type."""
     with output_model(request.destination, "DST"):
-        model = load_kakaobrain(request.source, tokenizer=request.tokenizer)
+        with naming({"path": "SRC"}):
+            model = load_kakaobrain(request.source, tokenizer=request.tokenizer)
         model.save_pretrained(request.destination)
         return model.model_type
 

@@ -18,7 +18,7 @@ from rqgen.data.grid import is_saved_image
 from rqgen.evaluation import EvaluationConfig, Run, evaluate
 from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
 from rqgen.evaluation.run import protocol
-from rqgen.files import write_json
+from rqgen.files import remove_folder, write_json
 from rqgen.models import Prior, Tokenizer
 from rqgen.report import (
     plot_coarse_to_fine,
@@ -32,6 +32,8 @@ from rqgen.sampling import edit, generate
 from rqgen.sampling.pipeline import DESCRIPTION, write_description
 from rqgen.systems import DEFAULT, find_system
 from rqgen.systems.system import DemoConfig
+from rqgen.training import latest_checkpoint
+from rqgen.training.loop import CHECKPOINTS
 
 from .check import installed_versions
 from .models import check_images_fit
@@ -97,8 +99,16 @@ def run_demo(config: DemoConfig, out: Path, *, console: Console | None = None) -
     is_ours = is_metrics(out / "metrics.json")
     stages = ("tokenizer", "prior")
     with output_folder(out, "--out", files=files, folders=["training"], models=stages, is_ours=is_ours):
+        checkpoints = [out / "training" / stage / CHECKPOINTS for stage in stages]
         if is_ours:
             logger.info("%s: replacing the demo there", out)
+            for folder in filter(Path.is_dir, checkpoints):
+                remove_folder(folder)
+        elif any(latest_checkpoint(folder) for folder in checkpoints):
+            raise FileExistsError(
+                f"--out: {out / 'training'} holds checkpoints of a demo that did not end, and no demo is resumed: "
+                "remove this folder, or choose another --out"
+            )
         return _run_demo(config, out, console)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
+from rqgen.config import one_of
 from rqgen.data import image_grid, read_image, save_image
 from rqgen.data.grid import check_image_name, is_saved_image
 from rqgen.models.classes import class_label, names_of_classes
+from rqgen.reading import require_file
 from rqgen.sampling import SamplingParams, edit
 
 from .errors import naming
@@ -24,7 +25,7 @@ def edit_image(request: EditRequest) -> None:
     """Edit one image and write a sheet: before, with the masked part greyed, after. "inpaint" and "class" sample the
     white part of the mask, "outpaint" the black one."""
     if request.kind not in KINDS:
-        raise ValueError(f"edit: expected one of {', '.join(KINDS)}, got '{request.kind}'")
+        raise ValueError(f"edit: {one_of(KINDS, request.kind)}")
     if request.kind == "class" and request.label is None:
         raise ValueError("--label: edit class needs the class to sample")
     params = SamplingParams(**asdict(request.sampling))
@@ -36,8 +37,8 @@ def edit_image(request: EditRequest) -> None:
 
 def _edit_image(request: EditRequest, params: SamplingParams) -> None:
     prior, vae = load_prior(request.prior), load_tokenizer(request.tokenizer)
-    image = _read(request.image, vae.image_channels, request.background, size=vae.image_shape).to(vae.device)
-    mask = _read(request.mask, 1, request.background, size=vae.image_shape)[0].to(vae.device) > 0
+    image = _read("--image", request, channels=vae.image_channels, size=vae.image_shape).to(vae.device)
+    mask = _read("--mask", request, channels=1, size=vae.image_shape)[0].to(vae.device) > 0
     if request.kind == "outpaint":
         mask = ~mask
     if not bool(mask.any()):
@@ -52,9 +53,12 @@ def _edit_image(request: EditRequest, params: SamplingParams) -> None:
     save_image(image_grid(torch.cat([images, masked, edited]), columns=3), request.out, scale=2)
 
 
-def _read(path: Path, channels: int, background: str, *, size: tuple[int, int]) -> torch.Tensor:
-    image = read_image(path, channels=channels, background=background)
+def _read(name: str, request: EditRequest, *, channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """Read the image that an option names, of this (height, width)."""
+    path = request.image if name == "--image" else request.mask
+    require_file(path, name)
+    image = read_image(path, channels=channels, background=request.background)
     _, height, width = image.shape
     if (height, width) != tuple(size):
-        raise ValueError(f"{path}: expected {size[1]}x{size[0]} pixels, got {width}x{height}")
+        raise ValueError(f"{name}: {path}: expected {size[1]}x{size[0]} pixels, got {width}x{height}")
     return image

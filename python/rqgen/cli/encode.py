@@ -6,7 +6,7 @@ from typing import get_args
 
 from rich.console import Console
 
-from rqgen.config import to_dict
+from rqgen.config import one_of, to_dict
 from rqgen.data import EncodedImages, Split, open_dataset, write_codes
 from rqgen.data.codes import check_codes_name, is_codes_file
 from rqgen.training import encode_dataset
@@ -45,5 +45,5 @@ def encode_images(request: EncodeRequest) -> EncodedImages:
 def _split(name: str) -> Split:
     splits: dict[str, Split] = {split: split for split in get_args(Split)}
     if name not in splits:
-        raise ValueError(f"split: expected one of {', '.join(splits)}, got '{name}'")
+        raise ValueError(f"split: {one_of(splits, name)}")
     return splits[name]

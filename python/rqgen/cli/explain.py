@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, setting_names
+from rqgen.config import Given, given, load, nested_dataclasses, scalar_text, setting_names, suggestion
 from rqgen.data import DataConfig
 from rqgen.evaluation import EvaluationConfig
 from rqgen.systems import DEFAULT, find_system
@@ -45,6 +45,7 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
     if stage not in COMMANDS or words[: len(named)] != named:
         raise ValueError(
             f"config: expected one of {', '.join(COMMANDS.values())}, then KEY=VALUE; got {' '.join(words)}"
+            f"{suggestion(' '.join(named), COMMANDS.values())}"
         )
     chosen, path = find_system(system), find_config(config)
     classes = {

@@ -12,7 +12,8 @@ from rqgen.config import read_yaml
 from rqgen.data import DataConfig
 from rqgen.files import existing_folder
 from rqgen.models import PretrainedModel, Prior, Tokenizer, load_pretrained
-from rqgen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from rqgen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, model_folder
+from rqgen.reading import describe_file
 
 from .errors import naming
 
@@ -25,6 +26,10 @@ class Loaded(Generic[ModelT]):
 
     model: ModelT
     folder: Path
+    """The folder with config.json: of a training's folder, the one in it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", model_folder(self.folder) or self.folder)
 
 
 @dataclass(frozen=True)
@@ -56,65 +61,80 @@ def load_model(folder: Path, name: str) -> PretrainedModel:
         return load_pretrained(folder, default_device())
 
 
-def load_prior(folder: Path) -> Prior:
-    """Load the prior that ``--prior`` names. ValueError for another model."""
-    model = load_model(folder, "--prior")
+def load_prior(folder: Path, name: str = "--prior") -> Prior:
+    """Load the prior that the option ``name`` names. ValueError for another model."""
+    model = load_model(folder, name)
     if not isinstance(model, Prior):
-        raise ValueError(f"--prior: {folder} holds no prior, but a {model.model_type}")
+        raise ValueError(f"{name}: {folder} holds no prior, but a {model.model_type}")
     return model
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer that ``--tokenizer`` names. ValueError for another model."""
-    model = load_model(folder, "--tokenizer")
+def load_tokenizer(folder: Path, name: str = "--tokenizer") -> Tokenizer:
+    """Load the tokenizer that the option ``name`` names. ValueError for another model."""
+    return _as_tokenizer(load_model(folder, name), folder, name)
+
+
+def _as_tokenizer(model: PretrainedModel, folder: Path, name: str) -> Tokenizer:
     if not isinstance(model, Tokenizer):
-        raise ValueError(f"--tokenizer: {folder} holds no tokenizer, but a {model.model_type}")
+        raise ValueError(f"{name}: {folder} holds no tokenizer, but a {model.model_type}")
     return model
 
 
 def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
-    """Load the models of a folder: one with tokenizer/ and prior/ (either may be missing, and each may be the folder
-    of a training run), the folder of one training run (a prior's config.yaml names its tokenizer), or a model's.
-    ``tokenizer`` is the folder to read in place of the tokenizer that is found.
+    """Load the models of RUN: a folder with tokenizer/ and prior/ (either may be missing, and each may be the folder
+    of a training run), the folder of one training run, or a model's. Where there is no tokenizer next to a prior, the
+    config.yaml of the prior's training names it. ``tokenizer`` is the folder to read in its place.
 
-    Raises FileNotFoundError for another folder, ValueError for a model of another kind.
+    Raises:
+        FileNotFoundError: another folder, or the tokenizer of the prior's training is gone.
+        TypeError, ValueError: a model of another kind, a damaged one, or two that do not belong together.
     """
-    alone, prior = model_folder(folder), None
+    if not existing_folder(folder).is_dir():
+        found = f": it is {describe_file(folder)}" if folder.exists() else ""
+        raise FileNotFoundError(f"RUN: no folder {folder}{found}")
+    alone, parts = model_folder(folder), _parts(folder)
+    prior: Loaded[Prior] | None = None
+    vae: Loaded[Tokenizer] | None = None
     if alone is not None:
         model = load_model(alone, "RUN")
-        if not isinstance(model, Prior):
-            found = load_tokenizer(alone) if tokenizer is None else load_tokenizer(tokenizer)
-            return Models(tokenizer=Loaded(found, alone if tokenizer is None else tokenizer))
-        prior = Loaded(model, alone)
-        tokenizer = tokenizer or _tokenizer_of_training(folder)
+        if isinstance(model, Prior):
+            prior = Loaded(model, alone)
+        else:
+            vae = Loaded(_as_tokenizer(model, alone, "RUN"), alone)
+    elif not parts:
+        raise FileNotFoundError(
+            f"RUN: {folder}: expected tokenizer/ and prior/, as `rqgen demo` writes them, or the folder of a model "
+            f"({CONFIG_NAME} and {WEIGHTS_NAME}), got neither"
+        )
     else:
-        folders = {name: model_folder(folder / name) for name in ("tokenizer", "prior")}
-        if not any(folders.values()):
-            raise FileNotFoundError(
-                f"{folder}: expected tokenizer/ and prior/, as `rqgen demo` writes them, or the folder of a model "
-                f"({CONFIG_NAME} and {WEIGHTS_NAME})"
-            )
-        if (path := folders["prior"]) is not None:
-            prior = Loaded(load_prior(path), path)
-        tokenizer = tokenizer or folders["tokenizer"]
-    return Models(None if tokenizer is None else Loaded(load_tokenizer(tokenizer), tokenizer), prior)
+        if (path := parts.get("prior")) is not None:
+            prior = Loaded(load_prior(path, "RUN"), path)
+        if tokenizer is None and (path := parts.get("tokenizer")) is not None:
+            vae = Loaded(load_tokenizer(path, "RUN"), path)
+    if tokenizer is None and vae is None:
+        tokenizer = _tokenizer_of_training(folder if alone is not None else parts["prior"])
+    if tokenizer is not None:
+        vae = Loaded(load_tokenizer(tokenizer), tokenizer)
+    if prior is not None and vae is not None:
+        with naming({"vae": f"RUN: {vae.folder}" if tokenizer is None else "--tokenizer"}):
+            prior.model.check_tokenizer(vae.model)
+    return Models(vae, prior)
 
 
-def model_folder(path: Path) -> Path | None:
-    """Return the folder of a model: ``path`` itself, or model/ in it as in a training run; None without a model."""
-    for folder in (path, path / "model"):
-        if (existing_folder(folder) / CONFIG_NAME).is_file():
-            return folder
-    return None
+def _parts(folder: Path) -> dict[str, Path]:
+    """Return the folders of both models in ``folder``, of those that are there."""
+    parts = {name: folder / name for name in ("tokenizer", "prior")}
+    return {name: part for name, part in parts.items() if existing_folder(part).is_dir()}
 
 
 def _tokenizer_of_training(folder: Path) -> Path | None:
-    """Return the tokenizer that config.yaml of a prior's training run names, if it exists."""
+    """Return the tokenizer that config.yaml of a prior's training run names; None without such a file.
+    FileNotFoundError where no model lies there."""
     for path in (folder / "config.yaml", folder.parent / "config.yaml"):
-        if path.is_file():
-            named = read_yaml(path).get("tokenizer")
-            if isinstance(named, str) and model_folder(Path(named)) is not None:
-                return Path(named)
+        if path.is_file() and isinstance(named := read_yaml(path).get("tokenizer"), str):
+            if model_folder(Path(named)) is None:
+                raise FileNotFoundError(f"--tokenizer: no model in {named}, which {path} names: give its folder")
+            return Path(named)
     return None
 
 

@@ -75,13 +75,13 @@ class SampleRequest:
     """`rqgen sample`."""
 
     run: Path | None = option(None, argument=True, metavar="[RUN]")
-    """Folder of a tokenizer and a prior, such as runs/demo."""
+    """A folder with tokenizer/ and prior/, such as the demo's; or that of a prior's training run or of a prior."""
     out: Path = Path("samples.png")
     """Image file for one sheet of all images; its name decides the format: PNG, JPEG, WebP, TIFF or BMP."""
     prior: Path | None = None
     """Folder of a trained prior, in place of RUN; by default runs/prior/model."""
     tokenizer: Path | None = None
-    """Folder of a trained tokenizer, in place of RUN; by default runs/tokenizer/model."""
+    """Folder of a trained tokenizer, in place of the one in RUN; without RUN by default runs/tokenizer/model."""
     classes: list[str] = option([], name="--class")
     """Class to sample, by name or number; may be repeated; by default all."""
     num: int = option(10, lowest=1)

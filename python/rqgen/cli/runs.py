@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -77,25 +78,23 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
         if request.resume:
             checkpoint, info = _checkpoint_of(stage, out)
             chosen = _system_that_wrote(info, stage, request.system, where=checkpoint)
-            saved = info["description"]
+            saved = _settings_in(info["description"])
             recipes = None if request.config is None else RECIPES
             file, overrides = find_config(request.config), request.overrides
             run = load(chosen.run(stage), file, overrides, defaults=saved, recipes=recipes)
-            if isinstance(run, PriorRun) and str(run.tokenizer) != saved.get("tokenizer"):
-                run = replace(run, tokenizer=absolute(run.tokenizer))
-            check_resumable(info, to_dict(run), checkpoint)
+            run = with_absolute_paths(run, saved)
+            comparable = {**saved, IMAGES: info["description"].get(IMAGES)}
+            check_resumable({**info, "description": comparable}, to_dict(run), checkpoint)
         else:
             chosen = find_system(request.system or DEFAULT)
             run = with_absolute_paths(load_run(chosen.run(stage), request.config, request.overrides))
             _refuse_occupied(out, type(run))
+        started = functools.partial(_write_config, run, out)  # not before: a refused run changes nothing
         if isinstance(run, PriorRun):
-            vae = _tokenizer_of(run)
-            _write_config(run, out)
-            result = fit_prior(run, vae, out, resume=checkpoint, console=console)
+            result = fit_prior(run, _tokenizer_of(run), out, resume=checkpoint, console=console, started=started)
         else:
             check_images_fit(run.data, run.model)
-            _write_config(run, out)
-            result = fit_tokenizer(run, out, resume=checkpoint, console=console)
+            result = fit_tokenizer(run, out, resume=checkpoint, console=console, started=started)
         result.model.save_pretrained(out / "model")
     return out / "model"
 
@@ -145,10 +144,15 @@ def _read_tokenizer(cls: type[PriorRun], folder: Path) -> Tokenizer:
 
 
 def fit_tokenizer(
-    run: TokenizerRun, folder: Path, *, resume: Path | None = None, console: Console | None = None
+    run: TokenizerRun,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    console: Console | None = None,
+    started: Callable[[], None] | None = None,
 ) -> TrainingResult[Any]:
     """Train a tokenizer from scratch, or from the checkpoint ``resume``; write the files that ``run.loop`` asks for to
-    ``folder``."""
+    ``folder``. ``started`` as `rqgen.training.train` takes it."""
     tokenizer = system_of(run).tokenizer
     check_memory("model", lambda: tokenizer(run.model))
     images = open_dataset(run.data, "train")
@@ -163,7 +167,16 @@ def fit_tokenizer(
     model.data = to_dict(run.data)
     stage = TokenizerStage(model, _examples(run.data, images))
     description = {**to_dict(run), SYSTEM: system_of(run).name, IMAGES: images.fingerprint()}
-    return train(stage, images, run.loop, folder=folder, description=description, resume=resume, console=console)
+    return train(
+        stage,
+        images,
+        run.loop,
+        folder=folder,
+        description=description,
+        resume=resume,
+        console=console,
+        started=started,
+    )
 
 
 def fit_prior(
@@ -173,6 +186,7 @@ def fit_prior(
     *,
     resume: Path | None = None,
     console: Console | None = None,
+    started: Callable[[], None] | None = None,
 ) -> TrainingResult[Any]:
     """Train a prior on the codes of ``vae``, as `fit_tokenizer` (``run.tokenizer`` is not read)."""
     source = read_codes(run.codes) if run.codes is not None else open_dataset(run.data, "train")
@@ -191,7 +205,16 @@ def fit_prior(
         IMAGES: source.fingerprint(),
     }
     description = {**to_dict(run), **known}
-    return train(stage, items, run.loop, folder=folder, description=description, resume=resume, console=console)
+    return train(
+        stage,
+        items,
+        run.loop,
+        folder=folder,
+        description=description,
+        resume=resume,
+        console=console,
+        started=started,
+    )
 
 
 def absolute(path: Path) -> Path:
@@ -199,18 +222,25 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def with_absolute_paths(settings: SettingsT) -> SettingsT:
+def with_absolute_paths(settings: SettingsT, saved: Mapping[str, Any] | None = None) -> SettingsT:
     """Return settings whose paths, those in sections included, mean the same from every folder: a run may be resumed,
-    and its images be read, from another one."""
+    and its images be read, from another one. A path that is the same in ``saved``, plain data, is as written there."""
     changed: dict[str, Any] = {}
+
+    def inside(section: Any, name: str) -> Any:
+        found = (saved or {}).get(name)
+        return with_absolute_paths(section, found if isinstance(found, Mapping) else None)
+
     for one in fields(settings):
         value = getattr(settings, one.name)
         if isinstance(value, Path):
-            changed[one.name] = absolute(value)
+            before = (saved or {}).get(one.name)
+            is_same = isinstance(before, str) and absolute(Path(before)) == absolute(value)
+            changed[one.name] = Path(before) if is_same and before else absolute(value)
         elif is_dataclass(value) and not isinstance(value, type):
-            changed[one.name] = with_absolute_paths(value)
+            changed[one.name] = inside(value, one.name)
         elif isinstance(value, dict) and any(map(is_dataclass, value.values())):
-            changed[one.name] = {name: with_absolute_paths(section) for name, section in value.items()}
+            changed[one.name] = {name: inside(section, name) for name, section in value.items()}
     return replace(settings, **changed)
 
 
@@ -250,14 +280,17 @@ def _checkpoint_of(stage: str, out: Path) -> tuple[Path, dict[str, Any]]:
     path, info = found
     if info["stage"] != stage:
         raise ValueError(f"--resume: {out} holds the run of a {info['stage']}, not of a {stage}")
-    described = saved_description(info["description"])
-    settings = {name: value for name, value in described.items() if name not in _NOT_SETTINGS}
-    return path, {**info, "description": settings, SYSTEM: info["description"].get(SYSTEM)}
+    return path, info
+
+
+def _settings_in(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in the description of a run."""
+    return {name: value for name, value in saved_description(description).items() if name not in _NOT_SETTINGS}
 
 
 def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, where: Path) -> System:
     """Return the system of a run: by its name, or by its settings in a checkpoint that does not name it."""
-    name = info[SYSTEM]
+    name = info["description"].get(SYSTEM)
     if name is not None and asked not in (None, name):
         raise ValueError(f"--system: expected {name}, as {where} has it, got '{asked}'")
     if name is not None:
@@ -265,7 +298,7 @@ def _system_that_wrote(info: dict[str, Any], stage: str, asked: str | None, *, w
     systems = all_systems() if asked is None else [find_system(asked)]
     for system in systems:
         try:
-            from_dict(system.run(stage), info["description"], where=str(where))
+            from_dict(system.run(stage), _settings_in(info["description"]), where=str(where))
         except ValueError as error:
             fault = error
         else:

@@ -16,11 +16,11 @@ from rqgen.models import Prior, Tokenizer
 from rqgen.models.classes import class_label, names_of_classes
 from rqgen.sampling import Engine, SamplingParams, generate
 from rqgen.sampling.generate import GenerateOutput
-from rqgen.sampling.pipeline import Pipeline
+from rqgen.sampling.pipeline import Pipeline, read_class_names
 from rqgen.training.memory import memory_limit
 
 from .errors import naming
-from .models import default_device, load_prior, load_tokenizer
+from .models import load_models, load_prior, load_tokenizer
 from .outputs import output_file
 from .requests import PRIOR, TOKENIZER, SampleRequest
 
@@ -41,7 +41,8 @@ class LoadedModels:
 def sample_images(request: SampleRequest) -> int:
     """Sample images onto one sheet, a row per class with its name, and optionally write their codes. Return the number
     of images."""
-    folders = _model_folders(request)
+    if request.run is not None and request.prior is not None:
+        raise ValueError(f"--prior: expected none next to RUN, {request.run}, got {request.prior}")
     params, engine = SamplingParams(**asdict(request.sampling)), Engine(**asdict(request.engine))
     check_image_name(request.out, name="--out")
     if request.codes is not None:
@@ -50,7 +51,7 @@ def sample_images(request: SampleRequest) -> int:
         outputs.enter_context(output_file(request.out, "--out", is_saved_image))
         if request.codes is not None:
             outputs.enter_context(output_file(request.codes, "--codes", is_codes_file))
-        models = _load(request.run, folders)
+        models = _load(request)
         prior, vae = models.prior, models.tokenizer
         classes = _labels(models, request.classes)
         rows = tuple(models.class_names[label] for label in classes)
@@ -76,24 +77,23 @@ def sample_images(request: SampleRequest) -> int:
         return len(sampled.images)
 
 
-def _model_folders(request: SampleRequest) -> dict[str, Path]:
-    """Return the folders of a prior and its tokenizer: in RUN, or each given by itself."""
-    given = {"prior": request.prior, "tokenizer": request.tokenizer}
+def _load(request: SampleRequest) -> LoadedModels:
+    """Load both models: those of RUN, see `load_models`, or each from the folder that its own option names."""
     if request.run is None:
-        return {"prior": request.prior or PRIOR, "tokenizer": request.tokenizer or TOKENIZER}
-    for name, folder in given.items():
-        if folder is not None:
-            raise ValueError(f"--{name}: expected none next to RUN, {request.run}, which holds both models")
-    return {name: request.run / name for name in given}
-
-
-def _load(run: Path | None, folders: dict[str, Path]) -> LoadedModels:
-    if run is not None:
-        with naming({"folder": "RUN"}):
-            pipeline = Pipeline.from_pretrained(run, default_device())
-        return LoadedModels(pipeline.prior, pipeline.tokenizer, class_names=pipeline.class_names, folders=folders)
-    prior, tokenizer = load_prior(folders["prior"]), load_tokenizer(folders["tokenizer"])
-    return LoadedModels(prior, tokenizer, class_names=names_of_classes(prior), folders=folders)
+        first, second = request.prior or PRIOR, request.tokenizer or TOKENIZER
+        prior, tokenizer = load_prior(first), load_tokenizer(second)
+        names = names_of_classes(prior)
+        return LoadedModels(prior, tokenizer, class_names=names, folders={"prior": first, "tokenizer": second})
+    found = load_models(request.run, request.tokenizer)
+    if found.prior is None:
+        raise ValueError(f"RUN: expected a folder with a prior, but {request.run} holds a tokenizer alone")
+    if found.tokenizer is None:
+        raise ValueError(f"--tokenizer: expected the tokenizer's folder, as {request.run} holds a prior alone")
+    given = read_class_names(request.run)
+    with naming({"class_names": f"RUN: {request.run}: class_names"}):
+        pipeline = Pipeline(found.tokenizer.model, found.prior.model, class_names=given)
+    folders = {role: loaded.folder for role, loaded in found.by_role().items()}
+    return LoadedModels(pipeline.prior, pipeline.tokenizer, class_names=pipeline.class_names, folders=folders)
 
 
 def _check_memory(count: int, vae: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rqgen.bench.machine import environment
 from rqgen.config import Given, given, to_dict
 from rqgen.data import ImageDataset, open_dataset
+from rqgen.data.settings import saved_settings
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
 from rqgen.files import is_temporary, write_json, write_text
 from rqgen.models import MultiScaleVQVAE
@@ -27,10 +28,20 @@ from rqgen.systems.system import check_one_split
 from rqgen.systems.var import VARPriorRun, VARTokenizerRun
 from rqgen.training import VARPriorConfig, newest_whole_checkpoint, refuse_other_run
 
+from .errors import naming
 from .models import Loaded, check_images_fit
 from .outputs import output_folder
 from .requests import ScalingRequest
-from .runs import absolute, check_batch_size, check_prior, fit_prior, fit_tokenizer, interruptible, sketch_tokenizer
+from .runs import (
+    absolute,
+    check_batch_size,
+    check_prior,
+    fit_prior,
+    fit_tokenizer,
+    interruptible,
+    sketch_tokenizer,
+    with_absolute_paths,
+)
 from .settings import RECIPES, data_of_tokenizer, find_config
 
 logger = logging.getLogger(__name__)
@@ -119,9 +130,14 @@ def load_scaling(config: Path | None, overrides: Sequence[str] = (), tokenizer: 
     settings = given(ScalingConfig, config, overrides, recipes=RECIPES)
     if tokenizer is None:
         return settings.build()
-    vae = MultiScaleVQVAE.from_pretrained(tokenizer)
+    vae = _read_tokenizer(tokenizer)
     data = data_of_tokenizer(Loaded(vae, tokenizer), settings, "prior.data.")
     return settings.build({"prior": {"data": data}})
+
+
+def _read_tokenizer(folder: Path) -> MultiScaleVQVAE:
+    with naming({"folder": "--tokenizer"}):
+        return MultiScaleVQVAE.from_pretrained(folder)
 
 
 def run_scaling(
@@ -147,10 +163,11 @@ def run_scaling(
 def _run_scaling(
     config: ScalingConfig, out: Path, *, tokenizer: Path | None, resume: bool, console: Console | None
 ) -> dict[str, Any]:
+    config = _with_absolute_images(config, out / "run.json" if resume else None)
     held_out = open_dataset(config.prior.data, "held_out")
     if len(held_out) == 0 or not held_out.class_names:
         raise ValueError("prior.data: a family is trained on images with classes, and tested on held-out ones")
-    vae = None if tokenizer is None else MultiScaleVQVAE.from_pretrained(tokenizer)
+    vae = None if tokenizer is None else _read_tokenizer(tokenizer)
     check_images_fit(config.prior.data, config.tokenizer.model if vae is None else vae.config)
     train = open_dataset(config.prior.data, "train")
     if vae is None:
@@ -191,6 +208,20 @@ def _run_scaling(
     }
     write_json(out / "scaling.json", result)
     return result
+
+
+def _with_absolute_images(config: ScalingConfig, path: Path | None) -> ScalingConfig:
+    """Return settings whose paths to images mean the same from every folder, as those of `rqgen train`; a path that is
+    the same in the run.json at ``path`` is as written there."""
+    saved = read_json(path).get("config") if path is not None and path.is_file() else None
+    changed = {}
+    for stage in ("tokenizer", "prior"):
+        run = getattr(config, stage)
+        before = saved.get(stage) if isinstance(saved, dict) else None
+        data = before.get("data") if isinstance(before, dict) else None
+        known = saved_settings(data) if isinstance(data, dict) else None
+        changed[stage] = replace(run, data=with_absolute_paths(run.data, known))
+    return replace(config, **changed)
 
 
 def _describe(out: Path, description: dict[str, Any], *, resume: bool) -> None:

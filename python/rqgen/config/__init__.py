@@ -14,7 +14,7 @@ from .bounds import MAX_SEED, check_bounds, check_fields, check_finite, check_se
 from .fields import nested_dataclasses, setting_names, shorthands
 from .layers import find_file, given, load
 from .plain import to_dict
-from .registry import Registered, Registry, did_you_mean
+from .registry import Registered, Registry, did_you_mean, one_of, suggestion
 from .sections import fill_sections, open_sections
 from .typed import Given, from_dict
 from .yaml_text import read_yaml, scalar_text, to_yaml
@@ -35,11 +35,13 @@ __all__ = [
     "given",
     "load",
     "nested_dataclasses",
+    "one_of",
     "open_sections",
     "read_yaml",
     "scalar_text",
     "setting_names",
     "shorthands",
+    "suggestion",
     "to_dict",
     "to_yaml",
 ]

@@ -38,6 +38,16 @@ def without_null(hint: Any) -> Any:
     return members[0] if len(members) == 1 else hint
 
 
+def names_in(hint: Any) -> list[str]:
+    """Return the names that a type lists."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [name for member in typing.get_args(hint) for name in names_in(member)]
+    if typing.get_origin(hint) is Literal:
+        return [name for name in typing.get_args(hint) if isinstance(name, str)]
+    is_enum = isinstance(hint, type) and issubclass(hint, Enum)
+    return [one.value for one in hint if isinstance(one.value, str)] if is_enum else []
+
+
 def in_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import types
 import typing
@@ -14,6 +13,7 @@ from typing import Any
 from .fields import hints_of, nested_dataclasses, require_dataclass
 from .hints import ConfigT, shape
 from .nodes import Node, shortened
+from .registry import did_you_mean
 from .trees import canonical, merge, refuse_unknown_keys
 from .typed import Given
 from .yaml_text import compose, read_file
@@ -27,8 +27,7 @@ def find_file(name: str, recipes: Path | None = None, folder: Path | None = None
         return path
     names = [] if recipes is None else sorted(path.stem for path in recipes.glob("*.yaml"))
     if recipes is None or name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"shipped ones: {', '.join(names)}"
+        hint = did_you_mean(name, names)
         raise FileNotFoundError(f"config: no file and no shipped configuration is called '{name}'; {hint}")
     return recipes / f"{name}.yaml"
 

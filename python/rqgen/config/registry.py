@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from .hints import declared_hints
@@ -13,8 +13,26 @@ from .hints import declared_hints
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The end of an error message about an unknown name: the nearest one, or the first of all that there are."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(known[:20])}"
+    close = _nearest(name, known)
+    return f"there are: {', '.join(known[:20])}" if close is None else f"did you mean '{close}'?"
+
+
+def one_of(known: Iterable[object], got: object) -> str:
+    """The end of an error message about a value that is none of a few: all of them, the value, and the nearest one."""
+    listed = list(known)
+    return f"expected one of {', '.join(map(str, listed))}, got {got!r}{suggestion(got, listed)}"
+
+
+def suggestion(got: object, known: Iterable[object]) -> str:
+    """The end of an error message that lists ``known``: the name among them that is nearest to ``got``, if any is."""
+    close = _nearest(got, [one for one in known if isinstance(one, str)]) if isinstance(got, str) else None
+    return "" if close in (None, got) else f"; did you mean '{close}'?"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    by_lower = {one.lower(): one for one in reversed(known)}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[close[0]] if close else None
 
 
 class Registered(Protocol):

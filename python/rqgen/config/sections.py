@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .fields import hints_of
 from .hints import ConfigT, in_words, without_null
 from .nodes import wrap
-from .registry import OPTIONS, Opened, Registry, did_you_mean, opened
+from .registry import OPTIONS, Opened, Registry, did_you_mean, one_of, opened
 from .trees import canonical_value, refuse_unknown_keys
-from .typed import build
+from .typed import SettingError, WrongValueError, build
 
 
 def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> Callable[[type[ConfigT]], type[ConfigT]]:
@@ -54,15 +54,22 @@ def open_sections(registry: Registry[Any], *, chosen_by: str | None = None) -> C
 
 def fill_sections(settings: Any) -> None:
     """Check and complete ``settings.options``, see `open_sections`. A section is given as its dataclass, as plain
-    data, or by its shorthand. Raise ValueError that starts with the name of a section or a field."""
+    data, or by its shorthand.
+
+    Raises:
+        TypeError: ``settings.options`` is no mapping.
+        ValueError: a section or a value is wrong; starts with the dotted name of a section or a field.
+    """
     registry, chosen_by = opened(type(settings))
     given, sections = settings.options, registry.sections()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{OPTIONS}: expected a mapping of sections, got {type(given).__name__}")
     for name in given:
         if name not in sections:
             raise ValueError(f"{OPTIONS}: unknown section {name!r}; {did_you_mean(name, list(sections))}")
     chosen = None if chosen_by is None else getattr(settings, chosen_by)
     if chosen_by is not None and chosen not in registry.names():
-        raise ValueError(f"{chosen_by}: expected one of {', '.join(registry.names())}, got {chosen!r}")
+        raise ValueError(f"{chosen_by}: {one_of(registry.names(), chosen)}")
     filled = {}
     for name, cls in sections.items():
         default = cls()
@@ -88,4 +95,9 @@ def _options(cls: type, value: Any, name: str) -> Any:
     node = canonical_value(cls, wrap(value, name))
     if isinstance(node.value, dict):
         refuse_unknown_keys(cls, node.value, root=cls, prefix=f"{name}.")
-    return build(cls, node, f"{name}.")
+    try:
+        return build(cls, node, f"{name}.")
+    except WrongValueError as error:
+        raise ValueError(f"{error.path}: {error.reason}") from None
+    except SettingError as error:
+        raise ValueError(error.message) from error.__cause__

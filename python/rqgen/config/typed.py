@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
 
 from .fields import default_of, hints_of, nested_dataclasses, require_dataclass, shorthands
-from .hints import ConfigT, in_words, shape
+from .hints import ConfigT, in_words, names_in, shape
 from .nodes import Node, leaves, node_at, untyped, without
-from .registry import opened
+from .registry import opened, suggestion
 from .scalars import NOTHING, read_scalar, shape_of, too_large
 from .trees import merge, refuse_unknown_keys, tree_of
 
@@ -174,7 +174,7 @@ class WrongValueError(ValueError):
 
     def __init__(self, node: Node, hint: Any, path: str, expected: str) -> None:
         self.node, self.hint, self.path = node, hint, path
-        self.reason = f"expected {expected}, got {node.shown()}"
+        self.reason = f"expected {expected}, got {node.shown()}{suggestion(node.value, names_in(hint))}"
         super().__init__(str(node.error(f"wrong value at '{path}': {self.reason}")))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rqgen.checks import check_integer, check_within, checked_integers
 from rqgen.files import CHECKSUM, UNSIGNED, check_tensors, new_file, sign_tensors
 from rqgen.quantizers import CodeLayout, Codes
-from rqgen.reading import shorten, unreadable
+from rqgen.reading import require_file, shorten, unreadable
 
 FORMAT_VERSION = 3
 SUFFIX = ".safetensors"
@@ -144,8 +144,7 @@ def read_codes(path: str | Path) -> EncodedImages:
     """Read what `write_codes` wrote, in this version or in the first two, which had an entry of metadata for each
     thing; in the first one codes are (N, h, w, D). Raise FileNotFoundError, or ValueError for any other file."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"codes file not found: {path}")
+    require_file(path, "codes")
     path.open("rb").close()  # the library says of a file without permission that it is missing
     try:
         with safe_open(path, framework="pt") as file:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rqgen.checks import find_name
-from rqgen.config import did_you_mean
+from rqgen.config import did_you_mean, one_of
 
 if TYPE_CHECKING:
     from .settings import DataConfig
@@ -50,7 +50,7 @@ class ImageDataset(ABC):
 def check_split(split: str) -> None:
     """Raise ValueError for anything but the name of a split."""
     if split not in (names := get_args(Split)):
-        raise ValueError(f"split: expected one of {', '.join(names)}, got {split!r}")
+        raise ValueError(f"split: {one_of(names, split)}")
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int, split: Split) -> list[int]:

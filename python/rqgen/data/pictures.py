@@ -55,6 +55,9 @@ class PictureError(ValueError):
         super().__init__(f"{path}: not a readable image ({reason})")
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[type[PictureError], tuple[Path, str]]:
+        return PictureError, (self.path, self.reason)  # a worker process sends it to the one that trains
+
 
 class Picture(NamedTuple):
     """An opened picture, upright and opaque."""

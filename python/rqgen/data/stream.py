@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from rqgen.checks import check_within, checked_integers
 
@@ -74,8 +75,12 @@ class BatchStream:
             # The loader samples a base seed for its workers: from here and not from the global generator, whose
             # state belongs to the model.
             generator=torch.Generator().manual_seed(self._seed),
+            collate_fn=_collated,
         )
-        for number, (inputs, labels) in enumerate(loader, start=self._start):
+        for number, batch in enumerate(loader, start=self._start):
+            if isinstance(batch, _Failed):
+                raise batch.error
+            inputs, labels = batch
             yield Batch(inputs, labels, number * self._batch_size)
 
 
@@ -94,11 +99,37 @@ class _NumberedBatches:
             epoch, position = epoch + 1, 0
 
 
-class _Items(Dataset[tuple[torch.Tensor, int]]):
+class _Items(Dataset[Any]):
     """`Items` in the form a DataLoader asks for."""
 
     def __init__(self, items: Items) -> None:
         self._items = items
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        return self._items.item(*key)
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | _Failed:
+        if get_worker_info() is None:
+            return self._items.item(*key)
+        try:
+            return self._items.item(*key)
+        except Exception as error:  # whatever a source raises is raised by the process that trains
+            return _Failed(_portable(error))
+
+
+class _Failed(NamedTuple):
+    """The error of a worker process. Raised there, it would come back as another error, with a traceback in its
+    message."""
+
+    error: Exception
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be sent to another process: itself, or one with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return ValueError(str(error)) if isinstance(error, ValueError) else RuntimeError(str(error))
+    return error
+
+
+def _collated(items: list[Any]) -> Any:
+    """Return the tensors of a batch, or the first error."""
+    return next((one for one in items if isinstance(one, _Failed)), None) or default_collate(items)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rqgen.checks import check_flag
+from rqgen.config import one_of
 from rqgen.models import Prior
 from rqgen.options import EngineOptions
 from rqgen.quantizers import Codes
@@ -36,7 +37,7 @@ class Engine(EngineOptions):
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise ValueError(f"precision: {one_of(PRECISIONS, self.precision)}")
         object.__setattr__(self, "use_graphs", check_flag(self.use_graphs, "use_graphs"))
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rqgen.checks import check_integer, check_nonnegative
+from rqgen.config import one_of
 
 from .batches import check_batch, check_finite, check_pair
 from .discriminator import PatchDiscriminator
@@ -150,7 +151,7 @@ class AdversarialLoss(nn.Module):
             if not isinstance(module, nn.Module) and not (name == "perceptual" and module is None):
                 raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
         if disc_loss not in DISC_LOSSES:
-            raise ValueError(f"disc_loss: expected one of {', '.join(DISC_LOSSES)}, got {disc_loss!r}")
+            raise ValueError(f"disc_loss: {one_of(DISC_LOSSES, disc_loss)}")
         self.disc_loss = disc_loss
         self.disc_weight = check_nonnegative(disc_weight, "disc_weight")
         self.perceptual_weight = check_nonnegative(perceptual_weight, "perceptual_weight")

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from rqgen.checks import check_flag, check_integer
+from rqgen.config import one_of
 
 from .batches import check_batch, check_finite
 
@@ -120,7 +121,7 @@ class PatchDiscriminator(nn.Module):
         self.spectral_norm = check_flag(spectral_norm, "spectral_norm")
         width = check_integer(base_channels, "base_channels", 1, 2**16)
         if norm not in NORMS:
-            raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+            raise ValueError(f"norm: {one_of(NORMS, norm)}")
         self.norm = norm
 
         layers: list[nn.Module] = [_convolution(channels, width, stride=2), nn.LeakyReLU(_SLOPE, inplace=True)]

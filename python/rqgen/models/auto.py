@@ -9,22 +9,22 @@ from pathlib import Path
 
 import torch
 
-from rqgen.files import existing_folder
 from rqgen.reading import read_json, shorten
 
-from .pretrained import CONFIG_NAME, MODELS, PretrainedModel
+from .pretrained import CONFIG_NAME, MODELS, PretrainedModel, model_folder
 from .rqvae import RQVAE
 
 
 def load_pretrained(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PretrainedModel:
     """Load a model that `save_pretrained` wrote, of any class. Errors: see `PretrainedModel.from_pretrained`."""
-    path = existing_folder(Path(folder)) / CONFIG_NAME
-    kind = RQVAE.model_type  # its `from_pretrained` names the fault of a file without a model_type
-    if path.is_file():
+    source = model_folder(Path(folder))
+    kind = RQVAE.model_type  # its `from_pretrained` names the fault of a folder or file that says nothing
+    if source is not None:
+        path = source / CONFIG_NAME
         kind = read_json(path).get("model_type", kind)
         if not isinstance(kind, str) or kind not in _known_models(kind):
             raise ValueError(f"{path}: expected model_type one of {', '.join(MODELS)}, got {shorten(kind)}")
-    return MODELS[kind].from_pretrained(folder, device)
+    return MODELS[kind].from_pretrained(source or folder, device)
 
 
 def _known_models(kind: str) -> dict[str, type[PretrainedModel]]:

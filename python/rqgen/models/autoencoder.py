@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, one_of
 from rqgen.quantizers import Convolution, silu
 
 from .attention import attention
@@ -47,10 +47,7 @@ def check_settings(config: Any) -> None:
     if not config.commitment_weight >= 0.0:
         raise ValueError(f"commitment_weight: expected a number >= 0, got {config.commitment_weight}")
     if config.reconstruction_loss not in RECONSTRUCTION_LOSSES:
-        raise ValueError(
-            f"reconstruction_loss: expected one of {', '.join(RECONSTRUCTION_LOSSES)}, "
-            f"got {config.reconstruction_loss!r}"
-        )
+        raise ValueError(f"reconstruction_loss: {one_of(RECONSTRUCTION_LOSSES, config.reconstruction_loss)}")
     config.class_names = checked_class_names(config.class_names)
 
 

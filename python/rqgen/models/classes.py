@@ -37,8 +37,9 @@ def class_label(given: str, names: Sequence[str], argument: str) -> int:
     if not _is_number(given) or numbered:
         hint = " (classes have numbers as names here: a number is a name)" if numbered and _is_number(given) else ""
         raise ValueError(f"{argument}: unknown class '{given}'; {did_you_mean(given, names)}{hint}")
-    if not 0 <= int(given) < len(names):
-        raise ValueError(f"{argument}: expected 0..{len(names) - 1}, got {given}")
+    # Python reads no number of thousands of digits.
+    if len(given) > 20 or not 0 <= int(given) < len(names):
+        raise ValueError(f"{argument}: expected 0..{len(names) - 1}, got {given[:20]}{'...' * (len(given) > 20)}")
     return int(given)
 
 

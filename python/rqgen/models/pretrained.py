@@ -32,6 +32,8 @@ from rqgen.reading import read_json, shorten, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+TRAINED = "model"
+"""The folder of the model in that of a training run."""
 FORMAT_VERSION = 1
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -125,7 +127,8 @@ class PretrainedModel(nn.Module):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", *, verify: bool = True
     ) -> Self:
-        """Read what `save_pretrained` wrote; the model comes back in eval mode, in float32.
+        """Read what `save_pretrained` wrote; the model comes back in eval mode, in float32. Of a training run's folder
+        its model is read, see `model_folder`.
 
         `verify` off: a folder whose files were changed on purpose, so that their checksum differs, is read too. Folders
             of versions that wrote no checksum are read in both cases.
@@ -135,7 +138,7 @@ class PretrainedModel(nn.Module):
             ValueError: a file is damaged; the folder holds another model type, a newer format, an invalid
                 config, or tensors that are not finite or whose names, shapes or dtypes do not fit the config.
         """
-        source = existing_folder(Path(folder))
+        source = model_folder(Path(folder)) or existing_folder(Path(folder))
         if not source.is_dir():
             raise FileNotFoundError(f"folder: no folder {source}")
         config_path, weights_path = source / CONFIG_NAME, source / WEIGHTS_NAME
@@ -183,6 +186,14 @@ class PretrainedModel(nn.Module):
             if not isinstance(description.get(key, {}), dict):
                 raise ValueError(f"{path}: {key}: expected a JSON object, got {type(description[key]).__name__}")
         return description
+
+
+def model_folder(path: Path) -> Path | None:
+    """Return the folder of a saved model: ``path`` itself, or model/ in it as in a training run; None without one."""
+    for folder in (path, path / TRAINED):
+        if ((found := existing_folder(folder)) / CONFIG_NAME).is_file():
+            return found
+    return None
 
 
 def _check_plain(data: Any, *, where: str) -> None:

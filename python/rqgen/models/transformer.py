@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rqkernels
-from rqgen.config import check_bounds, check_fields
+from rqgen.config import check_bounds, check_fields, one_of
 
 from .attention import attention
 from .changes import as_written
@@ -49,7 +49,7 @@ class TransformerConfig:
             raise ValueError(f"heads: expected a number >= 1, got {self.heads}")
         check_bounds(self, layers=(0, 1024), heads=(1, 2**16))
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+            raise ValueError(f"activation: {one_of(ACTIVATIONS, self.activation)}")
         for name in ("attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")

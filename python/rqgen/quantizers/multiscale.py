@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import rqkernels
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, one_of
 
 from .convolution import Convolution
 from .layout import CodeLayout
@@ -62,7 +62,7 @@ class MultiScaleConfig:
         if not 0.0 <= self.refinement_ratio <= 1.0:
             raise ValueError(f"refinement_ratio: expected a number within 0..1, got {self.refinement_ratio}")
         if self.init not in INITIALISATIONS:
-            raise ValueError(f"init: expected one of {', '.join(INITIALISATIONS)}, got {self.init!r}")
+            raise ValueError(f"init: {one_of(INITIALISATIONS, self.init)}")
         if not self.scales:
             raise ValueError("scales: expected at least one")
         if len(self.scales) > 256:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import rqkernels
-from rqgen.config import check_bounds
+from rqgen.config import check_bounds, one_of
 
 from .seeding import kmeans, sample_vectors
 from .state import is_recomputed, keeping_dtype
@@ -85,7 +85,7 @@ class QuantizerConfig:
             raise ValueError(f"decay: expected a number within 0..1, got {self.decay}")
         for name, allowed in (("unused", UNUSED), ("ema_update", EMA_UPDATES), ("init", INITIALISATIONS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: {one_of(allowed, getattr(self, name))}")
 
 
 class QuantizerOutput(NamedTuple):

@@ -78,7 +78,7 @@ class Pipeline:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
         """Read a folder that `save_pretrained`, or `rqgen demo`, wrote: tokenizer/, prior/ and pipeline.json. A folder
-        with the two models alone is read too.
+        with the two models alone is read too, and so is one with the folders of their training runs.
 
         Raises:
             FileNotFoundError: no such folder, or one of the models is missing.
@@ -90,7 +90,7 @@ class Pipeline:
         for part in _PARTS:
             if not (source / part).is_dir():
                 raise FileNotFoundError(f"folder: expected tokenizer/ and prior/ in {source}, but {part}/ is missing")
-        names = _read_names(source / DESCRIPTION) if (source / DESCRIPTION).is_file() else None
+        names = read_class_names(source)
         tokenizer, prior = (load_pretrained(source / part, device) for part in _PARTS)
         if not isinstance(tokenizer, Tokenizer):
             raise ValueError(f"{source / 'tokenizer'}: expected a tokenizer, got a {tokenizer.model_type}")
@@ -178,7 +178,11 @@ def write_description(folder: Path, class_names: Sequence[str]) -> None:
     write_json(folder / DESCRIPTION, {"format_version": FORMAT_VERSION, "class_names": list(class_names)})
 
 
-def _read_names(path: Path) -> tuple[str, ...]:
+def read_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of classes in `folder`/pipeline.json; None without this file. ValueError for a damaged one."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        return None
     description = read_json(path)
     version = description.get("format_version")
     if isinstance(version, bool) or version != FORMAT_VERSION:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rqgen.config import one_of
+
 if TYPE_CHECKING:
     from .system import System
 
@@ -38,7 +40,7 @@ def unregister(name: str) -> None:
 def find_system(name: str) -> System:
     """Return the system of this name. ValueError for an unknown one."""
     if name not in TITLES:
-        raise ValueError(f"--system: expected one of {', '.join(TITLES)}, got '{name}'")
+        raise ValueError(f"--system: {one_of(TITLES, name)}")
     if name not in _registered:
         _registered[name] = import_module(f".{name}", __name__).SYSTEM
     return _registered[name]

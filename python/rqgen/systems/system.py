@@ -43,7 +43,7 @@ class PriorRun:
 
     recipe: ClassVar[str | None] = None
     tokenizer: Path = Path("runs/tokenizer/model")
-    """The folder of the trained tokenizer: the one with config.json and model.safetensors."""
+    """The folder of the trained tokenizer: the one with config.json and model.safetensors, or that of its training."""
     codes: Path | None = None
     """Learn from codes that `rqgen encode` wrote instead of images; ``data`` is then not read."""
     data: DataConfig = field(default_factory=DataConfig)

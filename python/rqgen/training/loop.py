@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol
@@ -151,13 +151,15 @@ def train(
     description: dict[str, Any] | None = None,
     resume: str | Path | None = None,
     console: Console | None = None,
+    started: Callable[[], None] | None = None,
 ) -> TrainingResult[ModelT]:
     """Train ``stage.model`` on ``items`` for ``config.steps`` updates.
 
     ``folder`` gets checkpoints/, tensorboard/ and history.csv. ``description`` (plain data: the run's whole
     configuration, ``config`` under "loop") is kept in every checkpoint, and a resumed run must bring an equal one, but
     for `RESUMABLE_CHANGES` and ``loop.steps``. ``resume``: a checkpoint to resume from; the weights of every later
-    step equal those of an uninterrupted run, bit for bit, on the same machine.
+    step equal those of an uninterrupted run, bit for bit, on the same machine. ``started`` is called before the first
+    step: nothing refuses the run, or its checkpoint, any more.
 
     Raises:
         ValueError: a checkpoint of another configuration, of a later step than ``config.steps``, or a damaged one.
@@ -172,7 +174,7 @@ def train(
     folder, resume = Path(folder), None if resume is None else Path(resume)
     _check_places(folder)
     with _accelerator(config) as accelerator:
-        return _train(accelerator, stage, items, config, folder, description, resume, console)
+        return _train(accelerator, stage, items, config, folder, description, resume, console, started)
 
 
 def _check_places(folder: Path) -> None:
@@ -211,6 +213,7 @@ def _train(
     description: dict[str, Any] | None,
     resume: Path | None,
     console: Console | None,
+    started: Callable[[], None] | None,
 ) -> TrainingResult[ModelT]:
     if accelerator.num_processes > 1:
         raise RuntimeError(
@@ -235,6 +238,8 @@ def _train(
     run = _Run(stage, config, described, model, optimizer, averaged, accelerator.scaler, folder)
     if resume is not None:
         run.restore(resume, accelerator.device)
+    if started is not None:
+        started()
 
     stream = BatchStream(
         items,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rqgen.config import shorthands
+from rqgen.data import DataConfig
 from rqgen.data.settings import saved_settings
 
 from .checkpoint import STATE_FILE, check_random_states, checkpoints, load_checkpoint
@@ -70,7 +72,11 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
     # Older checkpoints do not name their system, whose settings and weights do not fit another one, nor their codebook,
     # which stands for the tokenizer, wherever that lies.
     may_change = RESUMABLE_CHANGES | {"steps", "tokenizer"} | ({"system", "codebook"} - saved.keys())
-    changed = refuse_other_run(saved, current, path, may_change=may_change)
+    # Images and codes that are known by what they are may lie elsewhere now.
+    places: frozenset[str] = frozenset()
+    if before is not None:
+        places = frozenset({"codes", *(f"data.{key}" for key in shorthands(DataConfig).values())})
+    changed = refuse_other_run(saved, current, path, may_change=may_change, places=places)
     if before is not None and now is not None and before != now:
         others = "" if (there := _in_words(before)) != _in_words(now) else ", but others"
         raise ValueError(f"cannot resume {path}: its images have changed: {there} then, {_in_words(now)} now{others}")
@@ -124,13 +130,20 @@ def load_scaler(scaler: Any, state: Any, *, where: str) -> None:
 
 
 def refuse_other_run(
-    saved: dict[str, Any], current: dict[str, Any], path: Path, *, may_change: frozenset[str] = RESUMABLE_CHANGES
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    path: Path,
+    *,
+    may_change: frozenset[str] = RESUMABLE_CHANGES,
+    places: frozenset[str] = frozenset(),
 ) -> list[tuple[str, Any, Any]]:
     """Raise ValueError if two descriptions of a run differ in a setting that changes its weights. Return the other
-    differences: (key, before, now)."""
+    differences: (key, before, now). ``may_change`` holds last names of keys, ``places`` whole keys of paths that may
+    lead elsewhere, but not come or go."""
     differing = _differences(saved_description(saved), current, "")
     for key, before, now in differing:
-        if key.rsplit(".", 1)[-1] not in may_change:
+        is_moved = key in places and isinstance(before, str) and isinstance(now, str)
+        if key.rsplit(".", 1)[-1] not in may_change and not is_moved:
             raise ValueError(f"cannot resume {path}: '{key}' was {before!r} there and is {now!r} now")
     return differing
 

@@ -61,8 +61,8 @@ def test_the_folder_is_a_pipeline(demo, rqgen, tmp_path):
     code, _, err = rqgen("sample", out, "--class", "seven", "--num", 2, "--seed", 4, *files)
     assert code == 0, err
     assert torch.equal(read_codes(tmp_path / "s.safetensors").codes, sampled.codes)
-    code, _, err = rqgen("sample", out, "--tokenizer", out / "tokenizer")
-    assert code == 1 and err == f"error: --tokenizer: expected none next to RUN, {out}, which holds both models\n"
+    code, _, err = rqgen("sample", out, "--prior", out / "prior")
+    assert code == 1 and err == f"error: --prior: expected none next to RUN, {out}, got {out / 'prior'}\n"
     code, _, err = rqgen("sample", tmp_path / "nowhere")
     assert code == 1 and "nowhere" in err and err.count("\n") == 1
 

@@ -177,6 +177,10 @@ def test_one_model_is_judged_by_what_fits(rqgen, evaluated, refused, trained, pa
     assert found["models"]["tokenizer"]["folder"] == str(pair / "tokenizer")
     assert "--tokenizer: " in refused(pair, "--tokenizer", pair / "prior")
     assert "expected tokenizer/ and prior/, as `rqgen demo` writes them" in refused(tmp_path)
+    assert f"error: RUN: no folder {tmp_path / 'nowhere'}\n" == refused(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("where my models are\n")
+    named = f"error: RUN: no folder {tmp_path / 'notes.txt'}: it is a text file\n"
+    assert refused(tmp_path / "notes.txt") == named
     # Trainings side by side.
     both = tmp_path / "runs"
     both.mkdir()
@@ -185,14 +189,30 @@ def test_one_model_is_judged_by_what_fits(rqgen, evaluated, refused, trained, pa
     assert set(evaluated(both, "--metric", "token_prediction")[0]["models"]) == {"tokenizer", "prior"}
 
 
+def test_a_tokenizer_that_moved_is_named(evaluated, refused, trained, tmp_path):
+    prior, config = tmp_path / "prior", trained[1] / "config.yaml"
+    (prior / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(trained[1] / "model" / name, prior / "model" / name)
+    (prior / "config.yaml").write_text(config.read_text().replace(str(trained[0]), str(tmp_path / "gone")))
+    for run in (prior, prior / "model"):
+        named = f"error: --tokenizer: no model in {tmp_path / 'gone' / 'model'}, which {prior / 'config.yaml'} names"
+        assert named in refused(run)
+    found, _ = evaluated(prior, "--tokenizer", trained[0], "--metric", "token_prediction")
+    assert found["models"]["tokenizer"]["folder"] == str(trained[0] / "model")
+
+
 def test_a_prior_of_another_tokenizer_is_refused(refused, pair, tmp_path):
     vae = RQVAE.from_pretrained(pair / "tokenizer")
     with torch.no_grad():
         vae.quantizer.codebooks.add_(1)
     vae.save_pretrained(tmp_path / "other")
-    assert "vae: expected the codebooks that the prior was made with" in refused(
-        pair, "--tokenizer", tmp_path / "other"
-    )
+    fault = "expected the codebooks that the prior was made with"
+    assert f"error: --tokenizer: {fault}" in refused(pair, "--tokenizer", tmp_path / "other")
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "tokenizer").symlink_to(tmp_path / "other")
+    (tmp_path / "both" / "prior").symlink_to(pair / "prior")
+    assert f"error: RUN: {tmp_path / 'both' / 'tokenizer'}: {fault}" in refused(tmp_path / "both")
 
 
 def test_classes_of_other_images_are_no_classes_of_the_prior(evaluated, refused, pair):

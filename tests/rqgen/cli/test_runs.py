@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from rqgen import files
 from rqgen.cli import runs
@@ -47,6 +49,54 @@ def test_resume_needs_no_settings(rqgen, trained, cut, tmp_path):
     assert (prior / "model" / "model.safetensors").read_bytes() == (
         trained[1] / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_resume_takes_repeated_and_moved_images(rqgen, tmp_path, small_tokenizer, monkeypatch, caplog):
+    """A relative path that is given again is the same path, and images that moved are the same images."""
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "photos" / ("a" if number % 2 else "b") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    monkeypatch.chdir(tmp_path)
+    small = [*small_tokenizer, "loop.batch_size=8", "loop.tensorboard=false"]
+    train = ["train", "tokenizer", "--out", "run"]
+    assert rqgen(*train, *small, "loop.steps=2", "data.folder=photos")[0] == 0
+    code, _, err = rqgen(*train, "--resume", *small, "loop.steps=3", "data.folder=photos")
+    assert code == 0, err
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    code, _, err = rqgen(*train, "--resume", "loop.steps=4")
+    assert code == 1 and f"folder.path: no folder {tmp_path / 'photos'}" in err and err.count("\n") == 1
+    with caplog.at_level(logging.INFO):
+        code, _, err = rqgen(*train, "--resume", "loop.steps=4", "data.folder=elsewhere")
+    assert code == 0, err
+    assert f"'data.folder.path' was {tmp_path / 'photos'} and is {tmp_path / 'elsewhere'} from now on" in caplog.text
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["folder"]["path"] == str(
+        tmp_path / "elsewhere"
+    )
+    # Other images are refused, and so is another source.
+    (tmp_path / "elsewhere" / "a" / "1.png").unlink()
+    before = content(tmp_path / "run")
+    code, _, err = rqgen(*train, "--resume", "loop.steps=5")
+    assert code == 1 and "its images have changed" in err
+    code, _, err = rqgen(*train, "--resume", "loop.steps=5", "data.source=photos", "data.folder=null")
+    assert code == 1 and "cannot resume" in err and err.count("\n") == 1
+    assert content(tmp_path / "run") == before
+
+
+def test_resume_takes_codes_that_moved(rqgen, trained, tmp_path, small_prior, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert rqgen("encode", "--tokenizer", trained[0], "--out", "codes.safetensors")[0] == 0
+    codes = ["prior.soft_labels=false", "prior.stochastic_codes=false", f"tokenizer={trained[0]}"]
+    train = ["train", "prior", "--out", "run"]
+    assert rqgen(*train, *small_prior, *codes, "codes=codes.safetensors", "loop.steps=2")[0] == 0
+    (tmp_path / "codes.safetensors").rename(tmp_path / "moved.safetensors")
+    code, _, err = rqgen(*train, "--resume", "loop.steps=3", "codes=moved.safetensors")
+    assert code == 0, err
+    other = ["encode", "--tokenizer", trained[0], "--split", "held_out", "--out", "other.safetensors"]
+    assert rqgen(*other)[0] == 0
+    code, _, err = rqgen(*train, "--resume", "loop.steps=4", "codes=other.safetensors")
+    assert code == 1 and "its images have changed" in err and err.count("\n") == 1
 
 
 def test_resume_knows_the_system(rqgen, tmp_path):
@@ -154,6 +204,21 @@ def test_a_demo_that_is_replaced_says_so(rqgen, tmp_path, monkeypatch, caplog):
         assert "reached" in rqgen("demo", "--out", tmp_path / "out")[2]
         assert ("replacing the demo there" in caplog.text) == metrics
         files.write_json(tmp_path / "out" / "metrics.json", {"reconstruction_mse": 0.1, "versions": {}})
+
+
+def test_checkpoints_of_a_demo_are_replaced_with_it(rqgen, tmp_path, monkeypatch):
+    from rqgen.cli import demo
+
+    monkeypatch.setattr(demo, "_run_demo", lambda *arguments: (_ for _ in ()).throw(ValueError("reached")))
+    checkpoint = tmp_path / "out" / "training" / "prior" / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").write_text("")
+    code, _, err = rqgen("demo", "--out", tmp_path / "out")
+    assert code == 1 and err.count("\n") == 1 and checkpoint.exists()
+    assert f"error: --out: {tmp_path / 'out' / 'training'} holds checkpoints of a demo that did not end" in err
+    files.write_json(tmp_path / "out" / "metrics.json", {"reconstruction_mse": 0.1, "versions": {}})
+    assert "reached" in rqgen("demo", "--out", tmp_path / "out")[2]
+    assert not checkpoint.parent.exists()
 
 
 # --- places ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from PIL import Image
 from rqgen.cli import scaling
 from rqgen.cli.app import main
 from rqgen.cli.scaling import load_scaling
+from rqgen.config import to_dict
 from rqgen.data import DataConfig, open_dataset
 from rqgen.evaluation import evaluate_token_prediction, fit_power_law
 from rqgen.models import VAR, MultiScaleVQVAE
@@ -185,3 +186,19 @@ def test_the_shipped_family():
     loops = [config.member(depth).loop for depth in config.depths]
     assert len({(loop.steps, loop.batch_size, loop.seed) for loop in loops}) == 1
     assert config.member(6).prior.preset == "d6" and config.prior.prior.preset is None
+
+
+def test_paths_to_images_mean_the_same_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = scaling.load_scaling(None, ["tokenizer.data.folder=photos"])
+    found = scaling._with_absolute_images(config, None)
+    assert found.tokenizer.data.folder.path == found.prior.data.folder.path == tmp_path / "photos"
+    assert found.prior.tokenizer == config.prior.tokenizer  # not read
+    # A run of an older version, with the path as it was given.
+    (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config)}))
+    assert to_dict(scaling._with_absolute_images(found, tmp_path / "run.json")) == to_dict(config)
+
+
+def test_a_missing_tokenizer_is_named_by_its_option(rqgen, tmp_path):
+    code, _, err = rqgen("scaling", "--out", tmp_path / "out", "--tokenizer", tmp_path / "nowhere", *SMALL)
+    assert code == 1 and err == f"error: --tokenizer: no folder {tmp_path / 'nowhere'}\n"

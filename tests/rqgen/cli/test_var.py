@@ -207,9 +207,10 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for change, words in (
         (["--label", 10], "--label: expected 0..9, got 10"),
-        (["--mask", tmp_path / "small.png"], "expected 32x32 pixels, got 16x32"),
+        (["--mask", tmp_path / "small.png"], f"--mask: {tmp_path / 'small.png'}: expected 32x32 pixels, got 16x32"),
+        (["--mask", tmp_path / "none.png"], f"--mask: no file {tmp_path / 'none.png'}"),
         (["--mask", tmp_path / "black.png"], "leaves nothing to sample"),
-        (["--image", tmp_path / "none.png"], "image file not found"),
+        (["--image", tmp_path / "none.png"], f"--image: no file {tmp_path / 'none.png'}"),
         (["--image", tmp_path / "text.png"], "not a readable image"),
         (["--prior", trained[0]], "--prior: "),
         (["--background", "whit"], "background: expected a colour such as 'white'"),
@@ -220,6 +221,7 @@ def test_edit_mistakes(rqgen, trained, pictures, tmp_path):
     for arguments, words in (
         (["class"], "--label: edit class needs"),
         (["erase"], "expected one of inpaint, outpaint"),
+        (["inpant"], "edit: expected one of inpaint, outpaint, class, got 'inpant'; did you mean 'inpaint'?"),
         (["inpaint", "--out", tmp_path / "e.gif"], "--out: expected a file name that ends in .bmp"),
     ):
         code, _, err = rqgen("edit", *arguments, *models, *pictures)

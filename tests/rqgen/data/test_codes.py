@@ -116,7 +116,7 @@ def test_files_are_the_same_bytes_in_every_process(tmp_path):
 
 
 def test_bad_files(encoded, tmp_path):
-    with pytest.raises(FileNotFoundError, match="codes file not found"):
+    with pytest.raises(FileNotFoundError, match="codes: no file "):
         read_codes(tmp_path / "nowhere")
     good = tmp_path / "good"
     write_codes(good, encoded)
@@ -374,5 +374,5 @@ def test_paths_may_be_text(encoded, tmp_path):
     assert read_codes(path).codebook_id == encoded.codebook_id
     with pytest.raises(ValueError, match=r"expected a name that ends in \.safetensors"):
         write_codes(str(tmp_path / "codes.npz"), encoded)
-    with pytest.raises(FileNotFoundError, match="codes file not found"):
+    with pytest.raises(FileNotFoundError, match="codes: no file "):
         read_codes(str(tmp_path / "none"))

@@ -374,7 +374,7 @@ def test_a_class_without_an_image_to_train_on_is_named(tmp_path, caplog):
 
 
 def test_missing_empty_and_mixed_folders(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match="image folder not found"):
+    with pytest.raises(FileNotFoundError, match=r"folder\.path: no folder"):
         open_dataset(folder_config(tmp_path / "nowhere"), "all")
     empty = tmp_path / "empty"
     empty.mkdir()

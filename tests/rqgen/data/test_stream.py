@@ -1,11 +1,13 @@
 """The stream of batches: every item once per epoch, and the same batches from wherever it starts."""
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
 from rqgen.data import BatchStream, TensorItems
+from rqgen.data.pictures import PictureError
 
 
 @pytest.fixture
@@ -47,3 +49,34 @@ def test_bad_arguments(items):
         BatchStream(items, 0, seed=0)
     with pytest.raises(ValueError, match="labels"):
         TensorItems(torch.zeros(3, 1), torch.zeros(2))
+
+
+class _Own(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class _Failing:
+    def __init__(self, make):
+        self._make = make
+
+    def __len__(self):
+        return 4
+
+    def item(self, index, epoch):
+        raise self._make()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: PictureError(Path("a.png"), "cut off"), PictureError, "a.png: not a readable image (cut off)"),
+        (lambda: FileNotFoundError("image file not found: a.png"), FileNotFoundError, "image file not found: a.png"),
+        (lambda: _Own("one", "two"), Exception, "one and two"),
+    ],
+)
+def test_an_error_of_a_worker_is_that_of_the_item(workers, make, kind, message):
+    with pytest.raises(kind) as caught:
+        next(iter(BatchStream(_Failing(make), 2, seed=0, workers=workers)))
+    assert str(caught.value) == message

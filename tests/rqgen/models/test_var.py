@@ -143,6 +143,8 @@ def test_bad_settings_are_named() -> None:
 
     with pytest.raises(ValueError, match=r"name: expected d16.*got 'x16'"):
         preset("x16")
+    with pytest.raises(ValueError, match=r"name: expected d16, .* or another dN, got .d1111"):
+        preset("d" + "1" * 5000)
     with pytest.raises(ValueError, match="heads: decided by preset 'd4'"):
         preset("d4", heads=2)
     for settings, message in (

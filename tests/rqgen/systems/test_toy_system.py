@@ -300,7 +300,7 @@ def test_mistakes(run: Path, rqgen: Any, tmp_path: Path) -> None:
         (["demo", "--system", "toy"], "--system: expected a system with a demo, got 'toy', which has none"),
         (
             ["train", "tokenizer", "--system", "tiy"],
-            f"--system: expected one of {', '.join(TITLES)}, got 'tiy'",
+            f"--system: expected one of {', '.join(TITLES)}, got 'tiy'; did you mean 'toy'?",
         ),
         (
             ["train", "prior", "--system", "rq", f"tokenizer={run / 't' / 'model'}"],

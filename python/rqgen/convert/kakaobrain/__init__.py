@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rqgen.models import RQVAE, RQTransformer
-from rqgen.models.pretrained import CONFIG_NAME
+from rqgen.models.pretrained import model_folder
 from rqgen.reading import shorten
 
 from ..published import KAKAOBRAIN_PRIOR, KAKAOBRAIN_RQVAE, expect_model
@@ -91,9 +91,9 @@ def _find_codebooks(checkpoint: Checkpoint, tokenizer: RQVAE | PathLike | None) 
 
 
 def _load_tokenizer(path: Path) -> RQVAE:
-    if (path / CONFIG_NAME).is_file():
+    if model_folder(path) is not None:
         return RQVAE.from_pretrained(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, name="tokenizer")
     # Checked first: a prior would search for a tokenizer of its own, and may name itself.
     if checkpoint.arch["type"] != "rq-vae":
         raise ValueError(f"tokenizer: expected an RQ-VAE, but {path} holds a prior ({checkpoint.arch['type'][:60]})")

@@ -34,8 +34,9 @@ class Checkpoint(NamedTuple):
         return f"{self.path} with {self.config_path.name}"
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Checkpoint:
-    """Read the checkpoint at `path` (or model.pt in that folder) and the config.yaml next to it.
+def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False, name: str = "path") -> Checkpoint:
+    """Read the checkpoint at `path` (or model.pt in that folder) and the config.yaml next to it. `name` is the argument
+    that names it: the error for a missing file opens with it.
 
     Raises: see `rqgen.convert.load_kakaobrain`.
     """
@@ -43,9 +44,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Check
     if checkpoint_path.is_dir():
         checkpoint_path = checkpoint_path / CHECKPOINT_NAME
     config_path = checkpoint_path.parent / CONFIG_NAME
-    require_file(checkpoint_path, "path")
+    require_file(checkpoint_path, name)
     content = unpickle(checkpoint_path)
-    require_file(config_path, "path")
+    require_file(config_path, name)
     config = _read_config(config_path)
     for name in _SECTIONS:
         _refuse_interpolations(config.get(name), name, config_path)

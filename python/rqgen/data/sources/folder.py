@@ -93,7 +93,7 @@ class FolderImages(ImageDataset):
         assert options.path is not None  # DataConfig holds this
         folder = options.path
         if not folder.is_dir():
-            raise FileNotFoundError(f"image folder not found: {folder}")
+            raise FileNotFoundError(f"folder.path: no folder {folder}")
         self._config, self._options, self._background = config, options, parse_colour(options.background)
         found = _FolderScan(folder)
         classes, loose = found.classes, found.loose

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from rqgen.config import check_bounds, check_fields
+from rqgen.config import check_bounds, check_fields, one_of
 
 from ..condition import checked_class_names
 from ..transformer import TransformerConfig
@@ -100,7 +100,7 @@ class RQTransformerConfig:
             ("condition", ("none", "class", "tokens")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: {one_of(allowed, getattr(self, name))}")
         if self.code_dim == 0 and "codebook" in (self.spatial_embedding, self.depth_embedding):
             raise ValueError('code_dim: expected that of the codebooks where an embedding is "codebook", got 0')
         for name in ("spatial", "depth"):
@@ -149,7 +149,7 @@ class RQTransformerConfig:
         """
         presets = _PRESETS_DEPTH_ONE if code_shape[2] == 1 else _PRESETS
         if name not in presets:
-            raise ValueError(f"name: expected one of {', '.join(presets)}, got {name!r}")
+            raise ValueError(f"name: {one_of(presets, name)}")
         if decided := sorted({"embed_dim", "spatial", "depth"} & settings.keys()):
             raise ValueError(f"{', '.join(decided)}: decided by preset {name!r}; change the config that it returns")
         width, spatial_layers, depth_layers, heads = presets[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from typing_extensions import Self
 
 from rqgen.config import check_bounds, check_fields
 from rqgen.quantizers import MultiScaleConfig
+from rqgen.reading import shorten
 
 from ..condition import checked_class_names
 
@@ -83,8 +85,8 @@ class VARConfig:
         Raises:
             ValueError: another name, or a setting that the preset itself decides.
         """
-        if not (name[:1] == "d" and name[1:].isascii() and name[1:].isdigit() and int(name[1:]) > 0):
-            raise ValueError(f"name: expected d16, d20, d24, d30, d36 or another dN, got {name!r}")
+        if not re.fullmatch(r"d0*[1-9][0-9]{0,8}", name):
+            raise ValueError(f"name: expected d16, d20, d24, d30, d36 or another dN, got {shorten(name)}")
         if decided := sorted({"embed_dim", "layers", "heads", "drop_path"} & settings.keys()):
             raise ValueError(f"{', '.join(decided)}: decided by preset {name!r}; change the config that it returns")
         depth = int(name[1:])
