@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from rqgen.checks import check_integer
+from rqgen.checks import check_integer, check_tensor
 from rqgen.files import new_file
 from rqgen.reading import name_some, require_file, unreadable
 
@@ -188,14 +188,19 @@ def as_tensor(values: Any, name: str) -> Tensor:
     Raises:
         TypeError: anything else.
     """
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, got a masked one; choose the values first")
     if isinstance(values, np.ndarray):
         if values.dtype.kind != "f":
             raise TypeError(f"{name}: expected floating-point numbers, got {values.dtype}")
         values = torch.from_numpy(np.require(values, np.float64, ["C", "W"]))  # torch warns of read-only arrays
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a tensor or an array, got {type(values).__name__}")
+    check_tensor(values, name)
     if not values.is_floating_point():
         raise TypeError(f"{name}: expected floating-point numbers, got {values.dtype}")
+    if values.is_meta:
+        raise TypeError(f"{name}: expected a tensor with values, got one on the meta device")
     return values.detach().to(torch.float64)
 
 
@@ -247,7 +252,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             names = archive.files
             arrays = {name: archive[name] for name in ("mu", "sigma", "count") if name in names}
     except Exception as error:  # whatever numpy and zipfile make of the file
-        raise unreadable(path, ARCHIVE, error) from error
+        # numpy's advice for pickles is to load them unsafely.
+        reason = "of Python objects" if "pickle" in str(error) else error
+        raise unreadable(path, ARCHIVE, reason) from error
     if missing := sorted({"mu", "sigma"} - arrays.keys()):
         held = name_some(names) or "none"
         raise ValueError(f"{path}: expected the arrays mu and sigma, got no {' and '.join(missing)} (it holds {held})")

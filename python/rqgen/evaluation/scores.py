@@ -117,14 +117,15 @@ def inception_score(probabilities: Features, splits: int = 10) -> InceptionScore
     Raises:
         TypeError: not a tensor or an array of floating-point numbers; splits is not an integer.
         ValueError: another shape; negative numbers, or ones that are not finite; rows whose sum is not within 0.001 of
-            1, such as logits; splits out of range.
+            1 (bfloat16: its rounding, 0.0078), such as logits; splits out of range.
 
     Not a metric of `rqgen evaluate`, which has no feature network.
     """
     p_nk = check_features(probabilities, "probabilities", at_least=1)
     splits = check_integer(splits, "splits", 1, len(p_nk))
     sums_n = p_nk.sum(1)
-    bad_n = (p_nk < 0).any(1) | ((sums_n - 1).abs() > 1e-3)
+    tolerance = max(1e-3, torch.finfo(probabilities.dtype).eps if isinstance(probabilities, Tensor) else 0.0)
+    bad_n = (p_nk < 0).any(1) | ((sums_n - 1).abs() > tolerance)
     if bool(bad_n.any()):
         row = int(bad_n.nonzero()[0, 0])
         least, total = p_nk[row].min().item(), sums_n[row].item()

@@ -122,6 +122,12 @@ def test_sums_of_float32_rows_do_not_count():
     assert inception_score(p * 1.0005).mean == pytest.approx(inception_score(p).mean, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_of_short_types_are_taken(dtype):
+    p = randn(400, 10).softmax(1)
+    assert inception_score(p.to(dtype)).mean == pytest.approx(inception_score(p).mean, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
