@@ -88,6 +88,12 @@ def check_nonnegative(value: Any, name: str, expected: str = "a number") -> floa
     return number
 
 
+def check_instance(value: Any, name: str, expected: type) -> None:
+    """Raise TypeError unless `value` is an `expected`."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
+
+
 # --- tensors -----------------------------------------------------------------------------------------------
 
 
