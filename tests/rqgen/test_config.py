@@ -845,6 +845,12 @@ def test_what_a_registry_refuses(places):
         registry.reserve(["tape"])
 
 
+def test_what_is_registered_is_a_class():
+    for entry in (Disk(), "disk", None):
+        with pytest.raises(TypeError, match="entry: expected a class, got"):
+            config.Registry("thing").register(entry)
+
+
 def test_without_a_choice_every_section_is_there():
     registry = config.Registry("thing")
     registry.register(Disk)
