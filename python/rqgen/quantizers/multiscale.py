@@ -21,7 +21,7 @@ from rqgen.config import check_bounds
 from .convolution import Convolution
 from .layout import CodeLayout
 from .seeding import sample_vectors
-from .state import is_recomputed, keeping_dtype
+from .state import is_recomputed, keeping_dtype, without_autocast
 from .usage import CodeUsage
 
 INITIALISATIONS = ("data", "random")
@@ -182,18 +182,18 @@ class MultiScaleDecoder(nn.Module):
         self.check_codes(codes)
         if scales is not None and not 1 <= scales <= self.num_scales:
             raise ValueError(f"scales: expected 1..{self.num_scales}, got {scales}")
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with without_autocast(self.codebook.device):
             *_, last = self.steps(lambda k, _: codes[k], scales=scales)
         return last.total
 
     def combine(self, vectors: Sequence[Tensor]) -> Tensor:
         """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with without_autocast(self.codebook.device):
             return functools.reduce(torch.add, (self.contribution(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the inputs of a prior for scales 2..K: f_hat_{k-1} shrunk to scale k, float32 (B, h_k, w_k, C) each."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with without_autocast(self.codebook.device):
             for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
                 yield self.downsample(total, k + 1)
 
@@ -330,7 +330,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
             raise ValueError(f"features: expected at least one map in train mode, got shape {tuple(features.shape)}")
         # Checkpointed, a forward runs again in backward: its codes are the same, and have been counted.
         counted = self.training and not is_recomputed()
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             wanted = features.float()
             fixed = wanted.detach()
             if self.training and not self.initialized:
@@ -350,7 +350,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
     def encode(self, features: Tensor) -> list[Tensor]:
         """Token maps int64 (B, h_k, w_k) of features (B, C, H, W). Changes no state in any mode."""
         self._check_features(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return [step.codes for step in self.steps(self._nearest_of_rest, features.detach().float())]
 
     @torch.no_grad()
