@@ -133,7 +133,7 @@ class PretrainedModel(nn.Module):
         """Read what `save_pretrained` wrote; the model comes back in eval mode, in float32.
 
         `verify` off: a folder whose files were changed on purpose, so that their checksum differs, is read too. Folders
-            of versions that wrote no checksum are read in both cases.
+        of versions that wrote no checksum are read in both cases.
 
         Raises:
             FileNotFoundError: no such folder, or one of its two files is missing.
