@@ -252,9 +252,12 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             names = archive.files
             arrays = {name: archive[name] for name in ("mu", "sigma", "count") if name in names}
     except Exception as error:  # whatever numpy and zipfile make of the file
-        # numpy's advice for pickles is to load them unsafely.
-        reason = "of Python objects" if "pickle" in str(error) else error
-        raise unreadable(path, ARCHIVE, reason) from error
+        told = str(error)
+        if "Object arrays" in told:
+            told = "of Python objects"
+        elif "allow_pickle" in told:  # numpy's advice is to load the file unsafely
+            told = ""
+        raise unreadable(path, ARCHIVE, told) from error
     if missing := sorted({"mu", "sigma"} - arrays.keys()):
         held = name_some(names) or "none"
         raise ValueError(f"{path}: expected the arrays mu and sigma, got no {' and '.join(missing)} (it holds {held})")

@@ -228,6 +228,11 @@ class Prior(PretrainedModel, ABC):
         """Return the guidance of each level for this `cfg_scale`; here the same for all."""
         return [cfg_scale] * self.levels
 
+    def check_values(self) -> None:
+        """Raise ValueError on the meta device, where shapes can be computed but nothing sampled."""
+        if self.device.type == "meta":
+            raise ValueError("prior: it is on the meta device and has no values; load them first")
+
     def check_codebooks(self) -> None:
         """Raise ValueError while the prior waits for the codebooks that it embeds with."""
 
@@ -249,8 +254,7 @@ class Prior(PretrainedModel, ABC):
         ):
             if got != expected:
                 raise ValueError(f"vae: expected the prior's {name}, {expected}, got {got}")
-        if self.device.type == "meta":
-            raise ValueError("prior: it is on the meta device and has no values; load them first")
+        self.check_values()
         self.check_codebooks()
         for mine, other in self.codebook_pairs(vae):
             if mine.shape != other.shape or not _same_but_rounded(mine, other):

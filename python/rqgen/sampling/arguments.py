@@ -47,6 +47,7 @@ def check_models(prior: Any, vae: Any) -> None:
 def check_condition(condition: Any, prior: Prior, names: Sequence[str] | None = None) -> Tensor:
     """Return the condition as an int64 tensor on the prior's device, every id in range: integers of every width, class
     names (the prior's, or `names`) become labels."""
+    prior.check_values()
     names = names_of_classes(prior) if names is None else names
     condition = _labels_of_names(condition, names)
     try:
