@@ -38,8 +38,8 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
 
     Distances are Euclidean, `|x|^2 + |y|^2 - 2 x . y` in float64 after the median of the real features is subtracted.
     A vector on the surface of a ball, to the rounding of this formula for these two vectors, is inside: so are copies
-    of a real image, whose ball has radius 0 where there are more than k of them. At most 2^24 distances exist at a time (128 MiB), never all
-    N x M of them, nor anything of size N x M x d.
+    of a real image, whose ball has radius 0 where there are more than k of them. At most 2^24 distances exist at a time
+    (128 MiB), never all N x M of them, nor anything of size N x M x d.
 
     Args:
         real, generated: (N, d) and (M, d), floating point. The two shares compare only where N, M, k and the network
