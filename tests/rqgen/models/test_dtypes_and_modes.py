@@ -337,6 +337,7 @@ PACKED = {
     "sparse_coo": lambda x: x.to_sparse(),
     "_mkldnn": lambda x: x.to_mkldnn(),
     "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.strided),
 }
 
 
