@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,10 +97,12 @@ def scales_up_to(side: int) -> list[int]:
 
 
 def _pair(scale: int | Sequence[int]) -> tuple[int, int]:
-    pair = (scale, scale) if isinstance(scale, int) else tuple(scale)
-    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
+    sides = list(scale) if isinstance(scale, (list, tuple)) else [scale, scale]
+    whole = all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
+    if len(sides) != 2 or not whole:
         raise ValueError(f"scales: expected [h, w] or one number >= 1 for each, got {scale!r}")
-    return pair
+    height, width = map(int, sides)  # NumPy's integers are taken as well
+    return height, width
 
 
 TokensOf = Callable[[int, Tensor | None], Tensor]
