@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,20 @@ from rqgen.reading import name_some, require_file, unreadable
 ARCHIVE = "archive of NumPy arrays (.npz)"
 # Squares of larger values, summed over 1e7 images, leave the range of float64.
 _LARGEST = 1e150
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without gradients, and outside inference mode: a tensor made there could not be added to later."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class FeatureStatistics:
@@ -80,7 +96,7 @@ class FeatureStatistics:
         cov = self._products if self._count is None else self._products / (self._count - 1)
         return ((cov + cov.T) / 2).cpu()
 
-    @torch.no_grad()
+    @_lasting
     def update(self, features: Tensor | np.ndarray[Any, Any]) -> None:
         """Add a batch of feature vectors. A refused batch changes nothing.
 
@@ -107,7 +123,7 @@ class FeatureStatistics:
         self._products.addmm_(centered_nd.T, centered_nd)
         self._shift(count, mean_d, len(x_nd))
 
-    @torch.no_grad()
+    @_lasting
     def merge(self, other: FeatureStatistics) -> None:
         """Add all feature vectors of other statistics, which stay as they are: of another process, or another file.
 
@@ -147,6 +163,7 @@ class FeatureStatistics:
                 np.savez(file, mu=mean, sigma=cov, count=np.int64(self._count))
 
     @classmethod
+    @_lasting
     def load(cls, path: str | Path) -> Self:
         """Read a file that `save` wrote, or any .npz file with `mu` (d,) and `sigma` (d, d).
 

@@ -7,7 +7,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def scales_up_to(side: int) -> list[int]:
 
 
 def _pair(scale: int | Sequence[int]) -> tuple[int, int]:
-    sides = list(scale) if isinstance(scale, (list, tuple)) else [scale, scale]
+    sides: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale, scale]
     whole = all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
     if len(sides) != 2 or not whole:
         raise ValueError(f"scales: expected [h, w] or one number >= 1 for each, got {scale!r}")

@@ -137,6 +137,21 @@ def test_too_few_features_have_no_moments():
         _ = statistics.cov
 
 
+def test_statistics_begun_in_inference_mode_go_on_outside(tmp_path):
+    x, y = features(), features(seed=1)
+    with torch.inference_mode():
+        statistics = statistics_of(x * 1)
+        other = statistics_of(y * 1)
+        other.save(tmp_path / "other.npz")
+        read = FeatureStatistics.load(tmp_path / "other.npz")
+    statistics.update(y)
+    read.update(x)
+    other.merge(statistics)
+    assert_moments(statistics, torch.cat([x, y]), rtol=1e-11, atol=1e-13)
+    assert_moments(read, torch.cat([y, x]), rtol=1e-11, atol=1e-13)
+    assert other.count == 600
+
+
 def test_other_statistics_are_refused():
     statistics = statistics_of(features())
     with pytest.raises(TypeError, match="other: expected FeatureStatistics, got Tensor"):
