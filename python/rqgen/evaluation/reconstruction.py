@@ -69,4 +69,5 @@ def check_encoded(codes: Codes, layout: CodeLayout, first_image: int) -> None:
     """Raise ValueError for the first image without codes: its latents were not finite."""
     missing = (layout.flatten(codes) < 0).any(1).nonzero()
     if len(missing):
-        raise ValueError(f"images: the tokenizer's latents of image {first_image + int(missing[0])} are not finite")
+        image = first_image + int(missing[0])
+        raise ValueError(f"images: expected finite latents, got NaN or infinity in those of image {image}")

@@ -61,5 +61,5 @@ def test_weights_that_are_not_finite_give_no_number(vae):
         evaluate_reconstruction(vae, images)
     with torch.no_grad():
         vae.to_latents.bias.fill_(torch.nan)
-    with pytest.raises(ValueError, match="images: the tokenizer's latents of image 0 are not finite"):
+    with pytest.raises(ValueError, match="images: expected finite latents, got NaN or infinity in those of image 0"):
         evaluate_reconstruction(vae, images)

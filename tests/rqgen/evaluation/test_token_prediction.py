@@ -63,7 +63,7 @@ def test_what_cannot_be_evaluated_is_refused(models, images):
     with pytest.raises(TypeError, match="prior: expected Prior, got MultiScaleVQVAE"):
         evaluate_token_prediction(vae, prior, images)
     unreadable = TensorItems(images.inputs.index_fill(0, torch.tensor(4), torch.nan), images.labels)
-    with pytest.raises(ValueError, match="images: the tokenizer's latents of image 4 are not finite"):
+    with pytest.raises(ValueError, match="images: expected finite latents, got NaN or infinity in those of image 4"):
         evaluate_token_prediction(prior, vae, unreadable, batch_size=3)
     with pytest.raises(ValueError, match="empty dataset"):
         evaluate_token_prediction(prior, vae, TensorItems(torch.zeros(0, 1, 4, 8), torch.zeros(0, dtype=torch.int64)))
