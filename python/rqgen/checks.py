@@ -88,6 +88,12 @@ def check_nonnegative(value: Any, name: str, expected: str = "a number") -> floa
     return number
 
 
+def check_instance(value: Any, name: str, expected: type) -> None:
+    """Raise TypeError unless `value` is an `expected`."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
+
+
 # --- tensors -----------------------------------------------------------------------------------------------
 
 
@@ -100,8 +106,9 @@ def check_tensor(value: Any, name: str, device: torch.device | None = None, owne
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {str(value.layout).removeprefix('torch.')}")
+    if value.layout != torch.strided or value.is_nested:  # nested tensors may call themselves strided
+        layout = "nested" if value.layout == torch.strided else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got {layout}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected on {device}, where the {owner} is, got {value.device}")
 

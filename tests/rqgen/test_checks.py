@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 
 from rqgen.checks import check_nonnegative
 from rqgen.evaluation import SamplingConfig
@@ -14,7 +16,19 @@ from rqgen.models.multiscale_vqvae import MultiScaleVQVAEConfig
 from rqgen.models.rqtransformer import RQTransformerConfig
 from rqgen.models.rqvae import RQVAE, RQVAEConfig
 from rqgen.models.var import VARConfig
+from rqgen.sampling import generate
 from rqgen.training import LoopConfig, OptimizerConfig, PriorConfig
+
+
+def test_settings_of_numpy_integers_make_the_same_models() -> None:
+    """Sizes of NumPy were left out of the codes' layout: 8 codes of an image instead of 32."""
+    size = np.int64
+    vae = tiny.rqvae(code_shape=[size(4), size(4), size(2)], quantizer={"codebook_size": size(12)})
+    assert vae.layout == tiny.rqvae().layout and vae.layout.count == 32
+    prior = tiny.rq_prior(vae)
+    assert prior.layout.count == 32 and generate(prior, vae, num=1).codes.shape == (1, 4, 4, 2)
+    scales = tiny.multiscale_config(scales=[size(1), [size(2), 2], size(4)])
+    assert scales == tiny.multiscale_config()
 
 
 def prior_config(**settings: Any) -> RQTransformerConfig:

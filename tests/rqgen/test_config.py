@@ -871,6 +871,12 @@ def test_a_name_near_one_of_a_few_is_suggested(known, got, message):
     assert config.one_of(known, got).endswith(message)
 
 
+def test_what_is_registered_is_a_class():
+    for entry in (Disk(), "disk", None):
+        with pytest.raises(TypeError, match="entry: expected a class, got"):
+            config.Registry("thing").register(entry)
+
+
 def test_without_a_choice_every_section_is_there():
     registry = config.Registry("thing")
     registry.register(Disk)

@@ -108,7 +108,7 @@ def warn_of_other_split(data: DataConfig, trained: Loaded[PretrainedModel], *, r
 def warn_of_idle_options(data: DataConfig, prefix: str) -> None:
     """Log options of sources other than the chosen one: they have no effect."""
     for name, value in data.idle_options().items():
-        logger.warning("%s%s: %s has no effect: %ssource is '%s'", prefix, name, value, prefix, data.source)
+        logger.warning("%s%s: %s has no effect: %ssource is '%s'", *(prefix, name, value, prefix, data.source))
 
 
 def _ways_to_name_images(prefix: str) -> str:

@@ -57,10 +57,13 @@ class Registry(Generic[EntryT]):
         """Add a class under its ``name``, and return it: usable as a decorator.
 
         Raises:
-            TypeError: it lacks a method, or ``options`` is neither None nor a dataclass whose fields all have defaults.
+            TypeError: it is no class or lacks a method, or ``options`` is neither None nor a dataclass whose fields all
+                have defaults.
             ValueError: ``name`` is no lower-case identifier, is an attribute of the settings next to which the options
                 stand, or belongs to another class.
         """
+        if not isinstance(entry, type):
+            raise TypeError(f"entry: expected a class, got {entry!r}")
         name, options = getattr(entry, "name", None), getattr(entry, "options", None)
         if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
             raise ValueError(f"{entry.__name__}.name: expected a lower-case identifier such as 'mine', got {name!r}")

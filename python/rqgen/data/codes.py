@@ -56,6 +56,8 @@ class EncodedImages:
         if not isinstance(self.codebook_id, str):
             raise TypeError(f"codebook_id: expected text, got {self.codebook_id!r}")
         _check_json(self.info, "info")
+        if isinstance(self.class_names, str):
+            raise ValueError(f"class_names: expected a list of names, got {self.class_names!r}")
         self.class_names = tuple(self.class_names)
         if not all(isinstance(name, str) for name in self.class_names) or len(set(self.class_names)) < len(
             self.class_names

@@ -37,13 +37,16 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: not floating point: bytes are images already.
-        ValueError: NaN, which would become a colour like any other.
+        ValueError: NaN or infinity, which would become a colour like any other; a tensor without values (meta).
     """
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(f"images: expected floating-point numbers in [-1, 1], got {got}")
-    if bool(images.isnan().any()):
-        raise ValueError("images: expected numbers in [-1, 1], got NaN")
+    if images.is_meta:
+        raise ValueError("images: expected a tensor with values, got one on the meta device")
+    if not bool(images.isfinite().all()):
+        bad = "NaN" if bool(images.isnan().any()) else "infinity"
+        raise ValueError(f"images: expected numbers in [-1, 1], got {bad}")
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.checks import check_integer, check_nonnegative, check_within, integers
+from rqgen.checks import check_integer, check_nonnegative, check_tensor, check_within, integers
 from rqgen.models.images import check_images
 
 
@@ -52,6 +52,8 @@ class ImageClassifier:
         check_images(images)
         if images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images: expected (N, channels, H, W), N >= 1, got {tuple(images.shape)}")
+        if images.is_meta:
+            raise ValueError("images: expected a tensor with values, got one on the meta device")
         if images.shape[2] % self._side or images.shape[3] % self._side:
             raise ValueError(
                 f"images: expected sides that are multiples of {self._side}, got {tuple(images.shape[2:])}"
@@ -63,6 +65,8 @@ class ImageClassifier:
 
     @staticmethod
     def _targets(images: Tensor, labels: Tensor) -> np.ndarray:
+        check_images(images, values=False)
+        check_tensor(labels, "labels")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels: expected shape {(len(images),)}, got {tuple(labels.shape)}")
         check_within(targets := integers(labels, "labels").cpu(), "labels", "label", 0, None)

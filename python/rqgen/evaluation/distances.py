@@ -25,12 +25,13 @@ def frechet_distance(mean1: Features, cov1: Features, mean2: Features, cov2: Fea
         |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))
 
     With factors `C = F F^T` of each covariance from its eigen decomposition, the last trace is the sum of the singular
-    values of `F1^T F2`, because `C1 C2` and `(F1^T F2) (F1^T F2)^T` have the same nonzero eigenvalues. Eigenvalues that
-    the rounding of a covariance cannot tell from 0, below d times 2^-52 of the largest, count as 0. So nothing is
-    complex, singular covariances need no offset on the diagonal, and equal Gaussians have distance 0 to rounding. The
-    naive expression is `scipy.linalg.sqrtm(C1 @ C2).trace().real`: the product is not symmetric, and for singular
-    covariances its square root is complex, inaccurate (the error of an eigenvalue 0 is that of the square root of its
-    rounding) or does not converge.
+    values of `F1^T F2 = U S V^T`, because `C1 C2` and `(F1^T F2) (F1^T F2)^T` have the same nonzero eigenvalues. So the
+    three traces are `|F1 U - F2 V|^2`, a sum of squares, in which nothing cancels: the distance of nearly equal
+    Gaussians keeps its digits, and that of equal ones is 0 to rounding. Eigenvalues that the rounding of a covariance
+    cannot tell from 0, below d times 2^-52 of the largest, count as 0. Nothing is complex, and singular covariances
+    need no offset on the diagonal. The naive expression is `scipy.linalg.sqrtm(C1 @ C2).trace().real`: the product is
+    not symmetric, and for singular covariances its square root is complex, inaccurate (the error of an eigenvalue 0 is
+    that of the square root of its rounding) or does not converge.
 
     Args:
         mean1, mean2: (d,), floating point.
@@ -41,7 +42,8 @@ def frechet_distance(mean1: Features, cov1: Features, mean2: Features, cov2: Fea
 
     Raises:
         TypeError: not tensors or arrays of floating-point numbers.
-        ValueError: shapes that do not fit; numbers that are not finite; a matrix that is not a covariance.
+        ValueError: shapes that do not fit; numbers that are not finite; a matrix that is not a covariance; a distance
+            beyond float64.
 
     Warns:
         UserWarning: a covariance of rank < d: it is of d or fewer samples, or some features are constant. Few samples
@@ -62,11 +64,22 @@ def frechet_distance(mean1: Features, cov1: Features, mean2: Features, cov2: Fea
                 "few samples make the Fréchet distance too large",
                 stacklevel=3,  # beyond torch.no_grad
             )
-    root = torch.linalg.svdvals(factor1_dr.T @ factor2_dr).sum()
-    # Traces of the factors, so that what counts as 0 does so in all terms.
-    traces = factor1_dr.square().sum() + factor2_dr.square().sum()
-    distance = (mean1_d - mean2_d).square().sum() + traces - 2 * root
-    return max(0.0, distance.item())
+    distance = (mean1_d - mean2_d).square().sum() + _squared_gap(factor1_dr, factor2_dr)
+    if not math.isfinite(value := float(distance.item())):
+        raise ValueError("mean1: expected moments whose distance is in the range of float64, got larger ones")
+    return value
+
+
+def _squared_gap(factor1_dr: Tensor, factor2_dr: Tensor) -> Tensor:
+    """Return the least |F1 - F2 Q|^2 over orthogonal Q: `tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))`.
+
+    The ranks may differ; columns of the larger one without a partner count by their squares.
+    """
+    u_rr, _, vh_rr = torch.linalg.svd(factor1_dr.T @ factor2_dr)
+    rotated1_dr, rotated2_dr = factor1_dr @ u_rr, factor2_dr @ vh_rr.T
+    paired = min(rotated1_dr.shape[1], rotated2_dr.shape[1])
+    gap = (rotated1_dr[:, :paired] - rotated2_dr[:, :paired]).square().sum()
+    return gap + rotated1_dr[:, paired:].square().sum() + rotated2_dr[:, paired:].square().sum()
 
 
 def _factor(cov_dd: Tensor, name: str) -> Tensor:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from rqgen.checks import check_integer
+from rqgen.checks import check_integer, check_tensor
 from rqgen.files import new_file
 from rqgen.reading import name_some, require_file, unreadable
 
 ARCHIVE = "archive of NumPy arrays (.npz)"
 # Squares of larger values, summed over 1e7 images, leave the range of float64.
 _LARGEST = 1e150
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without gradients, and outside inference mode: a tensor made there could not be added to later."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class FeatureStatistics:
@@ -80,7 +96,7 @@ class FeatureStatistics:
         cov = self._products if self._count is None else self._products / (self._count - 1)
         return ((cov + cov.T) / 2).cpu()
 
-    @torch.no_grad()
+    @_lasting
     def update(self, features: Tensor | np.ndarray[Any, Any]) -> None:
         """Add a batch of feature vectors. A refused batch changes nothing.
 
@@ -107,7 +123,7 @@ class FeatureStatistics:
         self._products.addmm_(centered_nd.T, centered_nd)
         self._shift(count, mean_d, len(x_nd))
 
-    @torch.no_grad()
+    @_lasting
     def merge(self, other: FeatureStatistics) -> None:
         """Add all feature vectors of other statistics, which stay as they are: of another process, or another file.
 
@@ -147,6 +163,7 @@ class FeatureStatistics:
                 np.savez(file, mu=mean, sigma=cov, count=np.int64(self._count))
 
     @classmethod
+    @_lasting
     def load(cls, path: str | Path) -> Self:
         """Read a file that `save` wrote, or any .npz file with `mu` (d,) and `sigma` (d, d).
 
@@ -188,14 +205,19 @@ def as_tensor(values: Any, name: str) -> Tensor:
     Raises:
         TypeError: anything else.
     """
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, got a masked one; choose the values first")
     if isinstance(values, np.ndarray):
         if values.dtype.kind != "f":
             raise TypeError(f"{name}: expected floating-point numbers, got {values.dtype}")
         values = torch.from_numpy(np.require(values, np.float64, ["C", "W"]))  # torch warns of read-only arrays
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a tensor or an array, got {type(values).__name__}")
+    check_tensor(values, name)
     if not values.is_floating_point():
         raise TypeError(f"{name}: expected floating-point numbers, got {values.dtype}")
+    if values.is_meta:
+        raise TypeError(f"{name}: expected a tensor with values, got one on the meta device")
     return values.detach().to(torch.float64)
 
 
@@ -247,7 +269,12 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             names = archive.files
             arrays = {name: archive[name] for name in ("mu", "sigma", "count") if name in names}
     except Exception as error:  # whatever numpy and zipfile make of the file
-        raise unreadable(path, ARCHIVE, error) from error
+        told = str(error)
+        if "Object arrays" in told:
+            told = "of Python objects"
+        elif "allow_pickle" in told:  # numpy's advice is to load the file unsafely
+            told = ""
+        raise unreadable(path, ARCHIVE, told) from error
     if missing := sorted({"mu", "sigma"} - arrays.keys()):
         held = name_some(names) or "none"
         raise ValueError(f"{path}: expected the arrays mu and sigma, got no {' and '.join(missing)} (it holds {held})")

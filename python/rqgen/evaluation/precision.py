@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.checks import check_integer
+from rqgen.checks import check_instance, check_integer
 from rqgen.inference import can_pack, cast_prior, change_of_prior
 from rqgen.inference.packed import PackedPrior
 from rqgen.models import Prior
@@ -92,6 +92,7 @@ def evaluate_precision(
         TypeError, ValueError, IndexError: codes or a condition that the prior refuses, or none; a precision that it
             cannot be sampled in.
     """
+    check_instance(prior, "prior", Prior)
     layout = prior.layout
     batch_size = check_integer(batch_size, "batch_size", 1)
     layout.check(codes, device=prior.device, owner="prior")

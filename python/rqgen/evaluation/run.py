@@ -8,14 +8,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rqgen.checks import check_choices, same_names
-from rqgen.config import to_dict
+from rqgen.checks import check_choices, check_instance, same_names
+from rqgen.config import did_you_mean, to_dict
 from rqgen.data import DataConfig, ImageDataset, open_dataset
 from rqgen.models import Prior, Tokenizer
 from rqgen.quantizers import Codes
@@ -55,13 +55,11 @@ class Run:
         edit: Callable[..., Any] | None = None,
         no_images: str | None = None,
     ) -> None:
-        for name, value, expected in (
-            ("settings", settings, EvaluationConfig),
-            ("tokenizer", tokenizer, Tokenizer),
-            ("prior", prior, Prior),
-        ):
-            if not isinstance(value, expected) and (value is not None or name == "settings"):
-                raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
+        check_instance(settings, "settings", EvaluationConfig)
+        if tokenizer is not None:
+            check_instance(tokenizer, "tokenizer", Tokenizer)
+        if prior is not None:
+            check_instance(prior, "prior", Prior)
         if tokenizer is not None and prior is not None:
             prior.check_tokenizer(tokenizer)
         for model in (tokenizer, prior):
@@ -101,8 +99,13 @@ class Run:
         - "classes": the prior is class-conditional, and its classes are those of the images.
         - "condition": as "classes", or the prior is unconditional, or has a null condition for images without labels.
         - "samples": the models can sample images.
+
+        Raises:
+            ValueError: another requirement.
         """
         for need in needs:
+            if need not in get_args(Need):
+                raise ValueError(f"needs: unknown requirement {need!r}; {did_you_mean(need, get_args(Need))}")
             reason = getattr(self, f"_lacks_{need}")()
             if reason is not None:
                 return reason

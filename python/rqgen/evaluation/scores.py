@@ -36,10 +36,10 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     the vector's k-th nearest neighbour in the set, itself not counted. Precision is the share of generated vectors
     within the manifold of the real ones, recall the share of real vectors within the manifold of the generated ones.
 
-    Distances are Euclidean, `|x|^2 + |y|^2 - 2 x . y` in float64 after the mean of the real features is subtracted. A
-    vector on the surface of a ball, to the rounding of this formula, is inside: so are copies of a real image, whose
-    ball has radius 0 where there are more than k of them. At most 2^24 distances exist at a time (128 MiB), never all
-    N x M of them, nor anything of size N x M x d.
+    Distances are Euclidean, `|x|^2 + |y|^2 - 2 x . y` in float64 after the median of the real features is subtracted.
+    A vector on the surface of a ball, to the rounding of this formula for these two vectors, is inside: so are copies
+    of a real image, whose ball has radius 0 where there are more than k of them. At most 2^24 distances exist at a time
+    (128 MiB), never all N x M of them, nor anything of size N x M x d.
 
     Args:
         real, generated: (N, d) and (M, d), floating point. The two shares compare only where N, M, k and the network
@@ -54,14 +54,11 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     """
     x_nd, y_md = check_pair(real, generated, at_least=2)
     k = check_integer(k, "k", 1, min(len(x_nd), len(y_md)) - 1)
-    center_d = x_nd.mean(0)
+    center_d = x_nd.median(0).values  # a mean may be far from all vectors, where one is far away
     x_nd, y_md = x_nd - center_d, y_md - center_d
-    largest = max(z_nd.square().sum(1).max().item() for z_nd in (x_nd, y_md))
-    # Bound of the rounding of a squared distance: d products and sums, of numbers up to 4 times the largest norm.
-    slack = 4 * (x_nd.shape[1] + 4) * _EPS * largest
     return PrecisionRecall(
-        precision=_share_within(y_md, x_nd, _squared_radii(x_nd, k) + slack),
-        recall=_share_within(x_nd, y_md, _squared_radii(y_md, k) + slack),
+        precision=_share_within(y_md, x_nd, _squared_radii(x_nd, k)),
+        recall=_share_within(x_nd, y_md, _squared_radii(y_md, k)),
     )
 
 
@@ -76,10 +73,16 @@ def _squared_radii(x_nd: Tensor, k: int) -> Tensor:
 
 
 def _share_within(points_md: Tensor, centers_nd: Tensor, squared_radii_n: Tensor) -> float:
-    """Return the share of points that lie within at least one ball."""
-    within = 0
+    """Return the share of points that lie within at least one ball.
+
+    Two squared distances are compared, that to the center and the radius, each rounded in d products and sums of
+    numbers up to 2 |x|^2 + 2 |y|^2; for the radius y is the neighbour, with |y|^2 <= 2 |center|^2 + 2 radius^2.
+    """
+    rounding, within = (centers_nd.shape[1] + 4) * _EPS, 0
+    reach_n = squared_radii_n + rounding * (8 * centers_nd.square().sum(1) + 4 * squared_radii_n)
     for block_bd in points_md.split(max(1, _BLOCK // len(centers_nd))):
-        within += int((_squared_distances(block_bd, centers_nd) <= squared_radii_n).any(1).sum())
+        slack_b1 = rounding * 2 * block_bd.square().sum(1, keepdim=True)
+        within += int((_squared_distances(block_bd, centers_nd).sub_(slack_b1) <= reach_n).any(1).sum())
     return within / len(points_md)
 
 
@@ -117,14 +120,15 @@ def inception_score(probabilities: Features, splits: int = 10) -> InceptionScore
     Raises:
         TypeError: not a tensor or an array of floating-point numbers; splits is not an integer.
         ValueError: another shape; negative numbers, or ones that are not finite; rows whose sum is not within 0.001 of
-            1, such as logits; splits out of range.
+            1 (bfloat16: its rounding, 0.0078), such as logits; splits out of range.
 
     Not a metric of `rqgen evaluate`, which has no feature network.
     """
     p_nk = check_features(probabilities, "probabilities", at_least=1)
     splits = check_integer(splits, "splits", 1, len(p_nk))
     sums_n = p_nk.sum(1)
-    bad_n = (p_nk < 0).any(1) | ((sums_n - 1).abs() > 1e-3)
+    tolerance = max(1e-3, torch.finfo(probabilities.dtype).eps if isinstance(probabilities, Tensor) else 0.0)
+    bad_n = (p_nk < 0).any(1) | ((sums_n - 1).abs() > tolerance)
     if bool(bad_n.any()):
         row = int(bad_n.nonzero()[0, 0])
         least, total = p_nk[row].min().item(), sums_n[row].item()

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rqgen.checks import check_integer
+from rqgen.checks import check_instance, check_integer
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import Prior, Tokenizer
 from rqgen.models.interfaces import level_means
+from rqgen.models.pretrained import eval_mode
+
+from .reconstruction import check_encoded
 
 
 @dataclass
@@ -43,31 +46,33 @@ def evaluate_token_prediction(
     The codes are the nearest ones, also for a prior trained on stochastic codes.
 
     Args:
-        prior, vae: of one system, put into eval mode.
+        prior, vae: of one system; evaluated in eval mode, and left in the mode they came in.
         images: of the tokenizer's size.
         batch_size: images at once; their logits take L * K numbers each.
 
     Raises:
-        ValueError: an empty dataset; labels of some images alone; a prior of another tokenizer.
+        TypeError, ValueError: not a prior and its tokenizer; an empty dataset; labels of some images alone; latents
+            that are not finite.
     """
+    check_instance(prior, "prior", Prior)
     batch_size = check_integer(batch_size, "batch_size", 1)
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset (held_out_fraction=0?)")
     prior.check_tokenizer(vae)
-    prior.eval()
-    vae.eval()
     sums_2l = torch.zeros(2, prior.layout.count, dtype=torch.float64, device=prior.device)
     conditions = set()
-    for start in range(0, len(images), batch_size):
-        batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
-        codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
-        labels = torch.tensor([label for _, label in batch], device=prior.device)
-        if prior.num_classes > 0:
-            conditions |= set((labels >= 0).tolist())
-        if len(conditions) > 1:
-            raise ValueError("images: expected labels of all of them or of none, got -1 for some")
-        found = prior.code_losses(codes, labels if True in conditions else None)
-        sums_2l += torch.stack([found.nll.double().sum(0), (~found.correct).double().sum(0)])
+    with eval_mode(prior, vae):
+        for start in range(0, len(images), batch_size):
+            batch = [images.item(index, 0) for index in range(start, min(start + batch_size, len(images)))]
+            codes = vae.encode(torch.stack([image for image, _ in batch]).to(vae.device))
+            check_encoded(codes, vae.layout, start)
+            labels = torch.tensor([label for _, label in batch], device=prior.device)
+            if prior.num_classes > 0:
+                conditions |= set((labels >= 0).tolist())
+            if len(conditions) > 1:
+                raise ValueError("images: expected labels of all of them or of none, got -1 for some")
+            found = prior.code_losses(codes, labels if True in conditions else None)
+            sums_2l += torch.stack([found.nll.double().sum(0), (~found.correct).double().sum(0)])
     means_2l = sums_2l / len(images)
     by_level = [level_means(prior.layout, means_l.unsqueeze(0)).tolist() for means_l in means_2l]
     loss, error_rate = means_2l.mean(1).tolist()

@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rqgen.checks import check_tensor
 
-def check_batch(images: Any, name: str, *, channels: tuple[int, ...] | None = None, smallest: int = 1) -> None:
+
+def check_batch(
+    images: Any,
+    name: str,
+    *,
+    channels: tuple[int, ...] | None = None,
+    smallest: int = 1,
+    device: torch.device | None = None,
+    owner: str = "model",
+) -> None:
     """Raises TypeError or ValueError unless `images` are floating-point images (B, C, H, W) with one of these numbers
-    of channels (None: any) and at least `smallest` pixels along each side."""
+    of channels (None: any) and at least `smallest` pixels along each side, on the `device` of their `owner` where one
+    is given."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{name}: expected a tensor (B, C, H, W), got {type(images).__name__}")
     if not images.is_floating_point():
@@ -24,6 +35,7 @@ def check_batch(images: Any, name: str, *, channels: tuple[int, ...] | None = No
         raise ValueError(f"{name}: expected (B, {wanted}, H, W), got shape {shape}")
     if min(shape[2:]) < smallest:
         raise ValueError(f"{name}: expected at least {smallest} x {smallest} pixels, got {shape[2]} x {shape[3]}")
+    check_tensor(images, name, device, owner)
 
 
 def check_pair(first: Tensor, second: Tensor, names: tuple[str, str]) -> None:

@@ -29,7 +29,8 @@ class ActNorm(nn.Module):
 
     over batch, height and width, std with n - 1 in the denominator, in float32; under a process group over the batches
     of all ranks, so that all start alike. From then on both are parameters like others. `initialized` (uint8, saved)
-    says whether that has happened: a loaded state is kept, and in eval mode nothing is set. x is (N, C, H, W).
+    says whether that has happened: a loaded state is kept, and in eval mode nothing is set. x is (N, C, H, W). A first
+    batch of one value per channel, or with values that are not finite, is a ValueError: all later ones would be NaN.
     """
 
     loc: Tensor
@@ -55,9 +56,15 @@ class ActNorm(nn.Module):
     def _initialize(self, x: Tensor) -> None:
         rows_cn = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
         count = _summed(torch.tensor(float(rows_cn.shape[1]), dtype=rows_cn.dtype, device=rows_cn.device))
+        if bool(count < 2):
+            raise ValueError(
+                f"x: expected at least two values of each channel to start from, got shape {tuple(x.shape)}"
+            )
         mean = _summed(rows_cn.sum(dim=1)) / count
         squares = _summed((rows_cn - mean.unsqueeze(1)).square_().sum(dim=1))
         std = (squares / (count - 1)).sqrt()
+        if not bool((mean.isfinite() & std.isfinite()).all()):
+            raise ValueError("x: expected finite values to start from, got NaN or infinity among them")
         self.loc.copy_(-mean.view_as(self.loc))
         self.scale.copy_(1 / (std + _ACTNORM_EPSILON).view_as(self.scale))
         self.initialized.fill_(1)
@@ -157,7 +164,16 @@ class PatchDiscriminator(nn.Module):
         return 3 * 2**self.num_layers
 
     def forward(self, images: Tensor) -> Tensor:
-        check_batch(images, "images", channels=(self.channels,), smallest=self.smallest)
+        bias = self.main[0].bias
+        assert isinstance(bias, Tensor)  # the first convolution has one; its weight may be computed by spectral norm
+        check_batch(
+            images,
+            "images",
+            channels=(self.channels,),
+            smallest=self.smallest,
+            device=bias.device,
+            owner="discriminator",
+        )
         if self.training:
             if len(images) == 0:
                 raise ValueError(f"images: expected at least one to train on, got shape {tuple(images.shape)}")
@@ -168,8 +184,6 @@ class PatchDiscriminator(nn.Module):
                     "larger batches, SyncBatchNorm over several processes, or norm='actnorm'",
                     stacklevel=2,
                 )
-        bias = self.main[0].bias
-        assert isinstance(bias, Tensor)  # the first convolution has one; its weight may be computed by spectral norm
         logits: Tensor = self.main(images.to(bias.dtype))
         return logits
 

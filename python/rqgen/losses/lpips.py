@@ -68,8 +68,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg_state_dict: Mapping[str, Tensor], head_state_dict: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.checksums: Mapping[str, str] = MappingProxyType({})
-        """SHA-256 of the files it was read from, by option; empty where it was not made by `from_files`."""
+        self._checksums: dict[str, str] = {}
         for name, given in (("vgg_state_dict", vgg_state_dict), ("head_state_dict", head_state_dict)):
             if not isinstance(given, Mapping):
                 raise TypeError(
@@ -115,8 +114,13 @@ class LPIPS(nn.Module):
         except ValueError as error:
             name, _, fault = str(error).partition(": ")
             raise ValueError(f"{paths['vgg' if name.startswith('vgg') else 'heads']}: {fault}") from error
-        lpips.checksums = MappingProxyType({option: file_checksum(path) for option, path in paths.items()})
+        lpips._checksums = {option: file_checksum(path) for option, path in paths.items()}
         return lpips
+
+    @property
+    def checksums(self) -> Mapping[str, str]:
+        """SHA-256 of the files it was read from, by option; empty where it was not made by `from_files`."""
+        return MappingProxyType(self._checksums)
 
     def train(self, mode: bool = True) -> LPIPS:
         """Stays in eval mode."""
@@ -124,7 +128,8 @@ class LPIPS(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for name, images in (("x", x), ("y", y)):
-            check_batch(images, name, channels=(1, 3), smallest=_SMALLEST)
+            device = self.get_buffer("weight0").device
+            check_batch(images, name, channels=(1, 3), smallest=_SMALLEST, device=device, owner="network")
         check_pair(x, y, ("x", "y"))
         x, y = self._scaled(x), self._scaled(y)
         distance = torch.zeros((), device=x.device)

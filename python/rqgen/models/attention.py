@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rqgen.quantizers.state import without_autocast
+
 
 def attention(
     q: Tensor,
@@ -72,7 +74,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
         # Views: one input may have been computed from another, and that path is not to be differentiated here. Under
         # autocast y has another dtype than they.
         own = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             q, k, v = (x.to(grad.dtype) for x in own)
             y = _in_products(q, k, v, mask, ctx.causal, ctx.scale)
         return None, *torch.autograd.grad(y, own, grad, create_graph=True), None, None, None

@@ -24,7 +24,7 @@ _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__ge
 # Methods used in none.
 _UNRELATED = {
     *("_initialise", "extra_repr", "reset_parameters", "set_codebooks"),
-    *("check_tokenizer", "codebook_pairs", "loss", "code_losses"),
+    *("check_tokenizer", "check_values", "codebook_pairs", "loss", "code_losses"),
 }
 GLOBAL_HOOKS = "torch calls a forward hook for all modules (register_module_forward_hook or _pre_hook)"
 _CONTAINERS = (nn.Sequential, nn.ModuleList)

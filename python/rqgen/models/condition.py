@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rqgen.checks import check_range_without_waiting, check_tensor, integers
+from rqgen.reading import shorten
 
 
 def condition_ids(
@@ -57,9 +58,14 @@ def condition_ids(
 def checked_class_names(class_names: Sequence[str], classes: int | None = None) -> tuple[str, ...]:
     """Return the names as a tuple. Raise ValueError unless they differ from each other and there is one for each class,
     or none at all. With `classes` None any number of them is accepted."""
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names: expected a list of names, got {class_names!r}")
     names = tuple(class_names)
     if names and classes is not None and len(names) != classes:
         raise ValueError(f"class_names: expected one for each of {classes} classes, or none, got {len(names)}")
-    if not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) != len(names):
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"class_names: expected names as text, got {shorten(name)}")
+    if not all(name.strip() for name in names) or len(set(names)) != len(names):
         raise ValueError(f"class_names: expected names that differ from each other, got {list(names)[:20]}")
     return names

@@ -228,6 +228,11 @@ class Prior(PretrainedModel, ABC):
         """Return the guidance of each level for this `cfg_scale`; here the same for all."""
         return [cfg_scale] * self.levels
 
+    def check_values(self) -> None:
+        """Raise ValueError on the meta device, where shapes can be computed but nothing sampled."""
+        if self.device.type == "meta":
+            raise ValueError("prior: it is on the meta device and has no values; load them first")
+
     def check_codebooks(self) -> None:
         """Raise ValueError while the prior waits for the codebooks that it embeds with."""
 
@@ -249,12 +254,10 @@ class Prior(PretrainedModel, ABC):
         ):
             if got != expected:
                 raise ValueError(f"vae: expected the prior's {name}, {expected}, got {got}")
+        self.check_values()
         self.check_codebooks()
         for mine, other in self.codebook_pairs(vae):
-            # One of the two may have been rounded to a shorter type.
-            if mine.shape != other.shape or not (
-                torch.equal(mine.to(other.dtype), other) or torch.equal(mine, other.to(mine.dtype))
-            ):
+            if mine.shape != other.shape or not _same_but_rounded(mine, other):
                 raise ValueError("vae: expected the codebooks that the prior was made with, got others")
 
     def loss(self, codes: Any, condition: Tensor | None = None) -> LevelLoss:
@@ -274,6 +277,17 @@ class Prior(PretrainedModel, ABC):
 
 # Names of the codes' shape in messages and configs.
 _SHAPE_NAMES = {"stacks": "code_shape", "maps": "scales"}
+
+
+def _same_but_rounded(mine: Tensor, other: Tensor) -> bool:
+    """Return True if the tensors are equal, or one is the other rounded to a shorter type: it may have that type still,
+    or have been cast (or saved and read) back to a longer one."""
+    if torch.equal(mine.to(other.dtype), other) or torch.equal(mine, other.to(mine.dtype)):
+        return True
+    return any(
+        torch.equal(mine, other.to(short).to(mine.dtype)) or torch.equal(other, mine.to(short).to(other.dtype))
+        for short in (torch.float16, torch.bfloat16)
+    )
 
 
 def level_means(layout: CodeLayout, values_nl: Tensor) -> Tensor:

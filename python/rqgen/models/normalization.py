@@ -2,7 +2,7 @@
 
 On a CPU torch (seen in 2.13) takes the variance of channels_last inputs as `mean(x^2) - mean(x)^2`. Where the mean is
 large against the deviation, these two cancel: with a ratio of 100 the result is wrong in the second digit, with 1000 in
-    the first, and so are its gradients. The kernel for plain inputs sums squares about the mean.
+the first, and so are its gradients. The kernel for plain inputs sums squares about the mean.
 """
 
 from __future__ import annotations

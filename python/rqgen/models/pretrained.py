@@ -96,7 +96,7 @@ class PretrainedModel(nn.Module):
             OSError: the disk is full, or the place cannot be written.
             ValueError: `from_pretrained` would refuse what was written: a tensor is not finite, is float64, or does not
                 belong to a model made from its config (adapters, parametrizations, quantized layers); or the config was
-                changed to an invalid one.
+                changed to an invalid one. A tensor is on the meta device.
         """
         target = Path(folder).absolute()
         check_replaceable(target)
@@ -107,6 +107,11 @@ class PretrainedModel(nn.Module):
         }
         if self.data is not None:
             description["data"] = self.data
+        if without_values := [name for name, tensor in self.state_dict().items() if tensor.is_meta]:
+            raise ValueError(
+                f"{type(self).__name__}: {without_values[0]} is on the meta device and has no values, "
+                f"not saved to {target}"
+            )
         # Clones, because safetensors refuses tensors that share memory (tied weights).
         tensors = {
             name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.state_dict().items()
@@ -131,7 +136,7 @@ class PretrainedModel(nn.Module):
         its model is read, see `model_folder`.
 
         `verify` off: a folder whose files were changed on purpose, so that their checksum differs, is read too. Folders
-            of versions that wrote no checksum are read in both cases.
+        of versions that wrote no checksum are read in both cases.
 
         Raises:
             FileNotFoundError: no such folder, or one of its two files is missing.

@@ -12,7 +12,7 @@ class ForeignTensors:
     """A foreign state dict, of which every tensor is to be taken once; gathers all that does not fit.
 
     A small tensor replaces each one that is missing or does not fit: a configuration may expect any shape. `finish`
-        then raises.
+    then raises.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

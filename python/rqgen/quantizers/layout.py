@@ -33,6 +33,11 @@ class CodeLayout:
     shape: tuple[int, int, int] | tuple[tuple[int, int], ...]
     codebook_size: int
 
+    def __post_init__(self) -> None:
+        # Integers of NumPy, of which settings may be made, are told from pairs by being Python's.
+        sizes = tuple(tuple(map(int, part)) if isinstance(part, (tuple, list)) else int(part) for part in self.shape)
+        object.__setattr__(self, "shape", sizes)  # the dataclass is frozen
+
     @classmethod
     def stacks(cls, shape: Sequence[int], codebook_size: int) -> CodeLayout:
         """D codes at each of h x w positions, from [h, w, D]."""

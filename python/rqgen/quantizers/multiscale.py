@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from rqgen.config import check_bounds, one_of
 from .convolution import Convolution
 from .layout import CodeLayout
 from .seeding import sample_vectors
-from .state import is_recomputed, keeping_dtype
+from .state import is_recomputed, keeping_dtype, without_autocast
 from .usage import CodeUsage
 
 INITIALISATIONS = ("data", "random")
@@ -96,10 +97,12 @@ def scales_up_to(side: int) -> list[int]:
 
 
 def _pair(scale: int | Sequence[int]) -> tuple[int, int]:
-    pair = (scale, scale) if isinstance(scale, int) else tuple(scale)
-    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
+    sides: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale, scale]
+    whole = all(isinstance(side, numbers.Integral) and not isinstance(side, bool) and int(side) >= 1 for side in sides)
+    if len(sides) != 2 or not whole:
         raise ValueError(f"scales: expected [h, w] or one number >= 1 for each, got {scale!r}")
-    return pair
+    height, width = map(int, sides)  # NumPy's integers are taken as well
+    return height, width
 
 
 TokensOf = Callable[[int, Tensor | None], Tensor]
@@ -182,18 +185,18 @@ class MultiScaleDecoder(nn.Module):
         self.check_codes(codes)
         if scales is not None and not 1 <= scales <= self.num_scales:
             raise ValueError(f"scales: expected 1..{self.num_scales}, got {scales}")
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with without_autocast(self.codebook.device):
             *_, last = self.steps(lambda k, _: codes[k], scales=scales)
         return last.total
 
     def combine(self, vectors: Sequence[Tensor]) -> Tensor:
         """f_hat, float32 (B, C, H, W), of vectors (B, h_k, w_k, C) for every scale: codes' own, or mixtures of them."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with without_autocast(self.codebook.device):
             return functools.reduce(torch.add, (self.contribution(k, some) for k, some in enumerate(vectors)))
 
     def next_inputs(self, codes: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the inputs of a prior for scales 2..K: f_hat_{k-1} shrunk to scale k, float32 (B, h_k, w_k, C) each."""
-        with torch.autocast(self.codebook.device.type, enabled=False):
+        with without_autocast(self.codebook.device):
             for k, (_, total) in enumerate(self.steps(lambda k, _: codes[k], scales=self.num_scales - 1)):
                 yield self.downsample(total, k + 1)
 
@@ -330,7 +333,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
             raise ValueError(f"features: expected at least one map in train mode, got shape {tuple(features.shape)}")
         # Checkpointed, a forward runs again in backward: its codes are the same, and have been counted.
         counted = self.training and not is_recomputed()
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             wanted = features.float()
             fixed = wanted.detach()
             if self.training and not self.initialized:
@@ -350,7 +353,7 @@ class MultiScaleQuantizer(MultiScaleDecoder):
     def encode(self, features: Tensor) -> list[Tensor]:
         """Token maps int64 (B, h_k, w_k) of features (B, C, H, W). Changes no state in any mode."""
         self._check_features(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return [step.codes for step in self.steps(self._nearest_of_rest, features.detach().float())]
 
     @torch.no_grad()

@@ -15,6 +15,9 @@ from rqgen.checks import check_integer, check_range
 from rqgen.models import Prior, Tokenizer
 from rqgen.models.classes import class_label, names_of_classes
 from rqgen.models.pretrained import MODELS
+from rqgen.reading import shorten
+
+_MOST_IMAGES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,21 @@ def check_models(prior: Any, vae: Any) -> None:
 def check_condition(condition: Any, prior: Prior, names: Sequence[str] | None = None) -> Tensor:
     """Return the condition as an int64 tensor on the prior's device, every id in range: integers of every width, class
     names (the prior's, or `names`) become labels."""
+    prior.check_values()
     names = names_of_classes(prior) if names is None else names
     condition = _labels_of_names(condition, names)
     try:
         # A copy, because torch takes neither negative strides nor, without a warning, arrays that are read-only.
         given = np.array(condition) if isinstance(condition, (np.ndarray, np.generic)) else condition
-        condition = torch.as_tensor(given, device=prior.device)
+        # On the CPU, whatever torch's default device is.
+        condition = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"condition: expected a tensor or a list of integers or class names ({error})") from error
+        raise TypeError(
+            f"condition: expected a tensor or a list of integers or class names, got {shorten(condition)}"
+        ) from error
+    if condition.is_meta:
+        raise ValueError("condition: expected a tensor with values, got one on the meta device")
+    condition = condition.to(prior.device)
     if condition.dim() == 0 or condition.shape[0] == 0:
         raise ValueError(f"condition: expected at least one row, got shape {tuple(condition.shape)}")
     condition = prior.condition_ids(condition, condition.shape[0])
@@ -103,7 +113,7 @@ def check_known(known: Any, prior: Prior) -> Tensor | None:
 def number_of_images(condition: Tensor | None, num: Any, known: Tensor | None) -> int:
     """Return the number of images that are asked for."""
     if num is not None:
-        num = check_integer(num, "num", 1)
+        num = check_integer(num, "num", 1, _MOST_IMAGES)
         if condition is not None:
             raise ValueError(f"num: expected None with a condition, whose length is the number of images, got {num}")
     counts = {

@@ -53,7 +53,7 @@ def edit(
     In-painting, out-painting and class-conditional editing are this one function with other masks and conditions
     (Tian et al. 2024, section 4.4), without any training for it. Pixels under the mask may have any value, NaN
     included: before anything is computed they are replaced by the mean of the image's other pixels. The others come
-        back unchanged (`images`), and as the tokenizer decodes them (`decoded`).
+    back unchanged (`images`), and as the tokenizer decodes them (`decoded`).
 
     A VAR takes the code nearest to the image for every place of every scale of which at least half is known, and
     samples the others (see `ScaleSampler`). The sampled and the known part then go through the tokenizer as one image,
@@ -138,8 +138,8 @@ def _refine_by_reencoding(
     """Return token maps of images whose unknown part was sampled, and the images they decode to.
 
     Latents next to the mask were made without what is there now, coarse codes represent both parts, and norms take
-        their statistics from both: the known part is reconstructed worse than from a whole image. So the encoder's
-            input is moved against the error, as an integrating controller does it.
+    their statistics from both: the known part is reconstructed worse than from a whole image. So the encoder's input is
+    moved against the error, as an integrating controller does it.
     """
     target, maps, decoded, errors = torch.where(known, images, start), [], [], []
     for _ in range(1 + _CORRECTIONS):
@@ -206,5 +206,6 @@ def _known_pixels(images: Any, mask: Any, vae: Tokenizer) -> Tensor:
 
 def _filled(images: Tensor, known: Tensor) -> Tensor:
     """Return images with the mean of their known pixels in the place of the others."""
-    mean = torch.where(known, images, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
-    return torch.where(known, images, mean)
+    wide = torch.promote_types(images.dtype, torch.float32)  # float16 has no sums above 65504
+    total = torch.where(known, images, 0).sum(dim=(2, 3), keepdim=True, dtype=wide)
+    return torch.where(known, images, (total / known.sum(dim=(2, 3), keepdim=True)).to(images.dtype))

@@ -148,7 +148,13 @@ class Pipeline:
 
         Raises:
             TypeError, ValueError, IndexError: as `generate`.
+            ValueError: a tokenizer of images that have neither 1 nor 3 channels.
         """
+        if (channels := self.tokenizer.image_channels) not in (1, 3):
+            raise ValueError(
+                f"tokenizer: expected images of 1 or 3 channels, which PIL can show, got {channels}; rqgen.generate "
+                "gives tensors alone"
+            )
         if condition is not None:
             single = self._single_class(condition)
             if single is not None:

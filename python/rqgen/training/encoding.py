@@ -13,6 +13,7 @@ from torch import Tensor
 from rqgen.checks import check_integer, check_within
 from rqgen.data.datasets import ImageDataset
 from rqgen.models import Tokenizer
+from rqgen.models.pretrained import eval_mode
 from rqgen.quantizers import Codes
 
 from .progress import RunProgress
@@ -61,7 +62,7 @@ def encode_dataset(
     count: int | None = None,
     console: Console | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Encode every image once (or the first ``count``), in order.
+    """Encode every image once (or the first ``count``), in order, in eval mode; the tokenizer's mode is kept.
 
     Args:
         codes: return codes as ``vae.encode`` does, or float32 latents.
@@ -73,7 +74,6 @@ def encode_dataset(
     Raises:
         TypeError, ValueError: no images; a ``batch_size`` below 1; a ``count`` that is not in 1..N.
     """
-    vae.eval()
     batch_size = check_integer(batch_size, "batch_size", 1)
     if len(images) == 0:
         raise ValueError("images: expected at least one, got an empty dataset")
@@ -101,7 +101,7 @@ def _encoded(
     """Encode the first ``count`` images, ``batch_size`` at a time. Return the batches and labels (N,)."""
     parts, labels = [], []
     began = time.perf_counter()
-    with RunProgress(console, "encoding", count) as progress:
+    with eval_mode(vae), RunProgress(console, "encoding", count) as progress:
         for start in range(0, count, batch_size):
             batch = [images.item(index, 0) for index in range(start, min(start + batch_size, count))]
             parts.append(encode(torch.stack([image for image, _ in batch]).to(vae.device)))

@@ -17,6 +17,10 @@ def test_what_is_no_number_is_no_colour():
     for images in (torch.tensor([0.0, torch.nan]), torch.tensor([torch.nan]).half()):
         with pytest.raises(ValueError, match=r"images: expected numbers in \[-1, 1\], got NaN"):
             to_uint8(images)
+    with pytest.raises(ValueError, match=r"images: expected numbers in \[-1, 1\], got infinity"):
+        to_uint8(torch.tensor([0.0, torch.inf]))
+    with pytest.raises(ValueError, match="images: expected a tensor with values, got one on the meta device"):
+        to_uint8(torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match="got NaN"):
         image_grid(torch.full((2, 1, 3, 3), torch.nan), columns=2)
 

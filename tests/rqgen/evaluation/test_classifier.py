@@ -71,3 +71,12 @@ def test_bad_images_and_labels():
         ImageClassifier().fit(images, labels.float())
     with pytest.raises(ValueError, match="labels: expected 0 <= label, got -1"):
         fitted.accuracy(images, labels - 1)
+
+
+def test_tensors_without_values_and_lists_are_named():
+    images, labels = torch.zeros(4, 1, 8, 8), torch.arange(4)
+    machine = ImageClassifier().fit(images, labels)
+    with pytest.raises(ValueError, match="images: expected a tensor with values, got one on the meta device"):
+        machine.predict(images.to("meta"))
+    with pytest.raises(TypeError, match="labels: expected a tensor, got list"):
+        machine.accuracy(images, labels.tolist())

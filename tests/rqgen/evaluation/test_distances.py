@@ -122,6 +122,33 @@ def test_moments_of_other_widths_are_told():
         frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(2), torch.eye(2))
 
 
+@pytest.mark.parametrize("change", [1e-2, 1e-4, 1e-6])
+def test_nearly_equal_gaussians_keep_their_digits(change):
+    """Traces of 2 less a root of nearly 4 had lost them: at 1e-6 a tenth of the distance was rounding."""
+    a = torch.logspace(0, -2, 12, dtype=torch.float64)
+    b, q, mean = a * (1 + change * randn(12, seed=3)), rotation(12), torch.zeros(12)
+    expected = (a.sqrt() - b.sqrt()).square().sum().item()
+    got = frechet_distance(mean, q @ a.diag() @ q.T, mean, q @ b.diag() @ q.T)
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_nearly_equal_sets_of_few_samples_keep_their_digits():
+    """All features times 1 + c: the distance is c^2 (|m|^2 + tr C)."""
+    x, change, found = randn(6, 16), 1e-5, []
+    for features in (x, x * (1 + change)):
+        statistics = FeatureStatistics()
+        statistics.update(features)
+        found += [statistics.mean, statistics.cov]
+    with pytest.warns(UserWarning, match="cov1: its rank is 5 of 16"):
+        got = frechet_distance(*found)
+    assert got == pytest.approx(change**2 * (found[0].square().sum() + found[1].trace()).item(), rel=1e-6)
+
+
+def test_a_distance_beyond_float64_is_told():
+    with pytest.raises(ValueError, match="mean1: expected moments whose distance is in the range of float64"):
+        frechet_distance(torch.full((2,), 1e200).double(), torch.eye(2), torch.zeros(2), torch.eye(2))
+
+
 # --- kernel distance ---------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,9 @@ def with_row(value, row=3):
         (np.zeros((2, 7), dtype=np.uint8), TypeError, "features: expected floating-point numbers, got uint8"),
         (np.zeros((2, 7), dtype=complex), TypeError, "features: expected floating-point numbers, got complex128"),
         ([[1.0] * 7], TypeError, "features: expected a tensor or an array, got list"),
+        (features(4).to_sparse(), TypeError, "features: expected a dense tensor, got sparse_coo"),
+        (features(4).to("meta"), TypeError, "features: expected a tensor with values, got one on the meta device"),
+        (np.ma.masked_array(np.zeros((2, 7)), mask=True), TypeError, "features: expected an array without a mask"),
     ],
 )
 def test_a_refused_batch_changes_nothing(bad, error, words):
@@ -132,6 +135,21 @@ def test_too_few_features_have_no_moments():
     statistics.update(features(1))
     with pytest.raises(ValueError, match="at least two feature vectors for a covariance, got 1"):
         _ = statistics.cov
+
+
+def test_statistics_begun_in_inference_mode_go_on_outside(tmp_path):
+    x, y = features(), features(seed=1)
+    with torch.inference_mode():
+        statistics = statistics_of(x * 1)
+        other = statistics_of(y * 1)
+        other.save(tmp_path / "other.npz")
+        read = FeatureStatistics.load(tmp_path / "other.npz")
+    statistics.update(y)
+    read.update(x)
+    other.merge(statistics)
+    assert_moments(statistics, torch.cat([x, y]), rtol=1e-11, atol=1e-13)
+    assert_moments(read, torch.cat([y, x]), rtol=1e-11, atol=1e-13)
+    assert other.count == 600
 
 
 def test_other_statistics_are_refused():
@@ -202,8 +220,9 @@ def text(content):
         (archive(count=np.float64(9)), "count: expected an integer, got 9.0"),
         (
             archive(mu=np.array([{}, 1, 2])),
-            r"not a readable archive of NumPy arrays \(.npz\): it is an archive of NumPy",
+            r"not a readable archive of NumPy arrays \(.npz\): it is an archive of NumPy.*of Python objects",
         ),
+        (text(b"hi"), r"it is a file of 2 bytes"),
         (text(b"\x89PNG\r\n\x1a\n" + b"0" * 50), r"not a readable archive of NumPy arrays \(.npz\): it is a PNG image"),
         (text(b"<!doctype html><html>"), "it is an HTML page"),
         (text(b""), "it is an empty file"),
@@ -215,6 +234,7 @@ def test_other_files_are_told(tmp_path, write, words):
     with pytest.raises(ValueError, match=words) as caught:
         FeatureStatistics.load(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert "allow_pickle" not in str(caught.value)  # numpy's advice is to load the file unsafely
 
 
 def test_damaged_files_are_told(tmp_path):

@@ -39,3 +39,27 @@ def test_batches_have_images(vae, batch_size):
 def test_nothing_to_evaluate(vae):
     with pytest.raises(ValueError, match="empty dataset"):
         evaluate_reconstruction(vae, TensorItems(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64)))
+
+
+def test_the_mode_is_kept(vae):
+    images = TensorItems(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
+    evaluate_reconstruction(vae, images)
+    assert all(module.training for module in vae.modules())
+
+
+def test_a_model_of_another_kind_is_named(vae):
+    images = TensorItems(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="vae: expected Tokenizer, got RQTransformer"):
+        evaluate_reconstruction(tiny.rq_prior(vae), images)
+
+
+def test_weights_that_are_not_finite_give_no_number(vae):
+    images = TensorItems(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64))
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="vae: expected decoded images that are finite"):
+        evaluate_reconstruction(vae, images)
+    with torch.no_grad():
+        vae.to_latents.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="images: expected finite latents, got NaN or infinity in those of image 0"):
+        evaluate_reconstruction(vae, images)

@@ -24,6 +24,14 @@ def test_a_missing_model_is_named():
             getattr(run, name)
 
 
+@pytest.mark.parametrize(
+    ("need", "words"), [("sample", "did you mean 'samples'"), ("s", "there are: tokenizer, prior")]
+)
+def test_an_unknown_requirement_is_named(need, words):
+    with pytest.raises(ValueError, match=f"needs: unknown requirement '{need}'; {words}"):
+        Run(EvaluationConfig()).lacks(need)
+
+
 def test_models_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="settings: expected EvaluationConfig, got dict"):
         Run({})

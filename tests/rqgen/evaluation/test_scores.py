@@ -53,6 +53,15 @@ def test_copies_are_inside_balls_without_a_radius(offset):
     assert precision_recall(real, real + 1e-3) == (0.0, 0.0)
 
 
+def test_a_vector_far_away_does_not_widen_the_balls_of_others():
+    """Its rounding was that of all: at 1e7 times the others' length every vector was inside."""
+    real, generated = randn(60, 64), 1.2 * randn(45, 64, seed=1)
+    real[7] *= 1e7
+    found = precision_recall(real, generated)
+    assert found == (naive_share(generated, real, 3), naive_share(real, generated, 3))
+    assert 0 < found.precision < 1
+
+
 def test_nothing_of_all_pairs_is_made(monkeypatch):
     """Blocks of distances keep to their size, and no differences of all pairs exist."""
     monkeypatch.setattr(scores, "_BLOCK", 1000)
@@ -120,6 +129,12 @@ def test_sums_of_float32_rows_do_not_count():
     p = (3 * randn(400, 1000)).softmax(1)
     assert inception_score(p.float()).mean == pytest.approx(inception_score(p).mean, rel=1e-6)
     assert inception_score(p * 1.0005).mean == pytest.approx(inception_score(p).mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_of_short_types_are_taken(dtype):
+    p = randn(400, 10).softmax(1)
+    assert inception_score(p.to(dtype)).mean == pytest.approx(inception_score(p).mean, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,20 @@ def test_it_equals_the_definition_for_any_batch_size(models, images, batch_size)
     assert found.loss != pytest.approx(found.last_scale_loss, rel=1e-4)
 
 
+def test_modes_are_kept(models, images):
+    vae, prior = models
+    prior.train()
+    evaluate_token_prediction(prior, vae, images)
+    assert prior.training and not vae.training
+
+
 def test_what_cannot_be_evaluated_is_refused(models, images):
     vae, prior = models
+    with pytest.raises(TypeError, match="prior: expected Prior, got MultiScaleVQVAE"):
+        evaluate_token_prediction(vae, prior, images)
+    unreadable = TensorItems(images.inputs.index_fill(0, torch.tensor(4), torch.nan), images.labels)
+    with pytest.raises(ValueError, match="images: expected finite latents, got NaN or infinity in those of image 4"):
+        evaluate_token_prediction(prior, vae, unreadable, batch_size=3)
     with pytest.raises(ValueError, match="empty dataset"):
         evaluate_token_prediction(prior, vae, TensorItems(torch.zeros(0, 1, 4, 8), torch.zeros(0, dtype=torch.int64)))
     # A negative one gave losses of 0.

@@ -121,6 +121,23 @@ def test_actnorm_is_set_by_the_first_batch_in_train_mode() -> None:
     assert norm.scale.requires_grad and norm.loc.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(1, 2, 1, 1), r"x: expected at least two values of each channel .*, got shape \(1, 2, 1, 1\)"),
+        (torch.zeros(0, 2, 4, 4), r"x: expected at least two values of each channel .*, got shape \(0, 2, 4, 4\)"),
+        (torch.full((2, 2, 4, 4), torch.nan), "x: expected finite values to start from"),
+    ],
+)
+def test_actnorm_does_not_start_from_nothing(x: Tensor, message: str) -> None:
+    """Its scale and shift were NaN from then on."""
+    norm = ActNorm(2)
+    before = double_state(norm)
+    with pytest.raises(ValueError, match=message):
+        norm(x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in double_state(norm).items())
+
+
 def test_actnorm_keeps_a_loaded_state() -> None:
     trained, x = ActNorm(5), torch.randn(3, 5, 4, 6)
     trained(x)
@@ -283,6 +300,8 @@ def test_settings_out_of_range(settings: dict[str, Any], error: type[Exception],
         (torch.zeros(0, 3, 32, 32), ValueError, "images: expected at least one to train on"),
         (torch.full((2, 3, 32, 32), torch.nan), ValueError, "images: expected finite values, got NaN or infinity"),
         (torch.full((2, 3, 32, 32), torch.inf), ValueError, "images: expected finite values, got NaN or infinity"),
+        (torch.zeros(2, 3, 32, 32, device="meta"), ValueError, "images: expected on cpu, where the discriminator is"),
+        (torch.zeros(2, 3, 32, 32).to_sparse(), TypeError, "images: expected a dense tensor, got sparse_coo"),
     ],
 )
 def test_images_that_are_refused_change_nothing(images: Any, error: type[Exception], message: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.machinery
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,13 @@ def test_half_images_and_autocast(lpips: LPIPS, images: Tensor, dtype: torch.dty
     assert y.grad.isfinite().all()
 
 
+def test_copies(lpips: LPIPS, images: Tensor) -> None:
+    expected = lpips(images[:2], images[2:])
+    for copied in (copy.deepcopy(lpips), pickle.loads(pickle.dumps(lpips))):
+        assert torch.equal(copied(images[:2], images[2:]), expected)
+        assert copied.checksums == lpips.checksums
+
+
 def test_the_callers_weights_may_change(weights: Any, images: Tensor) -> None:
     vgg = {name: tensor.clone() for name, tensor in weights.vgg.items()}
     lpips = LPIPS(vgg, weights.heads)
@@ -127,6 +136,12 @@ def test_the_callers_weights_may_change(weights: Any, images: Tensor) -> None:
             r"y: expected the shape of x, \(2, 3, 32, 32\)",
         ),
         (torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32), ValueError, "y: expected the shape of x"),
+        (
+            torch.zeros(1, 3, 32, 32, device="meta"),
+            None,
+            ValueError,
+            "x: expected on cpu, where the network is, got meta",
+        ),
         (torch.zeros(1, 3, 32, 32), None, TypeError, r"y: expected a tensor \(B, C, H, W\), got NoneType"),
     ],
 )

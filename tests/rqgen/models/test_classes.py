@@ -7,6 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from rqgen import Pipeline
 from rqgen.models import (
     VAR,
     MultiScaleVQVAEConfig,
@@ -60,6 +61,14 @@ def test_tokenizers_keep_names_of_any_number(config):
     assert config(class_names=["a", "b"]).class_names == ("a", "b")
     with pytest.raises(ValueError, match="class_names: expected names that differ from each other"):
         config(class_names=["a", "a"])
+
+
+def test_names_that_a_pipeline_refuses():
+    vae = tiny.rqvae()
+    prior = tiny.rq_prior(vae, num_classes=3)
+    for names, words in (("abc", "expected a list of names, got 'abc'"), ([1, 2, 3], "expected names as text, got 1")):
+        with pytest.raises(ValueError, match=f"class_names: {words}"):
+            Pipeline(vae, prior, class_names=names)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,31 @@ def test_weights_that_do_not_fit_together_are_named(kind: str) -> None:
         generate(prior, vae, LABELS)
 
 
+@pytest.mark.parametrize("kind", PRIORS)
+def test_shapes_on_the_meta_device(kind: str) -> None:
+    prior, vae = make_pair(kind)
+    codes = vae.encode(make_images())
+    logits = prior(codes, LABELS).logits
+    prior.to("meta"), vae.to("meta")
+    found = vae.encode(make_images().to("meta"))
+    assert [part.shape for part in as_list(found)] == [part.shape for part in as_list(codes)]
+    assert vae(make_images().to("meta")).reconstruction.shape == (2, *IMAGE)
+    assert prior(found, LABELS.to("meta")).logits.shape == logits.shape
+    with pytest.raises(ValueError, match=r"^prior: it is on the meta device and has no values"):
+        generate(prior, vae, LABELS)
+
+
+def test_editing_a_large_white_image_in_float16() -> None:
+    """The sum of its pixels is beyond float16."""
+    vae = tiny.multiscale_vqvae(channel_multipliers=[1] * 6, quantizer={"scales": [1, 2, 9]})
+    prior = tiny.var(vae)
+    images = torch.ones(1, 1, 288, 288, dtype=torch.float16)
+    mask = torch.zeros(288, 288, dtype=torch.bool)
+    mask[-4:] = True
+    out = edit(prior.half(), vae.half(), images, mask, [0])
+    assert out.decoded.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_editing_with_cast_models(dtype: torch.dtype) -> None:
     prior, vae = (model.to(dtype) for model in make_pair("var"))
@@ -312,6 +337,7 @@ PACKED = {
     "sparse_coo": lambda x: x.to_sparse(),
     "_mkldnn": lambda x: x.to_mkldnn(),
     "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.strided),
 }
 
 

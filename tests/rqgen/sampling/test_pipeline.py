@@ -193,6 +193,34 @@ def test_a_prior_without_classes():
             pipe(condition)
 
 
-def test_it_moves_as_a_whole(pipe):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rq", "var"])
+def test_a_pipeline_in_half_precision_is_read_again(kind, dtype, tmp_path):
+    """The prior's copy of the codebook was rounded, the tokenizer's not: they were taken for different ones."""
+    vae = tiny.rqvae() if kind == "rq" else tiny.multiscale_vqvae()
+    prior = tiny.rq_prior(vae, num_classes=3) if kind == "rq" else tiny.var(vae)
+    Pipeline(vae.to(dtype), prior.to(dtype)).save_pretrained(tmp_path / "pipe")
+    again = Pipeline.from_pretrained(tmp_path / "pipe")
+    assert again(1).tensors.isfinite().all()
+    Pipeline(vae, prior.float())
+    other = tiny.rqvae() if kind == "rq" else tiny.multiscale_vqvae()
+    with pytest.raises(ValueError, match="vae: expected the codebooks that the prior was made with"):
+        Pipeline(other, prior)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_that_pil_would_show_as_others(channels):
+    """Two and four channels came back as grey or colour with alpha."""
+    vae = tiny.rqvae(image_channels=channels)
+    pipe = Pipeline(vae, tiny.rq_prior(vae))
+    with pytest.raises(ValueError, match=f"tokenizer: expected images of 1 or 3 channels, .* got {channels}"):
+        pipe(num=1)
+
+
+def test_it_moves_as_a_whole(pipe, tmp_path):
     assert pipe.to("cpu") is pipe
     assert pipe.to("meta").device.type == pipe.tokenizer.device.type == "meta"
+    with pytest.raises(ValueError, match="prior: it is on the meta device and has no values"):
+        pipe("dog")
+    with pytest.raises(ValueError, match="is on the meta device and has no values, not saved"):
+        pipe.save_pretrained(tmp_path / "pipe")

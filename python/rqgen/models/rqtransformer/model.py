@@ -211,8 +211,11 @@ class RQTransformer(Prior):
         )
 
     def check_codebooks(self) -> None:
-        """Raise ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`)."""
-        if self.codebooks is None or self.codebooks.is_cuda or torch.compiler.is_compiling():
+        """Raise ValueError while this prior waits for its codebooks (unchecked on CUDA, as in `forward`, and on
+        the meta device)."""
+        if self.codebooks is None or torch.compiler.is_compiling():
+            return
+        if self.codebooks.is_cuda or self.codebooks.is_meta:
             return
         if bool(self.codebooks.flatten()[0].isnan()):
             raise ValueError("prior: it has no codebooks yet; call set_codebooks(tokenizer.codebooks) first")

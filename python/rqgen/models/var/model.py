@@ -195,9 +195,12 @@ class VAR(Prior):
         )
 
     def check_codebooks(self) -> None:
-        """Raise ValueError while this prior waits for its codebook (unchecked on CUDA, as in `forward`)."""
+        """Raise ValueError while this prior waits for its codebook (unchecked on CUDA, as in `forward`, and on the
+        meta device)."""
         codebook = self.quantizer.codebook
-        if not (codebook.is_cuda or torch.compiler.is_compiling()) and bool(codebook.flatten()[0].isnan()):
+        if codebook.is_cuda or codebook.is_meta or torch.compiler.is_compiling():
+            return
+        if bool(codebook.flatten()[0].isnan()):
             raise ValueError("prior: it has no codebook yet; call set_quantizer(tokenizer.quantizer) first")
 
     def modulation(self, labels_b: Tensor) -> Modulation:
