@@ -92,7 +92,9 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
     if not existing_folder(folder).is_dir():
         found = f": it is {describe_file(folder)}" if folder.exists() else ""
         raise FileNotFoundError(f"RUN: no folder {folder}{found}")
-    alone, parts = model_folder(folder), _parts(folder)
+    parts = _parts(folder)
+    # Both side by side come before a model/ next to them, as of a training into the same folder.
+    alone = None if len(parts) == 2 and not (folder / CONFIG_NAME).is_file() else model_folder(folder)
     prior: Loaded[Prior] | None = None
     vae: Loaded[Tokenizer] | None = None
     if alone is not None:

@@ -126,8 +126,10 @@ def test_every_command_takes_the_folder_of_a_training(rqgen, trained, tmp_path, 
     if command == "encode":
         code, _, err = rqgen("encode", "--tokenizer", tokenizer, "--out", tmp_path / "c.safetensors")
     elif command == "edit":
-        for name, colour in (("image", 90), ("mask", 255)):
-            Image.new("L", (32, 32), colour).save(tmp_path / f"{name}.png")
+        picture = Image.new("L", (32, 32))
+        picture.paste(255, (0, 16, 32, 32))
+        for name in ("image", "mask"):
+            picture.save(tmp_path / f"{name}.png")
         files = ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--out", tmp_path / "edited.png"]
         code, _, err = rqgen("edit", "inpaint", *files, "--prior", prior, "--tokenizer", tokenizer)
     else:
