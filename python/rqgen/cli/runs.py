@@ -25,12 +25,12 @@ from rqgen.systems import DEFAULT, all_systems, find_system, system_of
 from rqgen.systems.system import PREVIEW_COLUMNS, PriorRun, System, TokenizerRun
 from rqgen.training import (
     LoopConfig,
-    TokenizerStage,
     TrainingResult,
     check_memory,
     check_resumable,
     latest_checkpoint,
     newest_whole_checkpoint,
+    tokenizer_stage,
     train,
 )
 from rqgen.training.resume import IMAGES, saved_description
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Entries of a checkpoint next to the settings of its run: the system, the fingerprint of its images, and of a prior the
-# names of its classes and the fingerprint of its tokenizer's codebooks.
-SYSTEM, CLASS_NAMES, CODEBOOK = "system", "class_names", "codebook"
-_NOT_SETTINGS = (SYSTEM, CLASS_NAMES, CODEBOOK, IMAGES)
+# Entries of a checkpoint next to the settings of its run: the system, the fingerprint of its images, of a prior the
+# names of its classes and the fingerprint of its tokenizer's codebooks, and the checksums of a perceptual distance.
+SYSTEM, CLASS_NAMES, CODEBOOK, PERCEPTUAL_FILES = "system", "class_names", "codebook", "perceptual_files"
+_NOT_SETTINGS = (SYSTEM, CLASS_NAMES, CODEBOOK, PERCEPTUAL_FILES, IMAGES)
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
@@ -83,6 +83,8 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
             run = load(chosen.run(stage), file, overrides, defaults=saved, recipes=recipes)
             if isinstance(run, PriorRun) and str(run.tokenizer) != saved.get("tokenizer"):
                 run = replace(run, tokenizer=absolute(run.tokenizer))
+            if isinstance(run, TokenizerRun) and run.perceptual is not None:
+                run = replace(run, perceptual=with_absolute_paths(run.perceptual))
             check_resumable(info, to_dict(run), checkpoint)
         else:
             chosen = find_system(request.system or DEFAULT)
@@ -94,6 +96,8 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
             result = fit_prior(run, vae, out, resume=checkpoint, console=console)
         else:
             check_images_fit(run.data, run.model)
+            if run.perceptual is not None:
+                run.perceptual.files()
             _write_config(run, out)
             result = fit_tokenizer(run, out, resume=checkpoint, console=console)
         result.model.save_pretrained(out / "model")
@@ -150,7 +154,14 @@ def fit_tokenizer(
     """Train a tokenizer from scratch, or from the checkpoint ``resume``; write the files that ``run.loop`` asks for to
     ``folder``."""
     tokenizer = system_of(run).tokenizer
+    known: dict[str, Any] = {SYSTEM: system_of(run).name}
     check_memory("model", lambda: tokenizer(run.model))
+    losses: dict[str, Any] = {"adversarial": run.adversarial, "seed": run.loop.seed}
+    if run.perceptual is not None:
+        losses["perceptual"], known[PERCEPTUAL_FILES] = run.perceptual.build()
+        losses["perceptual_weight"] = run.perceptual.weight
+        for name, checksum in known[PERCEPTUAL_FILES].items():
+            logger.info("perceptual.%s: SHA-256 %s", name, checksum)
     images = open_dataset(run.data, "train")
     check_batch_size(run.loop, len(images))
     if run.model.class_names and tuple(run.model.class_names) != tuple(images.class_names):
@@ -161,8 +172,8 @@ def fit_tokenizer(
     set_seed(run.loop.seed)
     model = tokenizer(replace(run.model, class_names=images.class_names))
     model.data = to_dict(run.data)
-    stage = TokenizerStage(model, _examples(run.data, images))
-    description = {**to_dict(run), SYSTEM: system_of(run).name, IMAGES: images.fingerprint()}
+    stage = tokenizer_stage(model, _examples(run.data, images), **losses)
+    description = {**to_dict(run), **known, IMAGES: images.fingerprint()}
     return train(stage, images, run.loop, folder=folder, description=description, resume=resume, console=console)
 
 

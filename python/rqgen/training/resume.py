@@ -23,6 +23,10 @@ RESUMABLE_CHANGES = frozenset(
 )
 
 
+# Paths of files whose checksums stand in a run's description, so that they may be moved.
+_MOVABLE = frozenset({"perceptual.vgg", "perceptual.heads", "perceptual.features"})
+
+
 def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest undamaged checkpoint and its info; None if there is no checkpoint. Damaged newer ones are named
     in the log.
@@ -50,6 +54,7 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
     state, info = load_checkpoint(path, map_location=map_location)
     _check_entries(info, _INFO, str(path))
     where = str(path / STATE_FILE)
+    state.setdefault("adversary", None)  # stands there only where a model was trained against another
     _check_entries(state, _STATE, where)
     if state["step"] != info["step"]:
         raise ValueError(f"{where}: step: expected {info['step']}, as info.json says, got {state['step']}")
@@ -69,7 +74,7 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
     before, now = saved.pop(IMAGES, None), current.pop(IMAGES, None)
     # Older checkpoints do not name their system, whose settings and weights do not fit another one, nor their codebook,
     # which stands for the tokenizer, wherever that lies.
-    may_change = RESUMABLE_CHANGES | {"steps", "tokenizer"} | ({"system", "codebook"} - saved.keys())
+    may_change = RESUMABLE_CHANGES | _MOVABLE | {"steps", "tokenizer"} | ({"system", "codebook"} - saved.keys())
     changed = refuse_other_run(saved, current, path, may_change=may_change)
     if before is not None and now is not None and before != now:
         others = "" if (there := _in_words(before)) != _in_words(now) else ", but others"
@@ -127,10 +132,10 @@ def refuse_other_run(
     saved: dict[str, Any], current: dict[str, Any], path: Path, *, may_change: frozenset[str] = RESUMABLE_CHANGES
 ) -> list[tuple[str, Any, Any]]:
     """Raise ValueError if two descriptions of a run differ in a setting that changes its weights. Return the other
-    differences: (key, before, now)."""
+    differences: (key, before, now). ``may_change``: last names of settings, or whole dotted ones."""
     differing = _differences(saved_description(saved), current, "")
     for key, before, now in differing:
-        if key.rsplit(".", 1)[-1] not in may_change:
+        if not may_change & {key, key.rsplit(".", 1)[-1]}:
             raise ValueError(f"cannot resume {path}: '{key}' was {before!r} there and is {now!r} now")
     return differing
 
@@ -226,6 +231,15 @@ def _averaged_fault(value: Any) -> str | None:
     return None
 
 
+def _adversary_fault(value: Any) -> str | None:
+    if value is None:
+        return None
+    good = isinstance(value, Mapping) and value.keys() == {"updates", "model", "optimizer", "scaler"}
+    if not good or _step_fault(value["updates"]) or _tensors_fault(value["model"]):
+        return "expected nothing, or 'updates', 'model', 'optimizer' and 'scaler'"
+    return None
+
+
 _INFO = {"step": _step_fault, "stage": str, "description": dict}
 _STATE = {
     "step": _step_fault,
@@ -236,4 +250,5 @@ _STATE = {
     "averaged": _averaged_fault,
     "scaler": (dict, type(None)),
     "random": dict,
+    "adversary": _adversary_fault,
 }
