@@ -589,6 +589,8 @@ def test_settings_can_be_looked_at_before_they_are_built():
     assert settings.build({"inner": {"size": 8, "model": {"colour": 9}}}) == Around(Follows(5, Model(5, 9)), 5)
     with pytest.raises(ValueError, match=r"there: unknown key 'inner\.sise'"):
         settings.build({"inner": {"sise": 8}}, where="there")
+    settings = config.given(Settings, None, ["steps=1"])  # whose section `ema` is None by default
+    assert not settings.has("ema.lr") and settings.read("ema.lr") == 1e-3 and settings.read("ema") is None
 
 
 # --- Bounds and seeds

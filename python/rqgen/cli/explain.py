@@ -96,6 +96,13 @@ def _section(
             lines += ["", *_comment(help_of.get(name) or first_paragraph(nested[name]), indent)]
             lines += [f"{indent}{'# ' if unset else ''}{name}:", *inside]
             continue
+        if name in nested:  # an unused section: its settings are comments
+            unused = nested[name]()
+            inside = _section(unused, unused, f"{key}.", unknown=(), following=())
+            said = help_of.get(name) or first_paragraph(nested[name])
+            lines += ["", *_comment(f"{said} Its settings stand below. [{_text(usual)}]", indent)]
+            lines += [f"{indent}{name}: null", *(f"{indent}# {line.removeprefix(indent)}".rstrip() for line in inside)]
+            continue
         mark = "; follows" if key in following else ""
         lines += _comment(f"{help_of.get(name, '')} [{_text(usual)}{mark}]".strip(), indent)
         lines.append(f"{indent}{'# ' if key in unknown else ''}{name}: {_text(now)}")

@@ -26,12 +26,12 @@ from rqgen.systems import DEFAULT, all_systems, find_system, system_of
 from rqgen.systems.system import PREVIEW_COLUMNS, PriorRun, System, TokenizerRun
 from rqgen.training import (
     LoopConfig,
-    TokenizerStage,
     TrainingResult,
     check_memory,
     check_resumable,
     latest_checkpoint,
     newest_whole_checkpoint,
+    tokenizer_stage,
     train,
 )
 from rqgen.training.resume import IMAGES, saved_description
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Entries of a checkpoint next to the settings of its run: the system, the fingerprint of its images, and of a prior the
-# names of its classes and the fingerprint of its tokenizer's codebooks.
-SYSTEM, CLASS_NAMES, CODEBOOK = "system", "class_names", "codebook"
-_NOT_SETTINGS = (SYSTEM, CLASS_NAMES, CODEBOOK, IMAGES)
+# Entries of a checkpoint next to the settings of its run: the system, the fingerprint of its images, of a prior the
+# names of its classes and the fingerprint of its tokenizer's codebooks, and the checksums of a perceptual distance.
+SYSTEM, CLASS_NAMES, CODEBOOK, PERCEPTUAL_FILES = "system", "class_names", "codebook", "perceptual_files"
+_NOT_SETTINGS = (SYSTEM, CLASS_NAMES, CODEBOOK, PERCEPTUAL_FILES, IMAGES)
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
@@ -94,6 +94,8 @@ def train_stage(stage: Literal["tokenizer", "prior"], request: TrainRequest) -> 
             result = fit_prior(run, _tokenizer_of(run), out, resume=checkpoint, console=console, started=started)
         else:
             check_images_fit(run.data, run.model)
+            if run.perceptual is not None:
+                run.perceptual.files()
             result = fit_tokenizer(run, out, resume=checkpoint, console=console, started=started)
         result.model.save_pretrained(out / "model")
     return out / "model"
@@ -154,7 +156,14 @@ def fit_tokenizer(
     """Train a tokenizer from scratch, or from the checkpoint ``resume``; write the files that ``run.loop`` asks for to
     ``folder``. ``started`` as `rqgen.training.train` takes it."""
     tokenizer = system_of(run).tokenizer
+    known: dict[str, Any] = {SYSTEM: system_of(run).name}
     check_memory("model", lambda: tokenizer(run.model))
+    losses: dict[str, Any] = {"adversarial": run.adversarial, "seed": run.loop.seed}
+    if run.perceptual is not None:
+        losses["perceptual"], known[PERCEPTUAL_FILES] = run.perceptual.build()
+        losses["perceptual_weight"] = run.perceptual.weight
+        for name, checksum in known[PERCEPTUAL_FILES].items():
+            logger.info("perceptual.%s: SHA-256 %s", name, checksum)
     images = open_dataset(run.data, "train")
     check_batch_size(run.loop, len(images))
     if run.model.class_names and tuple(run.model.class_names) != tuple(images.class_names):
@@ -165,8 +174,8 @@ def fit_tokenizer(
     set_seed(run.loop.seed)
     model = tokenizer(replace(run.model, class_names=images.class_names))
     model.data = to_dict(run.data)
-    stage = TokenizerStage(model, _examples(run.data, images))
-    description = {**to_dict(run), SYSTEM: system_of(run).name, IMAGES: images.fingerprint()}
+    stage = tokenizer_stage(model, _examples(run.data, images), **losses)
+    description = {**to_dict(run), **known, IMAGES: images.fingerprint()}
     return train(
         stage,
         images,

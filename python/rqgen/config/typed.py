@@ -127,7 +127,9 @@ class Given(Generic[ConfigT]):
         for name in (*sections, last):
             inside = node.value if node is not None and isinstance(node.value, dict) else {}
             node, hint = inside.get(name), hints_of(cls)[name]
-            default = getattr(default, name) if default is not dataclasses.MISSING else default_of(cls, name)
+            # Below a section that is None by default: what its own class says.
+            is_inside = default is not dataclasses.MISSING and default is not None
+            default = getattr(default, name) if is_inside else default_of(cls, name)
             cls = nested_dataclasses(cls).get(name, object)
         return node, hint, default
 

@@ -16,6 +16,7 @@ from rqgen.reading import describe_file, unreadable
 
 from .batches import check_batch, check_pair
 
+FEATURES_FILE = "a network saved by torch.export (usually NAME.pt2)"
 _EPSILON = 1e-10
 # The types in which a network is usually stored and run.
 _LARGEST_TYPE = torch.float32
@@ -59,15 +60,16 @@ class ExportedFeatures(nn.Module):
 
     Args:
         path: the file.
+        option: the name of the option that takes the path, in errors.
 
     Raises:
         FileNotFoundError, ValueError: no file, no program of torch.export, or one exported in train mode.
         ValueError in a call: images that the network does not take, or outputs that are no feature maps.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, option: str = "features") -> None:
         super().__init__()
-        self.path = require_weights(path, "features", "a network saved by torch.export (usually NAME.pt2)")
+        self.path = require_weights(path, option, FEATURES_FILE)
         self.checksum = file_checksum(self.path)
         program = _load(self.path)
         # Not registered: it has no train mode to switch to, and its weights come from their own file.

@@ -62,6 +62,8 @@ class LPIPS(nn.Module):
         TypeError, ValueError in a call: images of another dtype or shape, two shapes, or smaller than 16 pixels.
     """
 
+    smallest = _SMALLEST
+    """Pixels that an image has at least along each side."""
     images_at_once: int | None = None
     """Images that an `AdversarialLoss` gives it at a time: the features of no more are kept for the gradient, and the
     result is the same. None: all, which is faster on a CPU."""
@@ -91,7 +93,9 @@ class LPIPS(nn.Module):
         super().train(False)
 
     @classmethod
-    def from_files(cls, vgg: str | os.PathLike[str] | None, heads: str | os.PathLike[str] | None = None) -> LPIPS:
+    def from_files(
+        cls, vgg: str | os.PathLike[str] | None, heads: str | os.PathLike[str] | None = None, *, prefix: str = ""
+    ) -> LPIPS:
         """Reads the weights from local files, torch checkpoints or safetensors; nothing is downloaded, nothing in a
         pickle is executed. `checksums` then has the SHA-256 of both.
 
@@ -99,15 +103,13 @@ class LPIPS(nn.Module):
             vgg: torchvision's VGG16, usually vgg16-397923af.pth (its name ends in the first digits of its SHA-256).
             heads: the heads, usually lpips/weights/v0.1/vgg.pth of the lpips package, or vgg_lpips.pth; None: those of
                 the lpips package where it is installed.
+            prefix: what stands before the names of options in errors, such as "perceptual.".
 
         Raises:
             FileNotFoundError: a file is missing; says which, its usual name, and the option that takes its path.
             ValueError: a file is damaged, of another kind, or its tensors do not fit.
         """
-        paths = {
-            "vgg": require_weights(vgg, "vgg", VGG_FILE),
-            "heads": require_weights(heads or _installed_heads(), "heads", HEADS_FILE),
-        }
+        paths = cls.find_files(vgg, heads, prefix=prefix)
         tensors = {option: _read(path) for option, path in paths.items()}
         try:
             lpips = cls(tensors["vgg"], tensors["heads"])
@@ -121,6 +123,16 @@ class LPIPS(nn.Module):
     def checksums(self) -> Mapping[str, str]:
         """SHA-256 of the files it was read from, by option; empty where it was not made by `from_files`."""
         return MappingProxyType(self._checksums)
+
+    @staticmethod
+    def find_files(
+        vgg: str | os.PathLike[str] | None, heads: str | os.PathLike[str] | None = None, *, prefix: str = ""
+    ) -> dict[str, Path]:
+        """Paths of the files that `from_files` reads, by option; FileNotFoundError as there."""
+        return {
+            "vgg": require_weights(vgg, f"{prefix}vgg", VGG_FILE),
+            "heads": require_weights(heads or _installed_heads(), f"{prefix}heads", HEADS_FILE),
+        }
 
     def train(self, mode: bool = True) -> LPIPS:
         """Stays in eval mode."""

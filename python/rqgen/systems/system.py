@@ -16,7 +16,7 @@ from rqgen.evaluation import SamplingConfig
 from rqgen.models import Prior, Tokenizer
 from rqgen.models.classes import names_of_classes
 from rqgen.sampling import generate
-from rqgen.training import LoopConfig
+from rqgen.training import AdversarialConfig, LoopConfig, PerceptualConfig
 from rqgen.training.loop import Stage
 
 PREVIEW_COLUMNS, PREVIEW_CLASSES = 8, 10
@@ -34,6 +34,17 @@ class TokenizerRun:
     """The tokenizer."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """The training."""
+    perceptual: PerceptualConfig | None = None
+    """A perceptual distance, by a network from local files; null: none. Any of its settings, such as
+    perceptual.vgg=FILE, adds it."""
+    adversarial: AdversarialConfig | None = None
+    """A discriminator that the tokenizer is trained against; null: none. Any of its settings, such as
+    adversarial.weight=0.75, adds it."""
+
+    def __post_init__(self) -> None:
+        for section in (self.perceptual, self.adversarial):
+            if section is not None:
+                section.check_resolution(self.data.resolution)
 
 
 @dataclass

@@ -4,17 +4,20 @@ from .checkpoint import latest_checkpoint
 from .codes import CodesStage, code_items
 from .encoding import encode_dataset
 from .loop import LoopConfig, StepResult, TrainingResult, train
+from .losses import AdversarialConfig, PerceptualConfig
 from .memory import check_memory
 from .optim import OptimizerConfig
 from .prior import PriorConfig, PriorData, PriorStage, measure_tau, prior_data
 from .resume import check_resumable, newest_whole_checkpoint, refuse_other_run
-from .tokenizer import TokenizerStage
+from .tokenizer import TokenizerStage, tokenizer_stage
 from .var import VARPriorConfig
 
 __all__ = [
+    "AdversarialConfig",
     "CodesStage",
     "LoopConfig",
     "OptimizerConfig",
+    "PerceptualConfig",
     "PriorConfig",
     "PriorData",
     "PriorStage",
@@ -31,5 +34,6 @@ __all__ = [
     "newest_whole_checkpoint",
     "prior_data",
     "refuse_other_run",
+    "tokenizer_stage",
     "train",
 ]

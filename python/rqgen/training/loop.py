@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +32,7 @@ from rqgen.files import errors_name, write_text
 from rqgen.models.pretrained import first_not_finite, load_tensors
 from rqgen.reading import describe_file
 
+from .adversary import Adversary
 from .checkpoint import (
     STATE_FILE,
     latest_checkpoint,
@@ -134,6 +135,29 @@ class Stage(Protocol[ModelT]):
         """Return image grids, uint8 (channels, H, W), made with ``model`` (the averaged weights, if any)."""
 
 
+@runtime_checkable
+class AdversarialStage(Stage[ModelT], Protocol[ModelT]):
+    """Interface of a stage whose model is trained against a second one, such as a discriminator."""
+
+    @property
+    def adversary(self) -> nn.Module:
+        """The second model. Its state dict is a part of checkpoints, and all that a resumed run knows of it."""
+
+    @property
+    def adversary_optimizer(self) -> OptimizerConfig:
+        """Settings of its optimizer."""
+
+    def start(self, step: int) -> None:
+        """Prepare for the batches of update number ``step``, from 0."""
+
+    def oppose(self) -> StepResult | None:
+        """Return the adversary's loss on the batch of the last `step`, after the model's own update; None before the
+        adversary takes part. The terms are logged with those of `step`."""
+
+    def remarks(self, record: dict[str, float]) -> list[str]:
+        """Return lines for the log about a new record of the history."""
+
+
 @dataclass
 class TrainingResult(Generic[ModelT]):
     """``model`` in eval mode (averaged weights, if asked for); ``history``: one dictionary per logged step."""
@@ -160,6 +184,9 @@ def train(
     for `RESUMABLE_CHANGES` and ``loop.steps``. ``resume``: a checkpoint to resume from; the weights of every later
     step equal those of an uninterrupted run, bit for bit, on the same machine. ``started`` is called before the first
     step: nothing refuses the run, or its checkpoint, any more.
+
+    The second model of an `AdversarialStage` has an optimizer of its own: after each update of ``stage.model`` it is
+    updated once, from losses on the same batches. Its state is a part of checkpoints.
 
     Raises:
         ValueError: a checkpoint of another configuration, of a later step than ``config.steps``, or a damaged one.
@@ -235,7 +262,8 @@ def _train(
     stage.to(accelerator.device)
     if averaged is not None:
         averaged.model.to(accelerator.device)
-    run = _Run(stage, config, described, model, optimizer, averaged, accelerator.scaler, folder)
+    adversary = Adversary(stage, config, accelerator) if isinstance(stage, AdversarialStage) else None
+    run = _Run(stage, config, described, model, optimizer, averaged, accelerator.scaler, folder, adversary)
     if resume is not None:
         run.restore(resume, accelerator.device)
     if started is not None:
@@ -259,17 +287,22 @@ def _train(
                 rate = learning_rate(config.optimizer, run.step, config.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                terms = _update(accelerator, stage, wrapped, optimizer, batches, config)
+                with run.errors_say_step():
+                    terms = _update(accelerator, stage, wrapped, optimizer, batches, config, adversary, run.step)
                 run.step += 1
                 if averaged is not None:
                     averaged.update(model)
+                if run.window and terms.keys() != run.window[-1].keys():
+                    run.window.clear()  # an adversary takes part from now on, or no longer
                 run.window.append(terms)
                 step, last = run.step, run.step == config.steps
                 if step % config.log_every == 0 or last:
                     record = run.record(rate)
                     speed = (step - counted) * images_per_step / max(1e-9, time.perf_counter() - since)
                     since, counted = time.perf_counter(), step
-                    progress.report(loss=record["loss"], speed=speed, usage=_codes_used(record))
+                    progress.report(loss=record["loss"], speed=speed, usage=_codes_used(record), more=_logits(record))
+                    if adversary is not None:
+                        adversary.watch(record)
                     if writer is not None:
                         writer.scalars(record | {"images_per_second": speed}, step)
                 progress.update(step)
@@ -300,15 +333,17 @@ class _Run:
         averaged: AveragedWeights[Any] | None,
         scaler: Any,
         folder: Path,
+        adversary: Adversary | None,
     ) -> None:
         self._stage, self._config, self._description, self._folder = stage, config, description, folder
         self._model, self._optimizer, self._averaged, self._scaler = model, optimizer, averaged, scaler
+        self._adversary = adversary
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.window: deque[dict[str, Tensor]] = deque(maxlen=config.window)
 
     def state(self) -> dict[str, Any]:
-        return {
+        state = {
             "step": self.step,
             "history": self.history,
             "window": list(self.window),
@@ -318,13 +353,18 @@ class _Run:
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
             "random": random_states(),
         }
+        return state if self._adversary is None else state | {"adversary": self._adversary.state_dict()}
 
     def restore(self, path: Path, device: torch.device) -> None:
         """Restore a checkpoint of the same run. Raise ValueError for another run's, or a damaged one."""
         state, info = read_state(path, map_location=device)
         changed = check_resumable(info, self._description, path)
         where = str(path / STATE_FILE)
-        for name, ours in (("averaged", self._averaged), ("scaler", self._scaler)):
+        for name, ours in (
+            ("averaged", self._averaged),
+            ("scaler", self._scaler),
+            ("adversary", self._adversary),
+        ):
             if (state[name] is None) != (ours is None):
                 raise ValueError(
                     f"{where}: {name}: {'not expected' if ours is None else 'missing'} with these settings"
@@ -341,6 +381,8 @@ class _Run:
             self._averaged.updates = state["averaged"]["updates"]
         if self._scaler is not None:
             load_scaler(self._scaler, state["scaler"], where=f"{where}: scaler")
+        if self._adversary is not None:
+            self._adversary.restore(state["adversary"], where=f"{where}: adversary")
         self.step, self.history = state["step"], state["history"]
         self.window.extend(state["window"])
         for key, before, now in changed:
@@ -352,7 +394,8 @@ class _Run:
         """Write a checkpoint and the history. Raise FloatingPointError, and write nothing, if its state is not
         finite: good checkpoints would be removed in favour of a useless one."""
         state = self.state()
-        self._refuse_not_finite({name: state[name] for name in ("model", "optimizer", "averaged", "window")})
+        checked = ("model", "optimizer", "averaged", "window", "adversary")
+        self._refuse_not_finite({name: state.get(name) for name in checked})
         info = {"step": self.step, "stage": self._stage.name, "description": self._description}
         save_checkpoint(self._folder / CHECKPOINTS, self.step, state, info, keep=self._config.keep_checkpoints)
         self.write_history()
@@ -360,12 +403,21 @@ class _Run:
     def check_finite(self) -> None:
         """Raise FloatingPointError unless the weights are finite."""
         averaged = None if self._averaged is None else self._averaged.state_dict()
-        self._refuse_not_finite({"model": self._model.state_dict(), "averaged": averaged})
+        adversary = None if self._adversary is None else self._adversary.model.state_dict()
+        self._refuse_not_finite({"model": self._model.state_dict(), "averaged": averaged, "adversary": adversary})
 
     def _refuse_not_finite(self, state: dict[str, Any]) -> None:
         name = first_not_finite(dict(tensors_in(state)))
         if name is not None:
             raise FloatingPointError(f"{self._stage.name}: {name} is not finite at step {self.step}; {self._good()}")
+
+    @contextlib.contextmanager
+    def errors_say_step(self) -> Iterator[None]:
+        """Add the step and the newest good checkpoint to a FloatingPointError."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{self._stage.name}: {error} at step {self.step + 1}; {self._good()}") from error
 
     def _good(self) -> str:
         newest = latest_checkpoint(self._folder / CHECKPOINTS)
@@ -403,9 +455,14 @@ def _update(
     optimizer: Any,
     batches: Any,
     config: LoopConfig,
+    adversary: Adversary | None,
+    step: int,
 ) -> dict[str, Tensor]:
-    """Update the weights once from ``accumulation`` batches. Return the mean of every logged term."""
+    """Update the weights once from ``accumulation`` batches, then those of an adversary. Return the mean of every
+    logged term."""
     sums: dict[str, Tensor] = {}
+    if adversary is not None:
+        adversary.start(step)
     for _ in range(config.accumulation):
         batch = next(batches)
         device_batch = batch._replace(
@@ -420,9 +477,19 @@ def _update(
                 accelerator.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        for name, value in ({"loss": result.loss} | result.terms).items():
+            terms = {"loss": result.loss} | result.terms
+            if adversary is not None:
+                terms |= adversary.learn()
+        for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulation
     return sums
+
+
+def _logits(record: dict[str, float]) -> str:
+    """The mean logits of a discriminator in words, "" without one."""
+    if "real_logits" not in record:
+        return ""
+    return f"logits {record['real_logits']:+.2f}/{record['fake_logits']:+.2f}"
 
 
 def _codes_used(record: dict[str, float]) -> str:

@@ -65,11 +65,12 @@ class RunProgress:
         elif self._clock() - self._printed >= SECONDS_PER_LINE and done < self._total:
             self._print()
 
-    def report(self, *, loss: float | None = None, speed: float | None = None, usage: str = "") -> None:
-        """Set the values to show. ``speed`` in images per second, ``usage`` in words."""
+    def report(self, *, loss: float | None = None, speed: float | None = None, usage: str = "", more: str = "") -> None:
+        """Set the values to show. ``speed`` in images per second; ``usage``, and what ``more`` there is, in words."""
         self._facts = [
             *([] if loss is None else [f"loss {loss:.4f}"]),
             *([] if speed is None else [f"{speed:,.0f} images/s"]),
+            *([more] if more else []),
         ]
         self._usage = usage
 

@@ -25,6 +25,10 @@ RESUMABLE_CHANGES = frozenset(
 )
 
 
+# Paths of files whose checksums stand in a run's description, so that they may be moved.
+_MOVABLE = frozenset({"perceptual.vgg", "perceptual.heads", "perceptual.features"})
+
+
 def newest_whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest undamaged checkpoint and its info; None if there is no checkpoint. Damaged newer ones are named
     in the log.
@@ -52,6 +56,7 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
     state, info = load_checkpoint(path, map_location=map_location)
     _check_entries(info, _INFO, str(path))
     where = str(path / STATE_FILE)
+    state.setdefault("adversary", None)  # stands there only where a model was trained against another
     _check_entries(state, _STATE, where)
     if state["step"] != info["step"]:
         raise ValueError(f"{where}: step: expected {info['step']}, as info.json says, got {state['step']}")
@@ -72,10 +77,10 @@ def check_resumable(info: Mapping[str, Any], description: dict[str, Any], path: 
     # Older checkpoints do not name their system, whose settings and weights do not fit another one, nor their codebook,
     # which stands for the tokenizer, wherever that lies.
     may_change = RESUMABLE_CHANGES | {"steps", "tokenizer"} | ({"system", "codebook"} - saved.keys())
-    # Images and codes that are known by what they are may lie elsewhere now.
-    places: frozenset[str] = frozenset()
+    # Files, images and codes that are known by what they are may lie elsewhere now.
+    places = _MOVABLE
     if before is not None:
-        places = frozenset({"codes", *(f"data.{key}" for key in shorthands(DataConfig).values())})
+        places |= {"codes", *(f"data.{key}" for key in shorthands(DataConfig).values())}
     changed = refuse_other_run(saved, current, path, may_change=may_change, places=places)
     if before is not None and now is not None and before != now:
         others = "" if (there := _in_words(before)) != _in_words(now) else ", but others"
@@ -239,6 +244,15 @@ def _averaged_fault(value: Any) -> str | None:
     return None
 
 
+def _adversary_fault(value: Any) -> str | None:
+    if value is None:
+        return None
+    good = isinstance(value, Mapping) and value.keys() == {"updates", "model", "optimizer", "scaler"}
+    if not good or _step_fault(value["updates"]) or _tensors_fault(value["model"]):
+        return "expected nothing, or 'updates', 'model', 'optimizer' and 'scaler'"
+    return None
+
+
 _INFO = {"step": _step_fault, "stage": str, "description": dict}
 _STATE = {
     "step": _step_fault,
@@ -249,4 +263,5 @@ _STATE = {
     "averaged": _averaged_fault,
     "scaler": (dict, type(None)),
     "random": dict,
+    "adversary": _adversary_fault,
 }
