@@ -45,8 +45,8 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     if images.is_meta:
         raise ValueError("images: expected a tensor with values, got one on the meta device")
     if not bool(images.isfinite().all()):
-        got = "NaN" if bool(images.isnan().any()) else "infinity"
-        raise ValueError(f"images: expected numbers in [-1, 1], got {got}")
+        found = "NaN" if bool(images.isnan().any()) else "infinity"
+        raise ValueError(f"images: expected numbers in [-1, 1], got {found}")
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
