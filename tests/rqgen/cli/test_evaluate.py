@@ -350,8 +350,8 @@ def test_a_new_metric_is_found_by_the_command_line(rqgen, own, evaluated, pair, 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (float("nan"), "its result is not what JSON holds"),
-        (torch.zeros(2), "its result is not what JSON holds"),
+        (float("nan"), "expected a result that JSON holds"),
+        (torch.zeros(2), "expected a result that JSON holds"),
         (None, ""),
     ],
 )
