@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
@@ -45,4 +46,5 @@ def _same_bits_wanted(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0  # tangents are kept under no_grad too, and oneDNN's operator has none
     )

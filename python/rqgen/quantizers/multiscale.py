@@ -105,6 +105,17 @@ def _pair(scale: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def _nearest_refinements(count: int, scales: int) -> list[int]:
+    """Index of phi for each scale; empty without any. Scale k stands at (k - 1) / (K - 1) of [0, 1] and takes the
+    nearest of R that stand at even distances there, the first of two. The distances are the published code's choice
+    (with four there is less room at the ends), and so is its rounding, which decides ties."""
+    if count == 0:
+        return []
+    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+    places = np.linspace(margin, 1 - margin, count)
+    return [int(np.abs(places - k / max(scales - 1, 1)).argmin()) for k in range(scales)]
+
+
 TokensOf = Callable[[int, Tensor | None], Tensor]
 
 
@@ -160,6 +171,7 @@ class MultiScaleDecoder(nn.Module):
         self.refinements = nn.ModuleList(
             Refinement(code_dim, config.refinement_ratio) for _ in range(config.refinements)
         )
+        self._refinement_of = _nearest_refinements(config.refinements, len(config.scales))
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """The tensors that a prior copies, named as in the state dict of a `MultiScaleDecoder`, parametrized or not."""
@@ -243,15 +255,8 @@ class MultiScaleDecoder(nn.Module):
         self.layout.check(codes, device=self.codebook.device, owner="codebook")
 
     def _refinement(self, k: int) -> nn.Module | None:
-        """phi of scale k, which stands at (k - 1) / (K - 1) of [0, 1]: the nearest of R that stand at even distances
-        there, the first of two. Where exactly is the published code's choice (with four there is less room at the
-        ends), and so is its rounding, which decides ties."""
-        count = len(self.refinements)
-        if count == 0:
-            return None
-        margin = 1 / 3 / count if count == 4 else 1 / 2 / count
-        places = np.linspace(margin, 1 - margin, count)
-        return self.refinements[int(np.abs(places - k / max(self.num_scales - 1, 1)).argmin())]
+        """phi of scale k; None without any."""
+        return self.refinements[self._refinement_of[k]] if self._refinement_of else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScaleDecoder:
         return super()._apply(keeping_dtype(fn), recurse)

@@ -113,7 +113,9 @@ def check_known(known: Any, prior: Prior) -> Tensor | None:
 def number_of_images(condition: Tensor | None, num: Any, known: Tensor | None) -> int:
     """Return the number of images that are asked for."""
     if num is not None:
-        num = check_integer(num, "num", 1, _MOST_IMAGES)
+        num = check_integer(num, "num", 1)
+        if num > _MOST_IMAGES:
+            raise ValueError(f"num: expected at most {_MOST_IMAGES} images, got {num}")
         if condition is not None:
             raise ValueError(f"num: expected None with a condition, whose length is the number of images, got {num}")
     counts = {

@@ -238,6 +238,18 @@ def test_shapes_on_the_meta_device(kind: str) -> None:
         generate(prior, vae, LABELS)
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tangents_without_gradients(kind: str) -> None:
+    """torch.no_grad keeps tangents, which the convolutions for the same bits on any number of threads do not have."""
+    vae = make_vae(kind)
+    latents = vae.encode_latents(make_images()).detach()
+    direction = torch.randn_like(latents)
+    _, expected = torch.func.jvp(vae.decode_latents, (latents,), (direction,))
+    with torch.no_grad():
+        _, found = torch.func.jvp(vae.decode_latents, (latents,), (direction,))
+    assert relative_error(found, expected) < 1e-5 and found.abs().sum() > 0
+
+
 def test_editing_a_large_white_image_in_float16() -> None:
     """The sum of its pixels is beyond float16."""
     vae = tiny.multiscale_vqvae(channel_multipliers=[1] * 6, quantizer={"scales": [1, 2, 9]})

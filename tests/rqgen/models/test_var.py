@@ -117,6 +117,18 @@ def test_targets_of_the_loss_are_codes_in_range(codes: list[torch.Tensor]) -> No
         var_loss(output, [tokens.float() for tokens in codes])
 
 
+def test_both_models_compile_into_one_graph() -> None:
+    """NumPy's choice of a refinement was traced as a number that only data decide."""
+    vae = tiny.multiscale_vqvae()
+    prior, images, labels = tiny.var(vae), torch.rand(2, 1, 8, 8) * 2 - 1, torch.tensor([0, 2])
+    codes = vae.encode(images)
+    compiled = torch.compile(prior, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(codes, labels).logits, prior(codes, labels).logits)
+    compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).reconstruction, vae(images).reconstruction)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("depth", [16, 24])
 def test_presets_have_the_published_number_of_parameters(depth: int) -> None:
     config = VARConfig.preset(f"d{depth}", quantizer=quantizer_config(), code_dim=6, num_classes=3)
