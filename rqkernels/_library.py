@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,10 @@ def check_tensor(op: str, name: str, tensor: Any, dtypes: tuple[torch.dtype, ...
         raise ValueError(f"{op}: {name} must be on cpu or cuda, got {tensor.device}")
 
 
-def call(op: str, operator: Callable[..., Any], *arguments: object) -> Any:
+def call(op: str, operator: Callable[..., Any], *arguments: object, names: Sequence[str] | None = None) -> Any:
     """Call an operator of the library; its errors are raised in the name of `op`.
+
+    `names` are those of the arguments, if the operator is a function without a schema.
 
     Running out of memory raises torch's own class with torch's text: torch.OutOfMemoryError on a GPU (which a library
     with a stable ABI cannot raise itself), RuntimeError on a CPU.
@@ -105,14 +107,17 @@ def call(op: str, operator: Callable[..., Any], *arguments: object) -> Any:
         # "Inference tensors cannot be saved for backward", "Inplace update to inference tensor": torch names no tensor.
         if "nference tensor" in text:
             raise ValueError(
-                f"{op}: {_made_in_inference_mode(operator, arguments)} must not be made in inference mode to take part "
-                f"in a gradient; clone it first"
+                f"{op}: {_made_in_inference_mode(names or _names(operator), arguments)} must not be made in inference "
+                f"mode to take part in a gradient; clone it first"
             ) from None
         raise
 
 
-def _made_in_inference_mode(operator: Any, arguments: tuple[object, ...]) -> str:
+def _names(operator: Any) -> list[str]:
     schema = getattr(operator, "_opoverload", None) or operator.default
-    names = [argument.name for argument in schema._schema.arguments]
+    return [argument.name for argument in schema._schema.arguments]
+
+
+def _made_in_inference_mode(names: Sequence[str], arguments: tuple[object, ...]) -> str:
     tensors = zip(names, arguments, strict=False)
     return " and ".join(name for name, t in tensors if isinstance(t, torch.Tensor) and t.is_inference()) or "a tensor"

@@ -200,7 +200,8 @@ def soft_label_cross_entropy(
         if is_transformed([logits]):
             raise ValueError(f"{op}: inplace cannot be used under torch.func or in forward mode, which keep the logits")
         check_inplace(op, logits)
-        total, losses = _InPlace.apply(logits, x, codebook, tau, mask, weight, reduce)
+        names = ("logits", "x", "codebook", "tau", "mask", "weight", "reduce")
+        total, losses = call(op, _InPlace.apply, *(logits, x, codebook, tau, mask, weight, reduce), names=names)
     else:
         early = with_gradient and _forms_gradient_early(logits.dtype, reduce)
         total, losses, _ = call(

@@ -564,15 +564,17 @@ def _step(x: Tensor, packed: PackedTransformer, keys: Tensor, values: Tensor, be
     x = x if x.dim() == 3 else x[:, None]
     batch, new, width = x.shape
     end = begin + new
-    seen = torch.ones(new, end, dtype=torch.bool, device=x.device).tril(begin)
     for layer, w in enumerate(packed.blocks):
         normed = _norm(x, w.attention_norm_weight, w.attention_norm_bias, packed.eps)
         qkv = _linear(normed, w.qkv_weight, w.qkv_bias).view(batch, new, 3, packed.heads, width // packed.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         keys[layer, :, :, begin:end], values[layer, :, :, begin:end] = k, v
-        scores = q @ keys[layer, :, :, :end].transpose(-1, -2) / (width // packed.heads) ** 0.5
-        attention = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
-        heads = attention @ values[layer, :, :, :end]
+        # Position by position, and not by a mask: a weight of 0 times a later value that is NaN would be NaN.
+        heads = torch.empty_like(q)
+        for row in range(new):
+            seen, at = begin + row + 1, slice(row, row + 1)
+            scores = q[:, :, at] @ keys[layer, :, :, :seen].transpose(-1, -2) / (width // packed.heads) ** 0.5
+            heads[:, :, at] = torch.softmax(scores, dim=-1) @ values[layer, :, :, :seen]
         x = x + _linear(heads.transpose(1, 2).reshape(batch, new, width), w.out_weight, w.out_bias)
         hidden = _linear(_norm(x, w.mlp_norm_weight, w.mlp_norm_bias, packed.eps), w.mlp_in_weight, w.mlp_in_bias)
         hidden = F.gelu(hidden) if packed.activation == "gelu" else hidden * torch.sigmoid(1.702 * hidden)

@@ -596,3 +596,12 @@ def test_tensors_of_inference_mode_in_a_gradient() -> None:
         rqk.depth_attention(q, k, v)
     with torch.no_grad():
         assert rqk.depth_attention(q, k, v).shape == q.shape
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_labels_of_inference_mode(inplace: bool) -> None:
+    with torch.inference_mode():
+        codebook = torch.randn(5, 3)
+    logits = torch.randn(2, 5, dtype=torch.float16, requires_grad=True) * 1
+    with pytest.raises(ValueError, match=r"^soft_label_cross_entropy: codebook must not be made in inference mode"):
+        rqk.soft_label_cross_entropy(logits, torch.randn(2, 3), codebook, 1.0, reduction="sum", inplace=inplace)

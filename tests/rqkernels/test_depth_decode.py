@@ -310,6 +310,18 @@ def test_rows_that_are_not_finite_are_named(precision: str, bad: float) -> None:
         rqk.depth_decode(context, decoder, seed=0)
 
 
+def test_a_position_that_is_not_finite_changes_none_before_it() -> None:
+    packed, definition = random_stack(precision="fp32")
+    clean = torch.randn(2, 4, 24)
+    x = clean.clone()
+    x[1, 2, 5] = torch.nan
+    for module, stack in ((rqk, packed), (reference, definition)):
+        y = module.transformer_step(x, stack, *caches(packed, 2, 4), 0)
+        assert y[1, 2:].isnan().all()
+        untouched = module.transformer_step(clean, stack, *caches(packed, 2, 4), 0)
+        assert torch.equal(y[0], untouched[0]) and torch.equal(y[1, :2], untouched[1, :2])
+
+
 @pytest.mark.parametrize("size", [1e-35, 1e-20, 1e15])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_huge_and_tiny_rows(precision: str, size: float) -> None:

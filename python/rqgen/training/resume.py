@@ -13,7 +13,7 @@ from rqgen.config import shorthands
 from rqgen.data import DataConfig
 from rqgen.data.settings import saved_settings
 
-from .checkpoint import STATE_FILE, check_random_states, checkpoints, load_checkpoint
+from .checkpoint import INFO_FILE, STATE_FILE, check_random_states, checkpoints, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def read_state(path: Path, *, map_location: torch.device | str = "cpu") -> tuple
     """Return (state, info) of a checkpoint that `train` wrote. Raise FileNotFoundError, or ValueError that names the
     fault."""
     state, info = load_checkpoint(path, map_location=map_location)
-    _check_entries(info, _INFO, str(path))
+    _check_entries(info, _INFO, str(path / INFO_FILE))
     where = str(path / STATE_FILE)
     state.setdefault("adversary", None)  # stands there only where a model was trained against another
     _check_entries(state, _STATE, where)
