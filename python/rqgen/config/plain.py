@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .registry import OPTIONS
 
@@ -32,7 +31,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, np.generic):
+    numpy = sys.modules.get("numpy")  # not imported here: `rqgen --help` does without
+    if numpy is not None and isinstance(value, numpy.generic):
         return value.item()
     if isinstance(value, Path):
         return str(value)

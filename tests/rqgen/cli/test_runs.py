@@ -291,6 +291,7 @@ def test_two_processes_do_not_share_an_output(rqgen, tmp_path, monkeypatch, writ
 
 FULL_DISK = """
 import contextlib, resource, signal, sys
+import sklearn.datasets  # joblib warns if not even a semaphore can be made
 from rqgen.cli.app import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit, tensorboard in ((20, "false"), (2000, "true"), (20_000, "false")):

@@ -831,6 +831,7 @@ def train_in_a_group(store: str, rank: int, out: str) -> None:
         assert_same_forward(pair, pair.batch())
         assert_same_state(pair)
     torch.save(pair.fast.state_dict(), out)
+    dist.barrier()  # a process that is left behind by the other may abort while it ends
     dist.destroy_process_group()
 
 

@@ -56,6 +56,7 @@ def worker(store: str, rank: str, out: str) -> None:
         results[f"weight{number}"], results[f"tokenizer{number}"] = weight, gradient.clone()
         results |= {f"{name}{number}": p.grad.clone() for name, p in discriminator.named_parameters()}
     torch.save({**results, "averages": losses.logit_averages}, out)
+    torch.distributed.barrier()  # a process that is left behind by the other may abort while it ends
     torch.distributed.destroy_process_group()
 
 

@@ -209,6 +209,7 @@ def train_in_a_group(store: str, rank: int, out: str) -> None:
         optimizer.zero_grad()
         states.append({name: parameter.detach().clone() for name, parameter in quantizer.named_parameters()})
     torch.save((states, quantizer.usage.counts()), out)
+    dist.barrier()  # a process that is left behind by the other may abort while it ends
     dist.destroy_process_group()
 
 
