@@ -69,8 +69,9 @@ build: $(VENV)/.built ## make .venv, install the pinned dependencies, compile
 emulation: build ## compile the CUDA kernels for the CPU, in three builds that the tests run
 	$(PY) tests/emulation/build.py
 
+# Two workers and more, by cores; each holds 0.7 GiB. Debuggers need one process: ARGS="-n 0 --pdb".
 test: build emulation ## all tests (ARGS="-k search" passes options to pytest)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -p no:benchmark -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 coverage: build ## the tests under coverage, which takes half as long again (ARGS="tests/rqgen/data" for a part)
 	$(PY) -m pytest --cov=rqkernels --cov=rqgen $(ARGS)

@@ -22,7 +22,9 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def quick(*command: object, out: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "RQK_BENCH_QUICK": "1", "RQK_BENCH_OUT": str(out)}
+    # In a worker of pytest-xdist, pytest-benchmark would take the run for another worker and measure nothing.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {**ours, "RQK_BENCH_QUICK": "1", "RQK_BENCH_OUT": str(out)}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
