@@ -41,8 +41,9 @@ def explain(words: Sequence[str], *, system: str = DEFAULT, config: str | None =
     missing tokenizer decides is commented out. ValueError for another command; otherwise as `load`."""
     named = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
-    stage = " ".join(named).removeprefix("train ") or "tokenizer"
-    if stage not in COMMANDS or words[: len(named)] != named:
+    command = " ".join(named) or "tokenizer"
+    stage = next((stage for stage, whole in COMMANDS.items() if command in (stage, whole)), None)
+    if stage is None or words[: len(named)] != named:
         raise ValueError(
             f"config: expected one of {', '.join(COMMANDS.values())}, then KEY=VALUE; got {' '.join(words)}"
             f"{suggestion(' '.join(named), COMMANDS.values())}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -111,16 +113,29 @@ def open_dataset(config: DataConfig, split: Split) -> ImageDataset:
     """The images of one split.
 
     Raises:
-        TypeError, ValueError: settings that are wrong by now; the message starts with `data.`.
+        TypeError, ValueError: settings that are wrong by now.
         FileNotFoundError, ValueError: nothing to read.
+
+        A message about a setting opens with its name, `data.NAME`.
     """
     check_split(split)
-    try:
+    with _naming_data():
         config = replace(config)  # checks again: a field may have been set since
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"data.{error}") from error
-    dataset = SOURCES.find(config.source, "source").open(config, config.options.get(config.source), split)
-    if split == "train" and len(dataset) == 0:
-        raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")
+        dataset = SOURCES.find(config.source, "source").open(config, config.options.get(config.source), split)
+        if split == "train" and len(dataset) == 0:
+            raise ValueError(f"held_out_fraction: {config.held_out_fraction} leaves no images to train on")
     return dataset
+
+
+@contextlib.contextmanager
+def _naming_data() -> Iterator[None]:
+    """Make an error that opens with a setting of the images, such as "folder.path: ...", open with "data."."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        if len(error.args) == 1 and isinstance(told := error.args[0], str):
+            found = re.match(r"(\w+)[.\w[\]]*: ", told)
+            names = {one.name for one in fields(DataConfig)} | set(SOURCES.sections())
+            if found is not None and found[1] in names:
+                error.args = (f"data.{told}",)
+        raise

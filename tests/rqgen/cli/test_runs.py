@@ -66,7 +66,7 @@ def test_resume_takes_repeated_and_moved_images(rqgen, tmp_path, small_tokenizer
     assert code == 0, err
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     code, _, err = rqgen(*train, "--resume", "loop.steps=4")
-    assert code == 1 and f"folder.path: no folder {tmp_path / 'photos'}" in err and err.count("\n") == 1
+    assert code == 1 and f"error: data.folder.path: no folder {tmp_path / 'photos'}" in err and err.count("\n") == 1
     with caplog.at_level(logging.INFO):
         code, _, err = rqgen(*train, "--resume", "loop.steps=4", "data.folder=elsewhere")
     assert code == 0, err

@@ -548,6 +548,7 @@ def test_config_mistakes(rqgen):
             "config: expected one of train tokenizer, train prior, encode, evaluate, demo, scaling, then KEY=VALUE",
         ),
         (["loop.steps=3", "demo"], "config: expected one of"),
+        (["train", "encode"], "config: expected one of"),
         (["loop.step=3"], "unknown key 'loop.step'; did you mean 'loop.steps'"),
         (["--config", "nowhere.yaml"], "config file not found: nowhere.yaml"),
         (["--system", "gan"], f"--system: expected one of {', '.join(TITLES)}, got 'gan'"),

@@ -295,7 +295,7 @@ def test_images_of_other_sizes_are_left_out_by_name(folder, caplog):
     write_image(folder / "cats" / "small.png", 20, 40)
     write_image(folder / "dogs" / "square.png", 32, 32)
     with pytest.raises(
-        ValueError, match=r"small\.png: image is .* smaller than 32x32.*; folder\.on_broken=skip leaves"
+        ValueError, match=r"small\.png: image is .* smaller than 32x32.*; data\.folder\.on_broken=skip leaves"
     ):
         open_dataset(folder_config(folder), "all")
     with caplog.at_level(logging.WARNING):

@@ -152,7 +152,7 @@ class FolderImages(ImageDataset):
             checked = list(pool.map(self._check, (path for path, _ in files)))
         for fault, _ in checked:
             if fault is not None and self._options.on_broken == "fail":
-                raise ValueError(f"{fault}; folder.on_broken=skip leaves such files out")
+                raise ValueError(f"{fault}; data.folder.on_broken=skip leaves such files out")
             if fault is not None:
                 logger.warning("skipped %s", fault)
         if frames := [path for (path, _), (_, more) in zip(files, checked, strict=True) if more]:
@@ -181,9 +181,9 @@ class FolderImages(ImageDataset):
         given_width, given_height = picture.size
         size = f"{path}: image is {given_width}x{given_height} pixels"
         if fit == "exact" and picture.size != (side, side):
-            raise _SizeError(f"{size}, expected exactly {side}x{side} (folder.fit=exact)")
+            raise _SizeError(f"{size}, expected exactly {side}x{side} (data.folder.fit=exact)")
         if fit == "crop" and min(picture.size) < side:
-            raise _SizeError(f"{size}, smaller than {side}x{side}; folder.fit=enlarge accepts such images")
+            raise _SizeError(f"{size}, smaller than {side}x{side}; data.folder.fit=enlarge accepts such images")
         scale = side / min(picture.size)
         width, height = max(side, round(given_width * scale)), max(side, round(given_height * scale))
         if picture.size != (width, height):
