@@ -94,6 +94,22 @@ def check_instance(value: Any, name: str, expected: type) -> None:
         raise TypeError(f"{name}: expected {expected.__name__}, got {type(value).__name__}")
 
 
+def check_device(value: Any, name: str) -> torch.device:
+    """Return a device that this machine has. Raise ValueError, or TypeError for anything but a device or its name."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name}: expected a device or its name, such as cpu or cuda, got {value!r}")
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected a device, such as cpu, cuda or cuda:1, got {value!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (device.index or 0):
+            there = f"{count or 'no'} CUDA device{'' if count == 1 else 's'}"
+            raise ValueError(f"{name}: torch sees {there}, got '{device}'")
+    return device
+
+
 # --- tensors -----------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from rqgen.evaluation.metrics.inpainting import InpaintingOptions, lower_half
 from rqgen.evaluation.run import protocol
 from rqgen.files import remove_folder, write_json
 from rqgen.models import Prior, Tokenizer
+from rqgen.models.pretrained import CHECKPOINTS
 from rqgen.report import (
     plot_coarse_to_fine,
     plot_code_usage,
@@ -33,7 +34,6 @@ from rqgen.sampling.pipeline import DESCRIPTION, write_description
 from rqgen.systems import DEFAULT, find_system
 from rqgen.systems.system import DemoConfig
 from rqgen.training import latest_checkpoint
-from rqgen.training.loop import CHECKPOINTS
 
 from .check import installed_versions
 from .models import check_images_fit

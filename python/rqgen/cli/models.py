@@ -12,7 +12,7 @@ from rqgen.config import read_yaml
 from rqgen.data import DataConfig
 from rqgen.files import existing_folder
 from rqgen.models import PretrainedModel, Prior, Tokenizer, load_pretrained
-from rqgen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, model_folder
+from rqgen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, model_folder, unfinished
 from rqgen.reading import describe_file
 
 from .errors import naming
@@ -106,7 +106,7 @@ def load_models(folder: Path, tokenizer: Path | None = None) -> Models:
     elif not parts:
         raise FileNotFoundError(
             f"RUN: {folder}: expected tokenizer/ and prior/, as `rqgen demo` writes them, or the folder of a model "
-            f"({CONFIG_NAME} and {WEIGHTS_NAME}), got neither"
+            f"({CONFIG_NAME} and {WEIGHTS_NAME}), got neither{unfinished(folder)}"
         )
     else:
         if (path := parts.get("prior")) is not None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from typing_extensions import Self
 
+from rqgen.checks import check_device
 from rqgen.config import check_fields, from_dict, to_dict
 from rqgen.files import (
     CHECKSUM,
@@ -32,8 +33,8 @@ from rqgen.reading import read_json, shorten, unreadable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-TRAINED = "model"
-"""The folder of the model in that of a training run."""
+TRAINED, CHECKPOINTS = "model", "checkpoints"
+"""The folders of the model and of the checkpoints in that of a training run."""
 FORMAT_VERSION = 1
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -140,16 +141,18 @@ class PretrainedModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or one of its two files is missing.
-            ValueError: a file is damaged; the folder holds another model type, a newer format, an invalid
-                config, or tensors that are not finite or whose names, shapes or dtypes do not fit the config.
+            ValueError: a device that is not there; a file is damaged; the folder holds another model type, a newer
+                format, an invalid config, or tensors that are not finite or whose names, shapes or dtypes do not fit
+                the config.
         """
+        device = check_device(device, "device")
         source = model_folder(Path(folder)) or existing_folder(Path(folder))
         if not source.is_dir():
             raise FileNotFoundError(f"folder: no folder {source}")
         config_path, weights_path = source / CONFIG_NAME, source / WEIGHTS_NAME
         for path in (config_path, weights_path):
             if not path.is_file():
-                raise FileNotFoundError(f"folder: no file {path.name} in {source}")
+                raise FileNotFoundError(f"folder: no file {path.name} in {source}{unfinished(source)}")
         description = cls._read_description(config_path)
         config = from_dict(cls.config_class, description["config"], where=str(config_path))
         # Whatever torch's default device is: on "meta" nothing would be loaded, and no error raised.
@@ -199,6 +202,13 @@ def model_folder(path: Path) -> Path | None:
         if ((found := existing_folder(folder)) / CONFIG_NAME).is_file():
             return found
     return None
+
+
+def unfinished(folder: Path) -> str:
+    """Return the end of an error about a folder without a model: whether a training has begun there."""
+    if any((folder / CHECKPOINTS).glob("*/")):
+        return f": the training there has not ended; `rqgen train` with --out {folder} --resume goes on"
+    return ""
 
 
 def _check_plain(data: Any, *, where: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
-from rqgen.checks import check_integer, same_names
+from rqgen.checks import check_device, check_integer, same_names
 from rqgen.data.grid import to_uint8
 from rqgen.files import existing_folder, new_folder, write_json
 from rqgen.models import Prior, Tokenizer, load_pretrained
@@ -82,7 +82,7 @@ class Pipeline:
 
         Raises:
             FileNotFoundError: no such folder, or one of the models is missing.
-            ValueError: a file is damaged, or the models do not belong together.
+            ValueError: a device that is not there, a file is damaged, or the models do not belong together.
         """
         source = existing_folder(Path(folder))
         if not source.is_dir():
@@ -125,7 +125,8 @@ class Pipeline:
             write_description(written, self.prior.class_names or self._given_names)
 
     def to(self, device: str | torch.device) -> Self:
-        """Move both models; return the pipeline."""
+        """Move both models; return the pipeline. ValueError for a device that is not there."""
+        device = check_device(device, "device")
         self.tokenizer.to(device)
         self.prior.to(device)
         return self

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rqgen.config import check_bounds, check_seeds, to_dict
 from rqgen.data.stream import Batch, BatchStream, Items
 from rqgen.files import errors_name, write_text
-from rqgen.models.pretrained import first_not_finite, load_tensors
+from rqgen.models.pretrained import CHECKPOINTS, first_not_finite, load_tensors
 from rqgen.reading import describe_file
 
 from .adversary import Adversary
@@ -47,8 +47,8 @@ from .resume import check_resumable, load_optimizer, load_scaler, read_state
 
 logger = logging.getLogger(__name__)
 
-# What a run writes to its folder.
-CHECKPOINTS, TENSORBOARD, HISTORY = "checkpoints", "tensorboard", "history.csv"
+# What a run writes to its folder, next to CHECKPOINTS.
+TENSORBOARD, HISTORY = "tensorboard", "history.csv"
 
 
 @dataclass

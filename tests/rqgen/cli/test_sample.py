@@ -107,13 +107,14 @@ def test_sample_takes_the_folders_that_evaluate_takes(rqgen, trained, tmp_path):
 def test_sample_says_which_model_is_missing(rqgen, trained, tmp_path):
     shutil.copytree(trained[1] / "model", tmp_path / "prior")
     unfinished = tmp_path / "unfinished"
-    (unfinished / "tokenizer" / "checkpoints").mkdir(parents=True)
+    (unfinished / "tokenizer" / "checkpoints" / "step_00000001").mkdir(parents=True)
     (unfinished / "prior").symlink_to(trained[1])
     for arguments, words in (
         ([trained[0]], f"RUN: expected a folder with a prior, but {trained[0]} holds a tokenizer alone"),
         ([tmp_path / "prior"], "--tokenizer: expected the tokenizer's folder, as "),
         ([tmp_path / "nowhere"], "RUN: "),
-        ([unfinished], f"RUN: no file config.json in {unfinished / 'tokenizer'}"),
+        ([unfinished], f"RUN: no file config.json in {unfinished / 'tokenizer'}: the training there has not ended"),
+        ([unfinished / "tokenizer"], "got neither: the training there has not ended; `rqgen train` with --out "),
         ([tmp_path / "prior", "--prior", trained[1]], "--prior: expected none next to RUN"),
     ):
         code, _, err = rqgen("sample", *arguments, "--out", tmp_path / "s.png")

@@ -217,6 +217,20 @@ def test_images_that_pil_would_show_as_others(channels):
         pipe(num=1)
 
 
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("gpu", ValueError, "device: expected a device, such as cpu, cuda or cuda:1, got 'gpu'"),
+        ("cuda:99", ValueError, r"device: torch sees \w+ CUDA devices?, got 'cuda:99'"),
+        (0, TypeError, "device: expected a device or its name, such as cpu or cuda, got 0"),
+    ],
+)
+def test_devices_that_are_not_there(pipe, folder, device, error, message):
+    for call in (pipe.to, lambda device: Pipeline.from_pretrained(folder, device)):
+        with pytest.raises(error, match=message):
+            call(device)
+
+
 def test_it_moves_as_a_whole(pipe, tmp_path):
     assert pipe.to("cpu") is pipe
     assert pipe.to("meta").device.type == pipe.tokenizer.device.type == "meta"
